@@ -1,0 +1,219 @@
+"""The networks of Threestep, one registry of them, and `Deployable`: the module that is exported.
+
+    build("mynet", channels=3, classes=10, image_size=(32, 32))     -> nn.Module giving logits [batch, classes]
+    Deployable(network, image_size=(32, 32), mean=[...], std=[...]) -> uint8 images in, probabilities out
+
+A network takes normalised float32 images [batch, channels, height, width] of one size. Deployable adds what every
+program that runs the file would otherwise have to repeat: resizing, scaling, normalising, softmax.
+"""
+
+import difflib
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class MLP(nn.Module):
+    """Fully connected network over the flattened pixels, ReLU between the layers.
+
+    `hidden=(128,)` on 28x28 grey images is the 784-128-10 of the MNIST tutorials, `hidden=(512, 512)` the
+    784-512-512-10 of PyTorch's own quickstart on Fashion-MNIST.
+    """
+
+    about = "fully connected: --hidden sizes (default 128), --dropout"
+    options = ("hidden", "dropout")
+    min_size = 1
+
+    def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
+        super().__init__()
+        height, width = image_size
+        sizes = [channels * height * width, *hidden]
+        layers = [nn.Flatten()]
+        for n_in, n_out in itertools.pairwise(sizes):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class MyNet(nn.Module):
+    """The CIFAR-10 tutorial's network: three conv-bn-relu-pool blocks of 6, 12, 24 channels, then 192-96-classes."""
+
+    about = "the CIFAR tutorial's small convolutional network, 3 blocks and 3 linear layers; --dropout (default 0.1)"
+    options = ("dropout",)
+    min_size = 8  # three poolings by two
+
+    def __init__(self, channels, classes, image_size, dropout=0.1):
+        super().__init__()
+        height, width = image_size
+        blocks = []
+        for n_in, n_out in ((channels, 6), (6, 12), (12, 24)):
+            blocks += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2)]
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(24 * (height // 8) * (width // 8), 192),
+            nn.ReLU(),
+            nn.Linear(192, 96),
+            nn.ReLU(),
+            nn.Linear(96, classes),
+        )
+
+    def forward(self, x):
+        return self.head(self.blocks(x))
+
+
+def conv_bn_relu(n_in, n_out, stride):
+    """3x3 convolution without bias, batch norm, ReLU."""
+    conv = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """Two conv-bn-relu of unchanged shape, added to their input (He et al. 2015)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(conv_bn_relu(channels, channels, 1), conv_bn_relu(channels, channels, 1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class ResBlock(nn.Module):
+    """The MNIST tutorial's network: stride-2 conv-bn-relu of 8, 16, 32, 16 and `classes` channels.
+
+    A residual block follows each of the first three. 28x28 shrinks to 1x1; larger images are averaged there.
+    """
+
+    about = "the MNIST tutorial's residual network of stride-2 convolutions"
+    options = ()
+    min_size = 1
+
+    def __init__(self, channels, classes, image_size):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(conv_bn_relu(channels, 8, 2), Residual(8)),
+            *(conv_bn_relu(8, 16, 2), Residual(16)),
+            *(conv_bn_relu(16, 32, 2), Residual(32)),
+            conv_bn_relu(32, 16, 2),
+            conv_bn_relu(16, classes, 2),
+        )
+
+    def forward(self, x):
+        return self.body(x).mean((2, 3))
+
+
+class Airbench(nn.Module):
+    """Keller Jordan's airbench94 ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024), for 28x28 and up.
+
+    A frozen 2x2 whitening convolution, three groups of conv-pool-bn-gelu-conv-bn-gelu with 64, 256, 256 channels
+    (times `width`), a global max and one linear layer. Call `whiten` with training images before training.
+    """
+
+    about = "the default, after airbench94 (2024): whitening, 6 convolutions; --width multiplies the channels"
+    options = ("width",)
+    min_size = 28
+
+    def __init__(self, channels, classes, image_size, width=1.0):
+        super().__init__()
+        widths = [max(8, round(n * width / 8) * 8) for n in (64, 256, 256)]
+        n_in = 8 * channels  # 2x2 patches have 4 * channels directions; each is taken with both signs
+        self.whitening = nn.Conv2d(channels, n_in, 2)
+        groups = []
+        for n_out in widths:
+            groups.append(self._group(n_in, n_out))
+            n_in = n_out
+        self.groups = nn.Sequential(*groups)
+        self.head = nn.Linear(n_in, classes, bias=False)
+        self.whitening.weight.requires_grad = False
+
+    @staticmethod
+    def _group(n_in, n_out):
+        first, second = (nn.Conv2d(n, n_out, 3, padding=1, bias=False) for n in (n_in, n_out))
+        for conv in (first, second):  # start as the identity on as many channels as there are
+            nn.init.dirac_(conv.weight[: conv.in_channels])
+        norms = [nn.BatchNorm2d(n_out) for _ in range(2)]
+        for norm in norms:
+            norm.weight.requires_grad = False  # the scale is free: another convolution follows
+        return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
+
+    @torch.no_grad()
+    def whiten(self, x, eps=5e-4):
+        """Set the first layer from the 2x2 patches of `x`, normalised images [n, channels, H, W].
+
+        Its filters are the eigenvectors of the patches' covariance, scaled to unit variance, then the same negated.
+        """
+        patches = F.unfold(x, 2).transpose(1, 2).flatten(0, 1)  # [n * positions, 4 * channels]
+        covariance = patches.double().T.cov()
+        values, vectors = torch.linalg.eigh(covariance)
+        filters = (vectors / (values + eps).sqrt()).T.reshape(-1, *self.whitening.weight.shape[1:])
+        self.whitening.weight.copy_(torch.cat([filters, -filters]))
+        self.whitening.bias.zero_()
+
+    def forward(self, x):
+        x = self.groups(F.gelu(self.whitening(x)))
+        return self.head(x.amax((2, 3))) / 9
+
+
+MODELS = {"airbench": Airbench, "mlp": MLP, "mynet": MyNet, "resblock": ResBlock}
+
+
+def build(name, *, channels, classes, image_size, **options):
+    """A freshly initialised network by its registry name.
+
+    channels: 1 or more; classes: 2 or more; image_size: (height, width) in pixels. `options` holds only what the
+    network lists in its `options`. Raises ValueError, with a sentence for the user, on anything it cannot build.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MODELS)}."
+        raise ValueError(f"unknown model {name!r}; {hint} (--list-models shows all)")
+    network = MODELS[name]
+    unknown = [f"--{option}" for option in options if option not in network.options]
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(unknown)} (--list-models says what each network takes)")
+    if min(image_size) < network.min_size:
+        need = network.min_size
+        raise ValueError(
+            f"{name} needs images of at least {need}x{need}, not {image_size[0]}x{image_size[1]}; "
+            f"give a larger --image-size (images are resized to it) or another --model"
+        )
+    return network(channels, classes, tuple(image_size), **options)
+
+
+class Deployable(nn.Module):
+    """What is exported: resize, scale, normalise, network, softmax.
+
+    uint8 images [batch, height, width, channels] of any size -> float32 probabilities [batch, classes].
+    image_size: (height, width) the network wants; mean, std: one number a channel, of pixels scaled to 0..1.
+    """
+
+    def __init__(self, network, image_size, mean, std):
+        super().__init__()
+        self.network = network
+        self.image_size = tuple(image_size)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def normalise(self, image):
+        """uint8 [batch, H, W, C] of the network's own size -> float32 [batch, C, H, W] as the network wants it."""
+        return (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+
+    def forward(self, image):
+        image = resize(image, self.image_size)
+        return self.network(self.normalise(image)).softmax(1)
+
+
+def resize(image, image_size):
+    """uint8 [batch, H, W, C] -> uint8 [batch, *image_size, C]: bilinear with antialias, as Pillow resizes.
+
+    On uint8 before any cast, so that a photo never exists as floats.
+    """
+    image = image.permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=tuple(image_size), mode="bilinear", antialias=True)
+    return image.permute(0, 2, 3, 1)
