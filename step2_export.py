@@ -1,0 +1,413 @@
+#!/usr/bin/env python3
+"""Step 2 of 3: export a trained run to files that predict on their own, and prove that they do.
+
+    python step2_export.py                                 # the newest run, as ONNX and as TorchScript
+    python step2_export.py --run mnist-mlp --format onnx
+
+Writes exports/<name>/: model.onnx, model.pt, and parity.json with the figures of the proof. Resizing, normalising
+and softmax are inside the graph; class names, provenance and golden samples are inside the file, as its `spec`.
+
+The parity gate runs each file with step3's own code against the trained network in eager fp32: over the whole test
+split, on random, black and white images, at the native size and at others, and once more from a process that has
+only step3_infer.py and the file. A file that does not agree is not left behind, and the exit code is 1.
+Next: python step3_infer.py image.png
+"""
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+import model
+import step3_infer
+from step3_infer import Parser, Problem, say
+
+SCHEMA = 1  # of checkpoints
+RUNS, EXPORTS = "runs", "exports"
+BATCHES = (1, 7, 64)
+EXACT_TOLERANCE = 1e-4  # of a probability, where every engine sees the same pixels
+RESIZED_TOLERANCE = 5e-3  # where resizing may round one grey level differently in under 1 % of the pixels
+ACCURACY_TOLERANCE = 0.005  # between what step1 reported, perhaps from a GPU, and eager fp32 here
+GOLDEN = 4
+
+
+@dataclass
+class Run:
+    """A trained run, read back from its checkpoint: the network in eval mode and fp32 on the CPU, and its spec."""
+
+    path: str
+    spec: dict
+    network: torch.nn.Module
+
+    def deployable(self):
+        return model.Deployable(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"]).eval()
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoint
+
+
+def find_run(name):
+    """The directory of a run: by its name or path, else the newest with a checkpoint. Raises Problem."""
+    if name is None:
+        runs = [entry.path for entry in os.scandir(RUNS) if entry.is_dir()] if os.path.isdir(RUNS) else []
+        runs = [run for run in runs if os.path.isfile(os.path.join(run, "checkpoint.pt"))]
+        if not runs:
+            raise Problem("no trained run under runs/; python step1_train.py makes one", 2)
+        return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "checkpoint.pt")))
+    for run in (os.path.join(RUNS, name), name):
+        if os.path.isfile(os.path.join(run, "checkpoint.pt")):
+            return os.path.normpath(run)
+    known = sorted(entry.name for entry in os.scandir(RUNS)) if os.path.isdir(RUNS) else []
+    raise Problem(f"no run {name!r} with a checkpoint.pt under runs/; there is: {', '.join(known) or 'none'}", 2)
+
+
+def read_run(path):
+    """Rebuild the trained network from runs/<name>/checkpoint.pt. Raises Problem."""
+    file = os.path.join(path, "checkpoint.pt")
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read()
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        schema, spec, state = checkpoint["schema"], checkpoint["spec"], checkpoint["state_dict"]
+        if schema > SCHEMA:
+            raise Problem(f"{file} has schema {schema}, this script knows up to {SCHEMA}: update Threestep")
+        arguments = spec["arguments"]
+        options = {name: arguments[name] for name in model.MODELS[spec["model"]].options}
+        options = {name: value for name, value in options.items() if value is not None}
+        shape = {"channels": spec["channels"], "classes": len(spec["classes"]), "image_size": spec["image_size"]}
+        network = model.build(spec["model"], **shape, **options)
+        network.load_state_dict(state)
+    except Problem:
+        raise
+    except Exception as error:  # torch.load fails in a dozen ways on a truncated or foreign file
+        reason = str(error).split("\n")[0]
+        raise Problem(f"{file} is truncated or not a Threestep checkpoint ({reason}); train again") from None
+    spec["checkpoint_sha256"] = hashlib.sha256(content).hexdigest()
+    return Run(path, spec, network.eval())
+
+
+# --------------------------------------------------------------------------------------------------------- export
+
+
+def export_onnx(deployable, spec, path, opset):
+    """Write one ONNX file, spec inside, by torch.export: uint8 `image` [batch, height, width, channels], all free."""
+    import onnx
+
+    example = torch.zeros(2, 24, 40, spec["channels"], dtype=torch.uint8)
+    program = torch.onnx.export(
+        deployable,
+        (example,),
+        dynamo=True,
+        opset_version=opset,
+        input_names=["image"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: "batch", 1: "height", 2: "width"},),
+        verbose=False,
+    )
+    graph = program.model_proto
+    for node in graph.graph.node:
+        del node.metadata_props[:]  # stack traces of this machine
+    spec = {**spec, "opset": opset, "onnxruntime_min": onnxruntime_min(graph.ir_version)}
+    onnx.helper.set_model_props(graph, {"spec": json.dumps(spec), "classes": json.dumps(spec["classes"])})
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+
+
+def onnxruntime_min(ir_version):
+    """The first onnxruntime that reads an IR version, by onnxruntime's own compatibility table."""
+    return {8: "1.14", 9: "1.16", 10: "1.18", 11: "1.21", 12: "1.23", 13: "1.24"}.get(ir_version, "1.24")
+
+
+def export_torchscript(deployable, spec, path, opset):
+    """Write a traced TorchScript file with the spec as its extra file spec.json."""
+    example = torch.zeros(2, 24, 40, spec["channels"], dtype=torch.uint8)
+    with warnings.catch_warnings():  # deprecated in favour of torch.export, which LibTorch cannot read yet
+        warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
+        traced = torch.jit.trace(deployable, (example,), check_trace=False)  # the parity gate checks far more
+        torch.jit.save(traced, path, _extra_files={"spec.json": json.dumps(spec)})
+
+
+FORMATS = {"torchscript": ("model.pt", export_torchscript), "onnx": ("model.onnx", export_onnx)}
+
+
+# ---------------------------------------------------------------------------------------------------- parity gate
+
+
+@torch.inference_mode()
+def reference(run, images):
+    """What training computed: the network in eager fp32 on uint8 [N, H, W, C] -> probabilities [N, classes].
+
+    Spelled out from the spec instead of calling Deployable, so that an error there is caught too.
+    """
+    spec, parts = run.spec, []
+    mean, std = (torch.tensor(spec[key])[:, None, None] for key in ("mean", "std"))
+    for part in torch.from_numpy(images).split(64):
+        pixels = model.resize(part, spec["image_size"]).permute(0, 3, 1, 2)
+        parts.append(run.network((pixels / 255.0 - mean) / std).softmax(1))
+    return torch.cat(parts).numpy()
+
+
+def cut(images):
+    """The images in batches of 1, 7, 64, 1, 7, 64, ... so that each file meets every one of these sizes."""
+    start = 0
+    for size in itertools.cycle(BATCHES):
+        if start >= len(images):
+            return
+        yield images[start : start + size]
+        start += size
+
+
+def probes(spec, seed=0):
+    """Images that no dataset holds, by name: random, black and white, at the native size and at others."""
+    rng, (height, width), channels = np.random.default_rng(seed), spec["image_size"], spec["channels"]
+    sizes = {
+        "native": (height, width),
+        "twice": (2 * height, 2 * width),
+        "larger": (3 * height + 5, 2 * width + 9),
+        "smaller": (height // 2 + 1, width // 2 + 1),
+        "thin": (2 * height + 1, 1),
+        "photo": (480, 641),
+    }
+    for name, (h, w) in sizes.items():
+        shape = (4 if name == "photo" else 64, h, w, channels)
+        yield f"random {name} {h}x{w}", rng.integers(0, 256, shape, dtype=np.uint8)
+        yield f"black {name} {h}x{w}", np.zeros((1, h, w, channels), np.uint8)
+        yield f"white {name} {h}x{w}", np.full((1, h, w, channels), 255, np.uint8)
+
+
+def is_exact(size, image_size):
+    """Do all engines resize `size` to `image_size` to the very same pixels? At whole factors they do."""
+    return all(a % b == 0 or b % a == 0 for a, b in zip(size, image_size, strict=True))
+
+
+def compare(expected, got, exact, tolerance):
+    """Figures of one comparison of probabilities [N, classes], and the failures among them in words."""
+    difference = np.abs(expected.astype(np.float64) - got).max(axis=1)
+    difference[np.isnan(difference)] = np.inf  # NaN agrees with nothing
+    top, got_top = expected.argmax(1), got.argmax(1)
+    rows = np.arange(len(expected))
+    limit = tolerance if exact else max(tolerance, RESIZED_TOLERANCE)
+    # An answer may change only where the reference itself holds the two classes to be equal, or nearly.
+    changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > limit / 5)
+    figures = {
+        "max_abs_diff": float(difference.max()),
+        "quantiles": {f"{q:g}": float(np.quantile(difference, q)) for q in (0.5, 0.9, 0.99)},
+        "top1_agreement": float((top == got_top).mean()),
+        "samples": len(expected),
+        "tolerance": limit,
+    }
+    failures = []
+    if not difference.max() <= limit:
+        failures.append(f"probabilities differ by up to {difference.max():.1e} (limit {limit:.0e})")
+    if changed.any():
+        failures.append(f"{changed.sum()} of {len(expected)} answers changed")
+    return figures, failures
+
+
+def gate(run, file, dataset, expected, tolerance):
+    """Prove one exported file against the trained network. -> (figures for parity.json, failures in words).
+
+    expected: the reference's probabilities over the test split, [N, classes].
+    """
+    exported = step3_infer.Model(file)
+    spec, failures = run.spec, []
+    for key in ("task", "classes", "channels", "image_size", "mean", "std", "checkpoint_sha256"):
+        if exported.spec.get(key) != spec[key]:
+            failures.append(f"spec: the file's {key} are not the network's")
+    images, labels = dataset.test_images, dataset.test_labels
+    got = np.concatenate([exported.predict(batch) for batch in cut(images)])
+    exact = is_exact(images.shape[1:3], spec["image_size"])
+    figures, differ = compare(expected, got, exact, tolerance)
+    failures += [f"test split: {failure}" for failure in differ]
+    # By name, as a user reads the answers: a wrong order of the class names costs accuracy here.
+    answers = np.array(exported.spec["classes"])[got.argmax(1)]
+    figures["accuracy"] = float((answers == np.array(dataset.classes)[labels]).mean())
+    figures["accuracy_trained"] = float((expected.argmax(1) == labels).mean())
+    figures["probes"] = {}
+    for name, probe in probes(spec):
+        got = np.concatenate([exported.predict(batch) for batch in cut(probe)])
+        exact = is_exact(probe.shape[1:3], spec["image_size"])
+        figures["probes"][name], differ = compare(reference(run, probe), got, exact, tolerance)
+        failures += [f"{name}: {failure}" for failure in differ]
+    figures["alone"], differ = alone(file, dataset.test_images[:16], expected[:16], spec, tolerance)
+    return figures, failures + [f"alone: {failure}" for failure in differ]
+
+
+def alone(file, images, expected, spec, tolerance):
+    """The second proof: predict in a process whose directory holds step3_infer.py and the file, nothing else."""
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as pictures:
+        shutil.copy(step3_infer.__file__, os.path.join(place, "step3_infer.py"))
+        shutil.copy(file, place)
+        for index, image in enumerate(images):
+            Image.fromarray(image.squeeze(-1) if spec["channels"] == 1 else image).save(f"{pictures}/{index:03}.png")
+        command = [sys.executable, "-I", "step3_infer.py", "--model", os.path.basename(file), "--format", "json"]
+        command += ["--top-k", str(len(spec["classes"])), pictures]
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode != 0:
+        return {"samples": 0}, [f"step3_infer.py failed: {done.stderr.strip()}"]
+    got = np.zeros_like(expected)
+    for row, line in zip(got, done.stdout.splitlines(), strict=True):
+        for entry in json.loads(line)["top"]:
+            row[spec["classes"].index(entry["label"])] = entry["probability"]
+    return compare(expected, got, is_exact(images.shape[1:3], spec["image_size"]), tolerance)
+
+
+def golden_samples(dataset, expected):
+    """A few test images of different classes as base64 PNG, with the reference's probabilities for each."""
+    firsts = [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in np.unique(dataset.test_labels)[:GOLDEN]]
+    samples = []
+    for index in firsts:
+        image, png = dataset.test_images[index], io.BytesIO()
+        Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image).save(png, "PNG")
+        encoded = base64.b64encode(png.getvalue()).decode()
+        samples.append({"image": encoded, "probabilities": [round(float(p), 7) for p in expected[index]]})
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------------ CLI
+
+
+def tolerance(text):
+    """An argparse type: a probability difference."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def build_parser():
+    parser = Parser(
+        description="Export a trained run and prove that the files agree with it; writes exports/<name>/.",
+        epilog="example: python step2_export.py --run digits-airbench --format onnx",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--run", metavar="NAME", help="a run under runs/, or its path; None: the newest")
+    add("--format", nargs="+", choices=tuple(FORMATS), default=list(FORMATS), help="one or more")
+    add("--opset", type=int, choices=range(18, 24), default=18, metavar="N", help="of ONNX, 18 to 23")
+    add(
+        "--tolerance",
+        type=tolerance,
+        default=EXACT_TOLERANCE,
+        metavar="X",
+        help="largest probability difference allowed",
+    )
+    add("--data-dir", metavar="DIR", help="where the test split lies; None: where step1 had it")
+    add("--out", metavar="DIR", help="None: exports/<name of the run>")
+    return parser
+
+
+def check_data(run, dataset, expected):
+    """Is this the test split that the run reported on? Raises Problem where class names or accuracy say no."""
+    if list(dataset.classes) != run.spec["classes"]:
+        raise Problem(
+            f"the classes of {run.path} are not those of its dataset: another dataset, or a changed checkpoint"
+        )
+    accuracy, reported = float((expected.argmax(1) == dataset.test_labels).mean()), run.spec["test_accuracy"]
+    if abs(accuracy - reported) > ACCURACY_TOLERANCE:
+        raise Problem(
+            f"the network of {run.path} has {accuracy:.2%} on this test split, training reported {reported:.2%}: "
+            f"another test split (--data-dir), or a changed checkpoint"
+        )
+
+
+def export(run, out, formats, opset, tolerance, dataset):
+    """Export, prove and publish each format, and write parity.json. -> the list of formats that failed."""
+    expected = reference(run, dataset.test_images)
+    check_data(run, dataset, expected)
+    spec = {
+        **run.spec,
+        "versions": {**run.spec["versions"], "torch_export": str(torch.__version__)},
+        "exported": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "golden": golden_samples(dataset, expected),
+    }
+    report = earlier_report(out, spec["checkpoint_sha256"])
+    print(f"{'format':12} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
+    # Written and proven in a directory beside, so that `out` never holds an unproven file.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as place:
+        for form in formats:
+            name, write = FORMATS[form]
+            unproven, final = os.path.join(place, name), os.path.join(out, name)
+            write(run.deployable(), spec, unproven, opset)
+            figures, failures = gate(run, unproven, dataset, expected, tolerance)
+            report[form] = {**figures, "passed": not failures, "failures": failures}
+            report[form]["checkpoint_sha256"] = spec["checkpoint_sha256"]
+            if failures:
+                remove(final)  # of an earlier export: it would be taken for this one
+                say(f"error: {form} does not agree with the trained network, {final} is not written: {failures[0]}")
+                for failure in failures[1:]:
+                    say(f"  {failure}")
+                continue
+            size, difference, accuracy = os.path.getsize(unproven), figures["max_abs_diff"], figures["accuracy"]
+            os.replace(unproven, final)
+            print(f"{form:12} {final:36} {size / 1e6:5.2f} MB {difference:9.1e} {accuracy:9.2%}", flush=True)
+        parity = os.path.join(place, "parity.json")
+        with open(parity, "w") as stream:
+            json.dump(report, stream, indent=2)
+        os.replace(parity, os.path.join(out, "parity.json"))
+    return [form for form in formats if not report[form]["passed"]]
+
+
+def earlier_report(out, checkpoint_sha256):
+    """What parity.json says of files of the same checkpoint; files of another one are removed."""
+    try:
+        with open(os.path.join(out, "parity.json")) as stream:
+            report = {form: figures for form, figures in json.load(stream).items() if form in FORMATS}
+    except (FileNotFoundError, ValueError, AttributeError):
+        report = {}
+    kept = {form: figures for form, figures in report.items() if figures.get("checkpoint_sha256") == checkpoint_sha256}
+    for form in report.keys() - kept.keys():
+        remove(os.path.join(out, FORMATS[form][0]))
+    return kept
+
+
+def remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    try:
+        path = find_run(args.run)
+        if args.run is None:
+            say(f"run: {path}")
+        run = read_run(path)
+        arguments = run.spec["arguments"]
+        dataset = data.load(run.spec["dataset"], args.data_dir or arguments["data_dir"])
+        out = args.out or os.path.join(EXPORTS, os.path.basename(path))
+        try:
+            os.makedirs(out, exist_ok=True)
+            failed = export(run, out, list(dict.fromkeys(args.format)), args.opset, args.tolerance, dataset)
+        except OSError as error:
+            raise Problem(f"cannot write {out}: {error.strerror or error}") from None
+        return 1 if failed else 0
+    except Problem as problem:
+        say(f"error: {problem}")
+        return problem.code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
