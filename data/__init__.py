@@ -1,7 +1,7 @@
 """Datasets, all of one shape: `load(name, data_dir)` -> Dataset.
 
-`digits` lies in this folder; the others are torchvision's own, downloaded on first use to --data-dir (this folder by
-default, where git ignores them).
+`digits` lies in this folder; the named image sets are torchvision's own, downloaded on first use to --data-dir (this
+folder by default, where git ignores them); `folder` and `csv` are one's own images; `linear` is made up here.
 """
 
 import contextlib
@@ -16,14 +16,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from step3_infer import Problem, say
+from data import cache, files
+from data.files import stratified  # noqa: F401  for step1's validation split
+from step3_infer import Parser, Problem, say  # noqa: F401  step1, which must not need step3, takes them from here
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as uint8 [N, height, width, channels], labels as int64 [N] indexing `classes`."""
+    """Images as uint8 [N, height, width, channels], labels as int64 [N] indexing `classes`.
+
+    For task "regression": features as float32 [N, n] in the images' place, targets as float32 [N, 1] in the labels',
+    and `classes` names the target.
+    """
 
     name: str
     classes: list
@@ -31,6 +37,7 @@ class Dataset:
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    task: str = "classification"
 
 
 DATASETS = {
@@ -40,7 +47,11 @@ DATASETS = {
     "kmnist": "Kuzushiji-MNIST cursive Japanese, 28x28 grey, 60,000 + 10,000",
     "cifar10": "CIFAR-10 photos, 32x32 colour, 10 classes, 50,000 + 10,000",
     "cifar100": "CIFAR-100 photos, 32x32 colour, 100 classes, 50,000 + 10,000",
+    "folder": "your images: --data-dir DIR with DIR/train/<class>/*, DIR/test/<class>/*, or DIR/<class>/*",
+    "csv": "your images: --data-dir FILE.csv with a path and a label in each row",
+    "linear": "the tensor tutorial's regression: y = 0.3 x1 + 4 x2 + 0.2 x3 + 2.5 x4 + 18 x5 + 17, 20 + 20 rows",
 }
+LINEAR_WEIGHTS, LINEAR_BIAS = (0.3, 4.0, 0.2, 2.5, 18.0), 17.0
 TORCHVISION = {
     "mnist": "MNIST",
     "fashion-mnist": "FashionMNIST",
@@ -50,13 +61,60 @@ TORCHVISION = {
 }
 
 
-def load(name, data_dir=None):
-    """Load a dataset by its name; data_dir is where torchvision's files lie or go. Raises Problem."""
+def load(
+    name,
+    data_dir=None,
+    *,
+    image_size=None,
+    channels=None,
+    usual_size=64,
+    resize=None,
+    strict=False,
+    cache_dir=None,
+    image_root=None,
+    test_csv=None,
+    image_column=None,
+    label_column=None,
+    seed=0,
+):
+    """Load a dataset by its name. Raises Problem.
+
+    data_dir: where torchvision's files lie or go, the folder's directory, or the CSV file. The rest concerns folder
+    and csv: image_size (height, width) and channels, derived from the images where None; usual_size where those
+    disagree or are large; resize, the graph's own; what is left are the command line's options of these names.
+    seed: of `linear`'s random draw.
+    """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}."
         raise Problem(f"unknown dataset {name!r}; {hint} (--list-datasets shows all)", 2)
-    return load_torchvision(name, data_dir or HERE) if name in TORCHVISION else load_digits()
+    if name in TORCHVISION:
+        return load_torchvision(name, data_dir or HERE)
+    if name in ("digits", "linear"):
+        return load_digits() if name == "digits" else make_linear(seed)
+    if data_dir is None:
+        raise Problem(f"--dataset {name} needs --data-dir: {DATASETS[name]}", 2)
+    if name == "folder":
+        classes, *splits = files.list_folder(data_dir)
+    else:
+        classes, *splits = files.list_csv(data_dir, test_csv, image_root, image_column, label_column)
+    (train_paths, train_labels), (test_paths, test_labels) = splits
+    paths, labels = train_paths + test_paths, np.concatenate([train_labels, test_labels])
+    images, kept = cache.load_images(paths, data_dir, cache_dir, image_size, channels, usual_size, resize, strict)
+    labels, at = labels[kept], int(kept[: len(train_paths)].sum())
+    counts = np.bincount(labels[:at], minlength=len(classes))
+    if counts.min() == 0 or at == len(labels):
+        which = f"class {classes[counts.argmin()]!r}" if counts.min() == 0 else "the test split"
+        raise Problem(f"{which} of {data_dir} has no readable image left")
+    return Dataset(name, classes, images[:at], labels[:at], images[at:], labels[at:])
+
+
+def make_linear(seed):
+    """The tensor tutorial's rows, 20 to train on and 20 to test on: x uniform in 0..1, y an exact linear function."""
+    rng = np.random.default_rng(seed)
+    features = rng.random((40, 5), dtype=np.float32)
+    targets = features @ np.array(LINEAR_WEIGHTS, np.float32)[:, None] + np.float32(LINEAR_BIAS)
+    return Dataset("linear", ["y"], features[:20], targets[:20], features[20:], targets[20:], "regression")
 
 
 def load_digits():
@@ -133,6 +191,6 @@ def mean_and_std(images):
             counts += np.bincount(images[start : start + 1024, ..., channel].ravel(), minlength=256)
         mean = (counts * levels).sum() / counts.sum()
         std = math.sqrt((counts * (levels - mean) ** 2).sum() / counts.sum())
-        means.append(mean / 255)
+        means.append(float(mean / 255))
         stds.append(std / 255 or 1.0)  # a constant channel has nothing to scale
     return means, stds
