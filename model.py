@@ -4,7 +4,8 @@
     Deployable(network, image_size=(32, 32), mean=[...], std=[...]) -> uint8 images in, probabilities out
 
 A network takes normalised float32 images [batch, channels, height, width] of one size. Deployable adds what every
-program that runs the file would otherwise have to repeat: resizing, scaling, normalising, softmax.
+program that runs the file would otherwise have to repeat: resizing, scaling, normalising, softmax. Names outside the
+registry are torchvision's classification networks.
 """
 
 import difflib
@@ -65,6 +66,21 @@ class MyNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(x))
+
+
+class Linear(nn.Module):
+    """One linear layer: the tensor tutorial's regression, or softmax regression on the pixels."""
+
+    about = "one linear layer, the default for --dataset linear"
+    options = ()
+    min_size = 1
+
+    def __init__(self, channels, classes, image_size):
+        super().__init__()
+        self.layer = nn.Linear(channels * image_size[0] * image_size[1], classes)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
 
 
 def conv_bn_relu(n_in, n_out, stride):
@@ -160,30 +176,147 @@ class Airbench(nn.Module):
         return self.head(x.amax((2, 3))) / 9
 
 
-MODELS = {"airbench": Airbench, "mlp": MLP, "mynet": MyNet, "resblock": ResBlock}
+MODELS = {"airbench": Airbench, "linear": Linear, "mlp": MLP, "mynet": MyNet, "resblock": ResBlock}
+
+
+def torchvision_names():
+    """The names of torchvision's classification networks."""
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def min_size(name):
+    """The smallest side in pixels that a network makes sense for; of torchvision's networks `build` finds out."""
+    return MODELS[name].min_size if name in MODELS else 1
+
+
+def options_of(name):
+    """The build options that the network of this name takes. Raises ValueError for an unknown name."""
+    if name in MODELS:
+        return MODELS[name].options
+    names = torchvision_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, [*MODELS, *names], 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MODELS)}, and torchvision's."
+        raise ValueError(f"unknown model {name!r}; {hint} (--list-models shows all)")
+    return ()
 
 
 def build(name, *, channels, classes, image_size, **options):
-    """A freshly initialised network by its registry name.
+    """A freshly initialised network by its registry or torchvision name.
 
-    channels: 1 or more; classes: 2 or more; image_size: (height, width) in pixels. `options` holds only what the
-    network lists in its `options`. Raises ValueError, with a sentence for the user, on anything it cannot build.
+    channels: 1 or more; classes: 2 or more, or 1 for regression; image_size: (height, width) in pixels. `options`
+    holds only what `options_of` lists. Raises ValueError, with a sentence for the user, on anything it cannot build.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MODELS)}."
-        raise ValueError(f"unknown model {name!r}; {hint} (--list-models shows all)")
-    network = MODELS[name]
-    unknown = [f"--{option}" for option in options if option not in network.options]
+    known = options_of(name)
+    unknown = [f"--{option}" for option in options if option not in known]
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)} (--list-models says what each network takes)")
-    if min(image_size) < network.min_size:
-        need = network.min_size
-        raise ValueError(
-            f"{name} needs images of at least {need}x{need}, not {image_size[0]}x{image_size[1]}; "
-            f"give a larger --image-size (images are resized to it) or another --model"
-        )
-    return network(channels, classes, tuple(image_size), **options)
+    height, width = image_size
+    way_out = "give a larger --image-size (images are resized to it) or another --model"
+    if name not in MODELS:
+        try:
+            return build_torchvision(name, channels, classes, height, width)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{name} cannot take {height}x{width} images ({reason}); {way_out}") from None
+    need = MODELS[name].min_size
+    if min(image_size) < need:
+        raise ValueError(f"{name} needs images of at least {need}x{need}, not {height}x{width}; {way_out}")
+    return MODELS[name](channels, classes, tuple(image_size), **options)
+
+
+def build_torchvision(name, channels, classes, height, width):
+    """torchvision's network with the right head and first convolution, tried on one blank batch."""
+    from torchvision import models
+
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    if name.startswith("vit_"):
+        extra["image_size"] = height
+    network = models.get_model(name, weights=None, num_classes=classes, **extra)
+    if channels != 3:
+        path, conv = next((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d))
+        settings = (conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        network.set_submodule(path, nn.Conv2d(channels, *settings, bias=conv.bias is not None))
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, channels, height, width))
+    return network.train()
+
+
+def torchvision_weights(name):
+    """torchvision's default weights entry of a network, or None for one of ours."""
+    from torchvision import models
+
+    return None if name in MODELS else models.get_model_weights(name).DEFAULT
+
+
+def usual_size(name):
+    """The image size in pixels that a network is usually given: 64 for ours, torchvision's own crop otherwise."""
+    options_of(name)
+    weights = torchvision_weights(name)
+    return weights.transforms().crop_size[0] if weights else 64
+
+
+def read_state(path):
+    """A state_dict, or a checkpoint with one in it, read without running code from it. Raises ValueError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except Exception as error:  # torch.load fails in many ways on a foreign file, a pickle with code among them
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"cannot be loaded as plain weights ({reason})") from None
+    inner = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not inner or not all(isinstance(value, torch.Tensor) for value in inner.values()):
+        raise ValueError("is not a state_dict: it holds other things than tensors")
+    return state
+
+
+def head_keys(network):
+    """The state_dict keys of the last linear or convolutional layer (and its norm): what depends on the classes."""
+    last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    keys = list(network.state_dict())
+    return keys[keys.index(f"{last}.weight") :]
+
+
+def load_pretrained(network, state):
+    """Load a state_dict trained on other classes or channels: a head of another size is left as initialised.
+
+    A first convolution for another number of channels gets the mean over them, scaled to the same response to grey.
+    Raises ValueError naming the first key that does not fit, the sign of another architecture.
+    """
+    own, head = network.state_dict(), set(head_keys(network))
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(("aux", "AuxLogits"))}
+    first = next((key for key, value in own.items() if value.ndim == 4), None)
+    if first in state and state[first].ndim == 4 and state[first].shape[1] != own[first].shape[1]:
+        n_from, n_to = state[first].shape[1], own[first].shape[1]
+        state[first] = state[first].mean(1, keepdim=True).repeat(1, n_to, 1, 1) * (n_from / n_to)
+    wrong = [key for key in own.keys() ^ state.keys() if key not in head]
+    wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
+    if wrong:
+        raise ValueError(f"does not fit this architecture, {len(wrong)} entries differ, {min(wrong)!r} for one")
+    fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
+    if head - fitting.keys():
+        fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
+    network.load_state_dict(fitting, strict=False)
+
+
+def freeze_backbone(network):
+    """Leave only the head trainable."""
+    head = head_keys(network)
+    for key, parameter in network.named_parameters():
+        parameter.requires_grad = key in head
+
+
+def train_mode(network):
+    """Training mode, except that a layer whose parameters are all frozen, a batch norm say, stays as it is in eval."""
+    network.train()
+    for module in network.modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+    return network
 
 
 class Deployable(nn.Module):
@@ -207,6 +340,16 @@ class Deployable(nn.Module):
     def forward(self, image):
         image = resize(image, self.image_size)
         return self.network(self.normalise(image)).softmax(1)
+
+
+class Regressor(Deployable):
+    """What is exported for regression: float32 features [batch, n] -> float32 predictions [batch, 1]."""
+
+    def normalise(self, features):
+        return (features - self.mean.flatten()) / self.std.flatten()
+
+    def forward(self, features):
+        return self.network(self.normalise(features))
 
 
 def resize(image, image_size):
