@@ -55,8 +55,13 @@ class Run:
     spec: dict
     network: torch.nn.Module
 
+    @property
+    def regression(self):
+        return self.spec["task"] == "regression"
+
     def deployable(self):
-        return model.Deployable(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"]).eval()
+        cls = model.Regressor if self.regression else model.Deployable
+        return cls(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"]).eval()
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoint
@@ -88,7 +93,7 @@ def read_run(path):
         if schema > SCHEMA:
             raise Problem(f"{file} has schema {schema}, this script knows up to {SCHEMA}: update Threestep")
         arguments = spec["arguments"]
-        options = {name: arguments[name] for name in model.MODELS[spec["model"]].options}
+        options = {name: arguments[name] for name in model.options_of(spec["model"])}
         options = {name: value for name, value in options.items() if value is not None}
         shape = {"channels": spec["channels"], "classes": len(spec["classes"]), "image_size": spec["image_size"]}
         network = model.build(spec["model"], **shape, **options)
@@ -105,19 +110,30 @@ def read_run(path):
 # --------------------------------------------------------------------------------------------------------- export
 
 
+def example_of(spec):
+    """An input to trace with, of no size that the network knows."""
+    if spec["task"] == "regression":
+        return torch.zeros(2, spec["channels"])
+    return torch.zeros(2, 24, 40, spec["channels"], dtype=torch.uint8)
+
+
 def export_onnx(deployable, spec, path, opset):
-    """Write one ONNX file, spec inside, by torch.export: uint8 `image` [batch, height, width, channels], all free."""
+    """Write one ONNX file, spec inside, by torch.export; batch, height and width are free.
+
+    uint8 `image` [batch, height, width, channels] -> float32 `probabilities`, or for regression float32 `features`
+    [batch, n] -> float32 `prediction`.
+    """
     import onnx
 
-    example = torch.zeros(2, 24, 40, spec["channels"], dtype=torch.uint8)
+    regression = spec["task"] == "regression"
     program = torch.onnx.export(
         deployable,
-        (example,),
+        (example_of(spec),),
         dynamo=True,
         opset_version=opset,
-        input_names=["image"],
-        output_names=["probabilities"],
-        dynamic_shapes=({0: "batch", 1: "height", 2: "width"},),
+        input_names=["features" if regression else "image"],
+        output_names=["prediction" if regression else "probabilities"],
+        dynamic_shapes=({0: "batch"} if regression else {0: "batch", 1: "height", 2: "width"},),
         verbose=False,
     )
     graph = program.model_proto
@@ -136,10 +152,9 @@ def onnxruntime_min(ir_version):
 
 def export_torchscript(deployable, spec, path, opset):
     """Write a traced TorchScript file with the spec as its extra file spec.json."""
-    example = torch.zeros(2, 24, 40, spec["channels"], dtype=torch.uint8)
     with warnings.catch_warnings():  # deprecated in favour of torch.export, which LibTorch cannot read yet
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
-        traced = torch.jit.trace(deployable, (example,), check_trace=False)  # the parity gate checks far more
+        traced = torch.jit.trace(deployable, (example_of(spec),), check_trace=False)  # the parity gate checks far more
         torch.jit.save(traced, path, _extra_files={"spec.json": json.dumps(spec)})
 
 
@@ -150,32 +165,41 @@ FORMATS = {"torchscript": ("model.pt", export_torchscript), "onnx": ("model.onnx
 
 
 @torch.inference_mode()
-def reference(run, images):
+def reference(run, inputs):
     """What training computed: the network in eager fp32 on uint8 [N, H, W, C] -> probabilities [N, classes].
 
-    Spelled out from the spec instead of calling Deployable, so that an error there is caught too.
+    For regression: on float32 [N, n] -> predictions [N, 1]. Spelled out from the spec instead of calling Deployable,
+    so that an error there is caught too.
     """
     spec, parts = run.spec, []
-    mean, std = (torch.tensor(spec[key])[:, None, None] for key in ("mean", "std"))
-    for part in torch.from_numpy(images).split(64):
+    mean, std = (torch.tensor(spec[key]) for key in ("mean", "std"))
+    if run.regression:
+        return run.network((torch.from_numpy(inputs) - mean) / std).numpy()
+    mean, std = mean[:, None, None], std[:, None, None]
+    for part in torch.from_numpy(inputs).split(64):
         pixels = model.resize(part, spec["image_size"]).permute(0, 3, 1, 2)
         parts.append(run.network((pixels / 255.0 - mean) / std).softmax(1))
     return torch.cat(parts).numpy()
 
 
-def cut(images):
-    """The images in batches of 1, 7, 64, 1, 7, 64, ... so that each file meets every one of these sizes."""
+def cut(inputs):
+    """The inputs in batches of 1, 7, 64, 1, 7, 64, ... so that each file meets every one of these sizes."""
     start = 0
     for size in itertools.cycle(BATCHES):
-        if start >= len(images):
+        if start >= len(inputs):
             return
-        yield images[start : start + size]
+        yield inputs[start : start + size]
         start += size
 
 
 def probes(spec, seed=0):
-    """Images that no dataset holds, by name: random, black and white, at the native size and at others."""
+    """Inputs that no dataset holds, by name: random, black and white, at the native size and at others."""
     rng, (height, width), channels = np.random.default_rng(seed), spec["image_size"], spec["channels"]
+    if spec["task"] == "regression":
+        yield "random", rng.standard_normal((64, channels), dtype=np.float32)
+        yield "zeros", np.zeros((1, channels), np.float32)
+        yield "large", np.full((1, channels), 1e6, np.float32)
+        return
     sizes = {
         "native": (height, width),
         "twice": (2 * height, 2 * width),
@@ -191,14 +215,18 @@ def probes(spec, seed=0):
         yield f"white {name} {h}x{w}", np.full((1, h, w, channels), 255, np.uint8)
 
 
-def is_exact(size, image_size):
-    """Do all engines resize `size` to `image_size` to the very same pixels? At whole factors they do."""
-    return all(a % b == 0 or b % a == 0 for a, b in zip(size, image_size, strict=True))
+def is_exact(inputs, spec):
+    """Do all engines resize these images to the very same pixels? At whole factors they do; features have no size."""
+    sizes = zip(inputs.shape[1:3], spec["image_size"], strict=True) if inputs.ndim == 4 else ()
+    return all(a % b == 0 or b % a == 0 for a, b in sizes)
 
 
 def compare(expected, got, exact, tolerance):
-    """Figures of one comparison of probabilities [N, classes], and the failures among them in words."""
-    difference = np.abs(expected.astype(np.float64) - got).max(axis=1)
+    """Figures of one comparison of outputs [N, classes], and the failures among them in words.
+
+    Predictions of a regression above 1 are compared relative to their size.
+    """
+    difference = (np.abs(expected.astype(np.float64) - got) / np.maximum(1, np.abs(expected))).max(axis=1)
     difference[np.isnan(difference)] = np.inf  # NaN agrees with nothing
     top, got_top = expected.argmax(1), got.argmax(1)
     rows = np.arange(len(expected))
@@ -214,7 +242,7 @@ def compare(expected, got, exact, tolerance):
     }
     failures = []
     if not difference.max() <= limit:
-        failures.append(f"probabilities differ by up to {difference.max():.1e} (limit {limit:.0e})")
+        failures.append(f"outputs differ by up to {difference.max():.1e} (limit {limit:.0e})")
     if changed.any():
         failures.append(f"{changed.sum()} of {len(expected)} answers changed")
     return figures, failures
@@ -232,50 +260,66 @@ def gate(run, file, dataset, expected, tolerance):
             failures.append(f"spec: the file's {key} are not the network's")
     images, labels = dataset.test_images, dataset.test_labels
     got = np.concatenate([exported.predict(batch) for batch in cut(images)])
-    exact = is_exact(images.shape[1:3], spec["image_size"])
-    figures, differ = compare(expected, got, exact, tolerance)
+    figures, differ = compare(expected, got, is_exact(images, spec), tolerance)
     failures += [f"test split: {failure}" for failure in differ]
-    # By name, as a user reads the answers: a wrong order of the class names costs accuracy here.
-    answers = np.array(exported.spec["classes"])[got.argmax(1)]
-    figures["accuracy"] = float((answers == np.array(dataset.classes)[labels]).mean())
-    figures["accuracy_trained"] = float((expected.argmax(1) == labels).mean())
+    if run.regression:
+        figures["accuracy"] = figures["top1_agreement"] = None
+        figures["mean_squared_error"] = float(((got - labels) ** 2).mean())
+    else:  # by name, as a user reads the answers: a wrong order of the class names costs accuracy here
+        answers = np.array(exported.spec["classes"])[got.argmax(1)]
+        figures["accuracy"] = float((answers == np.array(dataset.classes)[labels]).mean())
+        figures["accuracy_trained"] = float((expected.argmax(1) == labels).mean())
     figures["probes"] = {}
     for name, probe in probes(spec):
         got = np.concatenate([exported.predict(batch) for batch in cut(probe)])
-        exact = is_exact(probe.shape[1:3], spec["image_size"])
-        figures["probes"][name], differ = compare(reference(run, probe), got, exact, tolerance)
+        figures["probes"][name], differ = compare(reference(run, probe), got, is_exact(probe, spec), tolerance)
         failures += [f"{name}: {failure}" for failure in differ]
     figures["alone"], differ = alone(file, dataset.test_images[:16], expected[:16], spec, tolerance)
     return figures, failures + [f"alone: {failure}" for failure in differ]
 
 
-def alone(file, images, expected, spec, tolerance):
+def alone(file, inputs, expected, spec, tolerance):
     """The second proof: predict in a process whose directory holds step3_infer.py and the file, nothing else."""
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as pictures:
         shutil.copy(step3_infer.__file__, os.path.join(place, "step3_infer.py"))
         shutil.copy(file, place)
-        for index, image in enumerate(images):
-            Image.fromarray(image.squeeze(-1) if spec["channels"] == 1 else image).save(f"{pictures}/{index:03}.png")
         command = [sys.executable, "-I", "step3_infer.py", "--model", os.path.basename(file), "--format", "json"]
-        command += ["--top-k", str(len(spec["classes"])), pictures]
+        if spec["task"] == "regression":
+            command += ["--values=" + ",".join(map(str, row)) for row in inputs.tolist()]
+        else:
+            command += ["--top-k", str(len(spec["classes"])), pictures]
+            for index, image in enumerate(inputs):
+                with open(os.path.join(pictures, f"{index:03}.png"), "wb") as picture:
+                    picture.write(to_png(image))
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, encoding="utf-8")
     if done.returncode != 0:
         return {"samples": 0}, [f"step3_infer.py failed: {done.stderr.strip()}"]
     got = np.zeros_like(expected)
     for row, line in zip(got, done.stdout.splitlines(), strict=True):
-        for entry in json.loads(line)["top"]:
+        result = json.loads(line)
+        if spec["task"] == "regression":
+            row[0] = result["prediction"]
+        for entry in result.get("top", ()):
             row[spec["classes"].index(entry["label"])] = entry["probability"]
-    return compare(expected, got, is_exact(images.shape[1:3], spec["image_size"]), tolerance)
+    return compare(expected, got, is_exact(inputs, spec), tolerance)
+
+
+def to_png(image):
+    """uint8 [H, W, C] -> the bytes of a PNG."""
+    png = io.BytesIO()
+    Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image).save(png, "PNG")
+    return png.getvalue()
 
 
 def golden_samples(dataset, expected):
-    """A few test images of different classes as base64 PNG, with the reference's probabilities for each."""
+    """A few test inputs, images of different classes as base64 PNG, with the reference's outputs for each."""
+    if dataset.task == "regression":
+        rows = zip(dataset.test_images[:GOLDEN].tolist(), expected[:GOLDEN].tolist(), strict=True)
+        return [{"features": features, "prediction": prediction} for features, prediction in rows]
     firsts = [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in np.unique(dataset.test_labels)[:GOLDEN]]
     samples = []
     for index in firsts:
-        image, png = dataset.test_images[index], io.BytesIO()
-        Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image).save(png, "PNG")
-        encoded = base64.b64encode(png.getvalue()).decode()
+        encoded = base64.b64encode(to_png(np.asarray(dataset.test_images[index]))).decode()
         samples.append({"image": encoded, "probabilities": [round(float(p), 7) for p in expected[index]]})
     return samples
 
@@ -298,10 +342,9 @@ def build_parser():
     parser = Parser(
         description="Export a trained run and prove that the files agree with it; writes exports/<name>/.",
         epilog="example: python step2_export.py --run digits-airbench --format onnx",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--run", metavar="NAME", help="a run under runs/, or its path; None: the newest")
+    add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
     add("--format", nargs="+", choices=tuple(FORMATS), default=list(FORMATS), help="one or more")
     add("--opset", type=int, choices=range(18, 24), default=18, metavar="N", help="of ONNX, 18 to 23")
     add(
@@ -311,8 +354,8 @@ def build_parser():
         metavar="X",
         help="largest probability difference allowed",
     )
-    add("--data-dir", metavar="DIR", help="where the test split lies; None: where step1 had it")
-    add("--out", metavar="DIR", help="None: exports/<name of the run>")
+    add("--data-dir", metavar="DIR", help="where the test split lies (default: where step1 had it)")
+    add("--out", metavar="DIR", help="default: exports/<name of the run>")
     return parser
 
 
@@ -322,6 +365,8 @@ def check_data(run, dataset, expected):
         raise Problem(
             f"the classes of {run.path} are not those of its dataset: another dataset, or a changed checkpoint"
         )
+    if run.spec["test_accuracy"] is None:  # a regression, or a run that --val-fraction left before its end
+        return
     accuracy, reported = float((expected.argmax(1) == dataset.test_labels).mean()), run.spec["test_accuracy"]
     if abs(accuracy - reported) > ACCURACY_TOLERANCE:
         raise Problem(
@@ -358,8 +403,9 @@ def export(run, out, formats, opset, tolerance, dataset):
                     say(f"  {failure}")
                 continue
             size, difference, accuracy = os.path.getsize(unproven), figures["max_abs_diff"], figures["accuracy"]
+            accuracy = "-" if accuracy is None else f"{accuracy:.2%}"
             os.replace(unproven, final)
-            print(f"{form:12} {final:36} {size / 1e6:5.2f} MB {difference:9.1e} {accuracy:9.2%}", flush=True)
+            print(f"{form:12} {final:36} {size / 1e6:5.2f} MB {difference:9.1e} {accuracy:>9}", flush=True)
         parity = os.path.join(place, "parity.json")
         with open(parity, "w") as stream:
             json.dump(report, stream, indent=2)
@@ -393,7 +439,15 @@ def main(argv=None):
             say(f"run: {path}")
         run = read_run(path)
         arguments = run.spec["arguments"]
-        dataset = data.load(run.spec["dataset"], args.data_dir or arguments["data_dir"])
+        names = ("strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
+        dataset = data.load(
+            run.spec["dataset"],
+            args.data_dir or arguments["data_dir"],
+            image_size=None if run.regression else tuple(run.spec["image_size"]),
+            channels=run.spec["channels"],
+            resize=model.resize,
+            **{name: arguments[name] for name in names},
+        )
         out = args.out or os.path.join(EXPORTS, os.path.basename(path))
         try:
             os.makedirs(out, exist_ok=True)

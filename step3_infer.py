@@ -4,6 +4,7 @@
     python step3_infer.py image.png                        # the newest export, or a model beside this script
     python step3_infer.py --model model.onnx photos/ 'more/*.jpg'
     python step3_infer.py --format json --top-k 5 photos/ > predictions.jsonl
+    python step3_infer.py --values 0.1,0.2,0.3,0.4,0.5     # a regression; once for each row
     python step3_infer.py --self-test                      # does this machine compute what the training machine did?
 
 Needs numpy and Pillow, and onnxruntime for .onnx or torch for .pt. Resizing, normalising and softmax are inside the
@@ -57,10 +58,11 @@ def decode_image(source, channels):
         with Image.open(source) as image:
             if image.mode == "F":
                 raise Problem("has 32-bit float pixels, which have no fixed white: save it with 8 or 16 bits")
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # I;16 and its byte orders, or I where Pillow widened them
                 image = scale_to_8_bits(image)
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            mode = "L" if channels == 1 else "RGB"
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except UnidentifiedImageError:
         empty = not hasattr(source, "read") and os.path.getsize(source) == 0
         raise Problem("is empty" if empty else "is not an image that Pillow knows") from None
@@ -139,7 +141,7 @@ class Model:
 
 
 def load_onnx(path, threads, provider):
-    """-> (spec text or None, function from uint8 array to float32 array), run by onnxruntime."""
+    """-> (spec text or None, function from input array to float32 array), run by onnxruntime."""
     try:
         import onnxruntime
     except ImportError:
@@ -159,11 +161,11 @@ def load_onnx(path, threads, provider):
         ) from None
     text = session.get_modelmeta().custom_metadata_map.get("spec")
     name = session.get_inputs()[0].name if session.get_inputs() else None
-    return text, lambda images: session.run(None, {name: images})[0]
+    return text, lambda inputs: session.run(None, {name: inputs})[0]
 
 
 def load_torchscript(path, threads, provider):
-    """-> (spec text or None, function from uint8 array to float32 array), run by torch."""
+    """-> (spec text or None, function from input array to float32 array), run by torch."""
     try:
         import torch
     except ImportError:
@@ -181,9 +183,9 @@ def load_torchscript(path, threads, provider):
             f"{path} is not a TorchScript file that torch {torch.__version__} can run ({hint}): {reason}"
         ) from None
 
-    def run(images):
+    def run(inputs):
         with torch.inference_mode():
-            return module(torch.from_numpy(images).to(provider)).cpu().numpy()
+            return module(torch.from_numpy(inputs).to(provider)).cpu().numpy()
 
     return extra["spec.json"], run
 
@@ -200,8 +202,12 @@ def read_spec(text, path):
                 f"{path} has a spec of schema {schema}, this script knows up to {SCHEMA}: "
                 f"use the step3_infer.py of the Threestep that made it"
             )
-        if not (isinstance(spec["classes"], list) and len(spec["classes"]) > 1 and spec["channels"] in (1, 3)):
-            raise ValueError("classes or channels make no sense")
+        regression = {"classification": False, "regression": True}[spec["task"]]
+        names = [name for name in spec["classes"] if isinstance(name, str)]
+        if len(names) < (1 if regression else 2) or len(names) != len(spec["classes"]):
+            raise ValueError("classes are not a list of names")
+        if not isinstance(spec["channels"], int) or not (regression or spec["channels"] in (1, 3)):
+            raise ValueError("channels make no sense")
     except (ValueError, KeyError, TypeError) as error:
         raise Problem(f"{path} has a malformed spec: {error!r}") from None
     return spec
@@ -228,9 +234,13 @@ def self_test(model):
         raise Problem("this file carries no golden samples to test with")
     difference = 0.0
     for sample in golden:
-        image = decode_image(io.BytesIO(base64.b64decode(sample["image"])), model.spec["channels"])
-        probabilities = model.predict(np.stack([image]))[0]
-        difference = max(difference, float(np.abs(probabilities - sample["probabilities"]).max()))
+        if model.spec["task"] == "regression":
+            inputs, expected = np.array([sample["features"]], np.float32), sample["prediction"]
+        else:
+            inputs = decode_image(io.BytesIO(base64.b64decode(sample["image"])), model.spec["channels"])[None]
+            expected = sample["probabilities"]
+        outputs = model.predict(np.ascontiguousarray(inputs).copy())[0]
+        difference = max(difference, float((np.abs(outputs - expected) / np.maximum(1, np.abs(expected))).max()))
     return len(golden), difference
 
 
@@ -255,6 +265,17 @@ def predict_files(model, paths, batch_size):
             yield from predict_window(model, window)
             window, held = [], 0
     yield from predict_window(model, window)
+
+
+def parse_values(text, count):
+    """'0.1,0.2,...' -> float32 [count]. Raises Problem."""
+    try:
+        values = np.array([float(value) for value in text.split(",")], np.float32)
+    except ValueError:
+        raise Problem("is not a list of numbers such as 0.1,0.2", 2) from None
+    if len(values) != count:
+        raise Problem(f"has {len(values)} values, this model takes {count}", 2)
+    return values
 
 
 def predict_window(model, window):
@@ -335,7 +356,16 @@ def opened(path):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line and whose help shows the defaults that say something."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return (
+                action.help if action.default is None or action.default is False else super()._get_help_string(action)
+            )
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=Parser.Help, **settings)
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help shows all options)\n")
@@ -352,18 +382,18 @@ def build_parser():
     parser = Parser(
         description="Predict from a file that step2_export.py made.",
         epilog="example: python step3_infer.py --model model.onnx --top-k 3 photos/",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, directories (recursively), globs")
+    parser.add_argument("--values", action="append", metavar="X,X,...", help="a row of features, for a regression")
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="FILE", help=".onnx or .pt; None: beside this script, else the newest under exports/")
-    add("--threads", type=positive, metavar="N", help="CPU threads; None: as many as this process may use")
-    add("--provider", default="cpu", help="onnxruntime's execution provider, or torch's device: cpu, cuda, ...")
+    add("--model", metavar="FILE", help=".onnx or .pt (default: beside this script, else the newest export)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: as many as this process may use)")
+    add("--provider", default="cpu", metavar="NAME", help="onnxruntime's provider or torch's device: cpu, cuda, ...")
     add("--batch-size", type=positive, default=32, metavar="N", help="images run at once, where sizes agree")
     add = parser.add_argument_group("results").add_argument
     add("--format", choices=("text", "json", "csv"), default="text", help="json is one object a line")
     add("--top-k", type=positive, default=3, metavar="K", help="classes to name, best first")
-    add("--output", metavar="FILE", help="write there, whole or not at all; None: standard output")
+    add("--output", metavar="FILE", help="write there, whole or not at all (default: standard output)")
     add("--self-test", action="store_true", help="run the golden samples inside the file and compare")
     return parser
 
@@ -385,27 +415,59 @@ def run(args):
         passed = difference <= SELF_TEST_TOLERANCE
         print(f"self-test {'passed' if passed else 'FAILED'}: {count} golden samples, max difference {difference:.1e}")
         return 0 if passed else 1
-    classes, failures = model.spec["classes"], 0
-    top_k = min(args.top_k, len(classes))
+    if (model.spec["task"] == "regression") != bool(args.values):
+        wanted = "numbers: give --values" if model.spec["task"] == "regression" else "images: give at least one PATH"
+        raise Problem(f"{path} predicts from {wanted}", 2)
     with opened(args.output) as out:
-        write = writer(out, args.format, top_k)
-        for source, result in predict_files(model, args.paths, args.batch_size):
-            if isinstance(result, Problem):
-                failures += 1
-                say(f"error: {source}: {result}")
-                write(source, None, str(result))
-            else:
-                best = np.argsort(-result, kind="stable")[:top_k]
-                write(source, [(classes[i], round(float(result[i]), 6)) for i in best], None)
+        failures = (write_values if args.values else write_images)(model, args, out)
         out.flush()
     return 1 if failures else 0
+
+
+def write_images(model, args, out):
+    """Predict all images and write the results to `out`; returns how many could not be used."""
+    classes, failures = model.spec["classes"], 0
+    top_k = min(args.top_k, len(classes))
+    write = writer(out, args.format, top_k)
+    for source, result in predict_files(model, args.paths, args.batch_size):
+        if isinstance(result, Problem):
+            failures += 1
+            say(f"error: {source}: {result}")
+            write(source, None, str(result))
+        else:
+            best = np.argsort(-result, kind="stable")[:top_k]
+            write(source, [(classes[i], round(float(result[i]), 6)) for i in best], None)
+    return failures
+
+
+def write_values(model, args, out):
+    """Predict from the numbers of --values and write the results to `out`; returns 0, or raises Problem."""
+    rows = []
+    for text in args.values:
+        try:
+            rows.append(parse_values(text, model.spec["channels"]))
+        except Problem as problem:
+            raise Problem(f"--values {text} {problem}", 2) from None
+    if args.format == "csv":
+        out.write("values,prediction\n")
+    for text, row, output in zip(args.values, rows, model.predict(np.stack(rows)), strict=True):
+        prediction = float(output[0])
+        if args.format == "json":
+            out.write(json.dumps({"values": row.tolist(), "prediction": prediction}) + "\n")
+        elif args.format == "csv":
+            csv.writer(out, lineterminator="\n").writerow([text, prediction])
+        else:
+            out.write(f"{text}  {prediction:.6g}\n")
+    return 0
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not args.paths and not args.self_test:
-        parser.error("give at least one PATH: an image, a directory or a glob")
+    if not (args.paths or args.values or args.self_test):
+        parser.error("give at least one PATH: an image, a directory or a glob; or --values for a regression")
+    if args.paths and args.values:
+        parser.error("give either PATHs or --values")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # decode_image says what matters
     try:
         return run(args)
