@@ -10,6 +10,7 @@ registry are torchvision's classification networks.
 
 import difflib
 import itertools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -258,10 +259,17 @@ def usual_size(name):
     return weights.transforms().crop_size[0] if weights else 64
 
 
+def load_plain(source):
+    """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says enough
+        return torch.load(source, map_location="cpu", weights_only=True)
+
+
 def read_state(path):
-    """A state_dict, or a checkpoint with one in it, read without running code from it. Raises ValueError."""
+    """A state_dict, or a checkpoint with one in it. Raises ValueError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except Exception as error:  # torch.load fails in many ways on a foreign file, a pickle with code among them

@@ -45,6 +45,8 @@ EXACT_TOLERANCE = 1e-4  # of a probability, where every engine sees the same pix
 RESIZED_TOLERANCE = 5e-3  # where resizing may round one grey level differently in under 1 % of the pixels
 ACCURACY_TOLERANCE = 0.005  # between what step1 reported, perhaps from a GPU, and eager fp32 here
 GOLDEN = 4
+# opset: (the IR version it came with, the oldest onnxruntime seen to run the file; before 1.15 none was at hand)
+OPSETS = {18: (8, "1.15"), 19: (9, "1.16"), 20: (9, "1.17"), 21: (10, "1.18"), 22: (10, "1.21"), 23: (11, "1.23")}
 
 
 @dataclass
@@ -88,7 +90,7 @@ def read_run(path):
     try:
         with open(file, "rb") as stream:
             content = stream.read()
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint = model.load_plain(io.BytesIO(content))
         schema, spec, state = checkpoint["schema"], checkpoint["spec"], checkpoint["state_dict"]
         if schema > SCHEMA:
             raise Problem(f"{file} has schema {schema}, this script knows up to {SCHEMA}: update Threestep")
@@ -139,15 +141,11 @@ def export_onnx(deployable, spec, path, opset):
     graph = program.model_proto
     for node in graph.graph.node:
         del node.metadata_props[:]  # stack traces of this machine
-    spec = {**spec, "opset": opset, "onnxruntime_min": onnxruntime_min(graph.ir_version)}
+    graph.ir_version, oldest = OPSETS[opset]  # the exporter's own IR version would shut out older onnxruntimes
+    spec = {**spec, "opset": opset, "onnxruntime_min": oldest}
     onnx.helper.set_model_props(graph, {"spec": json.dumps(spec), "classes": json.dumps(spec["classes"])})
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, path)
-
-
-def onnxruntime_min(ir_version):
-    """The first onnxruntime that reads an IR version, by onnxruntime's own compatibility table."""
-    return {8: "1.14", 9: "1.16", 10: "1.18", 11: "1.21", 12: "1.23", 13: "1.24"}.get(ir_version, "1.24")
 
 
 def export_torchscript(deployable, spec, path, opset):
@@ -346,7 +344,7 @@ def build_parser():
     add = parser.add_argument
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
     add("--format", nargs="+", choices=tuple(FORMATS), default=list(FORMATS), help="one or more")
-    add("--opset", type=int, choices=range(18, 24), default=18, metavar="N", help="of ONNX, 18 to 23")
+    add("--opset", type=int, choices=tuple(OPSETS), default=18, metavar="N", help="of ONNX, 18 to 23")
     add(
         "--tolerance",
         type=tolerance,
