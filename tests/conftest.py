@@ -1,0 +1,227 @@
+"""Fixtures shared by all tests: one trained and exported run, small data sets, and ways to run the scripts."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # plain `pytest` puts only tests/ there
+
+import step1_train  # noqa: E402
+import step2_export  # noqa: E402
+
+
+@dataclass
+class Result:
+    """What a command line gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self, code, *words):
+        """Assert a failure as users must see it: this exit code, one `error:` line that holds all `words`."""
+        assert self.code == code, (self.code, self.out, self.err)
+        assert "Traceback" not in self.out + self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert not [word for word in words if str(word).lower() not in lines[0].lower()], lines[0]
+        return lines[0]
+
+    def done(self):
+        """Assert success."""
+        assert self.code == 0 and "error: " not in self.err, (self.code, self.err)
+        return self
+
+
+@pytest.fixture
+def call(capsys):
+    """call(main, *arguments) -> Result, in this process."""
+
+    def call(main, *arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def execute():
+    """execute(*command, cwd) -> Result of a real process with this Python; close="2>&-" closes its standard error."""
+
+    def execute(*command, close="", **options):
+        command = ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, *(str(part) for part in command)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        done = subprocess.run(command, text=True, encoding="utf-8", timeout=100, **options)
+        return Result(done.returncode, done.stdout or "", done.stderr or "")
+
+    return execute
+
+
+@pytest.fixture
+def closed_pipe():
+    """The writing end of a pipe that nobody reads: what `| head -1` leaves after its line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@contextlib.contextmanager
+def same_threads():
+    """Undo step 3's choice of torch threads, which is for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def independent():
+    """No test depends on the random numbers or threads of those before it."""
+    torch.manual_seed(0)
+    with same_threads():
+        yield
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+@dataclass
+class Trained:
+    """A run and its export, below `place`, and what the two scripts printed."""
+
+    place: Path
+    run: Path
+    export: Path
+    printed: list
+
+
+def train_and_export(place, name, *arguments):
+    """Run step 1 and step 2 as their users do, in the empty directory `place`."""
+    printed = []
+    with pytest.MonkeyPatch.context() as patch, same_threads():
+        patch.chdir(place)
+        commands = (step1_train.main, [*arguments, "--name", name]), (step2_export.main, [])
+        for main, argv in commands:
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(argv)
+            assert code == 0, err.getvalue()
+            printed.append(Result(code, out.getvalue(), err.getvalue()))
+    return Trained(place, place / "runs" / name, place / "exports" / name, printed)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The default network on the digits: few epochs, but enough for 97 %. Read only."""
+    return train_and_export(tmp_path_factory.mktemp("trained"), "digits-airbench", "--epochs", "6")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A network that trains and exports in no time, with dropout. Read only."""
+    arguments = "--model mlp --hidden 32 --dropout 0.5 --epochs 3".split()
+    return train_and_export(tmp_path_factory.mktemp("small"), "small", *arguments)
+
+
+@pytest.fixture
+def small_run(small, here):
+    """The small run, alone and free to be damaged, in an empty working directory: runs/small."""
+    shutil.copytree(small.run, here / "runs" / "small")
+    return here / "runs" / "small"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Switch off the second proof, in a process of its own: the first must catch each fault without it, and fast."""
+    monkeypatch.setattr(step2_export, "alone", lambda *_: ({"samples": 0}, []))
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """Paths of the ten sample images, digit_0.png to digit_9.png, in this order."""
+    paths = sorted((ROOT / "data" / "samples").glob("*.png"))
+    assert [path.stem for path in paths] == [f"digit_{digit}" for digit in range(10)]
+    return paths
+
+
+def right(answers):
+    """How many (path, label) pairs name the digit of the sample's file name."""
+    return sum(re.search(r"digit_(\d)", path)[1] == label for path, label in answers)
+
+
+def onnx_with(source, target, spec=None, **changes):
+    """Copy an ONNX file, its spec changed by key (or replaced as a whole: text, or None for no spec at all)."""
+    graph = onnx.load(source)
+    properties = {entry.key: entry.value for entry in graph.metadata_props}
+    if changes:
+        spec = json.dumps({**json.loads(properties["spec"]), **changes})
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, {**properties, "spec": spec} if spec is not None else {})
+    onnx.save(graph, target)
+    return target
+
+
+def write_idx(path, array):
+    """The MNIST format: two zero bytes, type 8 (uint8), rank, big-endian sizes, data."""
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A data directory with a small MNIST of the genuine format."""
+    raw, rng = tmp_path / "small-data" / "MNIST" / "raw", np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    for split, n in (("train", 60), ("t10k", 20)):
+        write_idx(raw / f"{split}-images-idx3-ubyte", rng.integers(0, 256, (n, 28, 28)))
+        write_idx(raw / f"{split}-labels-idx1-ubyte", np.arange(n) % 10)
+    return tmp_path / "small-data"
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A data directory with a small CIFAR-10 of the genuine format: class k is bright in colour channel k % 3."""
+    from torchvision.datasets import CIFAR10
+
+    folder, rng, sums = tmp_path / "small-data" / "cifar-10-batches-py", np.random.default_rng(0), {}
+    folder.mkdir(parents=True)
+    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    contents = {"batches.meta": {"label_names": classes}}
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        labels = np.arange(40) % 10
+        images = rng.integers(0, 128, (40, 3, 32, 32), dtype=np.uint8)
+        images[np.arange(40), labels % 3] += 100
+        contents[name] = {"data": images.reshape(40, -1), "labels": labels.tolist()}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    for table in ("train_list", "test_list"):  # torchvision checks every file by its md5
+        monkeypatch.setattr(CIFAR10, table, [[name, sums[name]] for name, _ in getattr(CIFAR10, table)])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    return tmp_path / "small-data"

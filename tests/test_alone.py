@@ -1,0 +1,68 @@
+"""The exported file and step3_infer.py are enough: processes that cannot import anything else, and proof of that."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, right
+from PIL import Image
+
+FORBIDDEN = {
+    "model.onnx": ["torch", "torchvision", "onnx", "model", "data"],
+    "model.pt": ["torchvision", "onnx", "onnxruntime", "model", "data"],
+}
+
+
+@pytest.fixture(params=FORBIDDEN)
+def edge(request, tmp_path, trained):
+    """A directory with step3_infer.py and one file, an environment that poisons imports, and the file's name."""
+    name, place, poison = request.param, tmp_path / "edge", tmp_path / "poison"
+    place.mkdir()
+    poison.mkdir()
+    shutil.copy(ROOT / "step3_infer.py", place)
+    shutil.copy(trained.export / name, place)
+    for module in FORBIDDEN[name]:
+        (poison / f"{module}.py").write_text(f"raise ImportError('{module} is poisoned')\n")
+    # PYTHONPATH comes before the installed packages, and after the script's own directory.
+    return place, {**os.environ, "PYTHONPATH": str(poison), "PYTHONDONTWRITEBYTECODE": "1"}, name
+
+
+def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path):
+    place, environment, name = edge
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (1203, 1601, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    folder = tmp_path / "folder" / "below"
+    folder.mkdir(parents=True)
+    for path in samples[:3]:
+        shutil.copy(path, folder)
+    paths = [*samples, tmp_path / "photo.jpg", tmp_path / "folder"]
+    result = execute("step3_infer.py", "--format", "json", *paths, cwd=place, env=environment).done()
+    rows = [json.loads(line) for line in result.out.splitlines()]
+    assert len(rows) == 14 and not [row for row in rows if "error" in row]
+    assert right([(row["path"], row["label"]) for row in rows[:10]]) >= 9
+    assert rows[10]["path"].endswith("photo.jpg") and 0 < rows[10]["probability"] <= 1
+    assert [(row["label"], row["top"]) for row in rows[11:]] == [(row["label"], row["top"]) for row in rows[:3]]
+    assert name in result.err  # it says which model it took: the one beside it
+    assert sorted(os.listdir(place)) == sorted(["step3_infer.py", name])
+
+
+def test_the_poison_works(edge, execute):
+    place, environment, name = edge
+    attempt = "import importlib, sys\nfor name in sys.argv[1:]:\n try: importlib.import_module(name)\n"
+    attempt += " except ImportError as error: print(error)\n else: print(name, 'was imported')"
+    result = execute("-c", attempt, *FORBIDDEN[name], cwd=place, env=environment).done()
+    assert result.out.splitlines() == [f"{module} is poisoned" for module in FORBIDDEN[name]]
+    # And a script that needs what is poisoned cannot run there.
+    shutil.copy(ROOT / "step1_train.py", place)
+    result = execute("step1_train.py", "--help", cwd=place, env=environment)
+    assert result.code == 1 and "is poisoned" in result.err
+
+
+def test_what_is_missing_is_said_with_the_way_out(edge, execute, samples, trained):
+    place, environment, name = edge
+    other, needs = ("model.pt", "torch") if name == "model.onnx" else ("model.onnx", "onnxruntime")
+    arguments = ["--model", trained.export / other, samples[0]]
+    result = execute("step3_infer.py", *arguments, cwd=place, env=environment)
+    result.error(1, other, f"needs {needs}", f"pip install {needs}")

@@ -1,0 +1,201 @@
+"""Step 1: what a run writes, that it repeats, and what happens on wrong command lines."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import model
+import step1_train
+
+TINY = "--model mlp --hidden 16 --epochs 2".split()
+
+
+def rows_of(run):
+    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+
+
+def load(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def test_default_network_learns_the_digits(trained):
+    summary = json.loads((trained.run / "summary.json").read_text())
+    assert summary["test_accuracy"] >= 0.97 and 0 < summary["test_loss"] < 1
+    assert (summary["dataset"], summary["model"], summary["epochs"]) == ("digits", "airbench", 6)
+    assert summary["train_seconds"] > 0 and summary["parameters"] > 10_000
+
+
+def test_run_directory_holds_only_whole_files(trained):
+    names = {path.name for path in trained.run.iterdir()}
+    assert names >= {"checkpoint.pt", "config.json", "metrics.csv", "summary.json"}
+    assert not [name for name in names if "tmp" in name or name.startswith(".")]
+
+
+def test_checkpoint_is_plain_and_complete(trained):
+    checkpoint, summary = load(trained.run), json.loads((trained.run / "summary.json").read_text())
+    assert checkpoint.keys() >= {"schema", "spec", "state_dict", "arguments", "epoch"}
+    assert checkpoint["schema"] == 1 and checkpoint["epoch"] == 6
+    assert checkpoint["arguments"]["epochs"] == 6 and checkpoint["arguments"]["dataset"] == "digits"
+    spec = checkpoint["spec"]
+    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy arguments"
+    assert not [key for key in [*keys.split(), "versions", "created"] if key not in spec]
+    assert json.loads(json.dumps(spec)).keys() == spec.keys()  # it travels as JSON
+    assert (spec["task"], spec["classes"], spec["channels"]) == ("classification", list("0123456789"), 1)
+    assert list(spec["image_size"]) == [32, 32] and 0 < spec["mean"][0] < 1 and 0 < spec["std"][0] < 1
+    assert spec["test_accuracy"] == summary["test_accuracy"] and spec["parameters"] == summary["parameters"]
+    assert {value.dtype for value in checkpoint["state_dict"].values()} <= {torch.float32, torch.int64}
+
+
+def test_metrics_have_a_row_for_each_epoch(trained):
+    rows = rows_of(trained.run)
+    assert list(rows[0]) == "epoch train_loss train_accuracy test_loss test_accuracy lr seconds".split()
+    assert [row["epoch"] for row in rows] == list("123456")
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    summary = json.loads((trained.run / "summary.json").read_text())
+    assert float(rows[-1]["test_accuracy"]) == summary["test_accuracy"]
+
+
+def test_derived_configuration_is_printed_before_the_table(trained):
+    before, table = trained.printed[0].out.split("epoch   train loss", 1)
+    for word in ("digits", "airbench", "1,437", "360", "32x32", "6 epochs", "batch 64", "lr 0.05", "sgd", "translate"):
+        assert word in before
+    assert f"{load(trained.run)['spec']['parameters']:,} parameters" in before
+    assert len(re.findall(r"^ +\d  ", table, re.MULTILINE)) == 6
+    config = json.loads((trained.run / "config.json").read_text())
+    assert (config["batch_size"], config["lr"], config["device_used"]) == (64, 0.05, config["device_used"])
+
+
+@pytest.mark.parametrize("arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 1 --batch-size 256"])
+def test_a_seed_repeats_bit_for_bit_on_the_cpu(call, here, arguments):
+    arguments = arguments.split()
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        call(step1_train.main, *arguments, "--device", "cpu", "--seed", seed, "--name", name).done()
+    states = [load(here / "runs" / name)["state_dict"] for name in "abc"]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert not all(torch.equal(value, states[2][key]) for key, value in states[0].items())
+    rows = [rows_of(here / "runs" / name) for name in "abc"]
+    for row in (*rows[0], *rows[1]):
+        del row["seconds"]
+    assert rows[0] == rows[1]
+
+
+def test_a_second_run_does_not_touch_the_first(call, here):
+    call(step1_train.main, *TINY, "--epochs", 1).done()
+    first = {path.name: path.read_bytes() for path in (here / "runs" / "digits-mlp").iterdir()}
+    result = call(step1_train.main, *TINY, "--epochs", 1, "--seed", 1).done()
+    assert "digits-mlp-2" in result.out
+    assert {path.name for path in (here / "runs").iterdir()} == {"digits-mlp", "digits-mlp-2"}
+    assert {path.name: path.read_bytes() for path in (here / "runs" / "digits-mlp").iterdir()} == first
+
+
+def test_a_name_that_is_taken_is_refused(call, here):
+    (here / "runs" / "mine").mkdir(parents=True)
+    call(step1_train.main, *TINY, "--name", "mine").error(2, "runs/mine exists", "--name")
+    assert not list((here / "runs" / "mine").iterdir())
+
+
+def test_runs_that_cannot_be_written(call, here):
+    (here / "runs").write_text("not a directory")
+    call(step1_train.main, *TINY).error(1, "cannot make runs/digits-mlp")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--model airbnch", ["airbench", "--list-models"]),
+        ("--dataset digit", ["digits", "--list-datasets"]),
+        ("--model mlp --width 2", ["mlp", "--width"]),
+        ("--hidden 64", ["airbench", "--hidden"]),
+        ("--model resblock --dropout 0.1", ["resblock", "--dropout"]),
+        ("--image-size 8", ["airbench", "28x28", "--image-size"]),
+        ("--model mynet --image-size 7x64", ["mynet", "8x8", "7x64"]),
+        ("--image-size big", ["--image-size", "big"]),
+        ("--device toaster", ["--device toaster", "--device cpu"]),
+        ("--device cuda:99", ["--device cuda:99", "--device cpu"]),
+        ("--epochs 0", ["--epochs", "'0'"]),
+        ("--epochs 1.5", ["--epochs", "whole number"]),
+        ("--lr 0", ["--lr", "above 0"]),
+        ("--lr inf", ["--lr"]),
+        ("--lr nan", ["--lr"]),
+        ("--momentum 1", ["--momentum"]),
+        ("--label-smoothing 1.5", ["--label-smoothing"]),
+        ("--augment none flip", ["--augment none"]),
+        ("--augment rotate", ["--augment", "rotate"]),
+        ("--optimizer sdg", ["--optimizer", "sgd"]),
+        ("--name ../elsewhere", ["--name", "elsewhere"]),
+        ("--no-such-option", ["--no-such-option", "--help"]),
+    ],
+)
+def test_wrong_command_line_is_one_line_and_leaves_nothing(call, here, arguments, words):
+    call(step1_train.main, *arguments.split()).error(2, *words)
+    assert not list(here.iterdir())
+
+
+def test_wrong_network_is_said_before_a_data_set_is_downloaded(call, here, monkeypatch):
+    monkeypatch.setattr(step1_train.data, "load", lambda *_, **__: pytest.fail("loaded the data first"))
+    call(step1_train.main, "--dataset", "cifar10", "--model", "airbnch").error(2, "airbench")
+
+
+def test_lists(call, here):
+    models = call(step1_train.main, "--list-models").done().out
+    assert [name for name in ("airbench", "mlp", "mynet", "resblock") if not re.search(f"^{name} ", models, re.M)] == []
+    datasets, known = call(step1_train.main, "--list-datasets").done().out, "digits mnist fashion-mnist kmnist cifar10"
+    assert [name for name in [*known.split(), "cifar100"] if not re.search(f"^{name} ", datasets, re.M)] == []
+
+
+@pytest.mark.parametrize("name", ["mynet", "resblock"])
+def test_other_networks_train(call, here, name):
+    call(step1_train.main, "--model", name, "--epochs", 2).done()
+    assert float(rows_of(here / "runs" / f"digits-{name}")[-1]["test_accuracy"]) > 0.3  # ten classes: chance is 0.1
+
+
+@pytest.mark.parametrize("name", ["mynet", "resblock"])
+def test_a_last_batch_of_one_image_does_not_end_the_run(call, here, name):
+    # 1,437 training images: one is left over, and batch norm has no variance over a single value.
+    call(step1_train.main, "--model", name, "--epochs", 1, "--batch-size", 1436).done()
+
+
+def test_other_image_size_is_what_the_network_sees(call, here):
+    call(step1_train.main, *TINY, "--epochs", 1, "--image-size", "12x20").done()
+    spec = load(here / "runs" / "digits-mlp")["spec"]
+    assert list(spec["image_size"]) == [12, 20] and spec["parameters"] == 12 * 20 * 16 + 16 + 16 * 10 + 10
+
+
+def test_the_last_epoch_is_the_result(call, here):
+    # The test split only reports: the summary is the last epoch's, be it the best or not.
+    call(step1_train.main, *TINY, "--optimizer", "sgd", "--lr", 2, "--schedule", "constant", "--epochs", 6).done()
+    rows = rows_of(here / "runs" / "digits-mlp")
+    summary = json.loads((here / "runs" / "digits-mlp" / "summary.json").read_text())
+    assert summary["test_accuracy"] == float(rows[-1]["test_accuracy"])
+    assert load(here / "runs" / "digits-mlp")["spec"]["test_accuracy"] == summary["test_accuracy"]
+
+
+def test_checkpoint_gives_the_reported_accuracy(small):
+    import data
+
+    checkpoint, digits = load(small.run), data.load("digits")
+    spec = checkpoint["spec"]
+    network = model.build("mlp", channels=1, classes=10, image_size=(8, 8), hidden=[32], dropout=0.5)
+    network.load_state_dict(checkpoint["state_dict"])
+    deployable = model.Deployable(network, spec["image_size"], spec["mean"], spec["std"]).eval()
+    labels = deployable(torch.from_numpy(digits.test_images)).argmax(1).numpy()
+    assert (labels == digits.test_labels).mean() == spec["test_accuracy"]
+
+
+def test_as_a_process_from_another_directory(execute, here):
+    result = execute(ROOT / "step1_train.py", *TINY, "--epochs", 1, cwd=here).done()
+    assert result.err == "" and (here / "runs" / "digits-mlp" / "checkpoint.pt").is_file()
+
+
+def test_closed_standard_error_does_not_end_the_run(execute, here):
+    execute(ROOT / "step1_train.py", *TINY, "--epochs", 1, cwd=here, close="2>&-").done()
+    assert (here / "runs" / "digits-mlp" / "summary.json").is_file()
+
+
+def test_closed_pipe_has_no_traceback(execute, here, closed_pipe):
+    result = execute(ROOT / "step1_train.py", "--list-models", cwd=here, stdout=closed_pipe)
+    assert (result.code, result.err) == (0, "")

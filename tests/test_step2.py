@@ -1,0 +1,202 @@
+"""Step 2: what an export holds, and what happens when it cannot be made."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+
+import onnx
+import pytest
+import torch
+from conftest import ROOT
+
+import step1_train
+import step2_export
+import step3_infer
+
+
+def parity_of(export):
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads((export / "parity.json").read_text(), parse_constant=refuse)
+
+
+def test_both_formats_pass_the_gate(trained):
+    report = parity_of(trained.export)
+    accuracy = json.loads((trained.run / "summary.json").read_text())["test_accuracy"]
+    assert report.keys() == {"torchscript", "onnx"}
+    for figures in report.values():
+        assert figures["passed"] is True and figures["samples"] == 360
+        assert 0 <= figures["max_abs_diff"] <= 1e-4 and figures["top1_agreement"] == 1
+        assert figures["accuracy"] == pytest.approx(accuracy, abs=0.005)
+        sizes = {name.split()[-1] for name in figures["probes"]}
+        kinds = {name.split()[0] for name in figures["probes"]}
+        assert "32x32" in sizes and len(sizes) > 3 and kinds == {"random", "black", "white"}
+        assert figures["alone"]["samples"] > 0 and figures["alone"]["max_abs_diff"] <= 1e-4
+
+
+def test_export_writes_two_files_and_the_figures(trained, small):
+    for export in (trained.export, small.export):
+        assert sorted(os.listdir(export)) == ["model.onnx", "model.pt", "parity.json"]
+    printed = trained.printed[1]
+    assert "runs/digits-airbench" in printed.err.splitlines()[0] and len(printed.err.splitlines()) == 1
+    assert "exports/digits-airbench/model.onnx" in printed.out and "exports/digits-airbench/model.pt" in printed.out
+
+
+def test_onnx_graph_is_as_promised(trained):
+    graph = onnx.load(trained.export / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    assert [entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")] == [18]
+    (image,), (probabilities,) = graph.graph.input, graph.graph.output
+    assert (image.name, image.type.tensor_type.elem_type) == ("image", onnx.TensorProto.UINT8)
+    dims = image.type.tensor_type.shape.dim
+    assert all(dim.dim_param for dim in dims[:3]) and dims[3].dim_value == 1
+    assert len({dim.dim_param for dim in dims[:3]}) == 3
+    assert (probabilities.name, probabilities.type.tensor_type.elem_type) == ("probabilities", onnx.TensorProto.FLOAT)
+    assert probabilities.type.tensor_type.shape.dim[1].dim_value == 10
+    assert not [tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt"])
+def test_spec_inside_the_file_says_where_it_comes_from(trained, name):
+    spec = step3_infer.Model(str(trained.export / name)).spec
+    checkpoint = (trained.run / "checkpoint.pt").read_bytes()
+    assert spec["checkpoint_sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy arguments"
+    assert not [key for key in [*keys.split(), "versions", "created", "golden"] if key not in spec]
+    trained_spec = torch.load(trained.run / "checkpoint.pt", weights_only=True)["spec"]
+    assert not [key for key in keys.split() if spec[key] != json.loads(json.dumps(trained_spec[key]))]
+    assert len(spec["golden"]) >= 2
+    assert all(sum(sample["probabilities"]) == pytest.approx(1, abs=1e-5) for sample in spec["golden"])
+
+
+def test_onnx_names_its_classes_for_foreign_readers(trained):
+    properties = {entry.key: entry.value for entry in onnx.load(trained.export / "model.onnx").metadata_props}
+    assert json.loads(properties["classes"]) == list("0123456789")
+    minimum = json.loads(properties["spec"])["onnxruntime_min"].split(".")
+    assert [int(part) for part in minimum] >= [1, 14]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt"])
+def test_file_does_not_tell_the_training_machines_paths(trained, name):
+    content = (trained.export / name).read_bytes()
+    for path in (ROOT, trained.place, os.path.dirname(torch.__file__)):
+        assert os.fsencode(path) not in content
+
+
+def test_colour_images_go_all_the_way(call, here, cifar10):
+    arguments = "--dataset cifar10 --model mynet --epochs 1 --batch-size 32 --data-dir".split()
+    call(step1_train.main, *arguments, cifar10).done()
+    call(step2_export.main, "--format", "onnx").done()
+    model = step3_infer.Model(str(here / "exports" / "cifar10-mynet" / "model.onnx"))
+    assert (model.spec["channels"], model.spec["image_size"], len(model.spec["mean"])) == (3, [32, 32], 3)
+    assert model.spec["classes"][9] == "truck" and parity_of(here / "exports" / "cifar10-mynet")["onnx"]["passed"]
+
+
+def test_one_format_later_keeps_the_others_entry(call, small, small_run, here, in_process):
+    shutil.copytree(small.export, here / "exports" / "small")
+    before = parity_of(small.export)
+    call(step2_export.main, "--format", "torchscript", "--run", "small").done()
+    after = parity_of(here / "exports" / "small")
+    assert after["onnx"] == before["onnx"] and after["torchscript"]["passed"]
+    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "model.pt", "parity.json"]
+
+
+def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(call, small, small_run, here, in_process):
+    shutil.copytree(small.export, here / "exports" / "small")
+    report = parity_of(small.export)
+    report["onnx"]["checkpoint_sha256"] = "0" * 64
+    (here / "exports" / "small" / "parity.json").write_text(json.dumps(report))
+    call(step2_export.main, "--format", "torchscript").done()
+    assert sorted(os.listdir(here / "exports" / "small")) == ["model.pt", "parity.json"]
+    assert parity_of(here / "exports" / "small").keys() == {"torchscript"}
+
+
+def test_newest_run_is_taken(call, small, small_run, here, monkeypatch):
+    shutil.copytree(small_run, here / "runs" / "older")
+    os.utime(here / "runs" / "older" / "checkpoint.pt", (1e9, 1e9))
+    monkeypatch.setattr(step2_export, "export", lambda run, *_: print(run.path) or [])
+    result = call(step2_export.main).done()
+    assert result.out.strip() == "runs/small" and "runs/small" in result.err
+    assert call(step2_export.main, "--run", "older").done().out.strip() == "runs/older"
+    assert call(step2_export.main, "--run", here / "runs" / "older").done().out.strip().endswith("runs/older")
+
+
+def test_no_run_at_all(call, here):
+    call(step2_export.main).error(2, "no trained run", "step1_train.py")
+    assert not list(here.iterdir())
+
+
+def test_unknown_run_lists_those_there_are(call, small_run):
+    call(step2_export.main, "--run", "smal").error(2, "'smal'", "small")
+
+
+@pytest.mark.parametrize("option", ["--opset 17", "--format coreml", "--tolerance 0", "--tolerance big"])
+def test_wrong_option(call, here, option):
+    call(step2_export.main, *option.split()).error(2, *option.split())
+
+
+def edit(run, change):
+    """Load a run's checkpoint, let `change` alter it, save it."""
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, run / "checkpoint.pt")
+
+
+class Code:
+    """Unpickling an object of this class makes the file `executed`."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "pickle with code", "other dict"])
+def test_checkpoint_that_is_none(call, small_run, here, kind):
+    path = small_run / "checkpoint.pt"
+    whole = path.read_bytes()
+    contents = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n" * 100}
+    code = pickle.dumps({"schema": 1, "spec": Code(), "state_dict": {}}, protocol=2)
+    path.write_bytes(contents.get(kind, code))
+    if kind == "other dict":
+        torch.save({"weights": torch.zeros(3)}, path)
+    call(step2_export.main).error(1, "runs/small/checkpoint.pt", "not a Threestep checkpoint")
+    assert not (here / "executed").exists() and not (here / "exports").exists()
+
+
+def test_such_code_would_have_been_executed(here):
+    pickle.loads(pickle.dumps(Code()))
+    assert (here / "executed").exists()
+
+
+def test_code_in_a_torch_checkpoint_is_not_executed(call, small_run, here):
+    edit(small_run, lambda checkpoint: checkpoint.update(extra=Code()))
+    call(step2_export.main).error(1, "runs/small/checkpoint.pt")
+    assert not (here / "executed").exists()
+
+
+def test_checkpoint_of_a_newer_threestep(call, small_run):
+    edit(small_run, lambda checkpoint: checkpoint.update(schema=99))
+    call(step2_export.main).error(1, "schema 99", "update")
+
+
+def test_checkpoint_of_another_shape(call, small_run):
+    edit(small_run, lambda checkpoint: checkpoint["spec"]["arguments"].update(hidden=[99]))
+    call(step2_export.main).error(1, "runs/small/checkpoint.pt")
+
+
+def test_checkpoint_whose_weights_changed_since_training(call, small_run, here):
+    edit(small_run, lambda checkpoint: [value.mul_(-1) for value in checkpoint["state_dict"].values()])
+    call(step2_export.main).error(1, "training reported", "changed checkpoint")
+    assert not list(here.glob("exports/*/model.*"))
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_output_directory_that_cannot_be_made(call, small_run, here, out):
+    (here / "file").write_text("not a directory")
+    call(step2_export.main, "--out", out).error(1, f"cannot write {out}")
+
+
+def test_as_a_process(execute, here):
+    execute(ROOT / "step2_export.py", "--run", "nothing", cwd=here).error(2, "'nothing'")
