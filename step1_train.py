@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data import Parser, Problem, say
+from data import Parser, Problem, guarded
 
 SCHEMA = 1
 RUNS = "runs"
@@ -600,7 +600,8 @@ def fit(args, dataset, deployable, splits, run, dtype):
 
 
 def train(args):
-    """The whole of step 1. Returns the run directory; raises Problem."""
+    """The whole of step 1. Returns the exit code; raises Problem."""
+    del args.list_models, args.list_datasets
     dataset = load_dataset(args)
     derive(args, dataset)
     torch.manual_seed(args.seed)
@@ -634,7 +635,7 @@ def train(args):
         print_coefficients(deployable.network)
     result = f"test loss {test_loss:.4g}" if test_accuracy is None else f"test accuracy {test_accuracy:.2%}"
     print(f"{run}: {result} in {summary['train_seconds']:.0f} s")
-    return run
+    return 0
 
 
 def print_coefficients(network):
@@ -654,23 +655,12 @@ def list_names(args):
         for name, cls in model.MODELS.items():
             print(f"{name:14} {cls.about}")
         print("and torchvision's: " + " ".join(model.torchvision_names()))
+    return 0
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.list_models or args.list_datasets:
-        list_names(args)
-        return 0
-    del args.list_models, args.list_datasets
-    try:
-        train(args)
-        return 0
-    except Problem as problem:
-        say(f"error: {problem}")
-        return problem.code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+    return guarded(list_names if args.list_models or args.list_datasets else train, args)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from PIL import Image
 import data
 import model
 import step3_infer
-from step3_infer import Parser, Problem, say
+from step3_infer import Parser, Problem, guarded, say
 
 SCHEMA = 1  # of checkpoints
 RUNS, EXPORTS = "runs", "exports"
@@ -225,15 +225,16 @@ def compare(expected, got, exact, tolerance):
     Predictions of a regression above 1 are compared relative to their size.
     """
     difference = (np.abs(expected.astype(np.float64) - got) / np.maximum(1, np.abs(expected))).max(axis=1)
-    difference[np.isnan(difference)] = np.inf  # NaN agrees with nothing
+    finite = np.isfinite(difference)
+    difference[~finite] = np.inf  # NaN agrees with nothing
     top, got_top = expected.argmax(1), got.argmax(1)
     rows = np.arange(len(expected))
     limit = tolerance if exact else max(tolerance, RESIZED_TOLERANCE)
     # An answer may change only where the reference itself holds the two classes to be equal, or nearly.
     changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > limit / 5)
     figures = {
-        "max_abs_diff": float(difference.max()),
-        "quantiles": {f"{q:g}": float(np.quantile(difference, q)) for q in (0.5, 0.9, 0.99)},
+        "max_abs_diff": float(difference.max()) if finite.all() else None,
+        "quantiles": {f"{q:g}": float(np.quantile(difference[finite], q)) for q in (0.5, 0.9, 0.99) if finite.any()},
         "top1_agreement": float((top == got_top).mean()),
         "samples": len(expected),
         "tolerance": limit,
@@ -390,8 +391,12 @@ def export(run, out, formats, opset, tolerance, dataset):
         for form in formats:
             name, write = FORMATS[form]
             unproven, final = os.path.join(place, name), os.path.join(out, name)
-            write(run.deployable(), spec, unproven, opset)
-            figures, failures = gate(run, unproven, dataset, expected, tolerance)
+            try:
+                write(run.deployable(), spec, unproven, opset)
+                figures, failures = gate(run, unproven, dataset, expected, tolerance)
+            except Problem as problem:  # step3 cannot load or run it
+                nothing = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}
+                figures, failures = nothing, [str(problem)]
             report[form] = {**figures, "passed": not failures, "failures": failures}
             report[form]["checkpoint_sha256"] = spec["checkpoint_sha256"]
             if failures:
@@ -406,7 +411,7 @@ def export(run, out, formats, opset, tolerance, dataset):
             print(f"{form:12} {final:36} {size / 1e6:5.2f} MB {difference:9.1e} {accuracy:>9}", flush=True)
         parity = os.path.join(place, "parity.json")
         with open(parity, "w") as stream:
-            json.dump(report, stream, indent=2)
+            json.dump(report, stream, indent=2, allow_nan=False)
         os.replace(parity, os.path.join(out, "parity.json"))
     return [form for form in formats if not report[form]["passed"]]
 
@@ -429,36 +434,35 @@ def remove(path):
         os.unlink(path)
 
 
-def main(argv=None):
-    args = build_parser().parse_args(argv)
+def run_export(args):
+    """The work of main: returns the exit code, raises Problem."""
+    path = find_run(args.run)
+    if args.run is None:
+        say(f"run: {path}")
+    run = read_run(path)
+    arguments = run.spec["arguments"]
+    names = ("strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
+    dataset = data.load(
+        run.spec["dataset"],
+        args.data_dir or arguments["data_dir"],
+        image_size=None if run.regression else tuple(run.spec["image_size"]),
+        channels=run.spec["channels"],
+        resize=model.resize,
+        **{name: arguments[name] for name in names},
+    )
+    out = args.out or os.path.join(EXPORTS, os.path.basename(path))
     try:
-        path = find_run(args.run)
-        if args.run is None:
-            say(f"run: {path}")
-        run = read_run(path)
-        arguments = run.spec["arguments"]
-        names = ("strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
-        dataset = data.load(
-            run.spec["dataset"],
-            args.data_dir or arguments["data_dir"],
-            image_size=None if run.regression else tuple(run.spec["image_size"]),
-            channels=run.spec["channels"],
-            resize=model.resize,
-            **{name: arguments[name] for name in names},
-        )
-        out = args.out or os.path.join(EXPORTS, os.path.basename(path))
-        try:
-            os.makedirs(out, exist_ok=True)
-            failed = export(run, out, list(dict.fromkeys(args.format)), args.opset, args.tolerance, dataset)
-        except OSError as error:
-            raise Problem(f"cannot write {out}: {error.strerror or error}") from None
-        return 1 if failed else 0
-    except Problem as problem:
-        say(f"error: {problem}")
-        return problem.code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+        os.makedirs(out, exist_ok=True)
+        failed = export(run, out, list(dict.fromkeys(args.format)), args.opset, args.tolerance, dataset)
+    except OSError as error:
+        if error.filename is None:  # standard output
+            raise
+        raise Problem(f"cannot write {out}: {error.strerror or error}") from None
+    return 1 if failed else 0
+
+
+def main(argv=None):
+    return guarded(run_export, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -74,8 +74,10 @@ def decode_image(source, channels):
         raise Problem("is too large for this machine's memory") from None
     except OSError as error:
         raise Problem(f"cannot be read: {error.strerror or error}") from None
-    except (ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError) as error:
-        raise Problem(f"is corrupt: {error}") from None  # what Pillow's plugins raise on broken files
+    except Problem:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything at all on broken files
+        raise Problem(f"is corrupt: {error}") from None
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -91,11 +93,12 @@ def find_images(paths):
     """Yield (path, Problem or None): files as given, directories walked recursively in name order, globs expanded."""
     for path in paths:
         if not os.path.lexists(path) and glob.has_magic(path):
+            # "**" matches directories beside the files in them; a glob of directories alone walks these.
             matches = sorted(glob.glob(path, recursive=True))
-            if matches:
-                yield from find_images(match for match in matches if not os.path.isdir(match))
-            else:
+            files = [match for match in matches if not os.path.isdir(match)]
+            if not matches:
                 yield path, Problem("matches no file")
+            yield from find_images(files or matches)
         elif os.path.isdir(path):
             found = False
             for directory, subdirectories, files in os.walk(path):
@@ -130,14 +133,20 @@ class Model:
         text, self._run = load(path, threads, provider)
         self.spec = read_spec(text, path)
 
-    def predict(self, images):
-        """uint8 images [batch, height, width, channels] of any one size -> float32 probabilities [batch, classes]."""
-        probabilities = self._run(images)
-        if probabilities.shape != (len(images), len(self.spec["classes"])):
-            raise Problem(
-                f"the file's spec is wrong: {len(self.spec['classes'])} classes, outputs {probabilities.shape}"
-            )
-        return probabilities
+    def predict(self, inputs):
+        """uint8 images [batch, height, width, channels] of any one size -> float32 probabilities [batch, classes].
+
+        For regression: float32 features [batch, n] -> float32 predictions [batch, 1]. Raises Problem.
+        """
+        try:
+            outputs = self._run(inputs)
+        except Exception as error:  # the engines' exceptions have no common base but this
+            reason = " ".join(str(error).split())
+            shape = "x".join(map(str, inputs.shape))
+            raise Problem(f"the model cannot run on {shape} input, its spec is wrong perhaps: {reason}") from None
+        if outputs.shape != (len(inputs), len(self.spec["classes"])):
+            raise Problem(f"the file's spec is wrong: {len(self.spec['classes'])} classes, outputs {outputs.shape}")
+        return outputs
 
 
 def load_onnx(path, threads, provider):
@@ -170,6 +179,12 @@ def load_torchscript(path, threads, provider):
         import torch
     except ImportError:
         raise Problem(f"{path} needs torch: pip install torch (or use the .onnx file, which does not)") from None
+    try:
+        torch.zeros(1, device=provider)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Problem(
+            f"torch cannot use --provider {provider} here ({str(error).splitlines()[0]}); cpu it can", 2
+        ) from None
     torch.set_num_threads(threads)
     extra = {"spec.json": ""}
     try:
@@ -229,18 +244,23 @@ def find_model():
 
 def self_test(model):
     """Run the golden samples inside the file. -> (count, max absolute difference from what the network said)."""
-    golden = model.spec.get("golden")
+    golden, difference = model.spec.get("golden"), 0.0
     if not golden:
         raise Problem("this file carries no golden samples to test with")
-    difference = 0.0
-    for sample in golden:
-        if model.spec["task"] == "regression":
-            inputs, expected = np.array([sample["features"]], np.float32), sample["prediction"]
-        else:
-            inputs = decode_image(io.BytesIO(base64.b64decode(sample["image"])), model.spec["channels"])[None]
-            expected = sample["probabilities"]
-        outputs = model.predict(np.ascontiguousarray(inputs).copy())[0]
-        difference = max(difference, float((np.abs(outputs - expected) / np.maximum(1, np.abs(expected))).max()))
+    try:
+        for sample in golden:
+            if model.spec["task"] == "regression":
+                inputs, expected = np.array([sample["features"]], np.float32), np.array(sample["prediction"], float)
+            else:
+                image = decode_image(io.BytesIO(base64.b64decode(sample["image"])), model.spec["channels"])
+                inputs, expected = np.stack([image]), np.array(sample["probabilities"], float)
+            outputs = model.predict(inputs)[0]
+            if outputs.shape != expected.shape:
+                raise ValueError(f"{expected.shape} outputs expected, {outputs.shape} came")
+            worst = (np.abs(outputs - expected) / np.maximum(1, np.abs(expected))).max()
+            difference = float(np.maximum(difference, worst))  # which keeps NaN, as max() does not
+    except (ValueError, KeyError, TypeError, Problem) as error:
+        raise Problem(f"this file's golden samples are malformed: {error!r}") from None
     return len(golden), difference
 
 
@@ -335,6 +355,7 @@ def opened(path):
             raise Problem("standard output is closed; give --output FILE")
         sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
+        sys.stdout.flush()
         return
     try:
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".step3-")
@@ -347,6 +368,9 @@ def opened(path):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except OSError as error:
+        os.unlink(temporary)
+        raise Problem(f"cannot write {path}: {error.strerror}") from None
     except BaseException:
         os.unlink(temporary)
         raise
@@ -404,6 +428,39 @@ def say(message):
         print(printable(message), file=sys.stderr)
 
 
+def guarded(work, *args):
+    """Do work(*args), which returns an exit code; a failure that its user can mend is one line. -> the exit code."""
+    try:
+        code = work(*args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except Problem as problem:
+        say(f"error: {problem}")
+        return problem.code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:  # `| head`: nobody reads on
+        return 0
+    except OSError as error:
+        if error.filename is not None:  # not standard output, and not foreseen: a bug
+            raise
+        say(f"error: cannot write to standard output: {error.strerror}")
+        return 1
+    finally:
+        discard_output_if_broken()
+
+
+def discard_output_if_broken():
+    """Python flushes standard output once more at its end: what cannot be written by now goes nowhere."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(args):
     """The work of main; returns the exit code, raises Problem."""
     path = args.model or find_model()
@@ -420,7 +477,6 @@ def run(args):
         raise Problem(f"{path} predicts from {wanted}", 2)
     with opened(args.output) as out:
         failures = (write_values if args.values else write_images)(model, args, out)
-        out.flush()
     return 1 if failures else 0
 
 
@@ -469,16 +525,7 @@ def main(argv=None):
     if args.paths and args.values:
         parser.error("give either PATHs or --values")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # decode_image says what matters
-    try:
-        return run(args)
-    except Problem as problem:
-        say(f"error: {problem}")
-        return problem.code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return guarded(run, args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 
 from data import cache, files
 from data.files import stratified  # noqa: F401  for step1's validation split
-from step3_infer import Parser, Problem, say  # noqa: F401  step1, which must not need step3, takes them from here
+from step3_infer import Parser, Problem, guarded, say  # noqa: F401  step1, which must not need step3, has them from here
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
