@@ -8,8 +8,11 @@ program that runs the file would otherwise have to repeat: resizing, scaling, no
 registry are torchvision's classification networks.
 """
 
+import contextlib
 import difflib
 import itertools
+import os
+import sys
 import warnings
 
 import torch
@@ -154,7 +157,7 @@ class Airbench(nn.Module):
         first, second = (nn.Conv2d(n, n_out, 3, padding=1, bias=False) for n in (n_in, n_out))
         for conv in (first, second):  # start as the identity on as many channels as there are
             nn.init.dirac_(conv.weight[: conv.in_channels])
-        norms = [nn.BatchNorm2d(n_out) for _ in range(2)]
+        norms = [nn.BatchNorm2d(n_out, momentum=0.4) for _ in range(2)]  # few steps: forget quickly
         for norm in norms:
             norm.weight.requires_grad = False  # the scale is free: another convolution follows
         return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
@@ -279,6 +282,39 @@ def read_state(path):
     if not inner or not all(isinstance(value, torch.Tensor) for value in inner.values()):
         raise ValueError("is not a state_dict: it holds other things than tensors")
     return state
+
+
+class DownloadError(ValueError):
+    """Weights that could not be fetched."""
+
+
+def pretrained(name, source, channels):
+    """-> (state_dict, mean, std) to start a network from; mean and std are None where nobody says them.
+
+    source: "default" for torchvision's default weights, else the path of a state_dict or checkpoint. mean, std: what
+    the weights were trained with, [channels]; grey takes the middle of the three. Raises ValueError.
+    """
+    weights, mean, std = torchvision_weights(name), None, None
+    if weights is not None:
+        usual = weights.transforms().mean, weights.transforms().std
+        mean, std = ([sum(x) / 3] * channels if channels != 3 else list(x) for x in usual)
+    if source != "default":
+        state = read_state(source)
+        spec = state.get("spec", {})
+        if len(spec.get("mean", ())) == channels:  # a checkpoint of ours
+            mean, std = spec["mean"], spec["std"]
+        return state.get("state_dict", state), mean, std
+    if weights is None:
+        raise ValueError(f"there are no default weights for {name}; --pretrained FILE takes a local state_dict")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return weights.get_state_dict(progress=True, check_hash=True), mean, std
+    except (OSError, RuntimeError) as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        raise DownloadError(
+            f"cannot download the weights of {name} ({error}): put {weights.url} at {place}, "
+            f"or give --pretrained FILE, or train from scratch without --pretrained"
+        ) from None
 
 
 def head_keys(network):

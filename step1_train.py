@@ -20,6 +20,7 @@ Next: python step2_export.py
 import argparse
 import contextlib
 import copy
+import ctypes
 import itertools
 import json
 import math
@@ -40,40 +41,38 @@ from data import Parser, Problem, guarded
 
 SCHEMA = 1
 RUNS = "runs"
-AUGMENTATIONS = ("flip", "translate", "cutout")
-OPTIMIZERS = {
-    "sgd": lambda groups, args: torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.momentum > 0),
-    "adam": lambda groups, args: torch.optim.Adam(groups, fused=True),
-    "adamw": lambda groups, args: torch.optim.AdamW(groups, fused=True),
-}
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
+BF16_MATMUL = any((getattr(torch.cpu, "get_capabilities", dict)()).get(name) for name in ("amx_bf16", "avx512_bf16"))
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")
 
-# What the command line leaves open: first by the network and dataset, then by the network, then for all.
+# What the command line leaves open: by the network and dataset, then by the network, then by the optimizer, then for
+# all. Where another optimizer than the recipe's is asked for, its own defaults take the place of what belongs to it.
 RECIPES = {
-    ("airbench", "digits"): {"epochs": 20, "batch_size": 64, "width": 0.25, "lr": 0.05, "label_smoothing": 0.0},
-    ("airbench", "mnist"): {"width": 0.5},
+    ("airbench", "digits"): {
+        "epochs": 20,
+        "batch_size": 64,
+        "width": 0.25,
+        "lr": 0.08,
+        "label_smoothing": 0.0,
+        "grow": 1.0,
+    },
+    ("airbench", "mnist"): {"width": 0.25, "lr": 0.12, "label_smoothing": 0.1},
     ("airbench", "fashion-mnist"): {"width": 0.5},
     ("airbench", "kmnist"): {"width": 0.5},
     ("mlp", "digits"): {"epochs": 50},
     ("mynet", "digits"): {"epochs": 50, "batch_size": 32},
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
-    ("airbench",): {"label_smoothing": 0.1, "batch_size": 256, "lr": 0.1, "weight_decay": 5e-4},
-    ("mlp",): {"optimizer": "adam", "lr": 1e-3, "batch_size": 32, "schedule": "cosine"},
-    ("mynet",): {"lr": 0.05, "weight_decay": 5e-4},
+    ("airbench",): {"optimizer": "muon", "batch_size": 500, "label_smoothing": 0.2, "grow": 0.625},
+    ("mlp",): {"optimizer": "adam", "batch_size": 32},
     ("resblock",): {"lr": 0.5, "batch_size": 512},
-    ("linear",): {"epochs": 300, "batch_size": 100_000, "lr": 0.1, "schedule": "constant"},
-    ("torchvision",): {"lr": 0.05, "batch_size": 64, "weight_decay": 1e-4},
-    ("pretrained",): {"lr": 0.01, "batch_size": 64, "weight_decay": 1e-4},
-    (): {
-        "epochs": 10,
-        "batch_size": 128,
-        "optimizer": "sgd",
-        "lr": 0.05,
-        "momentum": 0.9,
-        "weight_decay": 0.0,
-        "schedule": "onecycle",
-        "label_smoothing": 0.0,
-    },
+    ("linear",): {"epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
+    ("torchvision",): {"batch_size": 64},
+    ("pretrained",): {"batch_size": 64, "lr": 0.01},
+    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
+    "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine"},
+    "muon": {"lr": 0.24, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"},  # after airbench94_muon
+    (): {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0, "grow": 1.0},
 }
 
 
@@ -116,11 +115,11 @@ def build_parser():
     add("--dataset", default="digits", metavar="NAME", help="a name that --list-datasets shows")
     add("--data-dir", metavar="PATH", help="where the files lie or are downloaded to (default: data/); csv: the file")
     add("--image-size", type=image_size, metavar="N|HxW", help="what the network sees (default: see the README)")
-    names = ", ".join(AUGMENTATIONS)
+    names = ", ".join(data.AUGMENTATIONS)
     add(
         "--augment",
         nargs="+",
-        choices=(*AUGMENTATIONS, "none"),
+        choices=(*data.AUGMENTATIONS, "none"),
         metavar="A",
         help=f"{names}, or none (default: translate, and flip for colour)",
     )
@@ -157,11 +156,14 @@ def build_parser():
     add = parser.add_argument_group("training (defaults: a recipe for the network and the dataset)").add_argument
     add("--epochs", type=count, metavar="N", help="passes over the training split")
     add("--batch-size", type=count, metavar="N", help="images a step")
-    add("--optimizer", choices=tuple(OPTIMIZERS), metavar="NAME", help=f"torch.optim's {', '.join(OPTIMIZERS)}")
+    add("--optimizer", choices=OPTIMIZERS, metavar="NAME", help=", ".join(OPTIMIZERS))
     add("--lr", type=positive, metavar="X", help="the highest learning rate")
-    add("--momentum", type=number(float, 0, 0.9999), metavar="X", help="of sgd; Nesterov's where above 0")
+    add("--momentum", type=number(float, 0, 0.9999), metavar="X", help="of sgd and muon; Nesterov's where above 0")
     add("--weight-decay", type=number(float, 0), metavar="X", help="on weights, not on biases and norms")
     add("--schedule", choices=SCHEDULES, metavar="NAME", help=f"of the learning rate: {', '.join(SCHEDULES)}")
+    add(
+        "--grow", type=number(float, 0.1, 1), metavar="X", help="start at this part of the image size, end at all of it"
+    )
     add("--label-smoothing", type=number(float, 0, 0.99), metavar="X", help="in the training loss")
     add = parser.add_argument_group("machine and run").add_argument
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="the exported network is always fp32")
@@ -175,18 +177,22 @@ def derive(args, dataset):
     """Fill in, in place, whatever the command line left open. Raises Problem on what cannot work."""
     count, given = len(dataset.train_images), vars(args).copy()
     kind = "pretrained" if args.pretrained else args.model if args.model in model.MODELS else "torchvision"
-    for key in ((args.model, args.dataset), (kind,), ()):
-        for name, value in RECIPES.get(key, {}).items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+    recipe = {**RECIPES[()], **RECIPES.get((kind,), {}), **RECIPES.get((args.model, args.dataset), {})}
+    usual, wanted = recipe["optimizer"], args.optimizer or recipe["optimizer"]
+    settings = RECIPES[wanted]
+    recipe = {**settings, **recipe} if wanted == usual else {**recipe, **settings}
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.dataset in ("folder", "csv"):  # a few hundred photos want more passes and smaller steps
         args.epochs = given["epochs"] or min(max(200_000 // count, 10), 50)
         while not given["batch_size"] and args.batch_size > 16 and count < 16 * args.batch_size:
             args.batch_size //= 2
+            args.lr = args.lr if given["lr"] else args.lr / 2**0.5
     if dataset.task == "regression":
         if args.augment not in (None, ["none"]) or args.class_weights or args.label_smoothing:
             raise Problem("--augment, --class-weights and --label-smoothing are for images with classes", 2)
-        args.augment, args.image_size = [], (1, 1)
+        args.augment, args.image_size, args.grow = [], (1, 1), 1.0
     else:
         height, width, channels = dataset.train_images.shape[1:]
         if args.image_size is None:
@@ -228,61 +234,74 @@ def choose_device(args):
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def to_tensors(images, labels, size, device):
-    """A split on the device: uint8 [N, *size, C], resized exactly as the exported graph does it, and int64 [N].
+class Muon(torch.optim.SGD):
+    """Muon (Jordan et al. 2024) for convolution filters as well as matrices, which torch.optim.Muon does not take.
 
-    A memory map of the right size stays one; on a GPU, a set too large for it stays in the machine's memory.
+    In the groups marked `orthogonal` the step is the momentum, seen as a matrix [out, rest], with all its singular
+    values brought near 1; filters are also held at norm sqrt(out), which the batch norm behind them makes free.
+    The other groups are torch's SGD with Nesterov momentum, of Jordan's 0.85.
     """
-    images = torch.from_numpy(images)
-    if images.dtype == torch.uint8 and tuple(images.shape[1:3]) != tuple(size):
-        images = torch.cat([model.resize(part, size) for part in images.split(1024)]).contiguous()
-    if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        images = images.to(device)
-    return images, torch.from_numpy(labels).to(device)
+
+    SGD_MOMENTUM = 0.85
+
+    def __init__(self, groups, momentum):
+        plain = {"orthogonal": False, "momentum": self.SGD_MOMENTUM, "nesterov": True}
+        special = {"momentum": 0, "nesterov": False, "memory": momentum}  # its own momentum comes before
+        super().__init__([{**group, **special} if group.get("orthogonal") else {**plain, **group} for group in groups])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if group["orthogonal"] else ():
+                if p.grad is None:
+                    continue
+                past = self.state[p].setdefault("past", torch.zeros_like(p))
+                past.mul_(group["memory"]).add_(p.grad)
+                update = p.grad.add(past, alpha=group["memory"])  # Nesterov's
+                p.grad = orthogonalise(update.flatten(1)).view_as(p).to(p.dtype)
+                if p.ndim == 4:
+                    p.mul_(len(p) ** 0.5 / p.norm())
+        return super().step(closure)
 
 
-def gather(images, index, augment, flips, generator):
-    """One training batch, augmented: uint8 [batch, H, W, C] gathered from `images` by `index` [batch].
-
-    translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where `flips`
-    [batch] is true; cutout (DeVries and Taylor 2017) blanks a square of 3/8 of the size.
-    """
-    if not augment:
-        return images[index]
-    _, height, width, _ = images.shape
-    device, n = images.device, len(index)
-    rows = torch.arange(height, device=device).expand(n, -1)
-    columns = torch.arange(width, device=device).expand(n, -1)
-    keep = None
-    if "cutout" in augment:
-        middles = (
-            torch.rand(n, 2, generator=generator).to(device) * torch.tensor([height, width], device=device)
-        ).int()
-        away = [(rows - middles[:, :1]).abs() < height * 3 // 16, (columns - middles[:, 1:]).abs() < width * 3 // 16]
-        keep = ~(away[0][:, :, None] & away[1][:, None, :])[..., None]
-    if "translate" in augment:
-        shift = [max(1, size // 16) for size in (height, width)]
-        dy, dx = (torch.randint(-s, s + 1, (n, 1), generator=generator).to(device) for s in shift)
-        rows, columns = mirror(rows + dy, height), mirror(columns + dx, width)
-    if "flip" in augment:
-        columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return batch if keep is None else torch.where(keep, batch, 128)
-
-
-def mirror(position, size):
-    """Positions outside 0..size-1 reflected back inside, the edge itself not repeated."""
-    return (size - 1 - (size - 1 - position.abs()).abs()).clamp(0, size - 1)
+def orthogonalise(matrix, steps=3):
+    """A matrix [m, n] with its singular values brought near 1, by Newton-Schulz steps of Jordan's quintic."""
+    x = matrix.bfloat16() if BF16_MATMUL else matrix.float()
+    x = x / (x.norm() + 1e-7)
+    wide = x if len(x) <= x.shape[1] else x.T
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if len(x) <= x.shape[1] else wide.T
 
 
 def make_optimizer(network, args):
-    """torch's optimizer; weight decay acts on the weights proper, not on biases and norms (as is usual)."""
+    """The optimizer of args; weight decay acts on the weights proper, not on biases and norms (as is usual).
+
+    muon: orthogonal steps for all weights but those of the first and the last layer.
+    """
     parameters = [p for p in network.parameters() if p.requires_grad]
+    weights, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    if args.optimizer == "muon":
+        named = dict(network.named_parameters())
+        head = [named[key] for key in model.head_keys(network) if key in named]
+        ends = [next(p for p in named.values() if p.ndim > 1), *head]
+        inner = [p for p in weights if not any(p is end for end in ends)]
+        outer = [p for p in weights if not any(p is p_in for p_in in inner)]
+        # Jordan's rates for CIFAR-10, relative to the filters': 0.67 for the head, 0.053 for biases.
+        groups = [{"params": inner, "lr": args.lr, "orthogonal": True}]
+        groups += [{"params": outer, "lr": 2.8 * args.lr}, {"params": vectors, "lr": 0.22 * args.lr}]
+        groups = [{"weight_decay": args.weight_decay * args.lr / group["lr"], **group} for group in groups]
+        groups[0]["weight_decay"] = 0.0  # their norm is held
+        return Muon([group for group in groups if group["params"]], args.momentum)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "lr": args.lr, "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "lr": args.lr, "weight_decay": 0.0},
+        {"params": weights, "lr": args.lr, "weight_decay": args.weight_decay},
+        {"params": vectors, "lr": args.lr, "weight_decay": 0.0},
     ]
-    return OPTIMIZERS[args.optimizer]([group for group in groups if group["params"]], args)
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.momentum > 0)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](groups, fused=True)
 
 
 def make_schedule(optimizer, args, steps):
@@ -294,7 +313,8 @@ def make_schedule(optimizer, args, steps):
         return schedulers.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     if args.schedule == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, steps)
-    return schedulers.OneCycleLR(optimizer, args.lr, total_steps=steps + 1, cycle_momentum=False)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return schedulers.OneCycleLR(optimizer, peaks, total_steps=steps + 1, cycle_momentum=False)
 
 
 def criterion(outputs, targets, label_smoothing=0.0, class_weights=None):
@@ -304,57 +324,56 @@ def criterion(outputs, targets, label_smoothing=0.0, class_weights=None):
     return F.cross_entropy(outputs.float(), targets, weight=class_weights, label_smoothing=label_smoothing)
 
 
-def train_epoch(deployable, split, optimizer, schedule, args, epoch, generator, autocast, class_weights):
-    """One pass over the training split. -> (mean loss, accuracy or None), as measured on the batches trained on."""
-    images, labels, members = split
-    network, device = model.train_mode(deployable.network), labels.device
-    order = members[torch.randperm(len(members), generator=generator)]
-    # Alternating flip (Jordan 2024): an image is mirrored every other epoch, half of them starting mirrored.
-    flipped = torch.rand(len(images), generator=torch.Generator().manual_seed(args.seed)) < 0.5
-    flipped = flipped ^ (epoch % 2 == 1)
-    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    batches = order.split(args.batch_size)
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches = batches[:-1]  # batch norm cannot train on a single image
-    bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", leave=False, disable=None, unit="batch", delay=0.5)
-    for index in bar:
-        flips, index = flipped[index].to(images.device), index.to(images.device)
-        batch = gather(images, index, args.augment, flips, generator).to(device)
-        targets = labels[index.to(device)]
+def size_at(epoch, epochs, image_size, grow):
+    """The image size to train this epoch (from 1) at: `grow` times the full one for the first third, then upward.
+
+    In multiples of 4 pixels, the last epoch always in full (progressive resizing: Howard 2018, Tan and Le 2021).
+    """
+    if epoch == epochs:
+        return tuple(image_size)
+    done = max(0.0, ((epoch - 1) / (epochs - 1) - 1 / 3) * 3 / 2)
+    return tuple(min(n, max(4, int((grow + (1 - grow) * done) * n) // 4 * 4)) for n in image_size)
+
+
+def train_epoch(deployable, batches, optimizer, schedule, args, size, autocast, class_weights):
+    """One pass over `batches` of images and labels. -> (mean loss, accuracy or None), as measured while training."""
+    network, loss_sum, correct, seen = model.train_mode(deployable.network), 0.0, 0, 0
+    for images, targets in batches:
+        if args.grow < 1:
+            images = model.resize(images, size)
         with autocast():
-            outputs = network(deployable.normalise(batch))
+            outputs = network(deployable.normalise(images))
         loss = criterion(outputs, targets, args.label_smoothing, class_weights)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        loss_sum += loss.detach() * len(index)
-        seen += len(index)
+        loss_sum += loss.detach() * len(targets)
+        seen += len(targets)
         if not targets.is_floating_point():
             correct += (outputs.detach().argmax(1) == targets).sum()
-    if not math.isfinite(loss_sum.item()):
-        raise Problem(f"the loss became {loss_sum.item()} in epoch {epoch}: try a smaller --lr than {args.lr:g}")
-    return loss_sum.item() / seen, None if labels.is_floating_point() else correct.item() / seen
+    loss = loss_sum.item() / seen
+    if not math.isfinite(loss):
+        raise Problem(f"the loss became {loss}: try a smaller --lr than {args.lr:g}")
+    return loss, None if targets.is_floating_point() else correct.item() / seen
 
 
 @torch.inference_mode()
 def evaluate(deployable, split, batch_size=500):
-    """The network in eval mode and fp32 over a whole split. -> (mean loss without smoothing, accuracy, outputs).
+    """The network in eval mode over a whole split. -> (mean loss without smoothing, accuracy, outputs).
 
     accuracy is None for regression; outputs are on the CPU: predicted labels [N], or predictions [N, 1].
     """
-    images, labels, members = split
-    network, device = deployable.network.eval(), labels.device
-    loss_sum, outputs = 0.0, []
-    for index in members.split(batch_size):
-        output = network(deployable.normalise(images[index.to(images.device)].to(device)))
-        targets = labels[index.to(device)]
-        loss_sum += criterion(output, targets).item() * len(index)
-        outputs.append((output if targets.is_floating_point() else output.argmax(1)).cpu())
-    outputs = torch.cat(outputs)
-    regression = labels.is_floating_point()
-    accuracy = None if regression else (outputs == labels.cpu()[members]).double().mean().item()
-    return loss_sum / len(members), accuracy, outputs
+    network, loss_sum, outputs, right = deployable.network.eval(), 0.0, [], 0
+    for images, targets in split.in_order(batch_size):
+        output = network(deployable.normalise(images))
+        loss_sum += criterion(output, targets).item() * len(targets)
+        if not targets.is_floating_point():
+            output = output.argmax(1)
+            right += (output == targets).sum().item()
+        outputs.append(output.cpu())
+    accuracy = None if split.labels.is_floating_point() else right / len(split)
+    return loss_sum / len(split), accuracy, torch.cat(outputs)
 
 
 def per_class(labels, predicted, classes):
@@ -459,18 +478,19 @@ def describe(args, dataset, deployable, splits, run, dtype):
     trained = sum(p.numel() for p in deployable.network.parameters() if p.requires_grad)
     options = {name: getattr(args, name) for name in model.options_of(args.model)}
     options = "".join(f", {name} {value}" for name, value in options.items() if value is not None)
-    sizes = ", ".join(f"{len(members):,} {name}" for name, (_, _, members) in splits.items())
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     *size, channels = dataset.train_images.shape[1:]
     kind = f"{size[0]}x{size[1]} {'grey' if channels == 1 else 'colour'}" if size else f"{channels} features"
     kind = f"{len(dataset.classes)} classes, {kind}" if size else kind
+    grow = f", growing from {args.grow:.0%} of the size" if args.grow < 1 else ""
     given = f", input {args.image_size[0]}x{args.image_size[1]}" if size else ""
     print(
         f"dataset   {args.dataset}: {sizes}; {kind}\n"
         f"network   {args.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
         f"training  {args.epochs} epochs of batch {args.batch_size}, {args.optimizer} lr {args.lr:g} "
         f"{args.schedule}, weight decay {args.weight_decay:g},\n"
-        f"          label smoothing {args.label_smoothing:g}, augment {' '.join(args.augment) or 'none'}\n"
-        f"machine   {splits['train'][1].device}, {torch.get_num_threads()} threads, {'bf16' if dtype else 'fp32'}, "
+        f"          label smoothing {args.label_smoothing:g}, augment {' '.join(args.augment) or 'none'}{grow}\n"
+        f"machine   {splits['train'].labels.device}, {torch.get_num_threads()} threads, {'bf16' if dtype else 'fp32'}, "
         f"seed {args.seed}\n"
         f"run       {run}",
         flush=True,
@@ -502,82 +522,63 @@ def make_deployable(args, dataset, device):
     try:
         network = model.build(args.model, **shape, **options)
         if args.pretrained:
-            state, mean, std = pretrained_state(args, channels, mean, std)
+            state, their_mean, their_std = model.pretrained(args.model, args.pretrained, channels)
+            mean, std = their_mean or mean, their_std or std
             model.load_pretrained(network, state)
     except ValueError as error:
-        raise Problem(f"{args.pretrained}: {error}" if args.pretrained else error, 2) from None
+        code = 1 if isinstance(error, model.DownloadError) else 2
+        raise Problem(f"--pretrained {args.pretrained}: {error}" if args.pretrained else error, code) from None
     if args.freeze_backbone:
         model.freeze_backbone(network)
     if hasattr(network, "whiten") and not args.pretrained:
-        first = to_tensors(
-            dataset.train_images[:2000], dataset.train_labels[:2000], args.image_size, torch.device("cpu")
-        )
-        network.whiten(model.Deployable(network, args.image_size, mean, std).normalise(first[0]))
+        some = torch.from_numpy(dataset.train_images[:: max(1, len(dataset.train_images) // 2000)])
+        plain = model.Deployable(network, args.image_size, mean, std)
+        network.whiten(plain.normalise(model.resize(some, args.image_size)))
     deployable = (model.Regressor if regression else model.Deployable)(network, args.image_size, mean, std)
     return deployable.to(device, memory_format=torch.channels_last)
 
 
-def pretrained_state(args, channels, mean, std):
-    """-> (state_dict, mean, std) of --pretrained: torchvision's default weights or a local file. Raises Problem."""
-    weights = model.torchvision_weights(args.model)
-    if weights is not None:  # what torchvision's networks were trained with; grey takes the middle of the three
-        mean, std = (
-            [sum(x) / 3] if channels == 1 else list(x) for x in (weights.transforms().mean, weights.transforms().std)
-        )
-    if args.pretrained != "default":
-        state = model.read_state(args.pretrained)
-        return state.get("state_dict", state), *(
-            state.get("spec", {}).get(k, v) for k, v in (("mean", mean), ("std", std))
-        )
-    if weights is None:
-        raise Problem(f"there are no default weights for {args.model}; --pretrained FILE takes a local state_dict", 2)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return weights.get_state_dict(progress=True, check_hash=True), mean, std
-    except (OSError, RuntimeError) as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-        raise Problem(
-            f"cannot download the weights of {args.model} ({error}): put {weights.url} at {place}, "
-            f"or give --pretrained FILE, or train from scratch without --pretrained"
-        ) from None
-
-
 def make_splits(args, dataset, device):
-    """{"train": (images, labels, members int64 [n]), "val" with --val-fraction, "test"}."""
-    train = to_tensors(dataset.train_images, dataset.train_labels, args.image_size, device)
-    test = to_tensors(dataset.test_images, dataset.test_labels, args.image_size, device)
-    splits = {"train": (*train, torch.arange(len(train[0])))}
+    """{"train", "val" with --val-fraction, "test"} of data.split.Split."""
+    how = (args.image_size, device, model.resize)
+    train = data.make_split(dataset.train_images, dataset.train_labels, *how)
+    splits = {"train": train}
     if args.val_fraction:
         labels = dataset.train_labels if dataset.task == "classification" else 0 * dataset.train_labels[:, 0]
-        held = torch.from_numpy(data.stratified(labels, args.val_fraction, args.seed))
-        splits = {"train": (*train, torch.nonzero(~held)[:, 0]), "val": (*train, torch.nonzero(held)[:, 0])}
-    return {**splits, "test": (*test, torch.arange(len(test[0])))}
+        held = data.stratified(labels, args.val_fraction, args.seed)
+        splits = {"train": train.part(~held), "val": train.part(held)}
+    return {**splits, "test": data.make_split(dataset.test_images, dataset.test_labels, *how)}
 
 
 def fit(args, dataset, deployable, splits, run, dtype):
     """The training loop. -> (the rows of metrics.csv, the epoch whose network is the result, left in `deployable`)."""
-    labels, members = splits["train"][1], splits["train"][2]
+    split, device = splits["train"], splits["train"].labels.device
     optimizer = make_optimizer(deployable.network, args)
-    schedule = make_schedule(optimizer, args, args.epochs * -(-len(members) // args.batch_size))
+    schedule = make_schedule(optimizer, args, args.epochs * -(-len(split) // args.batch_size))
     generator = torch.Generator().manual_seed(args.seed)
+    first_flips = torch.rand(len(split.images), generator=generator) < 0.5
     watched = "val" if "val" in splits else "test"  # the split that each epoch is measured on; test never selects
     columns = ["epoch", "train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy", "lr", "seconds"]
     class_weights = None
     if args.class_weights:
-        counts = torch.bincount(labels.cpu()[members], minlength=len(dataset.classes)).float()
-        class_weights = (len(members) / (len(counts) * counts)).to(labels.device)
+        counts = torch.bincount(split.labels.cpu()[split.members], minlength=len(dataset.classes)).float()
+        class_weights = (len(split) / (len(counts) * counts)).to(device)
 
     def autocast():
-        return torch.autocast(labels.device.type, dtype) if dtype else contextlib.nullcontext()
+        return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
     rows, best, written = [], None, 0.0
     print(f"epoch   train loss  accuracy  {watched:>8} loss  accuracy   seconds", flush=True)
     for epoch in range(1, args.epochs + 1):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        measured = train_epoch(
-            deployable, splits["train"], optimizer, schedule, args, epoch, generator, autocast, class_weights
+        batches = split.shuffled(args.batch_size, args.augment, epoch, generator, first_flips)
+        bar = tqdm(
+            batches, f"epoch {epoch}/{args.epochs}", -(-len(split) // args.batch_size), leave=False, disable=None
         )
-        measured += evaluate(deployable, splits[watched])[:2]
+        size = size_at(epoch, args.epochs, args.image_size, args.grow)
+        measured = train_epoch(deployable, bar, optimizer, schedule, args, size, autocast, class_weights)
+        with autocast() if epoch < args.epochs else contextlib.nullcontext():  # the result is measured in fp32
+            measured += evaluate(deployable, splits[watched])[:2]
         rows.append(dict(zip(columns, (epoch, *measured, lr, round(time.perf_counter() - started, 3)), strict=True)))
         if args.epochs <= 50 or epoch % (args.epochs // 20) == 0 or epoch == args.epochs:
             cells = ["-" if x is None else f"{x:{form}}" for x, form in zip(measured, (".4f", ".2%") * 2, strict=True)]
@@ -602,6 +603,7 @@ def fit(args, dataset, deployable, splits, run, dtype):
 def train(args):
     """The whole of step 1. Returns the exit code; raises Problem."""
     del args.list_models, args.list_datasets
+    keep_freed_memory()
     dataset = load_dataset(args)
     derive(args, dataset)
     torch.manual_seed(args.seed)
@@ -656,6 +658,19 @@ def list_names(args):
             print(f"{name:14} {cls.about}")
         print("and torchvision's: " + " ".join(model.torchvision_names()))
     return 0
+
+
+def keep_freed_memory():
+    """Let glibc keep freed buffers instead of giving them back to the kernel, which then zeroes every page again.
+
+    Activations and gradients are tens of megabytes each and come anew every step: half of a step went into page
+    faults. Elsewhere than on Linux with glibc this does nothing.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def main(argv=None):

@@ -8,6 +8,7 @@ a changed folder gets a cache of its own and the old one is removed.
 import contextlib
 import hashlib
 import json
+import mmap
 import multiprocessing
 import os
 import signal
@@ -60,6 +61,24 @@ def load_images(paths, source, cache_dir, image_size, channels, usual_size, resi
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
     return pixels, kept
+
+
+def prefetch(images, index):
+    """Ask the system to read the rows `index` of a memory map from disk, without waiting; does nothing to arrays.
+
+    Called for the next batch while this one computes. The first call turns off the kernel's own reading ahead, which
+    for rows in random order reads mostly what nobody asked for (8 MB a row on one machine).
+    """
+    pages = getattr(images, "_mmap", None)
+    if pages is None or not hasattr(mmap, "MADV_RANDOM"):
+        return
+    pages.madvise(mmap.MADV_RANDOM)
+    row = images[0].nbytes
+    first = images.ctypes.data - np.frombuffer(pages, np.uint8).ctypes.data
+    for i in index:
+        start = first + int(i) * row
+        start, end = start - start % mmap.PAGESIZE, start + row
+        pages.madvise(mmap.MADV_WILLNEED, start, end - start)
 
 
 def digest(text):

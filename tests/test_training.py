@@ -8,12 +8,13 @@ import torch
 
 import model
 import step1_train
+from data import split
 
 
 def gather(images, augment, flips=None, seed=0):
     n = len(images)
     flips = torch.zeros(n, dtype=torch.bool) if flips is None else flips
-    return step1_train.gather(images, torch.arange(n), augment, flips, torch.Generator().manual_seed(seed))
+    return split.gather(images, torch.arange(n), augment, flips, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -25,18 +26,18 @@ def images():
     ("position", "inside"), [(-2, 2), (-1, 1), (0, 0), (3, 3), (7, 7), (8, 6), (9, 5)], ids=lambda value: str(value)
 )
 def test_mirror_reflects_at_the_ends_without_repeating_the_edge(position, inside):
-    assert step1_train.mirror(torch.tensor(position), 8) == inside
+    assert split.mirror(torch.tensor(position), 8) == inside
 
 
 def test_mirror_stays_inside_the_smallest_images():
     for size in (1, 2):
-        positions = step1_train.mirror(torch.arange(-1, size + 1), size)
+        positions = split.mirror(torch.arange(-1, size + 1), size)
         assert positions.min() >= 0 and positions.max() < size
 
 
 def test_no_augmentation_is_the_images_in_the_order_asked_for(images):
     index = torch.tensor([3, 0, 3])
-    got = step1_train.gather(images, index, [], torch.zeros(3, dtype=torch.bool), torch.Generator())
+    got = split.gather(images, index, [], torch.zeros(3, dtype=torch.bool), torch.Generator())
     assert torch.equal(got, images[index])
 
 
@@ -63,10 +64,10 @@ def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
 
     def spy(images, index, augment, flips, generator):
         indices.append(index)
-        flipped.append(flips)
+        flipped.append(flips[index])
         return images[index]
 
-    monkeypatch.setattr(step1_train, "gather", spy)
+    monkeypatch.setattr(split, "gather", spy)
     call(step1_train.main, *"--model mlp --augment flip --epochs 2 --device cpu".split()).done()
     indices, flipped = torch.cat(indices).view(2, 1437), torch.cat(flipped).view(2, 1437)
     first, second = (flips[index.argsort()] for flips, index in zip(flipped, indices, strict=True))
