@@ -30,6 +30,7 @@ class MLP(nn.Module):
     about = "fully connected: --hidden sizes (default 128), --dropout"
     options = ("hidden", "dropout")
     min_size = 1
+    any_size = False
 
     def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
         super().__init__()
@@ -50,6 +51,7 @@ class MyNet(nn.Module):
     about = "the CIFAR tutorial's small convolutional network, 3 blocks and 3 linear layers; --dropout (default 0.1)"
     options = ("dropout",)
     min_size = 8  # three poolings by two
+    any_size = False
 
     def __init__(self, channels, classes, image_size, dropout=0.1):
         super().__init__()
@@ -78,6 +80,7 @@ class Linear(nn.Module):
     about = "one linear layer, the default for --dataset linear"
     options = ()
     min_size = 1
+    any_size = False
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -113,6 +116,7 @@ class ResBlock(nn.Module):
     about = "the MNIST tutorial's residual network of stride-2 convolutions"
     options = ()
     min_size = 1
+    any_size = True
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -138,6 +142,7 @@ class Airbench(nn.Module):
     about = "the default, after airbench94 (2024): whitening, 6 convolutions; --width multiplies the channels"
     options = ("width",)
     min_size = 28
+    any_size = True
 
     def __init__(self, channels, classes, image_size, width=1.0):
         super().__init__()
@@ -193,6 +198,11 @@ def torchvision_names():
 def min_size(name):
     """The smallest side in pixels that a network makes sense for; of torchvision's networks `build` finds out."""
     return MODELS[name].min_size if name in MODELS else 1
+
+
+def takes_any_size(name):
+    """Can one network of this name take images of several sizes?"""
+    return MODELS[name].any_size if name in MODELS else not name.startswith("vit_")
 
 
 def options_of(name):

@@ -184,23 +184,12 @@ def derive(args, dataset):
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.dataset in ("folder", "csv"):  # a few hundred photos want more passes and smaller steps
-        args.epochs = given["epochs"] or min(max(200_000 // count, 10), 50)
-        while not given["batch_size"] and args.batch_size > 16 and count < 16 * args.batch_size:
-            args.batch_size //= 2
-            args.lr = args.lr if given["lr"] else args.lr / 2**0.5
     if dataset.task == "regression":
         if args.augment not in (None, ["none"]) or args.class_weights or args.label_smoothing:
             raise Problem("--augment, --class-weights and --label-smoothing are for images with classes", 2)
         args.augment, args.image_size, args.grow = [], (1, 1), 1.0
     else:
-        height, width, channels = dataset.train_images.shape[1:]
-        if args.image_size is None:
-            # Small images grow by a whole factor: every engine then resizes to the very same pixels.
-            factor = -(-model.min_size(args.model) // min(height, width))
-            args.image_size = (height * factor, width * factor)
-        if args.augment is None:
-            args.augment = ["flip", "translate"] if channels == 3 else ["translate"]
+        derive_from_images(args, dataset, given)
     if "none" in args.augment:
         if len(args.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)
@@ -208,6 +197,30 @@ def derive(args, dataset):
     args.batch_size = min(args.batch_size, count)
     if args.freeze_backbone and not args.pretrained:
         raise Problem("--freeze-backbone trains the last layer only: it needs --pretrained", 2)
+
+
+def derive_from_images(args, dataset, given):
+    """The part of `derive` that looks at the images; given: the arguments as they came."""
+    count, height, width, channels = dataset.train_images.shape
+    if args.image_size is None:
+        # Small images grow by a whole factor: every engine then resizes to the very same pixels.
+        factor = -(-model.min_size(args.model) // min(height, width))
+        args.image_size = (height * factor, width * factor)
+    if args.augment is None:
+        args.augment = ["flip", "translate"] if channels == 3 else ["translate"]
+    if args.grow < 1 and not model.takes_any_size(args.model):
+        raise Problem(f"--grow changes the image size while training, which {args.model} cannot take", 2)
+    own = args.dataset in ("folder", "csv")
+    if own and not given["epochs"]:
+        args.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
+    pixels = args.image_size[0] * args.image_size[1]
+    while not given["batch_size"] and args.batch_size > 16:
+        few_steps = own and count < 16 * args.batch_size
+        much_memory = args.model == "airbench" and args.batch_size * pixels > 640_000
+        if not few_steps and not much_memory:
+            break
+        args.batch_size //= 2
+        args.lr = args.lr if given["lr"] else args.lr / 2**0.5
 
 
 def choose_device(args):
@@ -359,13 +372,14 @@ def train_epoch(deployable, batches, optimizer, schedule, args, size, autocast, 
 
 
 @torch.inference_mode()
-def evaluate(deployable, split, batch_size=500):
+def evaluate(deployable, split, most=500):
     """The network in eval mode over a whole split. -> (mean loss without smoothing, accuracy, outputs).
 
     accuracy is None for regression; outputs are on the CPU: predicted labels [N], or predictions [N, 1].
     """
     network, loss_sum, outputs, right = deployable.network.eval(), 0.0, [], 0
-    for images, targets in split.in_order(batch_size):
+    pixels = split.images[0, ..., 0].numel()
+    for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most)):
         output = network(deployable.normalise(images))
         loss_sum += criterion(output, targets).item() * len(targets)
         if not targets.is_floating_point():

@@ -69,7 +69,7 @@ def test_derived_configuration_is_printed_before_the_table(trained):
     assert (config["batch_size"], config["lr"], config["device_used"]) == (64, 0.05, config["device_used"])
 
 
-@pytest.mark.parametrize("arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 1 --batch-size 256"])
+@pytest.mark.parametrize("arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 2 --batch-size 256 --grow 0.7"])
 def test_a_seed_repeats_bit_for_bit_on_the_cpu(call, here, arguments):
     arguments = arguments.split()
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -124,6 +124,7 @@ def test_runs_that_cannot_be_written(call, here):
         ("--momentum 1", ["--momentum"]),
         ("--label-smoothing 1.5", ["--label-smoothing"]),
         ("--augment none flip", ["--augment none"]),
+        ("--model mynet --grow 0.5", ["--grow", "mynet"]),
         ("--augment rotate", ["--augment", "rotate"]),
         ("--optimizer sdg", ["--optimizer", "sgd"]),
         ("--name ../elsewhere", ["--name", "elsewhere"]),

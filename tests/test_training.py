@@ -129,3 +129,29 @@ def test_frozen_whitening_is_not_optimized():
     optimizer = step1_train.make_optimizer(network, arguments("sgd", "constant"))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert id(network.whitening.weight) not in held and id(network.head.weight) in held
+
+
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "size"),
+    [(1, 10, (20, 20)), (4, 10, (20, 20)), (8, 10, (28, 28)), (10, 10, (32, 32)), (1, 1, (32, 32)), (2, 2, (32, 32))],
+)
+def test_image_size_grows_to_the_full_one_in_the_last_epoch(epoch, epochs, size):
+    assert step1_train.size_at(epoch, epochs, (32, 32), 0.625) == size
+
+
+def test_image_size_never_shrinks_and_never_passes_the_full_one():
+    sizes = [step1_train.size_at(epoch, 7, (30, 50), 0.5) for epoch in range(1, 8)]
+    assert sizes == sorted(sizes) and sizes[0] == (12, 24) and sizes[-1] == (30, 50)
+
+
+def test_muon_holds_filters_and_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    network = model.build("airbench", channels=1, classes=3, image_size=(28, 28), width=0.1)
+    optimizer = step1_train.make_optimizer(network, arguments("muon", "constant"))
+    filters = network.groups[0][4].weight
+    network(torch.randn(4, 1, 28, 28)).sum().backward()
+    before = filters.detach() * (len(filters) ** 0.5 / filters.detach().norm())
+    optimizer.step()
+    step = (filters.detach() - before).flatten(1) / 0.01
+    values = torch.linalg.svdvals(step.float())
+    assert 0.3 < values.median() < 1.3 and values.max() < 1.5
