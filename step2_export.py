@@ -367,7 +367,9 @@ def check_data(run, dataset, expected):
     if run.spec["test_accuracy"] is None:  # a regression, or a run that --val-fraction left before its end
         return
     accuracy, reported = float((expected.argmax(1) == dataset.test_labels).mean()), run.spec["test_accuracy"]
-    if abs(accuracy - reported) > ACCURACY_TOLERANCE:
+    best, second = np.sort(expected, axis=1)[:, :-3:-1].T
+    ties = float((best - second < 1e-3).mean())  # which another machine or batch size may decide otherwise
+    if abs(accuracy - reported) > ACCURACY_TOLERANCE + ties:
         raise Problem(
             f"the network of {run.path} has {accuracy:.2%} on this test split, training reported {reported:.2%}: "
             f"another test split (--data-dir), or a changed checkpoint"

@@ -430,6 +430,8 @@ def say(message):
 
 def guarded(work, *args):
     """Do work(*args), which returns an exit code; a failure that its user can mend is one line. -> the exit code."""
+    if sys.stderr is None:  # closed; progress bars and engines write to it all the same
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = work(*args)
         if sys.stdout is not None:

@@ -61,12 +61,12 @@ def test_metrics_have_a_row_for_each_epoch(trained):
 
 def test_derived_configuration_is_printed_before_the_table(trained):
     before, table = trained.printed[0].out.split("epoch   train loss", 1)
-    for word in ("digits", "airbench", "1,437", "360", "32x32", "6 epochs", "batch 64", "lr 0.05", "sgd", "translate"):
+    for word in ("digits", "airbench", "1,437", "360", "32x32", "6 epochs", "batch 64", "lr 0.08", "muon", "translate"):
         assert word in before
     assert f"{load(trained.run)['spec']['parameters']:,} parameters" in before
     assert len(re.findall(r"^ +\d  ", table, re.MULTILINE)) == 6
     config = json.loads((trained.run / "config.json").read_text())
-    assert (config["batch_size"], config["lr"], config["device_used"]) == (64, 0.05, config["device_used"])
+    assert (config["batch_size"], config["lr"], config["device_used"]) == (64, 0.08, config["device_used"])
 
 
 @pytest.mark.parametrize("arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 2 --batch-size 256 --grow 0.7"])

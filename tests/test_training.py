@@ -37,7 +37,7 @@ def test_mirror_stays_inside_the_smallest_images():
 
 def test_no_augmentation_is_the_images_in_the_order_asked_for(images):
     index = torch.tensor([3, 0, 3])
-    got = split.gather(images, index, [], torch.zeros(3, dtype=torch.bool), torch.Generator())
+    got = split.gather(images, index, [], torch.zeros(len(images), dtype=torch.bool), torch.Generator())
     assert torch.equal(got, images[index])
 
 
