@@ -48,7 +48,7 @@ class MLP(nn.Module):
 class MyNet(nn.Module):
     """The CIFAR-10 tutorial's network: three conv-bn-relu-pool blocks of 6, 12, 24 channels, then 192-96-classes."""
 
-    about = "the CIFAR tutorial's small convolutional network, 3 blocks and 3 linear layers; --dropout (default 0.1)"
+    about = "the CIFAR tutorial's small convolutional network; --dropout (0.1)"
     options = ("dropout",)
     min_size = 8  # three poolings by two
     any_size = False
@@ -139,7 +139,7 @@ class Airbench(nn.Module):
     (times `width`), a global max and one linear layer. Call `whiten` with training images before training.
     """
 
-    about = "the default, after airbench94 (2024): whitening, 6 convolutions; --width multiplies the channels"
+    about = "the default, after airbench94 (2024); --width scales its channels"
     options = ("width",)
     min_size = 28
     any_size = True
@@ -260,9 +260,11 @@ def build_torchvision(name, channels, classes, height, width):
 
 def torchvision_weights(name):
     """torchvision's default weights entry of a network, or None for one of ours."""
+    if name in MODELS:
+        return None
     from torchvision import models
 
-    return None if name in MODELS else models.get_model_weights(name).DEFAULT
+    return models.get_model_weights(name).DEFAULT
 
 
 def usual_size(name):
@@ -289,7 +291,8 @@ def read_state(path):
         reason = str(error).split("\n")[0]
         raise ValueError(f"cannot be loaded as plain weights ({reason})") from None
     inner = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not inner or not all(isinstance(value, torch.Tensor) for value in inner.values()):
+    inner = inner if isinstance(inner, dict) else {}
+    if not inner or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in inner.items()):
         raise ValueError("is not a state_dict: it holds other things than tensors")
     return state
 
@@ -310,8 +313,8 @@ def pretrained(name, source, channels):
         mean, std = ([sum(x) / 3] * channels if channels != 3 else list(x) for x in usual)
     if source != "default":
         state = read_state(source)
-        spec = state.get("spec", {})
-        if len(spec.get("mean", ())) == channels:  # a checkpoint of ours
+        spec = state.get("spec")
+        if isinstance(spec, dict) and len(spec.get("mean", ())) == channels:  # a checkpoint of ours
             mean, std = spec["mean"], spec["std"]
         return state.get("state_dict", state), mean, std
     if weights is None:

@@ -21,13 +21,17 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import importlib.metadata
+import io
 import itertools
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import sys
+import textwrap
 import time
 from datetime import datetime, timezone
 
@@ -185,7 +189,9 @@ def derive(args, dataset):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if dataset.task == "regression":
-        if args.augment not in (None, ["none"]) or args.class_weights or args.label_smoothing:
+        if args.model not in ("linear", "mlp"):
+            raise Problem(f"--dataset {args.dataset} has features, not images: --model linear or mlp", 2)
+        if given["augment"] not in (None, ["none"]) or args.class_weights or given["label_smoothing"]:
             raise Problem("--augment, --class-weights and --label-smoothing are for images with classes", 2)
         args.augment, args.image_size, args.grow = [], (1, 1), 1.0
     else:
@@ -230,7 +236,7 @@ def choose_device(args):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise Problem(f"--device {args.device} cannot be used here ({reason}); --device cpu always works", 2) from None
@@ -421,12 +427,12 @@ def claim_run(args):
             raise Problem(f"cannot make {run}: {error.strerror}") from None
 
 
-def write_whole(path, write):
-    """Let `write` fill a binary file beside `path`, then swap it in: the file appears whole or not at all."""
+def write_whole(path, content):
+    """Write bytes to a file beside `path`, then swap it in: the file appears whole or not at all."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -437,13 +443,11 @@ def write_whole(path, write):
 
 
 def write_json(path, values):
-    write_whole(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def make_spec(args, dataset, deployable, test_accuracy):
     """What the exported file will know of itself; see the README for the keys."""
-    import torchvision
-
     regression = dataset.task == "regression"
     return {
         "schema": SCHEMA,
@@ -462,7 +466,7 @@ def make_spec(args, dataset, deployable, test_accuracy):
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "torchvision": torchvision.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
         },
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -476,14 +480,16 @@ def save_checkpoint(run, spec, deployable, epoch):
         "arguments": spec["arguments"],
         "epoch": epoch,
     }
-    write_whole(os.path.join(run, "checkpoint.pt"), lambda file: torch.save(checkpoint, file))
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # not to the file: torch turns a full disk into an error of its own
+    write_whole(os.path.join(run, "checkpoint.pt"), content.getbuffer())
 
 
 def write_metrics(run, rows):
     names = list(rows[0])
     lines = [names, *([("" if row[name] is None else row[name]) for name in names] for row in rows)]
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_whole(os.path.join(run, "metrics.csv"), lambda file: file.write(text.encode()))
+    write_whole(os.path.join(run, "metrics.csv"), text.encode())
 
 
 def describe(args, dataset, deployable, splits, run, dtype):
@@ -541,7 +547,10 @@ def make_deployable(args, dataset, device):
             model.load_pretrained(network, state)
     except ValueError as error:
         code = 1 if isinstance(error, model.DownloadError) else 2
-        raise Problem(f"--pretrained {args.pretrained}: {error}" if args.pretrained else error, code) from None
+        file = args.pretrained not in (None, "default")
+        raise Problem(f"--pretrained {args.pretrained}: {error}" if file else error, code) from None
+    if args.batch_size == 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+        raise Problem(f"{args.model} has batch norm, which needs --batch-size 2 or more", 2)
     if args.freeze_backbone:
         model.freeze_backbone(network)
     if hasattr(network, "whiten") and not args.pretrained:
@@ -561,11 +570,24 @@ def make_splits(args, dataset, device):
         labels = dataset.train_labels if dataset.task == "classification" else 0 * dataset.train_labels[:, 0]
         held = data.stratified(labels, args.val_fraction, args.seed)
         splits = {"train": train.part(~held), "val": train.part(held)}
+        if not len(splits["val"]) or not len(splits["train"]):
+            raise Problem(f"--val-fraction {args.val_fraction:g} leaves a split empty: there are too few images", 2)
     return {**splits, "test": data.make_split(dataset.test_images, dataset.test_labels, *how)}
 
 
+def balanced_weights(split, classes):
+    """Weights [classes] of the loss under which every class counts the same: n / (classes * its share of n)."""
+    counts = torch.bincount(split.labels.cpu()[split.members], minlength=classes).float()
+    return len(split) / (classes * counts)
+
+
+def print_row(epoch, measured, seconds):
+    cells = ["-" if x is None else f"{x:{form}}" for x, form in zip(measured, (".4f", ".2%") * 2, strict=True)]
+    print("{:5d}   {:>10}  {:>8}  {:>13}  {:>8}  {:8.1f}".format(epoch, *cells, seconds), flush=True)
+
+
 def fit(args, dataset, deployable, splits, run, dtype):
-    """The training loop. -> (the rows of metrics.csv, the epoch whose network is the result, left in `deployable`)."""
+    """The training loop. -> the epoch whose network is the result and is left in `deployable`."""
     split, device = splits["train"], splits["train"].labels.device
     optimizer = make_optimizer(deployable.network, args)
     schedule = make_schedule(optimizer, args, args.epochs * -(-len(split) // args.batch_size))
@@ -573,10 +595,7 @@ def fit(args, dataset, deployable, splits, run, dtype):
     first_flips = torch.rand(len(split.images), generator=generator) < 0.5
     watched = "val" if "val" in splits else "test"  # the split that each epoch is measured on; test never selects
     columns = ["epoch", "train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy", "lr", "seconds"]
-    class_weights = None
-    if args.class_weights:
-        counts = torch.bincount(split.labels.cpu()[split.members], minlength=len(dataset.classes)).float()
-        class_weights = (len(split) / (len(counts) * counts)).to(device)
+    class_weights = balanced_weights(split, len(dataset.classes)).to(device) if args.class_weights else None
 
     def autocast():
         return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
@@ -586,19 +605,17 @@ def fit(args, dataset, deployable, splits, run, dtype):
     for epoch in range(1, args.epochs + 1):
         started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         batches = split.shuffled(args.batch_size, args.augment, epoch, generator, first_flips)
-        bar = tqdm(
-            batches, f"epoch {epoch}/{args.epochs}", -(-len(split) // args.batch_size), leave=False, disable=None
-        )
+        steps = -(-len(split) // args.batch_size)
+        bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", steps, leave=False, disable=None)
         size = size_at(epoch, args.epochs, args.image_size, args.grow)
         measured = train_epoch(deployable, bar, optimizer, schedule, args, size, autocast, class_weights)
         with autocast() if epoch < args.epochs else contextlib.nullcontext():  # the result is measured in fp32
             measured += evaluate(deployable, splits[watched])[:2]
+        if not math.isfinite(measured[2]):
+            raise Problem(f"the loss on the {watched} split became {measured[2]}: try a smaller --lr, or --grow 1")
         rows.append(dict(zip(columns, (epoch, *measured, lr, round(time.perf_counter() - started, 3)), strict=True)))
         if args.epochs <= 50 or epoch % (args.epochs // 20) == 0 or epoch == args.epochs:
-            cells = ["-" if x is None else f"{x:{form}}" for x, form in zip(measured, (".4f", ".2%") * 2, strict=True)]
-            print(
-                "{:5d}   {:>10}  {:>8}  {:>13}  {:>8}  {:8.1f}".format(epoch, *cells, rows[-1]["seconds"]), flush=True
-            )
+            print_row(epoch, measured, rows[-1]["seconds"])
         score = (measured[3] or 0.0, -measured[2])
         if watched == "test" or best is None or score > best[0]:
             best = score, epoch, copy.deepcopy(deployable.network.state_dict()) if watched == "val" else None
@@ -611,7 +628,7 @@ def fit(args, dataset, deployable, splits, run, dtype):
     if watched == "val":
         deployable.network.load_state_dict(best[2])
         print(f"epoch {best[1]} did best on the validation split and is kept")
-    return rows, best[1]
+    return best[1]
 
 
 def train(args):
@@ -625,11 +642,16 @@ def train(args):
     deployable = make_deployable(args, dataset, device)
     splits = make_splits(args, dataset, device)
     run = claim_run(args)
-    describe(args, dataset, deployable, splits, run, dtype)
-    config = {**vars(args), "run": run, "device_used": str(device), "precision_used": "bf16" if dtype else "fp32"}
-    write_json(os.path.join(run, "config.json"), config)
     started = time.perf_counter()
-    _, epoch = fit(args, dataset, deployable, splits, run, dtype)
+    try:
+        describe(args, dataset, deployable, splits, run, dtype)
+        config = {**vars(args), "run": run, "device_used": str(device), "precision_used": "bf16" if dtype else "fp32"}
+        write_json(os.path.join(run, "config.json"), config)
+        epoch = fit(args, dataset, deployable, splits, run, dtype)
+    except BaseException:
+        if not os.path.exists(os.path.join(run, "checkpoint.pt")):
+            shutil.rmtree(run, ignore_errors=True)  # it holds nothing, and its name is free again
+        raise
     test_loss, test_accuracy, outputs = evaluate(deployable, splits["test"])
     spec = make_spec(args, dataset, deployable, test_accuracy)
     save_checkpoint(run, spec, deployable, epoch)
@@ -670,7 +692,7 @@ def list_names(args):
     if args.list_models:
         for name, cls in model.MODELS.items():
             print(f"{name:14} {cls.about}")
-        print("and torchvision's: " + " ".join(model.torchvision_names()))
+        print(textwrap.fill("and torchvision's: " + " ".join(model.torchvision_names()), 79))
     return 0
 
 
@@ -689,7 +711,9 @@ def keep_freed_memory():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    return guarded(list_names if args.list_models or args.list_datasets else train, args)
+    if args.list_models or args.list_datasets:
+        return guarded(list_names, args, closed_pipe=0)
+    return guarded(train, args)
 
 
 if __name__ == "__main__":

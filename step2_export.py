@@ -45,6 +45,8 @@ EXACT_TOLERANCE = 1e-4  # of a probability, where every engine sees the same pix
 RESIZED_TOLERANCE = 5e-3  # where resizing may round one grey level differently in under 1 % of the pixels
 ACCURACY_TOLERANCE = 0.005  # between what step1 reported, perhaps from a GPU, and eager fp32 here
 GOLDEN = 4
+# What step1's arguments must say for its test split to be loaded again.
+LOADING = ("data_dir", "strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
 # opset: (the IR version it came with, the oldest onnxruntime seen to run the file; before 1.15 none was at hand)
 OPSETS = {18: (8, "1.15"), 19: (9, "1.16"), 20: (9, "1.17"), 21: (10, "1.18"), 22: (10, "1.21"), 23: (11, "1.23")}
 
@@ -100,13 +102,26 @@ def read_run(path):
         shape = {"channels": spec["channels"], "classes": len(spec["classes"]), "image_size": spec["image_size"]}
         network = model.build(spec["model"], **shape, **options)
         network.load_state_dict(state)
+        run = Run(path, spec, network.eval())
+        run.deployable()
+        if (
+            not {"dataset", "test_accuracy", "parameters", "versions"} <= spec.keys()
+            or not set(LOADING) <= arguments.keys()
+        ):
+            raise ValueError("its spec lacks keys")
+        if len(spec["mean"]) != spec["channels"] or len(spec["std"]) != spec["channels"]:
+            raise ValueError("its mean or std do not fit its channels")
     except Problem:
         raise
     except Exception as error:  # torch.load fails in a dozen ways on a truncated or foreign file
         reason = str(error).split("\n")[0]
         raise Problem(f"{file} is truncated or not a Threestep checkpoint ({reason}); train again") from None
     spec["checkpoint_sha256"] = hashlib.sha256(content).hexdigest()
-    return Run(path, spec, network.eval())
+    if checkpoint.get("epoch", 0) < arguments["epochs"] and not os.path.exists(os.path.join(path, "summary.json")):
+        say(
+            f"note: {path} stopped after epoch {checkpoint.get('epoch')} of {arguments['epochs']}: not its final result"
+        )
+    return run
 
 
 # --------------------------------------------------------------------------------------------------------- export
@@ -145,7 +160,16 @@ def export_onnx(deployable, spec, path, opset):
     spec = {**spec, "opset": opset, "onnxruntime_min": oldest}
     onnx.helper.set_model_props(graph, {"spec": json.dumps(spec), "classes": json.dumps(spec["classes"])})
     onnx.checker.check_model(graph, full_check=True)
-    onnx.save(graph, path)
+    store(path, graph.SerializeToString())
+
+
+def store(path, content):
+    """Write bytes to a file. Raises Problem."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror}") from None
 
 
 def export_torchscript(deployable, spec, path, opset):
@@ -153,7 +177,9 @@ def export_torchscript(deployable, spec, path, opset):
     with warnings.catch_warnings():  # deprecated in favour of torch.export, which LibTorch cannot read yet
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
         traced = torch.jit.trace(deployable, (example_of(spec),), check_trace=False)  # the parity gate checks far more
-        torch.jit.save(traced, path, _extra_files={"spec.json": json.dumps(spec)})
+        content = io.BytesIO()  # torch.jit.save aborts the process on a full disk
+        torch.jit.save(traced, content, _extra_files={"spec.json": json.dumps(spec)})
+    store(path, content.getbuffer())
 
 
 FORMATS = {"torchscript": ("model.pt", export_torchscript), "onnx": ("model.onnx", export_onnx)}
@@ -393,8 +419,8 @@ def export(run, out, formats, opset, tolerance, dataset):
         for form in formats:
             name, write = FORMATS[form]
             unproven, final = os.path.join(place, name), os.path.join(out, name)
+            write(run.deployable(), spec, unproven, opset)
             try:
-                write(run.deployable(), spec, unproven, opset)
                 figures, failures = gate(run, unproven, dataset, expected, tolerance)
             except Problem as problem:  # step3 cannot load or run it
                 nothing = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}
@@ -412,8 +438,7 @@ def export(run, out, formats, opset, tolerance, dataset):
             os.replace(unproven, final)
             print(f"{form:12} {final:36} {size / 1e6:5.2f} MB {difference:9.1e} {accuracy:>9}", flush=True)
         parity = os.path.join(place, "parity.json")
-        with open(parity, "w") as stream:
-            json.dump(report, stream, indent=2, allow_nan=False)
+        store(parity, json.dumps(report, indent=2, allow_nan=False).encode())
         os.replace(parity, os.path.join(out, "parity.json"))
     return [form for form in formats if not report[form]["passed"]]
 
@@ -422,7 +447,7 @@ def earlier_report(out, checkpoint_sha256):
     """What parity.json says of files of the same checkpoint; files of another one are removed."""
     try:
         with open(os.path.join(out, "parity.json")) as stream:
-            report = {form: figures for form, figures in json.load(stream).items() if form in FORMATS}
+            report = {k: v for k, v in json.load(stream).items() if k in FORMATS and isinstance(v, dict)}
     except (FileNotFoundError, ValueError, AttributeError):
         report = {}
     kept = {form: figures for form, figures in report.items() if figures.get("checkpoint_sha256") == checkpoint_sha256}
@@ -443,14 +468,13 @@ def run_export(args):
         say(f"run: {path}")
     run = read_run(path)
     arguments = run.spec["arguments"]
-    names = ("strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
     dataset = data.load(
         run.spec["dataset"],
         args.data_dir or arguments["data_dir"],
         image_size=None if run.regression else tuple(run.spec["image_size"]),
         channels=run.spec["channels"],
         resize=model.resize,
-        **{name: arguments[name] for name in names},
+        **{name: arguments[name] for name in LOADING[1:]},
     )
     out = args.out or os.path.join(EXPORTS, os.path.basename(path))
     try:

@@ -129,7 +129,11 @@ class Model:
             raise Problem(f"no model file {path}; python step2_export.py makes one")
         if load is None:
             raise Problem(f"{path} is not a model this script knows: it takes .onnx and .pt files of step2_export.py")
-        threads = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+        threads = (
+            min(threads or 1024, 1024)
+            if threads
+            else len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+        )
         text, self._run = load(path, threads, provider)
         self.spec = read_spec(text, path)
 
@@ -153,8 +157,8 @@ def load_onnx(path, threads, provider):
     """-> (spec text or None, function from input array to float32 array), run by onnxruntime."""
     try:
         import onnxruntime
-    except ImportError:
-        raise Problem(f"{path} needs onnxruntime: pip install onnxruntime") from None
+    except ImportError as error:
+        raise Problem(f"{path} needs onnxruntime: pip install onnxruntime ({error})") from None
     available = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
     if provider.lower() not in available:
         raise Problem(f"this onnxruntime has no provider {provider!r}; it has {', '.join(available)}", 2)
@@ -353,9 +357,13 @@ def opened(path):
     if path is None:
         if sys.stdout is None:
             raise Problem("standard output is closed; give --output FILE")
-        sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
         sys.stdout.flush()
+        return
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a device or a named pipe
+        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
+            yield out
         return
     try:
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".step3-")
@@ -397,8 +405,8 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text):
     """An argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > 6 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999")
     return int(text)
 
 
@@ -428,8 +436,15 @@ def say(message):
         print(printable(message), file=sys.stderr)
 
 
-def guarded(work, *args):
-    """Do work(*args), which returns an exit code; a failure that its user can mend is one line. -> the exit code."""
+def guarded(work, *args, closed_pipe=1):
+    """Do work(*args), which returns an exit code; a failure that its user can mend is one line. -> the exit code.
+
+    closed_pipe: the exit code where standard output is a pipe that nobody reads on from.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # decode_image says what matters
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if sys.stderr is None:  # closed; progress bars and engines write to it all the same
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -443,8 +458,15 @@ def guarded(work, *args):
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    except BrokenPipeError:  # `| head`: nobody reads on
-        return 0
+    except BrokenPipeError:  # `| head`
+        if closed_pipe:
+            say("error: nobody reads standard output any more: stopped")
+        return closed_pipe
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        say(f"error: not enough memory: {str(error).splitlines()[0] if str(error) else 'give it less'}")
+        return 1
     except OSError as error:
         if error.filename is not None:  # not standard output, and not foreseen: a bug
             raise
@@ -526,8 +548,7 @@ def main(argv=None):
         parser.error("give at least one PATH: an image, a directory or a glob; or --values for a regression")
     if args.paths and args.values:
         parser.error("give either PATHs or --values")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # decode_image says what matters
-    return guarded(run, args)
+    return guarded(run, args, closed_pipe=0)
 
 
 if __name__ == "__main__":

@@ -42,15 +42,15 @@ class Dataset:
 
 
 DATASETS = {
-    "digits": "UCI handwritten digits, 8x8 grey, 1,437 + 360, bundled: needs no download",
+    "digits": "UCI handwritten digits, 8x8 grey, 1,437 + 360, bundled",
     "mnist": "MNIST handwritten digits, 28x28 grey, 60,000 + 10,000",
     "fashion-mnist": "Fashion-MNIST clothes, 28x28 grey, 60,000 + 10,000",
     "kmnist": "Kuzushiji-MNIST cursive Japanese, 28x28 grey, 60,000 + 10,000",
     "cifar10": "CIFAR-10 photos, 32x32 colour, 10 classes, 50,000 + 10,000",
     "cifar100": "CIFAR-100 photos, 32x32 colour, 100 classes, 50,000 + 10,000",
-    "folder": "your images: --data-dir DIR with DIR/train/<class>/*, DIR/test/<class>/*, or DIR/<class>/*",
-    "csv": "your images: --data-dir FILE.csv with a path and a label in each row",
-    "linear": "the tensor tutorial's regression: y = 0.3 x1 + 4 x2 + 0.2 x3 + 2.5 x4 + 18 x5 + 17, 20 + 20 rows",
+    "folder": "your images: --data-dir DIR with DIR/[train|test/]<class>/*",
+    "csv": "your images: --data-dir FILE.csv, a path and a label a row",
+    "linear": "the tensor tutorial's regression, 5 features, 20 + 20 rows",
 }
 LINEAR_WEIGHTS, LINEAR_BIAS = (0.3, 4.0, 0.2, 2.5, 18.0), 17.0
 TORCHVISION = {

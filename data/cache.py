@@ -47,7 +47,7 @@ def load_images(paths, source, cache_dir, image_size, channels, usual_size, resi
         options = digest(json.dumps([source, *image_size, channels, PIL.__version__]))
         base = os.path.join(cache_dir, f"{options}-{files}")
         if not is_whole(base):
-            remove_old(cache_dir, options)
+            remove_old(cache_dir, options, os.path.basename(base))
             build(paths, base, image_size, channels, resize)
         with open(base + ".json") as stream:
             about = json.load(stream)
@@ -92,7 +92,7 @@ def fingerprint(paths):
         try:
             status = os.stat(path)
             lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the path
             lines.append(f"{path}\0missing")
     return digest("\n".join(lines))
 
@@ -121,15 +121,18 @@ def run_parallel(function, jobs, total, title):
                 pool.shutdown(cancel_futures=True)
 
 
-def chunks(paths):
-    return [(paths[start : start + CHUNK], start) for start in range(0, len(paths), CHUNK)]
+def chunks(paths, row=1):
+    """[(some paths, the index of the first)], few enough for rows of `row` bytes to take 64 MB at most."""
+    size = min(CHUNK, max(1, (64 << 20) // row))
+    return [(paths[start : start + size], start) for start in range(0, len(paths), size)]
 
 
 def probe(paths, file):
     """What the images are: ((height, width) where all agree and are 64 or less, else None; 1 if all grey, else 3)."""
-    with contextlib.suppress(FileNotFoundError, ValueError), open(file) as stream:
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError), open(file) as stream:
         size, channels = json.load(stream)
-        return size and tuple(size), channels
+        if channels in (1, 3) and (size is None or isinstance(size, list)):
+            return size and tuple(size), channels
     sizes, modes = set(), set()
     for part in run_parallel(probe_chunk, chunks(paths), len(paths), "looking"):
         sizes |= part[0]
@@ -145,6 +148,8 @@ def probe_chunk(paths, start):
     """-> (sizes, modes) found in the headers of some files; those that cannot be read count for nothing."""
     sizes, modes = set(), set()
     for path in paths:
+        if not os.path.isfile(path):  # a named pipe would wait for ever
+            continue
         with contextlib.suppress(Exception), Image.open(path) as image:  # decoding will say what is wrong with it
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
@@ -157,8 +162,11 @@ def is_whole(base):
     """Is there a cache of this name, with as many bytes as its description says?"""
     try:
         with open(base + ".json") as stream:
-            return os.path.getsize(base + ".u8") == int(np.prod(json.load(stream)["shape"]))
-    except (FileNotFoundError, ValueError, KeyError):
+            about = json.load(stream)
+        indices = [index for index, _ in about["unreadable"]]
+        whole = os.path.getsize(base + ".u8") == int(np.prod(about["shape"])) and len(about["shape"]) == 4
+        return whole and all(isinstance(index, int) for index in indices)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -174,7 +182,7 @@ def build(paths, base, image_size, channels, resize):
         with open(temporary, "w+b") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, row * len(paths))  # a full disk is found now, not in an hour
-            jobs = [(*chunk, temporary, image_size, channels, resize) for chunk in chunks(paths)]
+            jobs = [(*chunk, temporary, image_size, channels, resize) for chunk in chunks(paths, row)]
             for failures in run_parallel(decode_chunk, jobs, len(paths), "decoding"):
                 unreadable += failures
             unreadable.sort()
@@ -220,7 +228,8 @@ def decode_chunk(paths, start, temporary, image_size, channels, resize):
 def resize_one(image, image_size, resize):
     import torch  # only where sizes differ
 
-    torch.set_num_threads(1)  # the processes share the cores already
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # the workers share the cores already
     return resize(torch.from_numpy(image.copy())[None], image_size)[0].numpy()
 
 
@@ -249,11 +258,18 @@ def report(paths, unreadable, strict):
         )
 
 
-def remove_old(cache_dir, options):
-    """Remove caches of the same options over an earlier state of the files, and what killed builds left."""
+def remove_old(cache_dir, options, current):
+    """Remove caches of the same options over an earlier state of the files, and what killed builds left.
+
+    Not those of the name `current`: another run may be publishing them at this moment.
+    """
     for entry in os.scandir(cache_dir):
         stale = entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > STALE
-        if stale or (entry.name.startswith(options) and entry.name.endswith((".u8", ".json"))):
+        if stale or (
+            entry.name.startswith(options)
+            and not entry.name.startswith(current)
+            and entry.name.endswith((".u8", ".json"))
+        ):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(entry.path)
 

@@ -46,9 +46,17 @@ def list_folder(directory):
     return classes, train, (paths, index[labels])
 
 
+def refuse(error):
+    """What os.walk does with a directory that it cannot read, instead of passing over it in silence."""
+    raise Problem(f"cannot read {error.filename}: {error.strerror}")
+
+
 def list_classes(directory):
     """One class per folder, in name order, its images found recursively. -> (classes, (paths, labels))."""
-    classes = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+    try:
+        classes = sorted(e.name for e in os.scandir(directory) if not e.name.startswith(".") and e.is_dir())
+    except OSError as error:
+        refuse(error)
     if not classes:
         raise Problem(f"{directory} has no class folders: put the images of each class into a folder of its name")
     if len(classes) == 1:
@@ -56,7 +64,7 @@ def list_classes(directory):
     paths, labels = [], []
     for label, name in enumerate(classes):
         before = len(paths)
-        for root, subdirectories, files in os.walk(os.path.join(directory, name)):
+        for root, subdirectories, files in os.walk(os.path.join(directory, name), onerror=refuse):
             subdirectories.sort()
             paths += [os.path.join(root, file) for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES)]
         if len(paths) == before:
@@ -70,7 +78,7 @@ def split_off_test(split):
     paths, labels = split
     held = stratified(labels, TEST_FRACTION, seed=0)
     count = f"{held.sum():,} of {len(paths):,} images"
-    say(f"note: no test split given, {count} ({TEST_FRACTION:.0%} of each class) held out for it")
+    say(f"note: no test split given: {count} held out for it, {TEST_FRACTION:.0%} of each class (at least one)")
     parts = [([paths[i] for i in np.flatnonzero(mask)], labels[mask]) for mask in (~held, held)]
     return parts[0], parts[1]
 
@@ -79,7 +87,7 @@ def list_csv(file, test_csv=None, image_root=None, image_column=None, label_colu
     """The images that a CSV file lists, paths relative to it or to `image_root`; returns as list_folder does."""
     columns = (image_column, label_column)
     paths, names = read_csv(file, image_root, *columns)
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    numbers = all(name.removeprefix("-").isdecimal() and len(name) < 20 for name in names)
     classes = sorted(set(names), key=int if numbers else None)
     if len(classes) < 2:
         raise Problem(f"{file} has one class only, {classes[0]!r}: classification needs two or more")
@@ -112,7 +120,9 @@ def read_csv(file, image_root, image_column, label_column):
     except OSError as error:
         hint = "--dataset csv takes --data-dir FILE.csv"
         raise Problem(f"cannot read {file}: {error.strerror}; {hint}", 2) from None
-    header = [name.strip() for name in rows[0]] if rows else []
+    if not rows:
+        raise Problem(f"{file} is empty: its first line names the columns, path and label")
+    header = [name.strip() for name in rows[0]]
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise Problem(f"{file} names the column {twice!r} twice in its first line")
