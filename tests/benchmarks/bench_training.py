@@ -111,7 +111,7 @@ def ours(place, dataset, *arguments):
 
 def outside_compute(*arguments):
     """The share of a training epoch spent outside forward, backward and optimizer step, by timing what is outside."""
-    spent, train_epoch = {"inside": 0.0, "all": 0.0}, step1_train.train_epoch
+    spent, train_epoch = {"inside": 0.0, "all": 0.0, "training": False}, step1_train.train_epoch
 
     def timed(function):
         def wrapper(*args, **kwargs):
@@ -119,18 +119,20 @@ def outside_compute(*arguments):
             try:
                 return function(*args, **kwargs)
             finally:
-                spent["inside"] += time.perf_counter() - started
+                if spent["training"]:
+                    spent["inside"] += time.perf_counter() - started
 
         return wrapper
 
     def epoch(deployable, batches, optimizer, *rest):
         deployable.network.forward = timed(deployable.network.forward)
         optimizer.step = timed(optimizer.step)
-        started = time.perf_counter()
+        started, spent["training"] = time.perf_counter(), True
         try:
             return train_epoch(deployable, batches, optimizer, *rest)
         finally:
             spent["all"] += time.perf_counter() - started
+            spent["training"] = False  # evaluation is no part of it
 
     backward = torch.Tensor.backward
     step1_train.train_epoch, torch.Tensor.backward = epoch, timed(backward)
