@@ -587,7 +587,10 @@ def print_row(epoch, measured, seconds):
 
 
 def fit(args, dataset, deployable, splits, run, dtype):
-    """The training loop. -> the epoch whose network is the result and is left in `deployable`."""
+    """The training loop. -> (the epoch whose network is the result, left in `deployable`; its `evaluate` on test).
+
+    With a validation split the test split was not looked at yet, and the second is None.
+    """
     split, device = splits["train"], splits["train"].labels.device
     optimizer = make_optimizer(deployable.network, args)
     schedule = make_schedule(optimizer, args, args.epochs * -(-len(split) // args.batch_size))
@@ -610,7 +613,8 @@ def fit(args, dataset, deployable, splits, run, dtype):
         size = size_at(epoch, args.epochs, args.image_size, args.grow)
         measured = train_epoch(deployable, bar, optimizer, schedule, args, size, autocast, class_weights)
         with autocast() if epoch < args.epochs else contextlib.nullcontext():  # the result is measured in fp32
-            measured += evaluate(deployable, splits[watched])[:2]
+            result = evaluate(deployable, splits[watched])
+        measured += result[:2]
         if not math.isfinite(measured[2]):
             raise Problem(f"the loss on the {watched} split became {measured[2]}: try a smaller --lr, or --grow 1")
         rows.append(dict(zip(columns, (epoch, *measured, lr, round(time.perf_counter() - started, 3)), strict=True)))
@@ -628,7 +632,8 @@ def fit(args, dataset, deployable, splits, run, dtype):
     if watched == "val":
         deployable.network.load_state_dict(best[2])
         print(f"epoch {best[1]} did best on the validation split and is kept")
-    return best[1]
+        result = None
+    return best[1], result
 
 
 def train(args):
@@ -647,12 +652,12 @@ def train(args):
         describe(args, dataset, deployable, splits, run, dtype)
         config = {**vars(args), "run": run, "device_used": str(device), "precision_used": "bf16" if dtype else "fp32"}
         write_json(os.path.join(run, "config.json"), config)
-        epoch = fit(args, dataset, deployable, splits, run, dtype)
+        epoch, result = fit(args, dataset, deployable, splits, run, dtype)
     except BaseException:
         if not os.path.exists(os.path.join(run, "checkpoint.pt")):
             shutil.rmtree(run, ignore_errors=True)  # it holds nothing, and its name is free again
         raise
-    test_loss, test_accuracy, outputs = evaluate(deployable, splits["test"])
+    test_loss, test_accuracy, outputs = result or evaluate(deployable, splits["test"])
     spec = make_spec(args, dataset, deployable, test_accuracy)
     save_checkpoint(run, spec, deployable, epoch)
     summary = {

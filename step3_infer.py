@@ -130,7 +130,7 @@ class Model:
         if load is None:
             raise Problem(f"{path} is not a model this script knows: it takes .onnx and .pt files of step2_export.py")
         threads = (
-            min(threads or 1024, 1024)
+            min(threads, 1024)
             if threads
             else len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
         )
