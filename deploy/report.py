@@ -4,6 +4,7 @@
 it reads all it shows back from the files of the run. Everything here is handed plain values and paths.
 """
 
+import os
 import re
 
 import numpy as np
@@ -29,6 +30,47 @@ def per_class(labels, predicted, classes):
 def printable(text):
     """Text from strangers with its control characters and line breaks made visible."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def draw_run(run_dir, spec, rows, labels, outputs, images=None, augmented=None, augmented_labels=None):
+    """Draw the pictures of a finished run into its directory. -> their paths.
+
+    spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N]; outputs, the
+    probabilities [N, classes]; images, uint8 by index, of which only the wrongly answered are read. augmented: uint8
+    [n, H, W, C] of the training split with their labels [n]. For a regression: labels and outputs are [N, 1], and there
+    are no images. Raises ImportError without matplotlib, OSError where a file cannot be written.
+    """
+    from deploy import pictures  # importing matplotlib takes a second, and it may be missing
+
+    labels, outputs = np.asarray(labels), np.asarray(outputs)
+    run = printable(os.path.basename(os.path.normpath(run_dir)))
+    drawn = {}
+    if spec["task"] == "regression":
+        about = f"{run} · test loss {((labels - outputs) ** 2).mean():.4g} · {spec['created'][:10]}"
+        drawn["predicted.png"] = pictures.predicted(about, labels[:, 0], outputs[:, 0])
+    else:
+        about, names = f"{run} · test accuracy {spec['test_accuracy']:.2%} · {spec['created'][:10]}", spec["classes"]
+        names = [printable(name) for name in names]
+        pairs = labels * len(names) + outputs.argmax(1)
+        counts = np.bincount(pairs, minlength=len(names) ** 2).reshape(len(names), -1)
+        drawn["confusion.png"] = pictures.confusion(about, counts, names)
+        drawn["mistakes.png"] = pictures.mistakes(about, images, labels, outputs, names)
+        if augmented is not None and len(augmented):
+            drawn["samples.png"] = pictures.samples(about, augmented, np.asarray(augmented_labels), names)
+    drawn["curves.png"] = pictures.curves(about, rows)
+    for name, content in drawn.items():
+        write_whole(os.path.join(run_dir, name), content)
+    return [os.path.join(run_dir, name) for name in drawn]
+
+
+def write_whole(path, content):
+    """Write bytes beside `path`, then swap them in."""
+    with open(path + ".tmp", "wb") as file:
+        file.write(content)
+    os.replace(path + ".tmp", path)
 
 
 # ------------------------------------------------------------------------------------------------------ model card
