@@ -106,8 +106,7 @@ def fit(text, inches, points, weight=None):
 @picture
 def curves(about, rows):
     """Loss, accuracy and learning rate over the epochs; rows: those of metrics.csv, as dicts by column."""
-    read = {None: math.nan, "": math.nan}
-    column = {key: np.array([read[row[key]] if row[key] in read else float(row[key]) for row in rows]) for key in rows[0]}
+    column = {k: np.array([math.nan if row[k] in (None, "") else float(row[k]) for row in rows]) for k in rows[0]}
     epochs, watched = column["epoch"], "val" if "val_loss" in column else "test"
     panels = ["loss", "accuracy", "lr"] if np.isfinite(column["train_accuracy"]).any() else ["loss", "lr"]
     title = f"Training over {len(rows)} epoch{'s' if len(rows) > 1 else ''}"
@@ -132,9 +131,10 @@ def curves(about, rows):
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         elif np.nanmin(axis.dataLim.intervaly) > 0 and axis.dataLim.y1 > 30 * axis.dataLim.y0:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
     figure.align_ylabels()
     axes[-1].set_xlabel("epoch")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[-1].set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     return figure
 
@@ -233,7 +233,7 @@ def samples(about, images, labels, names):
     """Augmented training images, uint8 [n, H, W, C], with their labels [n]."""
     size = "x".join(map(str, np.asarray(images[0]).shape[:2]))
     captions = [[(drawable(names[label], label), INK)] for label in labels[:GRID]]
-    return grid(f"Augmented training images, {size} as the network sees them", about, images[:GRID], captions)
+    return grid(f"Augmented training images, {size}", about, images[:GRID], captions)
 
 
 @picture
@@ -249,7 +249,8 @@ def mistakes(about, images, labels, probabilities, names):
         return figure
     captions = [
         [
-            (f"{probabilities[i, guesses[i]]:.1%} {drawable(names[guesses[i]], guesses[i])}", ORANGE),
+            (drawable(names[guesses[i]], guesses[i]), ORANGE),
+            (f"{probabilities[i, guesses[i]]:.1%} sure", GREY),
             (f"is {drawable(names[labels[i]], labels[i])}", INK),
         ]
         for i in chosen
