@@ -56,8 +56,15 @@ def markdown(text):
     return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", printable(text))
 
 
+def without_empty(head, rows):
+    """The head and rows of a table without the columns that hold nothing but dashes."""
+    keep = [k for k in range(len(head)) if any(row[k] != "-" for row in rows)]
+    return [head[k] for k in keep], [[row[k] for k in keep] for row in rows]
+
+
 def table(head, rows):
     """A Markdown table; the columns after the first are aligned to the right."""
+    head, rows = without_empty(head, rows)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -68,7 +75,8 @@ def card_classification(spec):
     names += f", and {more:,} more, which the file names" if more > 0 else ""
     yield f"It tells which of {len(classes):,} classes an image shows: {names}"
     if accuracy is not None:
-        yield f"## How good it is\n\nIt answers {accuracy:.2%} of the test split of {markdown(spec['dataset'])} rightly."
+        data = markdown(spec["dataset"])
+        yield f"## How good it is\n\nIt answers {accuracy:.2%} of the test split of {data} rightly."
     if figures := spec.get("per_class"):
         rows = [
             [markdown(name), *(shown(row[key], ".1%") for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
@@ -128,11 +136,9 @@ def card_proof(parity):
         row += [shown(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
         rows.append([*row, shown(figures.get("mean_squared_error"), ".3g")])
     head = ["file", "test samples", "largest difference", "same answer", "accuracy", "squared error"]
-    keep = [k for k in range(len(head)) if k < 3 or any(row[k] != "-" for row in rows)]
-    figures = table([head[k] for k in keep], [[row[k] for k in keep] for row in rows])
     name = next((name for form, name in FILES.items() if form in passed), "model.onnx")
     return (
-        "## Proof\n\nEach file was run against the trained network over the whole test split before it was let out:\n\n"
-        f"{figures}\n\nA few samples with the answers expected are in the file. To see whether a machine computes what\n"
-        f"the training machine did:\n\n    python step3_infer.py --model {name} --self-test"
+        "## Proof\n\nBefore it was let out, each file was run against the trained network over all test samples:\n\n"
+        f"{table(head, rows)}\n\nA few samples with the answers expected are in the file. To see whether a machine\n"
+        f"computes what the training machine did:\n\n    python step3_infer.py --model {name} --self-test"
     )

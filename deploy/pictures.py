@@ -166,9 +166,9 @@ def confusion(about, counts, names):
         figure = new_figure(title, about, WIDTH, 0.97 * WIDTH)
         axis, side = figure.subplots(), WIDTH - 1.25
     else:
-        side = 7.6
+        side = 7.9
         figure = new_figure(title, about, WIDE, side + 3.35, arranged=False)
-        axis = place(figure, 1.5, 3.3, side, side)
+        axis = place(figure, 1.4, 3.3, side, side)
         list_confusions(place(figure, MARGIN, 0.1, WIDE - 2 * MARGIN, 1.6), counts, shares, names)
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     axis.grid(False)
@@ -178,10 +178,11 @@ def confusion(about, counts, names):
     if len(names) <= SOME:
         fill_cells(axis, counts, shares, side)
     else:
-        scale = place(figure, 1.65 + side, 3.3, 0.18, side)
+        scale = place(figure, 1.5 + side, 3.3, 0.15, side)
         ticks = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
         figure.colorbar(image, cax=scale, ticks=ticks, format=PercentFormatter(1.0, 0))
         scale.set_title("of the\ntruth", size=8, loc="left")
+        scale.tick_params(labelsize=7.5, length=2, pad=2)
     return figure
 
 
@@ -191,7 +192,7 @@ def name_axes(axis, names, side):
     pitch = 72 * side * step / len(names)  # points
     size, places = min(9, 0.88 * pitch), range(0, len(names), step)
     few = len(names) <= FEW
-    texts = [fit(drawable(names[i], i), 1.1, size) for i in places]
+    texts = [fit(drawable(names[i], i), 1.05, size) for i in places]
     upright = max(len(text) for text in texts) * 0.7 * size < pitch
     turned = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     axis.set_yticks(places, texts, size=size)

@@ -15,11 +15,13 @@ import struct
 
 import numpy as np
 
-from deploy.card import FILES, count_pairs, model_card, per_class, printable, shown  # noqa: F401  the steps import them
+from deploy.card import FILES, count_pairs, model_card, per_class, printable, shown, without_empty
+
+__all__ = ["draw_run", "model_card", "per_class", "write_report"]
 
 CAPTIONS = {
-    "curves.png": "Loss, accuracy and learning rate by epoch. The training figures are taken while training, on "
-    "augmented images and with label smoothing; they may look worse than the test figures.",
+    "curves.png": "By epoch. The training figures are taken while training, with its augmentation and label smoothing: "
+    "they may look worse than those of the test split.",
     "predicted.png": "Predictions over the test split; on the line they equal the truth.",
     "confusion.png": "Rows are the truth, columns the answers: how many test images, and their share of the row.",
     "mistakes.png": "The wrong answers that the network was surest of: its answer, how sure it was, and the truth.",
@@ -145,6 +147,7 @@ def file_size(path):
 
 def table(head, rows, marked=None):
     """An HTML table that scrolls by itself where it is wide; cells are HTML, `marked` is the number of a row."""
+    head, rows = without_empty(head, rows)
     lines = ["".join(f"<th scope=col>{cell}</th>" for cell in head)]
     for number, (first, *cells) in enumerate(rows):
         cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in cells)
@@ -200,8 +203,9 @@ def classes_section(figures):
     for number, (name, row) in enumerate(figures.items()):
         bars = [shown(row[key], ".1%") for key in ("precision", "recall", "f1")]
         bars = [f'<td class=bar style="--part: {bar}">{bar}</td>' for bar in bars]
+        number = "" if name == str(number) else f"<span class=soft>{number}</span> "
         name = f"<bdi>{text(name)}</bdi>"
-        rows.append([f"<span class=soft>{number}</span> {name}", *bars, shown(row["support"], ",")])
+        rows.append([number + name, *bars, shown(row["support"], ",")])
         recalls.append((row["recall"], name))
     if not rows:
         return ""
@@ -239,6 +243,7 @@ def configuration_section(config):
         if key in ("name", "run") or value in (None, False, []):
             continue
         value = ("x" if key == "image_size" else " ").join(map(str, value)) if isinstance(value, list) else value
+        value = f"{value:.6g}" if isinstance(value, float) else value
         lines.append(f"<div><dt>{text(key).replace('_', ' ')}</dt><dd>{text(value)}</dd></div>")
     return f"<section><h2>Configuration</h2><dl>{''.join(lines)}</dl></section>"
 
