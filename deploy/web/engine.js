@@ -54,6 +54,7 @@ function readMetadata(bytes) {
 // The spec (an object) in an ONNX file's bytes. Throws Problem where it is missing, malformed or too new.
 function readSpec(bytes, source) {
   let text, spec;
+  if (!bytes.length) throw new Problem(`${source} is empty.`);
   try {
     text = readMetadata(bytes).get("spec");
   } catch (error) {
@@ -88,7 +89,7 @@ async function fetchModel(addresses) {
       return { bytes: new Uint8Array(await answer.arrayBuffer()), source: address };
     }
   }
-  throw new Problem(`No model at ${addresses.join(" or ")}. Put model.onnx beside this page, or choose it here.`);
+  throw new Problem(`There is no model at ${addresses.join(" or ")}. Put it there, or choose it here.`);
 }
 
 function missing(path) {
@@ -140,14 +141,14 @@ async function run(tensor) {
 
 // An image file -> ImageBitmap, EXIF orientation applied, colours as stored. Throws Problem.
 async function decode(file) {
-  if (file.size === 0) throw new Problem("is empty");
+  if (file.size === 0) throw new Problem("empty file");
   const options = { imageOrientation: "from-image", premultiplyAlpha: "none", colorSpaceConversion: "none" };
   const bitmap = await createImageBitmap(file, options).catch(() => {
-    throw new Problem("is not an image that this browser can decode");
+    throw new Problem("not an image that this browser can decode");
   });
   const size = (bitmap.width * bitmap.height) / 1e6;
   if (size <= MEGAPIXELS) return bitmap;
-  throw new Problem(`has ${size.toFixed()} megapixels, this page takes ${MEGAPIXELS}`);
+  throw new Problem(`${size.toFixed()} megapixels, and this page takes ${MEGAPIXELS}`);
 }
 
 // Copy the RGBA bytes from..end to `pixels` at `to` without alpha; 1 channel is Pillow's convert("L").
@@ -222,7 +223,7 @@ async function predict(file) {
     return { bitmap, probabilities, exact, decoding: decoded - start, network: performance.now() - decoded };
   } catch (error) {
     bitmap.close();
-    throw error instanceof Problem ? error : new Problem(`does not fit this device's memory: ${error.message}`);
+    throw error instanceof Problem ? error : new Problem(`too large for this device: ${error.message}`);
   }
 }
 
@@ -232,17 +233,30 @@ async function predictValues(values) {
   if (values.length !== count || !values.every(Number.isFinite)) {
     throw new Problem(`This model takes ${count} numbers, separated by commas.`);
   }
-  return (await run(new ort.Tensor("float32", Float32Array.from(values), [1, count])))[0];
+  const [prediction] = await run(new ort.Tensor("float32", Float32Array.from(values), [1, count]));
+  return Number(prediction.toPrecision(7)); // what float32 holds
 }
 
 // -------------------------------------------------------------------------------------------------------- self-test
 
-// Run the golden samples inside the file -> {count, difference from what the training machine said, passed}.
+// The samples inside the file, which hold an input and what the network said on the training machine.
+function goldenSamples() {
+  return Array.isArray(model.spec.golden) ? model.spec.golden : [];
+}
+
+// The PNG of a golden sample as a file of this name.
+function goldenFile(sample, name) {
+  return new File([Uint8Array.from(atob(sample.image), (character) => character.charCodeAt(0))], name);
+}
+
+// Run the golden samples -> {count, difference: the largest from what the training machine said, passed}.
 async function selfTest() {
-  const golden = Array.isArray(model.spec.golden) ? model.spec.golden : [];
-  let difference = 0;
-  for (const sample of golden) difference = Math.max(difference, await sampleDifference(sample)); // which keeps NaN
-  return { count: golden.length, difference, passed: difference <= TOLERANCE };
+  let count = 0, difference = 0;
+  for (const sample of goldenSamples()) {
+    difference = Math.max(difference, await sampleDifference(sample)); // which keeps NaN
+    count += 1;
+  }
+  return { count, difference, passed: difference <= TOLERANCE };
 }
 
 // One golden sample -> the largest difference of its outputs from the expected ones, relative to those above 1.
@@ -251,8 +265,7 @@ async function sampleDifference(sample) {
   if (model.spec.task === "regression") {
     [outputs, expected] = [[await predictValues(sample.features)], sample.prediction];
   } else {
-    const png = Uint8Array.from(atob(sample.image), (character) => character.charCodeAt(0));
-    const { bitmap, probabilities } = await predict(new Blob([png]));
+    const { bitmap, probabilities } = await predict(goldenFile(sample, "sample"));
     bitmap.close();
     [outputs, expected] = [Array.from(probabilities), sample.probabilities];
   }

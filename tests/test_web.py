@@ -1,0 +1,383 @@
+"""The browser page (deploy/web) in headless Chromium: the same answers as step 3, clear messages, nothing sent away.
+
+Needs chromium, chromedriver, and onnxruntime-web's two files: in $ORT_WEB, in deploy/web/ort, or where .ci/run keeps
+them. `sh deploy/web/get-ort.sh` fetches them.
+"""
+
+import base64
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, onnx_with, same_threads
+from PIL import Image
+
+import step1_train
+import step2_export
+import step3_infer
+
+WEB = ROOT / "deploy" / "web"
+VERSION = re.search(r"^version=(\S+)$", (WEB / "get-ort.sh").read_text(), re.MULTILINE)[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "threestep" / f"ort-web-{VERSION}"
+PLACES = [Path(place) for place in (os.environ.get("ORT_WEB"), WEB / "ort", CACHE) if place]
+RUNTIME = ("ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm")
+ORT = next((place for place in PLACES if all((place / name).is_file() for name in RUNTIME)), None)
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+FLAGS = """--headless --no-sandbox --disable-gpu --enable-unsafe-swiftshader --disable-quic --no-first-run
+    --disable-background-networking --disable-component-update --disable-sync --window-size=1280,900""".split()
+TOLERANCE = 1e-3
+HOSTILE = ["<img src=x onerror=\"document.title='run'\">", "\u202e<script>document.title='run'</script>", "w" * 90]
+
+pytestmark = [
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="the page needs chromium and chromedriver"),
+    pytest.mark.skipif(not ORT, reason=f"no onnxruntime-web {VERSION}: sh deploy/web/get-ort.sh"),
+]
+
+
+class Browser:
+    """Chromium through chromedriver's own HTTP interface (W3C WebDriver), which needs no package."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
+        ready = (re.search(r"successfully on port (\d+)", line) for line in self.process.stdout)
+        self.address = f"http://127.0.0.1:{next(match for match in ready if match)[1]}/session"
+        chrome = {"binary": CHROMIUM, "args": FLAGS}
+        options = {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"performance": "ALL"}}
+        self.address += "/" + self.ask("", capabilities={"alwaysMatch": options})["sessionId"]
+
+    def ask(self, path, method="POST", **body):
+        data = json.dumps(body).encode() if method == "POST" else None
+        request = urllib.request.Request(self.address + path, data, {"content-type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from None
+
+    def run(self, script, *arguments):
+        """Run JavaScript in the page; a promise is waited for."""
+        return self.ask("/execute/sync", script=script, args=arguments)
+
+    def text(self, selector):
+        return self.run("return Array.from(document.querySelectorAll(arguments[0]), (e) => e.textContent)", selector)
+
+    def until(self, condition):
+        """Wait for a JavaScript expression to become true."""
+        end = time.monotonic() + 60
+        while not self.run(f"return document.readyState === 'complete' && ({condition})"):
+            assert time.monotonic() < end, f"never: {condition}\n{self.text('body')}"
+            time.sleep(0.02)
+
+    def open(self, address):
+        """Open a page and wait until it has a model or says why not; -> what it says."""
+        self.ask("/url", url=address)
+        self.until("$('status').textContent === 'Ready.' || !$('problem').hidden")
+        return self.text("#problem")[0]
+
+    def choose(self, *paths):
+        """Choose files as a user does, and wait for the results."""
+        (element,) = self.ask("/element", using="css selector", value="#files").values()
+        self.run("$('results').replaceChildren()")
+        self.ask(f"/element/{element}/value", text="\n".join(map(str, paths)))
+        self.until(f"$('results').children.length === {len(paths)} && !$('status').textContent.endsWith('…')")
+
+    def command(self, name, **parameters):
+        """A command of the DevTools protocol."""
+        return self.ask("/goog/cdp/execute", cmd=name, params=parameters)
+
+    def quit(self):
+        try:
+            self.ask("", "DELETE")
+        finally:
+            self.process.terminate()
+            self.process.wait()
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    browser = Browser()
+    yield browser
+    browser.quit()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def put_page(place):
+    """Lay out the page as it ships, with its runtime linked in."""
+    (place / "ort").mkdir(parents=True)
+    for name in ("index.html", "page.css", "page.js", "engine.js"):
+        shutil.copy(WEB / name, place)
+    for name in RUNTIME:
+        (place / "ort" / name).symlink_to((ORT / name).resolve())
+
+
+def spec_of(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}["spec"]
+
+
+def export(place, *arguments):
+    """Train and export in the directory `place`; -> the path of model.onnx."""
+    with pytest.MonkeyPatch.context() as patch, same_threads():
+        patch.chdir(place)
+        assert step1_train.main([*arguments, "--name", "run"]) == 0
+        assert step2_export.main(["--format", "onnx"]) == 0
+    return place / "exports" / "run" / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory):
+    """A network that tells red, green and blue noise apart: swapped channels would show."""
+    place, rng = tmp_path_factory.mktemp("colour"), np.random.default_rng(0)
+    for index, name in enumerate(("red", "green", "blue")):
+        (place / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(0, 160, (12, 16, 3), dtype=np.uint8)
+            pixels[:, :, index] += 60
+            Image.fromarray(pixels).save(place / "photos" / name / f"{number}.png")
+    return export(place, *"--dataset folder --data-dir photos --model mlp --hidden 16 --epochs 8".split())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, trained, colour):
+    """(directory, address) of a server: /web/ the page with the digits' model above it, as in a bundle, and others."""
+    place = tmp_path_factory.mktemp("site")
+    for name in ("web", "none/web", "unscripted", "unbinary"):
+        put_page(place / name)
+    (place / "unscripted" / "ort" / RUNTIME[0]).unlink()
+    (place / "unbinary" / "ort" / RUNTIME[1]).unlink()
+    shutil.copy(trained.export / "model.onnx", place)
+    shutil.copy(colour, place / "colour.onnx")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=place))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield place, f"http://localhost:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Images of several sizes and of every mode that browsers know, with colours under transparent pixels."""
+    place, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for height, width in (8, 8), (12, 16), (43, 57), (120, 200), (1, 1), (1, 1500), (700, 600):
+        # Smooth, so that a difference of sizes or positions shows more than one of single pixels.
+        small = Image.fromarray(rng.integers(0, 256, (4, 3, 3), dtype=np.uint8))
+        small.resize((width, height), Image.Resampling.BICUBIC).save(place / f"rgb-{width}x{height}.png")
+    base = Image.open(place / "rgb-57x43.png")
+    for mode in ("L", "P", "1", "LA", "RGBA"):
+        base.convert(mode).save(place / f"mode-{mode}.png")
+    grey = np.asarray(base.convert("L")).astype(np.uint16)
+    Image.fromarray(grey * 257).save(place / "sixteen.png")
+    alpha = rng.integers(0, 256, (43, 57, 1), dtype=np.uint8) * rng.integers(0, 2, (43, 57, 1), dtype=np.uint8)
+    Image.fromarray(np.concatenate([np.asarray(base), alpha], 2)).save(place / "alpha.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    base.save(place / "turned.jpg", exif=turned, quality=90)
+    return sorted(place.iterdir())
+
+
+def cards(browser):
+    """What the page shows: for each image a dict of class name -> probability, in order."""
+    script = """return Array.from(document.querySelectorAll("article"), (card) => Array.from(
+        card.querySelectorAll("li"), (row) => Array.from(row.children, (part) => part.textContent)))"""
+    return [{name: float(shown.removesuffix(" %")) / 100 for name, shown, _ in card} for card in browser.run(script)]
+
+
+def assert_as_step3(browser, file, paths, tolerance=TOLERANCE):
+    model = step3_infer.Model(str(file))
+    shown = cards(browser)
+    assert len(shown) == len(paths)
+    for path, card in zip(paths, shown, strict=True):
+        expected = model.predict(step3_infer.decode_image(path, model.spec["channels"])[None])[0]
+        expected = dict(zip(model.spec["classes"], expected.tolist(), strict=True))
+        best = sorted(expected.values(), reverse=True)[:5]
+        assert len(card) == len(best) and max(expected, key=expected.get) == next(iter(card)), path
+        assert max(abs(card[name] - expected[name]) for name in card) <= tolerance, path
+        assert np.allclose(list(card.values()), best, atol=tolerance), path
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "colour.onnx"])
+def test_answers_are_step3s(browser, site, pictures, samples, name):
+    place, address = site
+    assert browser.open(f"{address}/web/" + (f"?model=../{name}" if name == "colour.onnx" else "")) == ""
+    chosen = [*pictures, *samples[:3]]
+    browser.choose(*chosen)
+    assert_as_step3(browser, place / name, chosen)
+    assert browser.text("article h2") == [path.name for path in chosen]
+    assert all(re.search(r"\d pixels · \d+(\.\d)? ms$", text) for text in browser.text("article p:first-of-type"))
+    assert "passed" in browser.text("#selftest")[0]
+
+
+def test_photo_of_twelve_megapixels(browser, site, tmp_path):
+    place, address = site
+    small = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    small.resize((4000, 3000), Image.Resampling.BILINEAR).save(tmp_path / "photo.jpg", quality=90)
+    browser.open(f"{address}/web/?model=../colour.onnx")
+    browser.choose(tmp_path / "photo.jpg")
+    assert_as_step3(browser, place / "colour.onnx", [tmp_path / "photo.jpg"])
+
+
+def test_bad_images_are_named_and_the_others_predicted(browser, site, samples, tmp_path):
+    _, address = site
+    (tmp_path / "<b>text.png").write_text("no image")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "half.png").write_bytes(samples[0].read_bytes()[:60])
+    browser.open(f"{address}/web/")
+    browser.choose(tmp_path / "<b>text.png", tmp_path / "empty.png", samples[1], tmp_path / "half.png")
+    texts = browser.text("article")
+    assert "<b>text.png: not an image" in texts[0] and "empty.png: empty file" in texts[1] and "half.png: " in texts[3]
+    assert next(iter(cards(browser)[2])) == "1" and "3 of them could not be used" in browser.text("#status")[0]
+
+
+def test_drop_paste_and_the_samples_inside_the_file(browser, site, samples):
+    _, address = site
+    browser.open(f"{address}/web/")
+    script = """const data = new DataTransfer(), bytes = Uint8Array.from(atob(arguments[1]), (c) => c.charCodeAt(0));
+        data.items.add(new File([bytes], arguments[0] + ".png"));
+        const options = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
+        const event = new (arguments[0] === "drop" ? DragEvent : ClipboardEvent)(arguments[0], options);
+        return document.body.dispatchEvent(event);"""
+    png = base64.b64encode(samples[3].read_bytes()).decode()
+    # An event that is not cancelled would make the browser show the image instead of the page.
+    assert browser.run(script, "drop", png) is False
+    browser.run(script, "paste", png)
+    browser.run("$('samples').click()")
+    count = len(json.loads(spec_of(site[0] / "model.onnx"))["golden"])
+    browser.until(f"$('results').children.length === {2 + count} && $('status').textContent.endsWith('done.')")
+    assert [next(iter(card)) for card in cards(browser)][-2:] == ["3", "3"]  # the newest are on top
+
+
+def test_keyboard_alone(browser, site):
+    _, address = site
+    browser.open(f"{address}/web/")
+    browser.run("window.clicks = 0; $('files').addEventListener('click', (e) => { e.preventDefault(); clicks += 1 })")
+    for key in "\ue004", "\ue007", " ":  # Tab, Enter, space
+        actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        browser.ask("/actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
+    focus = "const at = document.activeElement; return [at.id, parseFloat(getComputedStyle(at).outlineWidth) > 1]"
+    assert browser.run(focus) == ["drop", True] and browser.run("return window.clicks") == 2
+
+
+@pytest.fixture
+def phone(browser):
+    """A screen of 390 x 844 points."""
+    browser.command("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    yield
+    browser.command("Emulation.clearDeviceMetricsOverride")
+    browser.command("Emulation.setEmulatedMedia", features=[])
+
+
+def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
+    place, address = site
+    onnx_with(place / "colour.onnx", place / "hostile.onnx", classes=HOSTILE, dataset=HOSTILE[0], model=HOSTILE[1])
+    backgrounds = []
+    for scheme in ("light", "dark"):
+        browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        assert browser.open(f"{address}/web/?model=../hostile.onnx") == ""
+        browser.choose(*pictures[:2])
+        browser.run("$('about').open = true")
+        wide, inner = browser.run("return [document.scrollingElement.scrollWidth, innerWidth]")
+        assert wide <= inner == 390
+        background = browser.run("return getComputedStyle(document.body).backgroundColor")
+        backgrounds.append(int(re.search(r"\d+", background)[0]))
+    assert backgrounds[0] > 200 and backgrounds[1] < 60
+    assert set(cards(browser)[0]) == set(HOSTILE)
+    assert {HOSTILE[0], HOSTILE[1]} <= set(browser.text("#about dd"))
+    assert browser.run("return document.querySelectorAll('img, body script').length") == 0
+    assert browser.run("return document.title") == "Image classifier"
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("none/web/", "no model at model.onnx or ../model.onnx"),
+        ("unscripted/?model=../colour.onnx", "runtime is missing: ort/ort.wasm.bundle.min.js; sh get-ort.sh"),
+        ("unbinary/?model=../colour.onnx", "runtime is missing: ort/ort-wasm-simd-threaded.wasm; sh get-ort.sh"),
+        ("web/?model=../truncated.onnx", "../truncated.onnx is not an ONNX file; ends early"),
+        ("web/?model=../bare.onnx", "../bare.onnx carries no spec; step2_export.py"),
+        ("web/?model=../broken.onnx", "../broken.onnx has a malformed spec"),
+        ("web/?model=../newer.onnx", "schema 2; up to 1"),
+        ("web/?model=../lying.onnx", "do not trust; 2 classes, 3 outputs"),
+        ("web/?model=../changed.onnx", "do not trust; self-test FAILED; largest difference"),
+        ("web/?model=//example.org/model.onnx", "no model at //example.org/model.onnx"),
+        ("web/?model=../page.html", "no model at ../page.html"),
+    ],
+)
+def test_what_is_wrong_is_said(browser, site, bad_models, page, words):
+    said = browser.open(f"{site[1]}/{page}").lower()
+    assert not [word for word in words.lower().split("; ") if word not in said], said
+    assert browser.text("#status")[0] == ("Ready." if "trust" in said else "")
+
+
+@pytest.fixture(scope="module")
+def bad_models(site):
+    place, _ = site
+    good = place / "colour.onnx"
+    golden = json.loads(spec_of(good))["golden"]
+    onnx_with(good, place / "bare.onnx")
+    onnx_with(good, place / "broken.onnx", "{no json")
+    onnx_with(good, place / "newer.onnx", schema=2)
+    onnx_with(good, place / "lying.onnx", classes=["a", "b"])
+    changed = [{**sample, "probabilities": sample["probabilities"][::-1]} for sample in golden]
+    onnx_with(good, place / "changed.onnx", golden=changed)
+    (place / "truncated.onnx").write_bytes(good.read_bytes()[:-100])
+    (place / "page.html").write_text("what some servers send for whatever is missing")
+
+
+def test_page_opened_as_a_file(browser):
+    assert "http.server" in browser.open((WEB / "index.html").as_uri())
+
+
+def test_model_can_be_chosen_where_none_was_found(browser, site, samples):
+    place, address = site
+    browser.open(f"{address}/none/web/")
+    (element,) = browser.ask("/element", using="css selector", value="#files").values()
+    browser.ask(f"/element/{element}/value", text=f"{place / 'model.onnx'}\n{samples[7]}")
+    browser.until("$('results').children.length === 1")
+    assert next(iter(cards(browser)[0])) == "7" and browser.run("return $('problem').hidden")
+
+
+def test_regression_takes_numbers(browser, site, tmp_path):
+    place, address = site
+    shutil.copy(export(tmp_path, "--dataset", "linear", "--epochs", "2"), place / "linear.onnx")
+    assert browser.open(f"{address}/web/?model=../linear.onnx") == ""
+    values = [0.1, 0.2, -0.3, 0.4, 5e-1]
+    submit = "$('values').value = arguments[0]; $('numbers').requestSubmit()"
+    browser.run(submit, ",".join(map(str, values)))
+    browser.until("$('status').textContent.includes(': ')")
+    name, shown = re.fullmatch("\u2068(.+)\u2069: (.+)", browser.text("#status")[0]).groups()
+    expected = step3_infer.Model(str(place / "linear.onnx")).predict(np.array([values], np.float32))[0, 0]
+    assert abs(float(shown) - expected) < 1e-5 * max(1, abs(expected)) and name
+    assert "passed" in browser.text("#selftest")[0]
+    browser.run(submit, "1,,3")
+    browser.until("$('status').textContent.includes('takes 5 numbers')")
+
+
+def test_nothing_leaves_this_server(browser, site, samples):
+    """Last, as it looks at what all tests above asked for."""
+    _, address = site
+    browser.open(f"{address}/web/")
+    browser.choose(samples[0])
+    refused = "return fetch(arguments[0], { mode: 'no-cors' }).then(() => 'sent', () => 'refused')"
+    elsewhere = address.replace("localhost", "127.0.0.1")
+    assert [browser.run(refused, f"{place}/model.onnx") for place in (address, elsewhere)] == ["sent", "refused"]
+    messages = [json.loads(entry["message"])["message"] for entry in browser.ask("/se/log", type="performance")]
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    sent = {m["params"]["request"].get("hasPostData") for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert f"{address}/web/ort/{RUNTIME[1]}" in asked and sent == {None}
+    assert not [url for url in asked if not url.startswith((f"{address}/", "file://", "data:", "blob:"))]
