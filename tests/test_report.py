@@ -1,0 +1,351 @@
+"""What a person looks at: the pictures of a run, report.html and the model card."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import sys
+import warnings
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deploy
+from deploy import report
+
+pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
+
+HOSTILE = [
+    "$x^2$ costs \\$5",
+    "<script>alert('&')</script>",
+    "猫 and 🐈",
+    "long " * 12,
+    "a|b*_`[c](d)",
+    "tab\tline\n\x1b[31m",
+]
+ROWS = [
+    {
+        "epoch": epoch,
+        "train_loss": 2 / epoch,
+        "train_accuracy": 1 - 0.5 / epoch,
+        "test_loss": 2.1 / epoch,
+        "test_accuracy": 1 - 0.6 / epoch,
+        "lr": 0.1 / epoch,
+        "seconds": 0.5,
+    }
+    for epoch in (1, 2, 3)
+]
+
+
+class Recorder:
+    """Images by index that remember which were read."""
+
+    def __init__(self, shape):
+        self.shape, self.read = shape, set()
+
+    def __getitem__(self, index):
+        self.read.add(index)
+        return np.full(self.shape, index % 256, np.uint8)
+
+
+def made_up(n, classes=None, wrong=7, shape=(8, 8, 1)):
+    """Arguments of draw_run after the run's directory, for n classes; the `wrong` first of the answers are wrong."""
+    classes, count = classes or [f"class {i}" for i in range(n)], max(60, 2 * n)
+    labels = np.arange(count) % n
+    outputs = np.full((count, n), 0.1 / n)
+    outputs[np.arange(count), (labels + (np.arange(count) < wrong)) % n] += 0.9
+    spec = {"task": "classification", "classes": classes, "test_accuracy": 1 - wrong / count}
+    spec["created"] = "2026-01-02T03:04:05+00:00"
+    return [spec, ROWS, labels, outputs, Recorder(shape), np.zeros((4, *shape), np.uint8), labels[:4]]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An empty run's directory, beside which others may lie."""
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    return tmp_path / "runs" / "mine"
+
+
+def check_pictures(run, *names):
+    for name in names:
+        with Image.open(run / name) as image:
+            image.load()
+            assert 600 <= image.width <= 2400 and 300 <= image.height <= 2800, (name, image.size)
+            assert np.asarray(image.convert("L")).std() > 3, f"{name} is blank"
+            assert not {"Software", "Creation Time"} & image.info.keys()  # the same run draws the same bytes
+    assert {path.name for path in run.iterdir()} == set(names)
+
+
+@pytest.mark.parametrize("n", [2, 100])
+def test_pictures_of_a_run(run, n):
+    arguments = made_up(n)
+    paths = report.draw_run(run, *arguments)
+    check_pictures(run, "curves.png", "confusion.png", "samples.png", "mistakes.png")
+    assert sorted(paths) == sorted(str(path) for path in run.iterdir())
+    assert arguments[4].read == set(range(7))  # of the test images the mistakes only
+
+
+def test_hostile_class_names_are_drawn_without_a_warning(run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.draw_run(run, *made_up(6, HOSTILE, shape=(30, 10, 3)))
+    check_pictures(run, "curves.png", "confusion.png", "samples.png", "mistakes.png")
+
+
+def test_pictures_repeat_and_leave_matplotlib_as_it_was(run):
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 30, "font.size": 30}):
+        report.draw_run(run, *made_up(3))
+        first = {path.name: path.read_bytes() for path in run.iterdir()}
+        assert matplotlib.rcParams["text.usetex"] and matplotlib.rcParams["font.size"] == 30
+    report.draw_run(run, *made_up(3))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == first
+
+
+def test_no_mistake_is_said(run):
+    arguments = made_up(3, wrong=0)
+    report.draw_run(run, *arguments)
+    assert arguments[4].read == set()
+    with Image.open(run / "mistakes.png") as image:
+        assert image.height < 400  # a sentence, no grid
+
+
+def test_pictures_of_a_regression_and_of_a_single_epoch(run):
+    row = {**ROWS[0], "train_accuracy": None, "test_accuracy": ""}  # "" is what metrics.csv has
+    truths = np.arange(5.0)[:, None]
+    report.draw_run(run, {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, [row], truths, truths + 1)
+    check_pictures(run, "curves.png", "predicted.png")
+
+
+def test_without_matplotlib_it_is_an_import_error(run, monkeypatch):
+    monkeypatch.delattr(deploy, "pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "deploy.pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        report.draw_run(run, *made_up(3))
+    assert not list(run.iterdir())
+
+
+def test_figures_of_each_class():
+    figures = report.per_class([0, 0, 0, 1], [0, 1, 1, 1], ["a", "b", "never"])
+    assert figures["a"] == {"precision": 1.0, "recall": 1 / 3, "f1": 0.5, "support": 3}
+    assert figures["b"] == {"precision": 1 / 3, "recall": 1.0, "f1": 0.5, "support": 1}
+    assert figures["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert json.dumps(figures)  # plain numbers
+
+
+# --------------------------------------------------------------------------------------------------- report.html
+
+
+class Page(HTMLParser):
+    """The tags of a page, each closed in order; its text and its addresses."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.text, self.addresses = [], [], "", []
+        self.feed(page)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        assert not [name for name, _ in attributes if name.startswith("on")]
+        if tag not in ("meta", "img", "br", "link", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data if "style" not in self.open else ""
+
+
+def write_run(run, accuracy=0.9, dataset="digits", finished=True, **more):
+    """The files of a run, as far as the report reads them."""
+    run.mkdir(parents=True, exist_ok=True)
+    config = {
+        "dataset": dataset,
+        "model": "mlp",
+        "data_dir": None,
+        "lr": 0.1,
+        "strict": False,
+        "hidden": [3, 4],
+        **more,
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.csv").write_text("epoch,train_loss\n1,1.25e-05\n")
+    (run / "checkpoint.pt").write_bytes(run.name.encode())
+    summary = {"test_accuracy": accuracy, "test_loss": 0.5, "train_seconds": 75.2, "epochs": 3, "parameters": 12345}
+    if finished:
+        (run / "summary.json").write_text(json.dumps({**summary, "created": "2026-01-02T03:04:05"}))
+
+
+def read_report(run, **more):
+    path = report.write_report(str(run), str(run.parent), str(run.parent.parent / "exports"), **more)
+    assert path == str(run / "report.html") and not list(run.glob("*.tmp"))
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_report_is_one_file_with_the_pictures_inside(run):
+    write_run(run)
+    report.draw_run(run, *made_up(3))
+    page = read_report(run)
+    assert len(page.addresses) == page.tags.count("img") == 4
+    for address in page.addresses:
+        kind, content = address.split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(content) in [path.read_bytes() for path in run.glob("*.png")]
+    text = (run / "report.html").read_text()
+    assert "script" not in page.tags and not re.search(r"https?:|url\(|@import", text)
+    for words in (
+        "mine",
+        "90.00%",
+        "1 min 15 s",
+        "12,345",
+        "2026-01-02",
+        "1.25e-05",
+        "3 4",
+        "step2_export.py --run mine",
+    ):
+        assert words in page.text
+    first = text
+    read_report(run)
+    assert (run / "report.html").read_text() == first
+
+
+def test_hostile_texts_are_text_in_the_report(run):
+    write_run(run, data_dir="<img src=x onerror=alert(1)>", dataset="folder")
+    summary = json.loads((run / "summary.json").read_text())
+    figures = report.per_class(np.arange(6), np.zeros(6, int), [*HOSTILE[:5], "\ud800\u202e"])
+    (run / "summary.json").write_text(json.dumps({**summary, "per_class": figures}))
+    page = read_report(run)
+    assert "script" not in page.tags and "img" not in page.tags
+    for name in (*HOSTILE[:5], "\\ud800\\u202e", "<img src=x onerror=alert(1)>"):
+        assert name in page.text
+
+
+def test_runs_of_the_same_data_stand_side_by_side_the_best_first(run):
+    write_run(run)
+    write_run(run.parent / "better", 0.95)
+    write_run(run.parent / "other-data", 0.99, dataset="mnist")
+    write_run(run.parent / "going-on", finished=False)
+    rows = read_report(run).text.split("All runs of this data")[1]
+    places = [rows.index(name) for name in ("better", "mine", "going-on (not finished)")]
+    assert places == sorted(places) and "other-data" not in rows
+    assert len(re.findall("class=mark", (run / "report.html").read_text())) == 1
+
+
+def test_ones_own_images_are_compared_by_where_they_lie(run):
+    write_run(run, dataset="folder", data_dir="cats")
+    write_run(run.parent / "same", dataset="folder", data_dir="./cats")
+    write_run(run.parent / "dogs", dataset="folder", data_dir="elsewhere\0")
+    rows = read_report(run).text.split("All runs of this data")[1]
+    assert "same" in rows and "dogs" not in rows
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1, 2", b"[]", b'{"dataset": "digits"}', b"\xff\xfe", b'"' * 9, b"[" * 9999]
+)
+def test_broken_neighbours_do_not_break_the_table(run, file, content):
+    write_run(run)
+    write_run(run.parent / "broken")
+    (run.parent / "broken" / file).write_bytes(content)
+    (run.parent / "a-file").write_text("not a run")
+    (run.parent / "empty").mkdir()
+    wrong = {"test_accuracy": "high", "test_loss": [], "train_seconds": None, "epochs": {}, "parameters": 10**400}
+    write_run(run.parent / "wrong")
+    (run.parent / "wrong" / "summary.json").write_text(json.dumps(wrong))
+    rows = read_report(run).text.split("All runs of this data")[1]
+    assert "90.00%" in rows and "wrong" in rows and "a-file" not in rows and "empty" not in rows
+
+
+def test_report_of_a_directory_with_nothing_in_it(run):
+    assert "not finished" in read_report(run).text
+
+
+def test_export_is_shown_while_it_is_this_checkpoints(small, tmp_path):
+    run, export = tmp_path / "runs" / "small", tmp_path / "exports" / "small"
+    shutil.copytree(small.run, run)
+    assert "Not exported yet" in read_report(run).text
+    shutil.copytree(small.export, export)
+    page = read_report(run)
+    size = f"{(export / 'model.onnx').stat().st_size / 1e6:.2f} MB"
+    assert "Not exported yet" not in page.text and page.text.count("passed") == 2 and page.text.count(size) >= 2
+    assert "ms" not in page.text.split("Export")[1].split("Configuration")[0]  # nobody measured a latency
+    parity = json.loads((export / "parity.json").read_text())
+    parity["onnx"].update(latency_ms=1.234, passed=False, failures=["<b>differs</b>"], max_abs_diff=None)
+    (export / "parity.json").write_text(json.dumps(parity))
+    page = read_report(run)
+    assert page.text.count("1.23 ms") == 2 and "FAILED" in page.text and "onnx: <b>differs</b>" in page.text
+    shutil.move(export, tmp_path / "elsewhere")
+    assert "Not exported yet" in read_report(run).text
+    assert "FAILED" in read_report(run, export_dir=str(tmp_path / "elsewhere")).text
+    (run / "checkpoint.pt").write_bytes(b"trained again")
+    assert "Not exported yet" in read_report(run, export_dir=str(tmp_path / "elsewhere")).text
+
+
+# ---------------------------------------------------------------------------------------------------- model card
+
+
+@pytest.fixture
+def card(small):
+    """The spec and the parity figures of a real export."""
+    import step3_infer
+
+    spec = step3_infer.Model(str(small.export / "model.onnx")).spec
+    return spec, json.loads((small.export / "parity.json").read_text())
+
+
+def test_model_card(card, small):
+    spec, parity = card
+    text = report.model_card(spec, parity)
+    checkpoint = hashlib.sha256((small.run / "checkpoint.pt").read_bytes()).hexdigest()
+    for words in (
+        "mlp, trained on digits",
+        "10 classes an image shows: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n",
+        f"{spec['test_accuracy']:.2%} of the test split",
+        "uint8 `[batch, height, width, channels]`, channels 1 (grey)",
+        "resizes to 8x8",
+        "float32 `[batch, 10]`",
+        "always answers with one of them",
+        "not calibrated",
+        f"{spec['parameters']:,} parameters",
+        f"torch {spec['versions']['torch']}",
+        checkpoint,
+        f"| model.onnx | 360 | {parity['onnx']['max_abs_diff']:.1e} | 100.00% |",
+        "--model model.onnx --self-test",
+    ):
+        assert words in text, words
+    assert "precision" not in text and "pretrained" not in text  # not known, not so
+    figures = json.loads((small.run / "summary.json").read_text())["per_class"]
+    assert f"| 3 | {figures['3']['precision']:.1%} |" in report.model_card({**spec, "per_class": figures}, parity)
+
+
+def test_model_card_shows_no_format_that_failed(card):
+    spec, parity = card
+    parity["onnx"]["passed"] = False
+    text = report.model_card({**spec, "arguments": {"pretrained": "default"}}, parity)
+    assert "| model.onnx |" not in text and "--model model.pt --self-test" in text
+    assert "pretrained weights \\(default\\)" in text
+
+
+def test_model_card_escapes_and_abbreviates_class_names(card):
+    spec, parity = card
+    text = report.model_card({**spec, "classes": HOSTILE + [f"c{i}" for i in range(200)]}, parity)
+    assert "\\<script\\>" in text and "a\\|b\\*\\_\\`\\[c\\]\\(d\\)" in text and "tab\\\\tline\\\\n\\\\x1b" in text
+    assert "<script>" not in text and "\t" not in text and "\x1b" not in text
+    assert "206 classes" in text and "c93, and 106 more" in text and "c94" not in text
+
+
+def test_model_card_of_a_regression():
+    spec = {"task": "regression", "classes": ["y"], "channels": 5, "dataset": "linear", "model": "linear"}
+    spec |= {"parameters": 6, "versions": {"torch": "2"}, "test_accuracy": None}
+    parity = {"onnx": {"passed": True, "samples": 20, "max_abs_diff": 1e-6, "mean_squared_error": 0.25}}
+    text = report.model_card(spec, parity)
+    assert "from 5 features" in text and "float32 `[batch, 1]`" in text and "| 0.25 |" in text
+    assert "calibrated" not in text and "accuracy" not in text
