@@ -4,33 +4,48 @@
     python step3_infer.py image.png                        # the newest export, or a model beside this script
     python step3_infer.py --model model.onnx photos/ 'more/*.jpg'
     python step3_infer.py --format json --top-k 5 photos/ > predictions.jsonl
+    curl -s https://example.org/cat.jpg | python step3_infer.py -
     python step3_infer.py --values 0.1,0.2,0.3,0.4,0.5     # a regression; once for each row
     python step3_infer.py --self-test                      # does this machine compute what the training machine did?
+    python step3_infer.py --benchmark                      # how fast is this file here?
+    python step3_infer.py --verify                         # is every file as SHA256SUMS beside it says?
 
-Needs numpy and Pillow, and onnxruntime for .onnx or torch for .pt. Resizing, normalising and softmax are inside the
-file; so are the class names, in the `spec`. Exit codes: 0 done, 1 some input could not be used, 2 usage.
+From Python: `predict("image.png", Model("model.onnx"))["label"]`.
+
+Needs numpy and Pillow, and onnxruntime for .onnx or torch for .pt and .pt2. Resizing, normalising and softmax are
+inside the file; so are the class names, in the `spec`. Exit codes: 0 done, 1 some input could not be used, 2 usage.
 """
 
+import signal
+import time
+
+if (STARTED := time.perf_counter()) and __name__ == "__main__":
+    INTERRUPTIBLE = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in the background of a shell
+    if INTERRUPTIBLE:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during these imports: no traceback
+
 import argparse
-import base64
 import contextlib
-import csv
-import glob
 import io
+import itertools
 import json
 import os
 import stat
 import sys
-import tempfile
+import threading
 import warnings
+from collections import deque
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+IMPORT_SECONDS = time.perf_counter() - STARTED
 SCHEMA = 1  # the newest spec this script understands
 IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split(" "))
-MODEL_NAMES = ("model.onnx", "model.pt")  # in this order where several lie together
-WINDOW_BYTES = 64 << 20  # decoded pixels held at once, unless a single image is larger
+MODEL_NAMES = ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2")  # in this order where several lie together
+WINDOW_BYTES = 32 << 20  # decoded pixels a thread holds, unless a single image is larger
+LARGEST_STDIN = 256 << 20
+ORIENTATION = 0x0112  # the EXIF tag
 SELF_TEST_TOLERANCE = 1e-4  # float32 engines differ by about 1e-6
 
 
@@ -55,17 +70,22 @@ def decode_image(source, channels):
     try:
         if not hasattr(source, "read") and not stat.S_ISREG(os.stat(source).st_mode):
             raise Problem("is not a regular file")
-        with Image.open(source) as image:
+        with open_image(source) as image:
             if image.mode == "F":
                 raise Problem("has 32-bit float pixels, which have no fixed white: save it with 8 or 16 bits")
-            ImageOps.exif_transpose(image, in_place=True)
+            if image.format == "EPS":  # which Pillow has run by Ghostscript
+                raise Problem("is PostScript, a program and not an image")
+            image.load()
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                from PIL import ImageOps  # rarely needed, and slow to import
+
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # I;16 and its byte orders, or I where Pillow widened them
                 image = scale_to_8_bits(image)
-            mode = "L" if channels == 1 else "RGB"
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+            return to_array(image, channels)
     except UnidentifiedImageError:
-        empty = not hasattr(source, "read") and os.path.getsize(source) == 0
-        raise Problem("is empty" if empty else "is not an image that Pillow knows") from None
+        size = source.seek(0, os.SEEK_END) if hasattr(source, "read") else os.path.getsize(source)
+        raise Problem("is not an image that Pillow knows" if size else "is empty") from None
     except FileNotFoundError:
         raise Problem("no such file") from None
     except Image.DecompressionBombError as error:
@@ -73,12 +93,37 @@ def decode_image(source, channels):
     except MemoryError:
         raise Problem("is too large for this machine's memory") from None
     except OSError as error:
-        raise Problem(f"cannot be read: {error.strerror or error}") from None
+        raise Problem(f"cannot be read: {error.strerror or one_line(error)}") from None
     except Problem:
         raise
     except Exception as error:  # Pillow's plugins raise anything at all on broken files
-        raise Problem(f"is corrupt: {error}") from None
-    return pixels.reshape(*pixels.shape[:2], channels)
+        raise Problem(f"is corrupt: {one_line(error)}") from None
+
+
+def open_image(source):
+    """Image.open, also right when another thread is just loading Pillow's rarer formats."""
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError:
+        Image.init()
+        return Image.open(source)
+
+
+def to_array(image, channels):
+    """A loaded image -> uint8 [height, width, channels], converted to grey or RGB."""
+    mode, (width, height) = "L" if channels == 1 else "RGB", image.size
+    if width * height < 1 << 20:
+        return np.asarray(image if image.mode == mode else image.convert(mode)).reshape(height, width, channels)
+    # In bands that stay in the processor's cache: a whole photo at once takes twice the time and memory.
+    pixels, rows = np.empty((height, width, channels), np.uint8), max(1, (1 << 18) // width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height))).convert(mode)
+        pixels[top : top + rows] = np.asarray(band).reshape(-1, width, channels)
+    return pixels
+
+
+def one_line(error):
+    return " ".join(str(error).split())
 
 
 def scale_to_8_bits(image):
@@ -92,7 +137,9 @@ def scale_to_8_bits(image):
 def find_images(paths):
     """Yield (path, Problem or None): files as given, directories walked recursively in name order, globs expanded."""
     for path in paths:
-        if not os.path.lexists(path) and glob.has_magic(path):
+        if any(c in path for c in "*?[") and not os.path.lexists(path):
+            import glob
+
             # "**" matches directories beside the files in them; a glob of directories alone walks these.
             matches = sorted(glob.glob(path, recursive=True))
             files = [match for match in matches if not os.path.isdir(match)]
@@ -100,42 +147,59 @@ def find_images(paths):
                 yield path, Problem("matches no file")
             yield from find_images(files or matches)
         elif os.path.isdir(path):
-            found = False
-            for directory, subdirectories, files in os.walk(path):
-                subdirectories.sort()
-                for name in sorted(files):
-                    if name.lower().endswith(IMAGE_SUFFIXES):
-                        found = True
-                        yield os.path.join(directory, name), None
-            if not found:
-                yield path, Problem(f"no images in this directory (looked for {' '.join(IMAGE_SUFFIXES)})")
+            found = walk(path)
+            nothing = path, Problem(f"no images in this directory (looked for {' '.join(IMAGE_SUFFIXES)})")
+            yield next(found, nothing)
+            yield from found
         else:
             yield path, None
+
+
+def walk(directory):
+    """Yield (path, Problem or None) for the images below a directory, which is read as far as it is asked for."""
+    pending = [directory]
+    while pending:
+        directory, files, below = pending.pop(), [], []
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        below.append(entry.path)
+                    elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                        files.append(entry.name)
+        except OSError as error:
+            yield directory, Problem(f"cannot be read: {error.strerror}")
+        files.sort()
+        for name in files:
+            yield os.path.join(directory, name), None
+        pending += sorted(below, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
 
 
 class Model:
-    """An exported file, ready to run.
+    """An exported file, ready to run; may be used from several threads at once.
 
-    spec: what the file says of itself (classes, channels, image_size, provenance). Raises Problem when the file
-    cannot be loaded or was not made by step2_export.py.
+    spec: what the file says of itself (classes, channels, image_size, provenance).
+    threads: of the engine (default: as many as this process may use). once: load fast rather than run fast.
+    Raises Problem when the file cannot be loaded or was not made by step2_export.py.
     """
 
-    def __init__(self, path, threads=None, provider="cpu"):
-        load = {".onnx": load_onnx, ".pt": load_torchscript}.get(os.path.splitext(path)[1].lower())
+    def __init__(self, path, threads=None, provider="cpu", once=False):
+        path = os.fspath(path)
+        load = {".onnx": load_onnx, ".pt": load_torch, ".pt2": load_torch}.get(os.path.splitext(path)[1].lower())
         if not os.path.isfile(path):
             raise Problem(f"no model file {path}; python step2_export.py makes one")
         if load is None:
-            raise Problem(f"{path} is not a model this script knows: it takes .onnx and .pt files of step2_export.py")
-        threads = (
-            min(threads, 1024)
-            if threads
-            else len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-        )
-        text, self._run = load(path, threads, provider)
+            raise Problem(f"{path} is not a model this script knows: .onnx, .pt and .pt2 files of step2_export.py")
+        text, self._run, takes, gives = load(path, min(threads or usable_cpus(), 1024), provider, once)
         self.spec = read_spec(text, path)
+        wanted = "features of type float" if self.spec["task"] == "regression" else "images of type uint8"
+        if takes not in (None, wanted):
+            raise Problem(f"{path} has a graph that takes {takes}, its spec promises {wanted}")
+        if isinstance(gives, int) and gives != len(self.spec["classes"]):
+            raise Problem(f"{path} has {gives} outputs, its spec names {len(self.spec['classes'])} classes")
 
     def predict(self, inputs):
         """uint8 images [batch, height, width, channels] of any one size -> float32 probabilities [batch, classes].
@@ -145,16 +209,81 @@ class Model:
         try:
             outputs = self._run(inputs)
         except Exception as error:  # the engines' exceptions have no common base but this
-            reason = " ".join(str(error).split())
             shape = "x".join(map(str, inputs.shape))
-            raise Problem(f"the model cannot run on {shape} input, its spec is wrong perhaps: {reason}") from None
+            reason = f"the model cannot run on {shape} input, its spec is wrong perhaps: {one_line(error)}"
+            raise Problem(reason) from None
         if outputs.shape != (len(inputs), len(self.spec["classes"])):
             raise Problem(f"the file's spec is wrong: {len(self.spec['classes'])} classes, outputs {outputs.shape}")
         return outputs
 
 
-def load_onnx(path, threads, provider):
-    """-> (spec text or None, function from input array to float32 array), run by onnxruntime."""
+def predict(path_or_array, model, top_k=3):
+    """The answer for one image, as a dict: label, probability, and top, a list of {"label", "probability"}.
+
+    path_or_array: a path, a binary file object, or uint8 [height, width, channels] with the model's channels (grey
+    also as [height, width]); model: a Model. May be called from several threads at once. Raises Problem.
+    """
+    channels = model.spec["channels"]
+    if model.spec["task"] == "regression":
+        raise Problem("this model predicts from numbers: give float32 [batch, n] to Model.predict")
+    if isinstance(path_or_array, np.ndarray):
+        image = path_or_array[..., None] if path_or_array.ndim == 2 else path_or_array
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels or image.size == 0:
+            shape = f"{image.dtype} {list(path_or_array.shape)}"
+            raise Problem(f"the array is {shape}, the model takes uint8 [height, width, {channels}]")
+    else:
+        try:
+            image = decode_image(path_or_array, channels)
+        except Problem as problem:
+            raise Problem(f"{path_or_array} {problem}") from None
+    ((best, *_),) = [rank(model.predict(image[None]), model.spec["classes"], top_k)]
+    return as_record(best)
+
+
+def usable_cpus(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """How many CPUs this process may use: its affinity, and on Linux the quota of its control groups (v1, v2)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open(own, encoding="utf-8", errors="replace") as file:
+            groups = [line.rstrip("\n").split(":", 2)[1:] for line in file]
+    except (OSError, ValueError):
+        return count
+    for controllers, group in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        place = os.path.join(root, controllers) + group  # within a container this group may be seen as the root
+        while len(place) >= len(root):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                if controllers:
+                    quota, period = (read(os.path.join(place, f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+                else:
+                    quota, period = read(os.path.join(place, "cpu.max")).split()
+                if int(quota) > 0:  # ValueError: "max"
+                    count = min(count, max(1, -(-int(quota) // int(period))))
+            place = os.path.dirname(place)
+    return count
+
+
+def read(path):
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+def engine_source(path):
+    """The path, or the file's content where the engines cannot take such a name (not UTF-8)."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            return file.read()
+    return path
+
+
+def load_onnx(path, threads, provider, once):
+    """-> (spec text or None, function from input array to float32 array, what it takes in words, how many outputs).
+
+    Run by onnxruntime; the function runs in the calling thread where `threads` is 1.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -165,20 +294,23 @@ def load_onnx(path, threads, provider):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # failures come as exceptions
+    if once:  # changing the layout of all weights takes longer than it saves on one image
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[available[provider.lower()]])
+        session = onnxruntime.InferenceSession(engine_source(path), options, providers=[available[provider.lower()]])
     except Exception as error:  # onnxruntime's exceptions have no common base but this
-        reason = " ".join(str(error).split())
-        raise Problem(
-            f"{path} is not an ONNX file that onnxruntime {onnxruntime.__version__} can run: {reason}"
-        ) from None
+        version = onnxruntime.__version__
+        raise Problem(f"{path} is not an ONNX file that onnxruntime {version} can run: {one_line(error)}") from None
+    kinds = {("tensor(uint8)", 4): "images of type uint8", ("tensor(float)", 2): "features of type float"}
+    takes = [kinds.get((entry.type, len(entry.shape)), f"{entry.type} {entry.shape}") for entry in session.get_inputs()]
+    gives = (session.get_outputs()[0].shape or [None])[-1]
+    name = session.get_inputs()[0].name if takes else None
     text = session.get_modelmeta().custom_metadata_map.get("spec")
-    name = session.get_inputs()[0].name if session.get_inputs() else None
-    return text, lambda inputs: session.run(None, {name: inputs})[0]
+    return text, lambda inputs: session.run(None, {name: inputs})[0], ", ".join(takes), gives
 
 
-def load_torchscript(path, threads, provider):
-    """-> (spec text or None, function from input array to float32 array), run by torch."""
+def load_torch(path, threads, provider, once):
+    """The same for a TorchScript (.pt) or a torch.export file (.pt2), run by torch."""
     try:
         import torch
     except ImportError:
@@ -186,27 +318,32 @@ def load_torchscript(path, threads, provider):
     try:
         torch.zeros(1, device=provider)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Problem(
-            f"torch cannot use --provider {provider} here ({str(error).splitlines()[0]}); cpu it can", 2
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise Problem(f"torch cannot use --provider {provider} here ({reason}); cpu it can", 2) from None
     torch.set_num_threads(threads)
-    extra = {"spec.json": ""}
+    extra, source = {"spec.json": ""}, engine_source(path)
+    source = io.BytesIO(source) if isinstance(source, bytes) else source
+    kind = "torch.export" if path.lower().endswith(".pt2") else "TorchScript"
     try:
         with warnings.catch_warnings():  # torch calls TorchScript deprecated; LibTorch has nothing better yet
             warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
-            module = torch.jit.load(path, map_location=provider, _extra_files=extra).eval()
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0]
+            if kind == "TorchScript":
+                module = torch.jit.load(source, map_location=provider, _extra_files=extra).eval()
+            else:
+                module = torch.export.load(source, extra_files=extra).module().to(provider)
+    except Exception as error:  # broken files raise anything at all
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "a training checkpoint is exported by step2_export.py first"
         raise Problem(
-            f"{path} is not a TorchScript file that torch {torch.__version__} can run ({hint}): {reason}"
+            f"{path} is not a {kind} file that torch {torch.__version__} can run ({hint}): {reason}"
         ) from None
 
     def run(inputs):
         with torch.inference_mode():
+            inputs = inputs if inputs.flags.writeable else inputs.copy()  # or torch warns
             return module(torch.from_numpy(inputs).to(provider)).cpu().numpy()
 
-    return extra["spec.json"], run
+    return extra["spec.json"], run, None, None
 
 
 def read_spec(text, path):
@@ -227,7 +364,7 @@ def read_spec(text, path):
             raise ValueError("classes are not a list of names")
         if not isinstance(spec["channels"], int) or not (regression or spec["channels"] in (1, 3)):
             raise ValueError("channels make no sense")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {error!r}") from None
     return spec
 
@@ -235,19 +372,20 @@ def read_spec(text, path):
 def find_model():
     """The model beside this script, else the newest export under exports/. Raises Problem where there is none."""
     here = os.path.dirname(os.path.abspath(__file__))
-    beside = [os.path.join(here, name) for name in MODEL_NAMES if os.path.isfile(os.path.join(here, name))]
-    if beside:
-        return beside[0]
-    exports = glob.glob(os.path.join("exports", "*", "model.*"))
-    exports = [path for path in exports if os.path.basename(path) in MODEL_NAMES]
-    if not exports:
+    exports = [entry.path for entry in os.scandir("exports") if entry.is_dir()] if os.path.isdir("exports") else []
+    found = [[os.path.join(place, name) for name in MODEL_NAMES] for place in (here, *exports)]
+    found = [[path for path in paths if os.path.isfile(path)] for paths in found]
+    if found[0]:
+        return found[0][0]
+    if not any(found):
         raise Problem("no model found beside this script or under exports/; give --model, or run step2_export.py", 2)
-    newest = os.path.dirname(max(exports, key=os.path.getmtime))
-    return next(path for name in MODEL_NAMES if (path := os.path.join(newest, name)) in exports)
+    return max(filter(None, found), key=lambda paths: max(map(os.path.getmtime, paths)))[0]
 
 
 def self_test(model):
     """Run the golden samples inside the file. -> (count, max absolute difference from what the network said)."""
+    import base64
+
     golden, difference = model.spec.get("golden"), 0.0
     if not golden:
         raise Problem("this file carries no golden samples to test with")
@@ -257,7 +395,7 @@ def self_test(model):
                 inputs, expected = np.array([sample["features"]], np.float32), np.array(sample["prediction"], float)
             else:
                 image = decode_image(io.BytesIO(base64.b64decode(sample["image"])), model.spec["channels"])
-                inputs, expected = np.stack([image]), np.array(sample["probabilities"], float)
+                inputs, expected = image[None], np.array(sample["probabilities"], float)
             outputs = model.predict(inputs)[0]
             if outputs.shape != expected.shape:
                 raise ValueError(f"{expected.shape} outputs expected, {outputs.shape} came")
@@ -268,27 +406,152 @@ def self_test(model):
     return len(golden), difference
 
 
+# ----------------------------------------------------------------------------------------------------------- sums
+
+
+def read_sums(folder):
+    """SHA256SUMS of a folder -> {relative path: sum}. Raises Problem; FileNotFoundError where there is none."""
+    sums = {}
+    with open(os.path.join(folder, "SHA256SUMS"), encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            total, gap, name = line.rstrip("\n")[:64], line[64:66], line.rstrip("\n")[66:]
+            outside = os.path.isabs(name) or ".." in name.split("/")
+            if gap not in ("  ", " *") or set(total) - set("0123456789abcdef") or not name or outside:
+                raise Problem(f"{file.name}, line {number} is not the sum of a file in its folder")
+            sums[os.path.normpath(name)] = total
+    return sums
+
+
+def sha256(path):
+    import hashlib
+
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            total.update(part)
+    return total.hexdigest()
+
+
+def verify(folder):
+    """Compare a folder with its SHA256SUMS. Says every finding as a line; returns the exit code. Raises Problem."""
+    try:
+        sums = read_sums(folder)
+    except FileNotFoundError:
+        raise Problem(f"no SHA256SUMS in {folder}: step2_export.py --bundle writes one") from None
+    present = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    present = {os.path.relpath(path, folder) for path in present} - {"SHA256SUMS"}
+    findings = {name: "is not listed in SHA256SUMS" for name in present - sums.keys()}
+    for name, total in sums.items():
+        path = os.path.join(folder, name)
+        try:
+            if not os.path.isfile(path):
+                findings[name] = "is missing" if not os.path.lexists(path) else "is not a regular file"
+            elif sha256(path) != total:
+                findings[name] = "has changed: its sum is not the one in SHA256SUMS"
+        except OSError as error:
+            findings[name] = f"cannot be read: {error.strerror}"
+    for name in sorted(findings):
+        say(f"error: {os.path.join(folder, name)} {findings[name]}")
+    if not findings:
+        print(f"verified: {len(sums)} files are as SHA256SUMS says")
+    return 1 if findings else 0
+
+
+def is_covered(path):
+    """Is the file as SHA256SUMS beside it says?"""
+    try:
+        return read_sums(os.path.dirname(path) or ".").get(os.path.basename(path)) == sha256(path)
+    except (OSError, Problem):
+        return False
+
+
 # ---------------------------------------------------------------------------------------------------- predictions
 
 
-def predict_files(model, paths, batch_size):
-    """Yield (path, probabilities [classes] or Problem) for every image in `paths`, in order.
+def predict_files(model, found, workers, batch_size, top_k, keep=False):
+    """Yield lists of (path, pixels or None, Problem or [(label, probability)]) for what find_images found, in order.
 
-    Images are decoded into a window of at most `batch_size` images and about 64 MB; those of one size in it run as
-    one batch.
+    Each of the workers, threads where there are several, decodes `batch_size` images and runs those of one size
+    together, so that decoding and computing share all cores; few of these lists are held at any time.
+    keep: give the pixels, uint8 [height, width, channels], too.
     """
-    window, held = [], 0
-    for path, problem in find_images(paths):
+    chunks = iter(lambda: list(itertools.islice(found, batch_size)), [])
+    stop = threading.Event()
+    if workers == 1:
+        yield from (predict_chunk(model, chunk, top_k, keep, stop) for chunk in chunks)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool, running = ThreadPoolExecutor(workers), deque()
+    try:
+        for chunk in chunks:
+            running.append(pool.submit(predict_chunk, model, chunk, top_k, keep, stop))
+            if len(running) > 2 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:  # also where the reader is gone, or Ctrl-C was pressed
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def predict_chunk(model, chunk, top_k, keep, stop):
+    """The work of one thread: [(path, Problem or None)] -> [(path, pixels or None, Problem or [(label, p)])]."""
+    results, held, size = [], {}, 0
+    for path, problem in chunk:
+        if stop.is_set():
+            return []
+        results.append((path, None, problem))
         try:
-            item = problem or decode_image(path, model.spec["channels"])
+            pixels = (
+                None if problem else decode_image(standard_input() if path == "-" else path, model.spec["channels"])
+            )
         except Problem as error:
-            item = error
-        window.append((path, item))
-        held += getattr(item, "nbytes", 0)
-        if len(window) == batch_size or held > WINDOW_BYTES:
-            yield from predict_window(model, window)
-            window, held = [], 0
-    yield from predict_window(model, window)
+            results[-1] = path, None, error
+            continue
+        if pixels is not None:
+            held.setdefault(pixels.shape, []).append((len(results) - 1, pixels))
+            size += pixels.nbytes
+        if size > WINDOW_BYTES:
+            run_held(model, held, top_k, keep, results)
+            held, size = {}, 0
+    run_held(model, held, top_k, keep, results)
+    return results
+
+
+def run_held(model, held, top_k, keep, results):
+    """Run decoded images, {shape: [(index, pixels)]}, a batch for each shape, and put the answers into `results`."""
+    for items in held.values():
+        indices, images = zip(*items, strict=True)
+        try:
+            # [None] spares a photo its copy
+            batch = images[0][None] if len(images) == 1 else np.stack(images)
+            answers = rank(model.predict(batch), model.spec["classes"], top_k)
+        except Problem as problem:
+            answers = [problem] * len(items)
+        for index, pixels, answer in zip(indices, images, answers, strict=True):
+            results[index] = results[index][0], pixels if keep else None, answer
+
+
+def rank(probabilities, classes, top_k):
+    """float32 [batch, classes] -> for each image its [(label, probability)], best first."""
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    best = np.take_along_axis(probabilities, order, axis=1).astype(np.float64).round(6).tolist()
+    return [[(classes[i], p) for i, p in zip(*row, strict=True)] for row in zip(order.tolist(), best, strict=True)]
+
+
+def as_record(top):
+    """[(label, probability)] -> what --format json says of an image."""
+    top = [{"label": label, "probability": probability} for label, probability in top]
+    return {**top[0], "top": top}
+
+
+def standard_input():
+    """The bytes of standard input as a file object. Raises Problem."""
+    content = sys.stdin.buffer.read(LARGEST_STDIN + 1) if sys.stdin is not None else b""
+    if len(content) > LARGEST_STDIN:
+        raise Problem(f"is more than {LARGEST_STDIN >> 20} MB of standard input")
+    return io.BytesIO(content)
 
 
 def parse_values(text, count):
@@ -302,24 +565,19 @@ def parse_values(text, count):
     return values
 
 
-def predict_window(model, window):
-    """Run the images of one window, a batch for each size among them; yield (path, result) in the window's order."""
-    results = [item for _, item in window]
-    shapes = {}
-    for index, item in enumerate(results):
-        if isinstance(item, np.ndarray):
-            shapes.setdefault(item.shape, []).append(index)
-    for indices in shapes.values():
-        batch = np.stack([results[index] for index in indices])
-        for index, probabilities in zip(indices, model.predict(batch), strict=True):
-            results[index] = probabilities
-    for (path, _), result in zip(window, results, strict=True):
-        yield path, result
+# -------------------------------------------------------------------------------------------------------- results
 
 
 def printable(text):
     """Text from strangers (paths, class names) with control characters and line breaks escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def csv_cell(text):
+    """Text for a CSV file: spreadsheets run what starts like a formula, an apostrophe keeps them from it."""
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def writer(out, form, top_k):
@@ -327,28 +585,75 @@ def writer(out, form, top_k):
     if form == "json":
 
         def write(path, top, error):
-            record = {"path": path, "error": error}
-            if error is None:
-                top = [{"label": label, "probability": probability} for label, probability in top]
-                record = {"path": path, **top[0], "top": top}
+            record = {"path": path, "error": error} if top is None else {"path": path, **as_record(top)}
             out.write(json.dumps(record) + "\n")
 
     elif form == "csv":
+        import csv
+
         rows = csv.writer(out, lineterminator="\n")
         more = [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("label", "probability")]
         rows.writerow(["path", "error", "label", "probability", *more])
 
         def write(path, top, error):
-            rows.writerow([path, error or "", *(value for pair in top or () for value in pair)])
+            cells = [cell for label, probability in top or () for cell in (csv_cell(label), probability)]
+            rows.writerow([csv_cell(path), csv_cell(error or ""), *cells])
 
     else:
 
         def write(path, top, error):
-            if error is None:
+            if top is not None:
                 ranked = "  ".join(f"{printable(label)} {probability:.2%}" for label, probability in top)
                 out.write(f"{printable(path)}  {ranked}\n")
 
     return write
+
+
+def annotate(pixels, top, path, folder):
+    """Write an image, uint8 [height, width, channels], with its answer drawn below, as a new PNG in `folder`."""
+    from PIL import ImageDraw, ImageFont
+
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
+    factor = max(1, 192 // max(image.size))  # or a thumbnail would be smaller than its label
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    label, probability = top[0]
+    label = printable(label if len(label) <= 40 else label[:39] + "…")
+    text, font = f"{label} {probability:.1%}", ImageFont.load_default(size=max(14, image.width // 24))
+    _, _, width, height = (int(side) for side in font.getbbox(text))
+    canvas = Image.new("RGB", (max(image.width, width + 8), image.height + height + 8), "white")
+    canvas.paste(image, ((canvas.width - image.width) // 2, 0))
+    ImageDraw.Draw(canvas).text(((canvas.width - width) // 2, image.height + 4), text, "black", font)
+    content = io.BytesIO()
+    canvas.save(content, "PNG")
+    stem = os.path.splitext(os.path.basename(path))[0][:80] if path != "-" else "stdin"
+    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem).lstrip(".") or "image"
+    for number in itertools.count(1):
+        name = os.path.join(folder, f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        with contextlib.suppress(FileExistsError), open(name, "xb") as file:  # nothing is ever overwritten
+            file.write(content.getbuffer())
+            return
+
+
+class Progress:
+    """How far long work is, as one line on standard error, where that is a terminal that shows no results."""
+
+    def __init__(self, to_file):
+        watched = sys.stderr is not None and sys.stderr.isatty()
+        self.active = watched and (to_file or sys.stdout is None or not sys.stdout.isatty())
+        self.started = time.monotonic()
+        self.next, self.line = self.started + 2, ""
+
+    def show(self, count):
+        now = time.monotonic()
+        if self.active and now > self.next:
+            self.clear()
+            self.line, self.next = f"{count:,} images, {count / (now - self.started):,.0f} a second", now + 0.5
+            print(self.line, end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.line:
+            print("\r" + " " * len(self.line) + "\r", end="", file=sys.stderr, flush=True)
+            self.line = ""
 
 
 @contextlib.contextmanager
@@ -360,28 +665,86 @@ def opened(path):
         yield sys.stdout
         sys.stdout.flush()
         return
-    path = os.path.realpath(path)
+    path, text = os.path.realpath(path), {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a device or a named pipe
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
+        with open(path, "w", **text) as out:
             yield out
         return
+    temporary = os.path.join(os.path.dirname(path), f".step3-{os.getpid()}-{os.path.basename(path)[:80]}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".step3-")
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror}") from None
-    try:
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
+        with open(temporary, "x", **text) as out:
             yield out
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
-        os.unlink(temporary)
+        if error.filename not in (None, temporary):
+            raise
         raise Problem(f"cannot write {path}: {error.strerror}") from None
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+# ------------------------------------------------------------------------------------------------------ benchmark
+
+
+def benchmark(path, threads, provider):
+    """Time a model file on this machine. -> dict; a second thread or engine run is not counted as an image.
+
+    import: numpy, Pillow and the engine, without Python's own start; latencies at batch 1 with all threads; throughput
+    as step 3 reaches it without decoding, `threads` batches at a time.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    started = time.perf_counter()
+    with contextlib.suppress(ImportError):
+        __import__("onnxruntime" if path.lower().endswith(".onnx") else "torch")
+    imported = time.perf_counter()
+    model = Model(path, threads, provider)
+    loaded = time.perf_counter()
+    spec, rng = model.spec, np.random.default_rng(0)
+    if spec["task"] == "regression":
+        inputs = rng.standard_normal((64, spec["channels"]), dtype=np.float32)
+    else:
+        inputs = rng.integers(0, 256, (64, *spec["image_size"], spec["channels"]), dtype=np.uint8)
+    milliseconds = []
+    for _ in range(1000):
+        start = time.perf_counter()
+        model.predict(inputs[:1])
+        milliseconds.append((time.perf_counter() - start) * 1000)
+        if len(milliseconds) >= 50 and time.perf_counter() - loaded > 3:
+            break
+    first, memory, rates = milliseconds.pop(0), peak_memory(), {}
+    model = Model(path, 1, provider)
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in (1, 2, 4, 8, 16, 32, 64):
+            count, start, done = threads * max(1, 64 // batch), time.perf_counter(), 0
+            while time.perf_counter() - start < 0.5:
+                done += sum(map(len, pool.map(model.predict, [inputs[:batch]] * count)))
+            rates[batch] = done / (time.perf_counter() - start)
+    best = max(rates, key=rates.get)
+    quantiles = np.percentile(milliseconds, (50, 95, 99)).round(4).tolist()
+    return {
+        "model": path,
+        "threads": threads,
+        "import_seconds": round(IMPORT_SECONDS + imported - started, 4),
+        "load_seconds": round(loaded - imported, 4),
+        "first_run_ms": round(first, 4),
+        **dict(zip(("latency_p50_ms", "latency_p95_ms", "latency_p99_ms"), quantiles, strict=True)),
+        "images_per_second": round(rates[best], 1),
+        "batch_size": best,
+        "peak_memory_mb": memory,
+    }
+
+
+def peak_memory():
+    """The most memory this process held so far, in MB, or None where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration):
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            return round(int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) / 1024, 1)
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)  # macOS counts bytes
 
 
 # ------------------------------------------------------------------------------------------------------------ CLI
@@ -392,15 +755,14 @@ class Parser(argparse.ArgumentParser):
 
     class Help(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            return (
-                action.help if action.default is None or action.default is False else super()._get_help_string(action)
-            )
+            silent = action.default is None or action.default is False
+            return action.help if silent else super()._get_help_string(action)
 
     def __init__(self, **settings):
         super().__init__(formatter_class=Parser.Help, **settings)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help shows all options)\n")
+        self.exit(2, f"error: {printable(message)} (--help shows all options)\n")
 
 
 def positive(text):
@@ -415,18 +777,24 @@ def build_parser():
         description="Predict from a file that step2_export.py made.",
         epilog="example: python step3_infer.py --model model.onnx --top-k 3 photos/",
     )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, directories (recursively), globs")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="images, directories (recursively), globs, - for stdin"
+    )
     parser.add_argument("--values", action="append", metavar="X,X,...", help="a row of features, for a regression")
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="FILE", help=".onnx or .pt (default: beside this script, else the newest export)")
+    add("--model", metavar="FILE", help=".onnx, .pt or .pt2 (default: beside this script, else the newest export)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: as many as this process may use)")
     add("--provider", default="cpu", metavar="NAME", help="onnxruntime's provider or torch's device: cpu, cuda, ...")
-    add("--batch-size", type=positive, default=32, metavar="N", help="images run at once, where sizes agree")
+    add("--batch-size", type=positive, default=16, metavar="N", help="images run at once, where sizes agree")
     add = parser.add_argument_group("results").add_argument
     add("--format", choices=("text", "json", "csv"), default="text", help="json is one object a line")
     add("--top-k", type=positive, default=3, metavar="K", help="classes to name, best first")
     add("--output", metavar="FILE", help="write there, whole or not at all (default: standard output)")
+    add("--annotate", metavar="DIR", help="also write each image there with its answer drawn below, as new PNG files")
+    add = parser.add_argument_group("instead of predicting").add_mutually_exclusive_group().add_argument
     add("--self-test", action="store_true", help="run the golden samples inside the file and compare")
+    add("--benchmark", action="store_true", help="time the file on this machine, as text or --format json")
+    add("--verify", action="store_true", help="compare all files with SHA256SUMS beside the model or this script")
     return parser
 
 
@@ -487,10 +855,20 @@ def discard_output_if_broken():
 
 def run(args):
     """The work of main; returns the exit code, raises Problem."""
+    if args.verify:
+        return verify(os.path.dirname(os.path.abspath(args.model or __file__)))
     path = args.model or find_model()
     if args.model is None:
         say(f"model: {path}")
-    model = Model(path, args.threads, args.provider)
+    if path.lower().endswith((".pt", ".pt2")) and os.path.isfile(path) and not is_covered(path):
+        say(f"note: {path} can carry code and no SHA256SUMS covers it; .onnx is the format for files from strangers")
+    threads = args.threads or usable_cpus()
+    if args.benchmark:
+        return write_benchmark(path, threads, args)
+    found = find_images(args.paths)
+    first = list(itertools.islice(found, threads * args.batch_size))
+    workers = max(1, min(threads, len(first)))
+    model = Model(path, max(1, threads // workers), args.provider, once=len(first) == 1)
     if args.self_test:
         count, difference = self_test(model)
         passed = difference <= SELF_TEST_TOLERANCE
@@ -500,24 +878,44 @@ def run(args):
         wanted = "numbers: give --values" if model.spec["task"] == "regression" else "images: give at least one PATH"
         raise Problem(f"{path} predicts from {wanted}", 2)
     with opened(args.output) as out:
-        failures = (write_values if args.values else write_images)(model, args, out)
+        if args.values:
+            return write_values(model, args, out)
+        top_k = min(args.top_k, len(model.spec["classes"]))
+        batch_size = max(1, min(args.batch_size, len(first) // workers))
+        found = itertools.chain(first, found)
+        results = predict_files(model, found, workers, batch_size, top_k, keep=args.annotate is not None)
+        with contextlib.closing(results):
+            return write_images(results, args, top_k, out)
+
+
+def write_images(results, args, top_k, out):
+    """Write what predict_files yields to `out`, and the images for --annotate; returns the exit code."""
+    write, progress, count, failures = writer(out, args.format, top_k), Progress(args.output), 0, 0
+    if args.annotate is not None:
+        try:
+            os.makedirs(args.annotate, exist_ok=True)
+        except OSError as error:
+            raise Problem(f"cannot make {args.annotate}: {error.strerror}") from None
+    try:
+        for chunk in results:
+            for path, pixels, result in chunk:
+                top, error = (None, str(result)) if isinstance(result, Problem) else (result, None)
+                if error is not None:
+                    failures += 1
+                    progress.clear()
+                    say(f"error: {path}: {error}")
+                elif pixels is not None:
+                    try:
+                        annotate(pixels, top, path, args.annotate)
+                    except OSError as error:
+                        raise Problem(f"cannot write into {args.annotate}: {error.strerror or error}") from None
+                write(path, top, error)
+            out.flush()
+            count += len(chunk)
+            progress.show(count)
+    finally:
+        progress.clear()
     return 1 if failures else 0
-
-
-def write_images(model, args, out):
-    """Predict all images and write the results to `out`; returns how many could not be used."""
-    classes, failures = model.spec["classes"], 0
-    top_k = min(args.top_k, len(classes))
-    write = writer(out, args.format, top_k)
-    for source, result in predict_files(model, args.paths, args.batch_size):
-        if isinstance(result, Problem):
-            failures += 1
-            say(f"error: {source}: {result}")
-            write(source, None, str(result))
-        else:
-            best = np.argsort(-result, kind="stable")[:top_k]
-            write(source, [(classes[i], round(float(result[i]), 6)) for i in best], None)
-    return failures
 
 
 def write_values(model, args, out):
@@ -535,16 +933,30 @@ def write_values(model, args, out):
         if args.format == "json":
             out.write(json.dumps({"values": row.tolist(), "prediction": prediction}) + "\n")
         elif args.format == "csv":
-            csv.writer(out, lineterminator="\n").writerow([text, prediction])
+            cell = csv_cell(text).replace('"', '""')
+            out.write(f'"{cell}",{prediction!r}\n')
         else:
             out.write(f"{text}  {prediction:.6g}\n")
+    return 0
+
+
+def write_benchmark(path, threads, args):
+    """Time the file and write the figures; returns 0, or raises Problem."""
+    if args.format == "csv":
+        raise Problem("--benchmark gives --format text or json", 2)
+    figures = benchmark(path, threads, args.provider)
+    with opened(args.output) as out:
+        if args.format == "json":
+            out.write(json.dumps(figures) + "\n")
+        else:
+            out.write("".join(f"{name:18}  {printable(str(value))}\n" for name, value in figures.items()))
     return 0
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not (args.paths or args.values or args.self_test):
+    if not (args.paths or args.values or args.self_test or args.benchmark or args.verify):
         parser.error("give at least one PATH: an image, a directory or a glob; or --values for a regression")
     if args.paths and args.values:
         parser.error("give either PATHs or --values")
@@ -552,4 +964,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if INTERRUPTIBLE:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    if INTERRUPTIBLE:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again while the threads end
+    sys.exit(code)
