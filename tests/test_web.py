@@ -343,6 +343,15 @@ def test_page_opened_as_a_file(browser):
     assert "http.server" in browser.open((WEB / "index.html").as_uri())
 
 
+def test_browser_without_webassembly(browser, site):
+    name = "Page.addScriptToEvaluateOnNewDocument"
+    added = browser.command(name, source="delete window.WebAssembly")
+    try:
+        assert "no WebAssembly" in browser.open(f"{site[1]}/web/")
+    finally:
+        browser.command("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
+
+
 def test_model_can_be_chosen_where_none_was_found(browser, site, samples):
     place, address = site
     browser.open(f"{address}/none/web/")
@@ -364,7 +373,7 @@ def test_regression_takes_numbers(browser, site, tmp_path):
     expected = step3_infer.Model(str(place / "linear.onnx")).predict(np.array([values], np.float32))[0, 0]
     assert abs(float(shown) - expected) < 1e-5 * max(1, abs(expected)) and name
     assert "passed" in browser.text("#selftest")[0]
-    browser.run(submit, "1,,3")
+    browser.run(submit, "1,,3,4,5")
     browser.until("$('status').textContent.includes('takes 5 numbers')")
 
 

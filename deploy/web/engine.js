@@ -143,9 +143,10 @@ async function run(tensor) {
 async function decode(file) {
   if (file.size === 0) throw new Problem("empty file");
   const options = { imageOrientation: "from-image", premultiplyAlpha: "none", colorSpaceConversion: "none" };
-  const bitmap = await createImageBitmap(file, options).catch(() => {
-    throw new Problem("not an image that this browser can decode");
-  });
+  const bitmap = await createImageBitmap(file, options)
+    .catch((error) => (error instanceof TypeError ? createImageBitmap(file) : null)) // an older browser lacks an option
+    .catch(() => null);
+  if (!bitmap) throw new Problem("not an image that this browser can decode");
   const size = (bitmap.width * bitmap.height) / 1e6;
   if (size <= MEGAPIXELS) return bitmap;
   throw new Problem(`${size.toFixed()} megapixels, and this page takes ${MEGAPIXELS}`);

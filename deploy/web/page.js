@@ -214,7 +214,8 @@ $("numbers").addEventListener("submit", (event) => {
   event.preventDefault();
   later(async () => {
     const values = $("values").value.split(",").map((text) => (text.trim() ? Number(text) : NaN));
-    say(await predictValues(values).then((value) => `${isolate(model.spec.classes[0])}: ${value}`, (error) => error.message));
+    const answer = predictValues(values).then((value) => `${isolate(model.spec.classes[0])}: ${value}`);
+    say(await answer.catch((error) => error.message));
   });
 });
 
