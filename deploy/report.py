@@ -5,6 +5,7 @@ it reads all it shows back from the files of the run. Everything here is handed 
 """
 
 import base64
+import contextlib
 import csv
 import hashlib
 import html
@@ -63,9 +64,14 @@ def draw_run(run_dir, spec, rows, labels, outputs, images=None, augmented=None, 
 
 def write_whole(path, content):
     """Write bytes beside `path`, then swap them in."""
-    with open(path + ".tmp", "wb") as file:
-        file.write(content)
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(content)
+        os.replace(path + ".tmp", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------- report

@@ -19,7 +19,7 @@ from deploy import report
 pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
 
 HOSTILE = [
-    "$x^2$ costs \\$5",
+    "$\\no$ \\$5",
     "<script>alert('&')</script>",
     "猫 and 🐈",
     "long " * 12,
@@ -257,11 +257,21 @@ def test_broken_neighbours_do_not_break_the_table(run, file, content):
     (run.parent / "broken" / file).write_bytes(content)
     (run.parent / "a-file").write_text("not a run")
     (run.parent / "empty").mkdir()
-    wrong = {"test_accuracy": "high", "test_loss": [], "train_seconds": None, "epochs": {}, "parameters": 10**400}
+    wrong = {"test_accuracy": "high", "test_loss": 10**400, "train_seconds": [], "epochs": {}, "parameters": 10**400}
     write_run(run.parent / "wrong")
     (run.parent / "wrong" / "summary.json").write_text(json.dumps(wrong))
     rows = read_report(run).text.split("All runs of this data")[1]
     assert "90.00%" in rows and "wrong" in rows and "a-file" not in rows and "empty" not in rows
+
+
+def test_a_full_disk_leaves_no_half_file(run, monkeypatch):
+    write_run(run)
+    before = read_report(run).text
+    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        read_report(run)
+    monkeypatch.undo()
+    assert not list(run.glob("*.tmp")) and Page((run / "report.html").read_text()).text == before
 
 
 def test_report_of_a_directory_with_nothing_in_it(run):
