@@ -324,6 +324,16 @@ def test_what_is_wrong_is_said(browser, site, bad_models, page, words):
     assert browser.text("#status")[0] == ("Ready." if "trust" in said else "")
 
 
+def test_int8_may_round_differently(browser, site):
+    place, address = site
+    golden = json.loads(spec_of(place / "colour.onnx"))["golden"]
+    moved = [{**sample, "probabilities": [p + 0.01 for p in sample["probabilities"]]} for sample in golden]
+    for name, more in ("float", {}), ("int8", {"quantization": "int8"}):
+        onnx_with(place / "colour.onnx", place / f"{name}.onnx", golden=moved, **more)
+        said = browser.open(f"{address}/web/?model=../{name}.onnx")
+        assert ("FAILED" in said) == (name == "float") and "1.0e-2" in browser.text("#selftest")[0]
+
+
 @pytest.fixture(scope="module")
 def bad_models(site):
     place, _ = site
