@@ -136,9 +136,15 @@ def card_proof(parity):
         row += [shown(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
         rows.append([*row, shown(figures.get("mean_squared_error"), ".3g")])
     head = ["file", "test samples", "largest difference", "same answer", "accuracy", "squared error"]
+    notes = ""
+    if int8 := passed.get("onnx-int8"):
+        method, drop = markdown(int8.get("quantization")), shown(int8.get("drop"), ".2f")
+        notes = (
+            f"{FILES['onnx-int8']} is quantized ({method}): as good, not equal; it loses {drop} points of accuracy.\n\n"
+        )
     name = next((name for form, name in FILES.items() if form in passed), "model.onnx")
     return (
         "## Proof\n\nBefore it was let out, each file was run against the trained network over all test samples:\n\n"
-        f"{table(head, rows)}\n\nA few samples with the answers expected are in the file. To see whether a machine\n"
-        f"computes what the training machine did:\n\n    python step3_infer.py --model {name} --self-test"
+        f"{table(head, rows)}\n\n{notes}A few samples with the answers expected are in the file. To see whether a\n"
+        f"machine computes what the training machine did:\n\n    python step3_infer.py --model {name} --self-test"
     )

@@ -230,15 +230,17 @@ def export_section(run, export):
         row = [form, os.path.basename(path), file_size(path), proof]
         row += [shown(value, ".1e") for value in (figures.get("max_abs_diff"), odd)]
         row += [shown(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
+        row += [", ".join(f"{times}x at batch {n}" for n, times in figures.get("speedup", {}).items()) or "-"]
         rows.append([*row, shown(figures.get("latency_ms"), ".3g", " ms")])
-        failures += [f"<li>{form}: {text(failure)}</li>" for failure in figures.get("failures", ())]
+        said = filter(None, [*figures.get("failures", ()), figures.get("warning")])
+        failures += [f"<li>{form}: {text(line)}</li>" for line in said]
     if not rows:
         command = f"<code>python step2_export.py --run {text(run)}</code>"
         return f"<section><h2>Export</h2><p>Not exported yet: {command}</p></section>"
-    head = "format,file,size,proof,largest difference,on probes,same answer,accuracy,one image".split(",")
+    head = "format,file,size,proof,largest difference,on probes,same answer,accuracy,against float32,one image"
     return (
         "<section><h2>Export</h2><p>Each file was run against the trained network: over the whole test split, and on "
-        f"probes, random, black and white inputs of several sizes.</p>{table(head, rows)}"
+        f"probes, random, black and white inputs of several sizes.</p>{table(head.split(','), rows)}"
         f"<ul class=bad>{''.join(failures)}</ul></section>"
     )
 

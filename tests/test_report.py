@@ -344,6 +344,21 @@ def test_model_card_shows_no_format_that_failed(card):
     assert "pretrained weights \\(default\\)" in text
 
 
+def test_int8_is_shown_as_what_it_is(card, run):
+    spec, parity = card
+    figures = {**parity["onnx"], "quantization": "per channel", "speedup": {"1": 2.61, "64": 2.1}, "drop": -0.05}
+    text = report.model_card(spec, {**parity, "onnx-int8": {**figures, "max_abs_diff": 0.04}})
+    assert "quantized (per channel): as good, not equal; it loses -0.05 points" in text and "| 4.0e-02 |" in text
+    assert "quantized" not in report.model_card(spec, parity)
+    write_run(run)
+    figures["checkpoint_sha256"] = hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()
+    export = run.parent.parent / "exports" / "mine"
+    export.mkdir(parents=True)
+    (export / "parity.json").write_text(json.dumps({"onnx-int8": {**figures, "warning": "<slow>"}}))
+    page = read_report(run)
+    assert "2.61x at batch 1, 2.1x at batch 64" in page.text and "onnx-int8: <slow>" in page.text
+
+
 def test_model_card_escapes_and_abbreviates_class_names(card):
     spec, parity = card
     text = report.model_card({**spec, "classes": HOSTILE + [f"c{i}" for i in range(200)]}, parity)
