@@ -52,6 +52,7 @@ class MyNet(nn.Module):
     options = ("dropout",)
     min_size = 8  # three poolings by two
     any_size = False
+    memory_format = torch.contiguous_format  # channels-last is 4 times slower with 6 and 12 channels
 
     def __init__(self, channels, classes, image_size, dropout=0.1):
         super().__init__()
@@ -71,7 +72,7 @@ class MyNet(nn.Module):
         )
 
     def forward(self, x):
-        return self.head(self.blocks(x))
+        return self.head(self.blocks(x.contiguous()))
 
 
 class Linear(nn.Module):

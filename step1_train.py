@@ -5,10 +5,12 @@
     python step1_train.py --dataset cifar10 --epochs 10
     python step1_train.py --dataset folder --data-dir photos --model mobilenet_v3_small --pretrained
     python step1_train.py --dataset linear                 # a regression, no images at all
+    python step1_train.py --resume                         # go on where the last unfinished run was stopped
+    torchrun --nproc-per-node=4 step1_train.py ...         # four processes, one GPU each where there are any
 
 Writes runs/<name>/ and never over an earlier run:
 
-    checkpoint.pt    the network and its spec; torch.load(..., weights_only=True) reads it
+    checkpoint.pt    the network and its spec, and all that --resume needs; torch.load(..., weights_only=True) reads it
     config.json      every argument, derived ones included, before the first step
     metrics.csv      a row for each epoch: loss and accuracy on both splits, learning rate, seconds
     summary.json     the result
@@ -21,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import glob
 import importlib.metadata
 import io
 import itertools
@@ -29,22 +32,35 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
-from datetime import datetime, timezone
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import model
-from data import Parser, Problem, guarded
+from data import Parser, Problem, guarded, say
+from deploy.report import per_class
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes resuming one run are not kept apart
+    fcntl = None
 
 SCHEMA = 1
-RUNS = "runs"
+RUNS, CHECKPOINT, PREVIOUS = "runs", "checkpoint.pt", "checkpoint.previous.pt"
+MAY_CHANGE = ("epochs", "device", "data_dir", "cache_dir", "image_root", "checkpoint_every", "quiet")  # on --resume
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
 BF16_MATMUL = any((getattr(torch.cpu, "get_capabilities", dict)()).get(name) for name in ("amx_bf16", "avx512_bf16"))
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")
@@ -107,6 +123,15 @@ def image_size(text):
     if not size or not 1 <= min(size) <= max(size) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 48x64 (height x width, 1 to 4096)")
     return size
+
+
+def checkpoint_interval(text):
+    """'500' -> 500 steps; '10m' -> '10m', minutes."""
+    if not re.fullmatch(r"[1-9]\d{0,8}|\d{1,6}(\.\d+)?m", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of steps such as 500 nor of minutes such as 10m"
+        )
+    return text if text.endswith("m") else int(text)
 
 
 def build_parser():
@@ -173,7 +198,22 @@ def build_parser():
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="the exported network is always fp32")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
     add("--seed", type=number(int, 0, 2**31), default=0, metavar="N", help="on the CPU a seed repeats bit for bit")
+    add("--sync-batchnorm", action="store_true", help="torchrun on GPUs: batch norm over all processes' images")
     add("--name", help="of the run (default: <dataset>-<model>, with -2, -3, ... where taken)")
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a run (default: the newest unfinished one), to the very same end; --epochs may be raised",
+    )
+    add(
+        "--checkpoint-every",
+        type=checkpoint_interval,
+        metavar="N|Nm",
+        help="also within an epoch: every N steps, or every N minutes",
+    )
+    add("--quiet", action="store_true", help="print the result only")
     return parser
 
 
@@ -234,6 +274,8 @@ def choose_device(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process of this machine
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -241,7 +283,7 @@ def choose_device(args):
         reason = str(error).split("\n")[0].rstrip(".")
         raise Problem(f"--device {args.device} cannot be used here ({reason}); --device cpu always works", 2) from None
     bf16 = args.precision == "bf16"
-    if args.precision == "auto" and args.model not in ("linear", "mlp", "mynet", "resblock"):  # too small to gain
+    if args.precision == "auto" and args.model not in ("linear", "mlp", "resblock"):  # too small to gain
         if device.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported()
         elif device.type == "cpu":
@@ -337,10 +379,14 @@ def make_schedule(optimizer, args, steps):
 
 
 def criterion(outputs, targets, label_smoothing=0.0, class_weights=None):
-    """Cross entropy of logits [batch, classes] and int64 labels; mean squared error where targets are floats."""
+    """The sum over the batch of the cross entropy of logits [batch, classes] and int64 labels.
+
+    Where targets are floats [batch, n]: of the squared error, averaged over n.
+    """
     if targets.is_floating_point():
-        return F.mse_loss(outputs.float(), targets)
-    return F.cross_entropy(outputs.float(), targets, weight=class_weights, label_smoothing=label_smoothing)
+        return F.mse_loss(outputs.float(), targets, reduction="sum") / targets.shape[1]
+    options = {"weight": class_weights, "label_smoothing": label_smoothing, "reduction": "sum"}
+    return F.cross_entropy(outputs.float(), targets, **options)
 
 
 def size_at(epoch, epochs, image_size, grow):
@@ -354,57 +400,213 @@ def size_at(epoch, epochs, image_size, grow):
     return tuple(min(n, max(4, int((grow + (1 - grow) * done) * n) // 4 * 4)) for n in image_size)
 
 
-def train_epoch(deployable, batches, optimizer, schedule, args, size, autocast, class_weights):
-    """One pass over `batches` of images and labels. -> (mean loss, accuracy or None), as measured while training."""
-    network, loss_sum, correct, seen = model.train_mode(deployable.network), 0.0, 0, 0
-    for images, targets in batches:
+@dataclass
+class Training:
+    """A run under way: what works on it, and how far it has come.
+
+    progress: the `epoch` under way (from 1), its `batches` done, the `sums` over them (loss, right answers, images),
+    the `lr` it began with, `seconds` spent in it, `elapsed` before it, the metrics' `rows`, and with a validation split
+    the `best` epoch, its score and state. Random numbers need no saving: each step seeds its own.
+    """
+
+    args: argparse.Namespace
+    run: str
+    dataset: data.Dataset
+    deployable: torch.nn.Module
+    splits: dict
+    dtype: torch.dtype | None
+    process: int = 0
+    processes: int = 1
+    progress: dict = field(
+        default_factory=lambda: {
+            **{"epoch": 1, "batches": 0, "sums": [0.0, 0.0, 0.0], "lr": None, "seconds": 0.0, "elapsed": 0.0},
+            **{"rows": [], "best": None},
+        }
+    )
+
+    def __post_init__(self):
+        self.device = self.splits["train"].labels.device
+        self.steps = self.splits["train"].count_batches(self.args.batch_size, self.processes)  # in an epoch
+        self.network = self.deployable.network
+        if self.args.sync_batchnorm:
+            self.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        self.optimizer = make_optimizer(self.network, self.args)
+        self.schedule = make_schedule(self.optimizer, self.args, self.args.epochs * self.steps)
+        if self.processes > 1 and any(p.requires_grad for p in self.network.parameters()):
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
+        weights = balanced_weights(self.splits["train"], len(self.dataset.classes)) if self.args.class_weights else None
+        self.class_weights = weights if weights is None else weights.to(self.device)
+        self.saved = time.monotonic()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+
+    def over_all(self, tensor, how=dist.ReduceOp.SUM):
+        """The sum, or what `how` says, of a tensor over all processes."""
+        if self.processes > 1:
+            dist.all_reduce(tensor, how)
+        return tensor
+
+    def state(self):
+        """What a checkpoint holds so that `restore` can go on from it."""
+        labels = self.dataset.train_labels
+        return {
+            **self.progress,
+            "network": self.deployable.network.state_dict() if self.progress["best"] else None,  # else: state_dict
+            "optimizer": self.optimizer.state_dict(),
+            "data": [len(labels), zlib.crc32(labels.tobytes())],
+        }
+
+    def restore(self, state):
+        """Go on from a checkpoint's `training`. Raises Problem where the dataset is another one."""
+        labels = self.dataset.train_labels
+        if state["data"] != [len(labels), zlib.crc32(labels.tobytes())]:
+            raise Problem(
+                f"the training split is not the one that {self.run} began with "
+                f"({state['data'][0]:,} images then, {len(labels):,} now): start a new run"
+            )
+        self.progress = {key: state[key] for key in self.progress}
+        if self.process:
+            self.progress["sums"] = [0.0, 0.0, 0.0]  # process 0 holds everybody's
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range((self.progress["epoch"] - 1) * self.steps + self.progress["batches"]):
+                self.schedule.step()  # the same additions and products as when it was trained
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def save(self, test_accuracy=None):
+        """Write the checkpoint, once for all processes. Raises Problem."""
+        if self.process == 0:
+            best, state = self.progress["best"], self.deployable.network.state_dict()
+            if not all(value.isfinite().all() for value in state.values()):
+                raise Problem(f"the weights are no longer finite: try a smaller --lr than {self.args.lr:g}")
+            spec = make_spec(self.args, self.dataset, self.deployable, test_accuracy)
+            epoch = best["epoch"] if best else self.progress["epoch"] - 1
+            save_checkpoint(self.run, spec, best["state_dict"] if best else state, epoch, self.state())
+            if self.progress["rows"]:
+                write_metrics(self.run, self.progress["rows"])
+        self.saved = time.monotonic()
+
+    def agree(self, *numbers):
+        """Each number's greatest over all processes, so that all of them stop or save at the same step."""
+        if self.processes == 1:
+            return numbers
+        return self.over_all(torch.tensor(numbers, device=self.device), dist.ReduceOp.MAX).tolist()
+
+    def is_due(self):
+        """Is it time for a checkpoint within the epoch?"""
+        every, step = self.args.checkpoint_every, (self.progress["epoch"] - 1) * self.steps + self.progress["batches"]
+        if isinstance(every, int):
+            return step % every == 0
+        return bool(every) and time.monotonic() - self.saved >= 60 * float(every[:-1])
+
+
+class Stopped(Exception):
+    """A signal came, and all was saved."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+class Signals:
+    """SIGINT and SIGTERM, noted in `caught`, so that the step under way is finished. A second SIGINT stops at once."""
+
+    def __enter__(self):
+        self.caught = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.caught = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train_epoch(training, bar, signals):
+    """The rest of one pass over the training split. -> (mean loss, accuracy or None), as measured while training.
+
+    Raises Stopped after a signal, the checkpoint written, and Problem when the loss is no longer finite.
+    """
+    args, deployable, progress, optimizer = training.args, training.deployable, training.progress, training.optimizer
+    network, device = training.network, training.device
+    size = size_at(progress["epoch"], args.epochs, args.image_size, args.grow)
+    weights = training.class_weights
+    sums = torch.tensor(progress["sums"], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    look_every = 1 if device.type == "cpu" else 50  # looking at a number on a GPU makes it wait
+    regression = training.splits["train"].labels.is_floating_point()
+    model.train_mode(deployable.network)
+    started = time.perf_counter() - progress["seconds"]
+    for images, targets, whole in bar:
+        torch.manual_seed(
+            zlib.crc32(repr((args.seed, progress["epoch"], progress["batches"], training.process)).encode())
+        )
         if args.grow < 1:
             images = model.resize(images, size)
-        with autocast():
+        with training.autocast():
             outputs = network(deployable.normalise(images))
-        loss = criterion(outputs, targets, args.label_smoothing, class_weights)
+        loss = criterion(outputs, targets, args.label_smoothing, weights)
+        # The mean is over the whole batch; DistributedDataParallel averages the gradients of the processes' shares.
+        count = len(whole) if weights is None else weights[whole].sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * (training.processes / count)).backward()
         optimizer.step()
-        schedule.step()
-        loss_sum += loss.detach() * len(targets)
-        seen += len(targets)
-        if not targets.is_floating_point():
-            correct += (outputs.detach().argmax(1) == targets).sum()
-    loss = loss_sum.item() / seen
-    if not math.isfinite(loss):
-        raise Problem(f"the loss became {loss}: try a smaller --lr than {args.lr:g}")
-    return loss, None if targets.is_floating_point() else correct.item() / seen
+        right = 0 if regression else (outputs.detach().argmax(1) == targets).sum()
+        sums += torch.stack([torch.as_tensor(x, device=device) for x in (loss.detach(), right, len(targets))])
+        progress["batches"] += 1
+        if progress["batches"] % look_every == 0 or progress["batches"] == training.steps:
+            look(training, signals, sums, started)
+        training.schedule.step()
+    loss, right, seen = training.over_all(sums).tolist()
+    progress["seconds"] = time.perf_counter() - started
+    return loss / seen, None if regression else right / seen
+
+
+def look(training, signals, sums, started):
+    """Between two steps: is the loss finite, did a signal come, is a checkpoint due?"""
+    progress, rate = training.progress, training.optimizer.param_groups[0]["lr"]
+    if not sums[0].isfinite():
+        raise Problem(
+            f"the loss became {sums[0].item()} in epoch {progress['epoch']}, step {progress['batches']}, "
+            f"at learning rate {rate:.3g}: try a smaller --lr than {training.args.lr:g}, or another --optimizer"
+        )
+    caught, due = training.agree(signals.caught, training.is_due())
+    if caught or due:
+        progress["sums"] = training.over_all(sums.clone()).tolist()
+        progress["seconds"] = time.perf_counter() - started
+        training.save()
+    if caught:
+        raise Stopped(caught)
 
 
 @torch.inference_mode()
-def evaluate(deployable, split, most=500):
+def evaluate(training, split, deployable=None, most=500):
     """The network in eval mode over a whole split. -> (mean loss without smoothing, accuracy, outputs).
 
-    accuracy is None for regression; outputs are on the CPU: predicted labels [N], or predictions [N, 1].
+    accuracy is None for regression; outputs are on the CPU: predicted labels [N], or predictions [N, 1]. Each process
+    takes its share of the images, and all get the whole result.
     """
-    network, loss_sum, outputs, right = deployable.network.eval(), 0.0, [], 0
-    pixels = split.images[0, ..., 0].numel()
-    for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most)):
+    deployable = deployable or training.deployable
+    network, share = deployable.network.eval(), slice(training.process, None, training.processes)
+    outputs, loss, pixels = torch.zeros_like(split.labels[split.members]), 0.0, split.images[0, ..., 0].numel()
+    parts = []
+    for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most), share):
         output = network(deployable.normalise(images))
-        loss_sum += criterion(output, targets).item() * len(targets)
-        if not targets.is_floating_point():
-            output = output.argmax(1)
-            right += (output == targets).sum().item()
-        outputs.append(output.cpu())
-    accuracy = None if split.labels.is_floating_point() else right / len(split)
-    return loss_sum / len(split), accuracy, torch.cat(outputs)
-
-
-def per_class(labels, predicted, classes):
-    """Precision, recall, F1 and support of each class, from int64 [N] labels and predictions (0 where undefined)."""
-    n = len(classes)
-    counts = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n).double()  # [true, predicted]
-    hits = counts.diagonal()
-    precision, recall = hits / counts.sum(0).clamp(min=1), hits / counts.sum(1).clamp(min=1)
-    f1 = 2 * hits / (counts.sum(0) + counts.sum(1)).clamp(min=1)
-    columns = {"precision": precision, "recall": recall, "f1": f1, "support": counts.sum(1).long()}
-    return {name: {key: column[i].item() for key, column in columns.items()} for i, name in enumerate(classes)}
+        loss += criterion(output, targets).item()
+        parts.append(output if targets.is_floating_point() else output.argmax(1))
+    if parts:
+        outputs[share] = torch.cat(parts).to(outputs.dtype)
+    outputs = training.over_all(outputs)  # zeros where others answer
+    loss = training.over_all(torch.tensor(loss, device=training.device)).item()
+    labels = split.labels[split.members]
+    accuracy = None if labels.is_floating_point() else (outputs == labels).float().mean(dtype=torch.float64).item()
+    return loss / len(split), accuracy, outputs.cpu()
 
 
 # -------------------------------------------------------------------------------------------------------- results
@@ -427,14 +629,104 @@ def claim_run(args):
             raise Problem(f"cannot make {run}: {error.strerror}") from None
 
 
-def write_whole(path, content):
-    """Write bytes to a file beside `path`, then swap it in: the file appears whole or not at all."""
+def resume_command(run):
+    script = sys.argv[0] if os.path.basename(sys.argv[0]).startswith("step1") else "step1_train.py"
+    return f"python {shlex.quote(script)} --resume {shlex.quote(os.path.relpath(run, RUNS))}"
+
+
+@contextlib.contextmanager
+def locked(run):
+    """The run directory, for this process alone. Raises Problem when another one trains there."""
+    handle = os.open(run, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Problem(f"{run} is being trained by another process") from None
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
+def find_run(name):
+    """The directory of a run to resume; name: its name or path, or "" for the newest unfinished one. Raises Problem."""
+    if name:
+        run = next((path for path in (os.path.join(RUNS, name), name) if os.path.isdir(path)), None)
+    else:
+        begun = [os.path.dirname(path) for path in glob.glob(os.path.join(RUNS, "*", "config.json"))]
+        unfinished = [path for path in begun if not os.path.exists(os.path.join(path, "summary.json"))]
+        run = max(unfinished, key=os.path.getmtime, default=None)
+    if run is None:
+        raise Problem(f"no {f'run {name!r}' if name else 'unfinished run'} under {RUNS}/ to resume", 2)
+    return os.path.normpath(run)
+
+
+def read_checkpoint(run):
+    """-> (the run's arguments, its newest whole checkpoint, or None where it was stopped before the first)."""
+    reasons = []
+    for path in (os.path.join(run, CHECKPOINT), os.path.join(run, PREVIOUS)):
+        try:
+            checkpoint = model.load_plain(path)
+            if checkpoint["schema"] > SCHEMA:
+                raise Problem(f"{path} has schema {checkpoint['schema']}, this script knows up to {SCHEMA}")
+            arguments, progress = checkpoint["arguments"], checkpoint["training"]
+            progress["epoch"], progress["batches"], progress["optimizer"]
+        except FileNotFoundError:
+            continue
+        except Problem:
+            raise
+        except Exception as error:  # torch.load fails in a dozen ways on a truncated file
+            reasons.append(f"{path} is truncated or cannot be resumed from ({str(error).splitlines()[0]})")
+            continue
+        if reasons:
+            say(f"note: {reasons[0]}: going on from the one before")
+        return arguments, checkpoint
+    if reasons:
+        raise Problem(reasons[0])
+    try:
+        with open(os.path.join(run, "config.json")) as file:
+            arguments = json.load(file)
+        return {**arguments, "image_size": tuple(arguments["image_size"])}, None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(f"{run} holds neither a checkpoint nor a config.json ({error}): start it again") from None
+
+
+def resumed_arguments(args, given, arguments, run):
+    """The run's own arguments, with those of `given` that may change. Raises Problem on those that may not."""
+    theirs = argparse.Namespace(**{name: arguments.get(name, value) for name, value in vars(args).items()})
+    given = {name: [] if value == ["none"] else value for name, value in given.items() if name != "resume"}
+    changed = [name for name, value in given.items() if value != getattr(theirs, name) and name not in MAY_CHANGE]
+    if changed:
+        names = ", ".join(f"--{name.replace('_', '-')} {given[name]} (was {getattr(theirs, name)})" for name in changed)
+        raise Problem(f"{run} cannot go on with {names}: that would alter its course; leave it out, or start anew", 2)
+    if given.get("epochs", theirs.epochs) < theirs.epochs:
+        raise Problem(f"{run} was begun for {theirs.epochs} epochs, and --epochs can only be raised", 2)
+    if os.path.exists(os.path.join(run, "summary.json")) and given.get("epochs", 0) <= theirs.epochs:
+        raise Problem(f"{run} is finished; --epochs above {theirs.epochs} trains it further", 2)
+    for name, value in given.items():
+        setattr(theirs, name, value)
+    return theirs
+
+
+def write_whole(path, content, previous=None):
+    """Write bytes to a file beside `path`, then swap it in: the file appears whole or not at all. Raises Problem.
+
+    previous: where to keep the file that was there before; it is let go only once the new one is safely on the disk.
+    """
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(previous)
+            try:
+                os.link(path, previous)  # so that at no moment there is no file at `path`
+            except OSError:  # a file system without links
+                os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -472,17 +764,18 @@ def make_spec(args, dataset, deployable, test_accuracy):
     }
 
 
-def save_checkpoint(run, spec, deployable, epoch):
+def save_checkpoint(run, spec, state_dict, epoch, training):
     checkpoint = {
         "schema": SCHEMA,
         "spec": spec,
-        "state_dict": deployable.network.state_dict(),
+        "state_dict": state_dict,
         "arguments": spec["arguments"],
         "epoch": epoch,
+        "training": training,
     }
     content = io.BytesIO()
     torch.save(checkpoint, content)  # not to the file: torch turns a full disk into an error of its own
-    write_whole(os.path.join(run, "checkpoint.pt"), content.getbuffer())
+    write_whole(os.path.join(run, CHECKPOINT), content.getbuffer(), previous=os.path.join(run, PREVIOUS))
 
 
 def write_metrics(run, rows):
@@ -492,7 +785,7 @@ def write_metrics(run, rows):
     write_whole(os.path.join(run, "metrics.csv"), text.encode())
 
 
-def describe(args, dataset, deployable, splits, run, dtype):
+def describe(args, dataset, deployable, splits, run, dtype, processes):
     """Print the derived configuration, before work starts."""
     parameters = sum(p.numel() for p in deployable.network.parameters())
     trained = sum(p.numel() for p in deployable.network.parameters() if p.requires_grad)
@@ -504,13 +797,15 @@ def describe(args, dataset, deployable, splits, run, dtype):
     kind = f"{len(dataset.classes)} classes, {kind}" if size else kind
     grow = f", growing from {args.grow:.0%} of the size" if args.grow < 1 else ""
     given = f", input {args.image_size[0]}x{args.image_size[1]}" if size else ""
+    each = f"{processes} processes of " if processes > 1 else ""
     print(
         f"dataset   {args.dataset}: {sizes}; {kind}\n"
         f"network   {args.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
         f"training  {args.epochs} epochs of batch {args.batch_size}, {args.optimizer} lr {args.lr:g} "
         f"{args.schedule}, weight decay {args.weight_decay:g},\n"
         f"          label smoothing {args.label_smoothing:g}, augment {' '.join(args.augment) or 'none'}{grow}\n"
-        f"machine   {splits['train'].labels.device}, {torch.get_num_threads()} threads, {'bf16' if dtype else 'fp32'}, "
+        f"machine   {splits['train'].labels.device.type}, {each}{torch.get_num_threads()} threads, "
+        f"{'bf16' if dtype else 'fp32'}, "
         f"seed {args.seed}\n"
         f"run       {run}",
         flush=True,
@@ -521,8 +816,7 @@ def describe(args, dataset, deployable, splits, run, dtype):
 
 
 def load_dataset(args):
-    """Settle the network's name, then load the dataset. Raises Problem."""
-    args.model = args.model or ("linear" if args.dataset == "linear" else "airbench")
+    """Load the dataset. Raises Problem."""
     try:
         usual_size = model.usual_size(args.model)
     except ValueError as error:
@@ -532,8 +826,8 @@ def load_dataset(args):
     return data.load(args.dataset, args.data_dir, usual_size=usual_size, resize=model.resize, **options)
 
 
-def make_deployable(args, dataset, device):
-    """The network to train, with its preprocessing, on the device. Raises Problem."""
+def make_deployable(args, dataset, device, checkpoint=None):
+    """The network to train, with its preprocessing, on the device; on resuming, the checkpoint's. Raises Problem."""
     regression = dataset.task == "regression"
     channels = dataset.train_images.shape[-1]
     options = {name: getattr(args, name) for name in ("width", "hidden", "dropout") if getattr(args, name) is not None}
@@ -541,7 +835,10 @@ def make_deployable(args, dataset, device):
     mean, std = ([0.0] * channels, [1.0] * channels) if regression else data.mean_and_std(dataset.train_images)
     try:
         network = model.build(args.model, **shape, **options)
-        if args.pretrained:
+        if checkpoint:
+            network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
+            mean, std = checkpoint["spec"]["mean"], checkpoint["spec"]["std"]
+        elif args.pretrained:
             state, their_mean, their_std = model.pretrained(args.model, args.pretrained, channels)
             mean, std = their_mean or mean, their_std or std
             model.load_pretrained(network, state)
@@ -553,12 +850,12 @@ def make_deployable(args, dataset, device):
         raise Problem(f"{args.model} has batch norm, which needs --batch-size 2 or more", 2)
     if args.freeze_backbone:
         model.freeze_backbone(network)
-    if hasattr(network, "whiten") and not args.pretrained:
+    if hasattr(network, "whiten") and not args.pretrained and not checkpoint:
         some = torch.from_numpy(dataset.train_images[:: max(1, len(dataset.train_images) // 2000)])
         plain = model.Deployable(network, args.image_size, mean, std)
         network.whiten(plain.normalise(model.resize(some, args.image_size)))
     deployable = (model.Regressor if regression else model.Deployable)(network, args.image_size, mean, std)
-    return deployable.to(device, memory_format=torch.channels_last)
+    return deployable.to(device, memory_format=getattr(network, "memory_format", torch.channels_last))
 
 
 def make_splits(args, dataset, device):
@@ -586,99 +883,206 @@ def print_row(epoch, measured, seconds):
     print("{:5d}   {:>10}  {:>8}  {:>13}  {:>8}  {:8.1f}".format(epoch, *cells, seconds), flush=True)
 
 
-def fit(args, dataset, deployable, splits, run, dtype):
-    """The training loop. -> (the epoch whose network is the result, left in `deployable`; its `evaluate` on test).
+def fit(training):
+    """The training loop, from wherever `training` is. -> the last epoch's `evaluate` on the test split.
 
-    With a validation split the test split was not looked at yet, and the second is None.
+    None with a validation split, as the test split was not looked at yet. Raises Problem and Stopped.
     """
-    split, device = splits["train"], splits["train"].labels.device
-    optimizer = make_optimizer(deployable.network, args)
-    schedule = make_schedule(optimizer, args, args.epochs * -(-len(split) // args.batch_size))
-    generator = torch.Generator().manual_seed(args.seed)
-    first_flips = torch.rand(len(split.images), generator=generator) < 0.5
-    watched = "val" if "val" in splits else "test"  # the split that each epoch is measured on; test never selects
+    args, progress, split = training.args, training.progress, training.splits["train"]
+    hidden = args.quiet or training.process > 0
+    watched = (
+        "val" if "val" in training.splits else "test"
+    )  # the split that each epoch is measured on; test never selects
     columns = ["epoch", "train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy", "lr", "seconds"]
-    class_weights = balanced_weights(split, len(dataset.classes)).to(device) if args.class_weights else None
-
-    def autocast():
-        return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
-
-    rows, best, written = [], None, 0.0
-    print(f"epoch   train loss  accuracy  {watched:>8} loss  accuracy   seconds", flush=True)
-    for epoch in range(1, args.epochs + 1):
-        started, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        batches = split.shuffled(args.batch_size, args.augment, epoch, generator, first_flips)
-        steps = -(-len(split) // args.batch_size)
-        bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", steps, leave=False, disable=None)
-        size = size_at(epoch, args.epochs, args.image_size, args.grow)
-        measured = train_epoch(deployable, bar, optimizer, schedule, args, size, autocast, class_weights)
-        with autocast() if epoch < args.epochs else contextlib.nullcontext():  # the result is measured in fp32
-            result = evaluate(deployable, splits[watched])
-        measured += result[:2]
-        if not math.isfinite(measured[2]):
-            raise Problem(f"the loss on the {watched} split became {measured[2]}: try a smaller --lr, or --grow 1")
-        rows.append(dict(zip(columns, (epoch, *measured, lr, round(time.perf_counter() - started, 3)), strict=True)))
-        if args.epochs <= 50 or epoch % (args.epochs // 20) == 0 or epoch == args.epochs:
-            print_row(epoch, measured, rows[-1]["seconds"])
-        score = (measured[3] or 0.0, -measured[2])
-        if watched == "test" or best is None or score > best[0]:
-            best = score, epoch, copy.deepcopy(deployable.network.state_dict()) if watched == "val" else None
-        if epoch == args.epochs or time.perf_counter() - written > 1:  # an epoch may take milliseconds
-            write_metrics(run, rows)
-            if best[1] == epoch and epoch < args.epochs:
-                test_accuracy = measured[3] if watched == "test" else None
-                save_checkpoint(run, make_spec(args, dataset, deployable, test_accuracy), deployable, epoch)
-            written = time.perf_counter()
-    if watched == "val":
-        deployable.network.load_state_dict(best[2])
-        print(f"epoch {best[1]} did best on the validation split and is kept")
-        result = None
-    return best[1], result
+    result = None
+    if not hidden:
+        print(f"epoch   train loss  accuracy  {watched:>8} loss  accuracy   seconds", flush=True)
+    with Signals() as signals:
+        for epoch in range(progress["epoch"], args.epochs + 1):
+            done, started = progress["batches"], time.perf_counter() - progress["seconds"]
+            progress["lr"] = progress["lr"] if done else training.optimizer.param_groups[0]["lr"]
+            who = training.process, training.processes
+            batches = split.shuffled(args.batch_size, args.augment, epoch, args.seed, done, *who)
+            title, disable = f"epoch {epoch}/{args.epochs}", True if hidden else None
+            bar = tqdm(batches, title, training.steps, initial=done, leave=False, disable=disable)
+            measured = train_epoch(training, bar, signals)
+            last = epoch == args.epochs  # the result is measured in fp32
+            with contextlib.nullcontext() if last else training.autocast():
+                result = evaluate(training, training.splits[watched])
+            measured += result[:2]
+            if not math.isfinite(measured[2]):
+                raise Problem(f"the loss on the {watched} split became {measured[2]}: try a smaller --lr, or --grow 1")
+            seconds = time.perf_counter() - started
+            row = dict(zip(columns, (epoch, *measured, progress["lr"], round(seconds, 3)), strict=True))
+            finish_epoch(training, row, watched)
+            if not hidden and (args.epochs <= 50 or epoch % (args.epochs // 20) == 0 or last):
+                print_row(epoch, measured, seconds)
+            if training.agree(signals.caught)[0] and not last:
+                raise Stopped(signals.caught)
+    return result if watched == "test" else None
 
 
-def train(args):
-    """The whole of step 1. Returns the exit code; raises Problem."""
-    del args.list_models, args.list_datasets
-    keep_freed_memory()
-    dataset = load_dataset(args)
-    derive(args, dataset)
-    torch.manual_seed(args.seed)
-    device, dtype = choose_device(args)
-    deployable = make_deployable(args, dataset, device)
-    splits = make_splits(args, dataset, device)
-    run = claim_run(args)
-    started = time.perf_counter()
-    try:
-        describe(args, dataset, deployable, splits, run, dtype)
-        config = {**vars(args), "run": run, "device_used": str(device), "precision_used": "bf16" if dtype else "fp32"}
-        write_json(os.path.join(run, "config.json"), config)
-        epoch, result = fit(args, dataset, deployable, splits, run, dtype)
-    except BaseException:
-        if not os.path.exists(os.path.join(run, "checkpoint.pt")):
-            shutil.rmtree(run, ignore_errors=True)  # it holds nothing, and its name is free again
-        raise
-    test_loss, test_accuracy, outputs = result or evaluate(deployable, splits["test"])
-    spec = make_spec(args, dataset, deployable, test_accuracy)
-    save_checkpoint(run, spec, deployable, epoch)
+def finish_epoch(training, row, watched):
+    """Note an epoch's row, keep the network if it did best on the validation split, and write the checkpoint."""
+    progress, best = training.progress, training.progress["best"]
+    score = [row[f"{watched}_accuracy"] or 0.0, -row[f"{watched}_loss"]]
+    if watched == "val" and (best is None or score > best["score"]):
+        state = copy.deepcopy(training.deployable.network.state_dict())
+        progress["best"] = {"score": score, "epoch": row["epoch"], "state_dict": state}
+    progress["rows"].append(row)
+    elapsed = progress["elapsed"] + row["seconds"]
+    progress.update(epoch=row["epoch"] + 1, batches=0, sums=[0.0, 0.0, 0.0], seconds=0.0, elapsed=elapsed)
+    training.save(row.get("test_accuracy"))
+
+
+def finish(training, result):
+    """Measure the network that is the result, and write the final checkpoint and summary.json."""
+    args, dataset, best = training.args, training.dataset, training.progress["best"]
+    deployable = training.deployable
+    if best:
+        deployable = copy.deepcopy(deployable)
+        deployable.network.load_state_dict(best["state_dict"])
+    loss, accuracy, outputs = result or evaluate(training, training.splits["test"], deployable)
+    if training.process:
+        return
+    if best:
+        print(f"epoch {best['epoch']} did best on the validation split and is kept")
+        training.save(accuracy)
     summary = {
         "dataset": args.dataset,
         "model": args.model,
         "epochs": args.epochs,
-        "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
-        "train_seconds": round(time.perf_counter() - started, 3),
-        "parameters": spec["parameters"],
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "train_seconds": round(training.progress["elapsed"], 3),
+        "parameters": sum(p.numel() for p in deployable.network.parameters()),
         "seed": args.seed,
-        "epoch_kept": epoch,
+        "epoch_kept": best["epoch"] if best else args.epochs,
     }
     if dataset.task == "classification":
-        summary["per_class"] = per_class(torch.from_numpy(dataset.test_labels), outputs, dataset.classes)
-    write_json(os.path.join(run, "summary.json"), summary)
+        summary["per_class"] = per_class(dataset.test_labels, outputs.numpy(), dataset.classes)
+    write_json(os.path.join(training.run, "summary.json"), summary)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(training.run, PREVIOUS))
     if args.dataset == "linear" and args.model == "linear":
         print_coefficients(deployable.network)
-    result = f"test loss {test_loss:.4g}" if test_accuracy is None else f"test accuracy {test_accuracy:.2%}"
-    print(f"{run}: {result} in {summary['train_seconds']:.0f} s")
-    return 0
+    result = f"test loss {loss:.4g}" if accuracy is None else f"test accuracy {accuracy:.2%}"
+    print(f"{training.run}: {result} in {summary['train_seconds']:.0f} s")
+
+
+def train(args, given):
+    """The whole of step 1, in this process or in all of torchrun's. Returns the exit code; raises Problem.
+
+    given: the arguments that were on the command line.
+    """
+    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    keep_freed_memory()
+    with contextlib.ExitStack() as stack:
+        if process:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            if processes > 1:
+                stack.enter_context(joined_processes())
+            return train_together(args, given, process, processes, stack)
+        except Problem as problem:
+            if process and problem.code == 2:
+                return 2  # process 0 says the same
+            raise Problem(f"process {process}: {problem}", problem.code) if process else problem from None
+        except RuntimeError as error:
+            if processes == 1 or "memory" in str(error):
+                raise
+            raise Problem(f"process {process} lost the others: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def joined_processes():
+    """This process as one of torchrun's: nccl between GPUs, gloo between CPUs."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one decodes the images
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first(work, process, processes):
+    """What work() returns in process 0, in all processes: only the first machine needs runs/."""
+    results = [work() if process == 0 else None]
+    if processes > 1:
+        dist.broadcast_object_list(results, 0)
+    return results[0]
+
+
+def train_together(args, given, process, processes, stack):
+    """`train` once all processes have found each other; stack: what is undone at the end."""
+    run = checkpoint = None
+    if args.resume is not None:
+        run = from_first(lambda: find_run(args.resume), process, processes)
+        if process == 0:
+            stack.enter_context(locked(run))
+        arguments, checkpoint = from_first(lambda: read_checkpoint(run), process, processes)
+        args = resumed_arguments(args, given, arguments, run)
+    for name in ("list_models", "list_datasets", "resume"):
+        delattr(args, name)
+    args.model = args.model or ("linear" if args.dataset == "linear" else "airbench")
+    waits = processes > 1 and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if waits:
+        dist.barrier()  # until the first process of this machine has decoded or downloaded
+    dataset = load_dataset(args)
+    if processes > 1 and not waits:
+        dist.barrier()
+    if not run:
+        derive(args, dataset)
+    if args.batch_size < 2 * processes:
+        raise Problem(f"--batch-size {args.batch_size} is too small to be shared by {processes} processes", 2)
+    torch.manual_seed(args.seed)
+    device, dtype = choose_device(args)
+    if args.sync_batchnorm and device.type != "cuda":
+        raise Problem("--sync-batchnorm needs GPUs: torch has none for the CPU", 2)
+    deployable = make_deployable(args, dataset, device, checkpoint)
+    splits = make_splits(args, dataset, device)
+    if not run:
+        run = from_first(lambda: claim_run(args), process, processes)
+        if process == 0:
+            stack.enter_context(locked(run))
+    try:
+        training = Training(args, run, dataset, deployable, splits, dtype, process, processes)
+        if checkpoint:
+            training.restore(checkpoint["training"])
+        begin(training, checkpoint)
+        finish(training, fit(training))
+        return 0
+    except Stopped as stop:
+        done = training.progress["epoch"] - 1, training.progress["batches"]
+        if process == 0:
+            say("stopped and saved after {} epochs and {} steps; to go on:".format(*done))
+            say(f"  {resume_command(run)}")
+        if processes > 1:
+            dist.barrier()  # torchrun ends all as soon as one has ended
+        return 128 + stop.number
+    except BaseException as error:
+        if process == 0 and not os.path.exists(os.path.join(run, CHECKPOINT)):
+            shutil.rmtree(run, ignore_errors=True)  # it holds nothing, and its name is free again
+        elif isinstance(error, Problem):
+            raise Problem(f"{error}; the last checkpoint is whole: {resume_command(run)}", error.code) from None
+        raise
+
+
+def begin(training, checkpoint):
+    """Say what is about to be done, and write it to config.json."""
+    args, run, dtype, done = training.args, training.run, training.dtype, training.progress
+    if training.process == 0:
+        used = {"device_used": str(training.device), "precision_used": "bf16" if dtype else "fp32"}
+        write_json(os.path.join(run, "config.json"), {**vars(args), "run": run, **used})
+    if not args.quiet:
+        describe(args, training.dataset, training.deployable, training.splits, run, dtype, training.processes)
+        if checkpoint:
+            print(f"resumed   after {done['epoch'] - 1} epochs and {done['batches']} steps of the next", flush=True)
+    before = checkpoint["arguments"]["epochs"] if checkpoint else args.epochs
+    if before != args.epochs:
+        rate = training.optimizer.param_groups[0]["lr"]
+        course = f"a course of {args.epochs} epochs from here on, not of {before}"
+        say(f"note: learning rate and image size follow {course}; the next learning rate is {rate:.3g}")
 
 
 def print_coefficients(network):
@@ -715,10 +1119,14 @@ def keep_freed_memory():
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.list_models or args.list_datasets:
         return guarded(list_names, args, closed_pipe=0)
-    return guarded(train, args)
+    unsaid = object()
+    parser.set_defaults(**dict.fromkeys(vars(args), unsaid))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not unsaid}
+    return guarded(train, args, given)
 
 
 if __name__ == "__main__":

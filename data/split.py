@@ -1,5 +1,6 @@
 """A split ready to be trained on: batches gathered from uint8 images by index and augmented as a whole."""
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,28 +31,51 @@ class Split:
         """The split of the members that bool [n] chooses."""
         return Split(self.images, self.labels, self.members[torch.as_tensor(chosen)], self.source)
 
-    def in_order(self, batch_size):
-        """Yield (images, labels) of every member once, as they are."""
-        yield from self._batches(self.members.split(batch_size), lambda index: self.images[index])
+    def in_order(self, batch_size, share=slice(None)):
+        """Yield (images, labels) of the members of one process's share, each once, as they are."""
+        for index, following in ahead(self.members[share].split(batch_size)):
+            yield self._pick(index, following, lambda index=index: self.images[index])
 
-    def shuffled(self, batch_size, augment, epoch, generator, first_flips):
-        """Yield (images, labels) of every member once, in random order, augmented; see `gather`.
+    def count_batches(self, batch_size, processes=1):
+        """How many batches `shuffled` yields."""
+        whole, rest = divmod(len(self), batch_size)
+        return whole + (rest >= 2 * processes or whole == 0)  # batch norm cannot train on a single image
 
-        flip alternates (Jordan 2024): an image is mirrored every other epoch, first_flips [N] of them in even ones.
+    def shuffled(self, batch_size, augment, epoch, seed, done=0, process=0, processes=1):
+        """Yield (images, labels, labels of the whole batch) in random order, augmented; see `gather`.
+
+        batch_size: over all processes; this one's share is every `processes`-th of it. The first `done` batches are
+        left out. Order and augmentation follow from seed, epoch and position alone, whoever computes what, so that a
+        run can go on anywhere. flip alternates (Jordan 2024): an image is mirrored every other epoch.
         """
-        flips = first_flips ^ (epoch % 2 == 1)
-        order = self.members[torch.randperm(len(self), generator=generator)]
-        indices = order.split(batch_size)
-        if len(indices) > 1 and len(indices[-1]) == 1:
-            indices = indices[:-1]  # batch norm cannot train on a single image
-        yield from self._batches(indices, lambda index: gather(self.images, index, augment, flips, generator))
+        flips = (torch.rand(len(self.images), generator=seeded(seed)) < 0.5) ^ (epoch % 2 == 1)
+        order = self.members[torch.randperm(len(self), generator=seeded(seed, epoch))]
+        indices = order.split(batch_size)[: self.count_batches(batch_size, processes)]
+        share = slice(process, None, processes)
+        for position, (index, following) in enumerate(ahead(indices[done:]), done):
+            generator = seeded(seed, epoch, position)
 
-    def _batches(self, indices, pick):
-        mapped = isinstance(self.source, np.memmap) and self.images.data_ptr() == self.source.ctypes.data
-        for index, following in zip(indices, (*indices[1:], ()), strict=True):
-            if mapped:
-                prefetch(self.source, following)
-            yield pick(index).to(self.labels.device), self.labels[index.to(self.labels.device)]
+            def pick(index=index, generator=generator):
+                return gather(self.images, index, augment, flips, generator, share)
+
+            images, labels = self._pick(index, following[share], pick)
+            yield images, labels[share], labels
+
+    def _pick(self, index, following, pick):
+        """The images that `pick` gathers, on the device, and the labels of `index`; asks early for `following`."""
+        if isinstance(self.source, np.memmap) and self.images.data_ptr() == self.source.ctypes.data:
+            prefetch(self.source, following)
+        return pick().to(self.labels.device), self.labels[index.to(self.labels.device)]
+
+
+def seeded(*numbers):
+    """A generator of its own for every tuple of numbers."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(numbers).encode()))
+
+
+def ahead(indices):
+    """Each of the indices with the one that follows it."""
+    return zip(indices, (*indices[1:], torch.empty(0, dtype=torch.int64)), strict=False)
 
 
 def make_split(images, labels, size, device, resize):
@@ -67,27 +91,28 @@ def make_split(images, labels, size, device, resize):
     return Split(tensor, torch.from_numpy(labels).to(device), torch.arange(len(labels)), images)
 
 
-def gather(images, index, augment, flips, generator):
-    """One batch, augmented: uint8 [batch, H, W, C] gathered from `images` [N, H, W, C] by `index` [batch].
+def gather(images, index, augment, flips, generator, share=slice(None)):
+    """The share of one batch, augmented: uint8 [share, H, W, C] from `images` [N, H, W, C] by `index` [batch].
 
     translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where `flips` [N] is
     true; cutout (DeVries and Taylor 2017) greys a square of 3/8 of the size.
     """
-    flips, index = flips[index].to(images.device), index.to(images.device)
+    n, device = len(index), images.device  # everybody draws for the whole batch and takes what is theirs
+    index = index[share]
+    flips, index = flips[index].to(device), index.to(device)
     if not augment:
         return images[index]
     _, height, width, _ = images.shape
-    device, n = images.device, len(index)
-    rows = torch.arange(height, device=device).expand(n, -1)
-    columns = torch.arange(width, device=device).expand(n, -1)
+    rows = torch.arange(height, device=device).expand(len(index), -1)
+    columns = torch.arange(width, device=device).expand(len(index), -1)
     keep = None
     if "cutout" in augment:
-        middles = (torch.rand(n, 2, generator=generator) * torch.tensor([height, width])).int().to(device)
+        middles = (torch.rand(n, 2, generator=generator) * torch.tensor([height, width])).int()[share].to(device)
         away = [(rows - middles[:, :1]).abs() < height * 3 // 16, (columns - middles[:, 1:]).abs() < width * 3 // 16]
         keep = ~(away[0][:, :, None] & away[1][:, None, :])[..., None]
     if "translate" in augment:
         shift = [max(1, size // 16) for size in (height, width)]
-        dy, dx = (torch.randint(-s, s + 1, (n, 1), generator=generator).to(device) for s in shift)
+        dy, dx = (torch.randint(-s, s + 1, (n, 1), generator=generator)[share].to(device) for s in shift)
         rows, columns = mirror(rows + dy, height), mirror(columns + dx, width)
     if "flip" in augment:
         columns = torch.where(flips[:, None], width - 1 - columns, columns)

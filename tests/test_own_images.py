@@ -14,6 +14,7 @@ import model
 import step1_train
 import step2_export
 import step3_infer
+from deploy.report import per_class
 
 QUICK = "--model mlp --hidden 16 --epochs 2".split()
 
@@ -329,7 +330,7 @@ def test_class_weights_balanced_weigh_a_rare_class_up(call, here, folder, monkey
 def test_per_class_figures_follow_their_definitions():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([0, 0, 1, 1, 0, 1])
-    figures = step1_train.per_class(labels, predicted, ["a", "b", "c"])
+    figures = per_class(labels.numpy(), predicted.numpy(), ["a", "b", "c"])
     assert figures["a"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "support": 3})
     assert figures["b"] == pytest.approx({"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / 5, "support": 2})
     assert figures["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}

@@ -62,7 +62,7 @@ def test_translate_shifts_by_a_sixteenth_and_mirrors_at_the_edge(images):
 def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
     indices, flipped = [], []
 
-    def spy(images, index, augment, flips, generator):
+    def spy(images, index, augment, flips, generator, share):
         indices.append(index)
         flipped.append(flips[index])
         return images[index]

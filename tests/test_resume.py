@@ -1,0 +1,249 @@
+"""Runs that are stopped, killed or out of disk, and go on to the very same end."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import step1_train
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import soak_resume
+
+# Dropout, both kinds of state in the optimizer, a schedule and augmentation: whatever could come out differently.
+RUN = "--model mynet --epochs 4 --batch-size 100 --augment translate flip cutout --device cpu --precision fp32".split()
+
+
+def result(run):
+    """The weights and the metrics of a run, without times."""
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    return checkpoint["state_dict"], [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def assert_same(run, other):
+    (weights, rows), (their_weights, their_rows) = result(run), result(other)
+    assert rows == their_rows
+    assert not [key for key, value in weights.items() if not torch.equal(value, their_weights[key])]
+
+
+def stop_at(monkeypatch, epoch, batch, number=signal.SIGINT):
+    """Send this process a signal at a step, as Ctrl-C or a cluster's scheduler would."""
+    criterion = step1_train.criterion
+    calls = iter(range(1, 10**6))
+
+    def counting(outputs, *rest):
+        if outputs.requires_grad and next(calls) == (epoch - 1) * 15 + batch:  # 15 steps in an epoch of RUN
+            os.kill(os.getpid(), number)
+        return criterion(outputs, *rest)
+
+    monkeypatch.setattr(step1_train, "criterion", counting)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    place = tmp_path_factory.mktemp("undisturbed")
+    before = os.getcwd()
+    os.chdir(place)
+    assert step1_train.main([*RUN, "--name", "a", "--quiet"]) == 0
+    assert step1_train.main([*RUN, "--name", "val", "--val-fraction", "0.2", "--quiet"]) == 0
+    os.chdir(before)
+    return place / "runs"
+
+
+@pytest.mark.parametrize(("epoch", "batch", "number"), [(1, 1, 2), (2, 7, 15), (3, 15, 2), (4, 14, 2)])
+def test_a_stopped_run_goes_on_to_the_very_same_end(call, here, undisturbed, monkeypatch, epoch, batch, number):
+    with monkeypatch.context() as patch:
+        stop_at(patch, epoch, batch, number)
+        stopped = call(step1_train.main, *RUN)
+    assert stopped.code == 128 + number
+    done = (epoch, 0) if batch == 15 else (epoch - 1, batch)
+    assert "stopped and saved after {} epochs and {} steps".format(*done) in stopped.err or batch == 15
+    assert "step1_train.py --resume digits-mynet" in stopped.err and "Traceback" not in stopped.err
+    assert not (here / "runs" / "digits-mynet" / "summary.json").exists()
+    resumed = call(step1_train.main, "--resume").done()
+    assert "runs/digits-mynet: test accuracy" in resumed.out
+    assert_same(here / "runs" / "digits-mynet", undisturbed / "a")
+    assert {path.name for path in (here / "runs" / "digits-mynet").iterdir()} >= {"summary.json"}
+    assert not list((here / "runs" / "digits-mynet").glob("*previous*"))
+
+
+def test_the_best_epoch_on_the_validation_split_survives_a_stop(call, here, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, 2)
+        assert call(step1_train.main, *RUN, "--val-fraction", 0.2).code == 130
+    call(step1_train.main, "--resume", "digits-mynet").done()
+    assert_same(here / "runs" / "digits-mynet", undisturbed / "val")
+
+
+def test_muon_and_growing_images_resume_exactly(call, here, monkeypatch):
+    arguments = "--width 0.06 --epochs 3 --batch-size 100 --grow 0.7 --device cpu".split()
+    call(step1_train.main, *arguments, "--name", "a").done()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, 4)
+        assert call(step1_train.main, *arguments, "--name", "b").code == 130
+    call(step1_train.main, "--resume", "b").done()
+    assert_same(here / "runs" / "a", here / "runs" / "b")
+
+
+def test_signals_stop_a_real_process_with_its_exit_code(here):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        command = [sys.executable, str(ROOT / "step1_train.py"), *RUN, "--epochs", "50", "--name", f"n{number}"]
+        process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not process.stdout.readline().startswith("    1 "):
+            assert process.poll() is None
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in err
+        assert re.search(rf"python \S*step1_train.py --resume n{int(number)}$", err.strip())
+
+
+def test_kills_at_random_moments_lose_nothing(tmp_path):
+    counts = soak_resume.soak(kills=5, seed=1, place=tmp_path)
+    assert counts["killed"] == 5 and counts["finished"] >= 1
+    assert (counts["unreadable"], counts["lost"], counts["different"]) == (0, 0, 0)
+
+
+def stopped_run(call, here, monkeypatch, name="a"):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, 5)
+        assert call(step1_train.main, *RUN, "--name", name).code == 130
+    return here / "runs" / name
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(call, here, undisturbed, monkeypatch):
+    run = stopped_run(call, here, monkeypatch)
+    content = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    result = call(step1_train.main, "--resume", "a").done()
+    assert "checkpoint.pt is truncated" in result.err and "going on from the one before" in result.err
+    assert "resumed   after 2 epochs and 0 steps" in result.out
+    assert_same(run, undisturbed / "a")
+
+
+def test_both_checkpoints_corrupt_is_one_line(call, here, monkeypatch):
+    run = stopped_run(call, here, monkeypatch)
+    for path in run.glob("checkpoint*"):
+        path.write_bytes(b"no checkpoint")
+    call(step1_train.main, "--resume", "a").error(1, "runs/a/checkpoint.pt is truncated")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(call, here, undisturbed, monkeypatch):
+    run = stopped_run(call, here, monkeypatch)
+    for path in run.glob("checkpoint*"):
+        path.unlink()
+    call(step1_train.main, "--resume").done()
+    assert_same(run, undisturbed / "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lr", 0.5], ["--lr 0.5", "was 0.05", "leave it out"]),
+        (["--augment", "none", "--seed", 3], ["--augment", "--seed 3"]),
+        (["--epochs", 2], ["--epochs can only be raised"]),
+    ],
+)
+def test_what_would_alter_the_course_is_refused(call, here, monkeypatch, arguments, words):
+    run = stopped_run(call, here, monkeypatch)
+    before = (run / "checkpoint.pt").read_bytes()
+    call(step1_train.main, "--resume", "a", *arguments).error(2, *words)
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_saying_the_same_again_is_no_change(call, here, undisturbed, monkeypatch):
+    run = stopped_run(call, here, monkeypatch)
+    call(step1_train.main, *RUN, "--resume", "a").done()
+    assert_same(run, undisturbed / "a")
+
+
+def test_more_epochs_say_what_becomes_of_the_schedule(call, here, undisturbed, monkeypatch):
+    shutil.copytree(undisturbed / "a", here / "runs" / "a")
+    result = call(step1_train.main, "--resume", "a", "--epochs", 6).done()
+    assert "a course of 6 epochs from here on, not of 4" in result.err
+    assert [row["epoch"] for row in csv.DictReader((here / "runs" / "a" / "metrics.csv").open())] == list("123456")
+    assert json.loads((here / "runs" / "a" / "summary.json").read_text())["epochs"] == 6
+
+
+def test_nothing_to_resume_is_said(call, here, undisturbed):
+    call(step1_train.main, "--resume").error(2, "no unfinished run")
+    call(step1_train.main, "--resume", "x").error(2, "no run 'x'")
+    shutil.copytree(undisturbed / "a", here / "runs" / "a")
+    call(step1_train.main, "--resume").error(2, "no unfinished run")
+    call(step1_train.main, "--resume", "a").error(2, "is finished", "--epochs above 4")
+
+
+def test_another_dataset_is_noticed(call, here, monkeypatch):
+    stopped_run(call, here, monkeypatch)
+    load = step1_train.data.load
+
+    def other(*args, **options):
+        dataset = load(*args, **options)
+        return dataclasses.replace(dataset, train_labels=dataset.train_labels[::-1].copy())
+
+    monkeypatch.setattr(step1_train.data, "load", other)
+    call(step1_train.main, "--resume", "a").error(1, "is not the one", "start a new run")
+
+
+def test_two_processes_do_not_resume_the_same_run(call, here, monkeypatch):
+    run = stopped_run(call, here, monkeypatch)
+    with step1_train.locked(str(run)):
+        call(step1_train.main, "--resume", "a").error(1, "is being trained by another process")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, here, undisturbed, monkeypatch):
+    run = stopped_run(call, here, monkeypatch)
+    before = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt.tmp").symlink_to("/dev/full")  # every write there fails with ENOSPC
+    error = call(step1_train.main, "--resume", "a").error(1, "cannot write runs/a/checkpoint.pt", "No space left")
+    assert "--resume a" in error and (run / "checkpoint.pt").read_bytes() == before
+    call(step1_train.main, "--resume", "a").done()
+    assert_same(run, undisturbed / "a")
+
+
+def test_a_run_directory_that_vanishes_is_one_line(call, here, monkeypatch):
+    criterion = step1_train.criterion
+
+    def removing(*args):
+        shutil.rmtree(here / "runs", ignore_errors=True)
+        return criterion(*args)
+
+    monkeypatch.setattr(step1_train, "criterion", removing)
+    call(step1_train.main, *RUN).error(1, "cannot write runs/digits-mynet/checkpoint.pt", "No such file")
+
+
+def test_a_loss_that_is_not_finite_says_where_and_keeps_the_checkpoint(call, here, monkeypatch):
+    criterion, calls = step1_train.criterion, iter(range(10**6))
+
+    def diverging(outputs, *rest):
+        loss = criterion(outputs, *rest)
+        return loss * float("nan") if outputs.requires_grad and next(calls) == 15 + 3 else loss
+
+    monkeypatch.setattr(step1_train, "criterion", diverging)
+    call(step1_train.main, *RUN).error(1, "became nan in epoch 2, step 4", "learning rate 0.0", "smaller --lr")
+    checkpoint = torch.load(here / "runs" / "digits-mynet" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == 1
+
+
+def test_checkpoints_within_an_epoch(call, here, monkeypatch):
+    saved = []
+    save = step1_train.save_checkpoint
+    monkeypatch.setattr(step1_train, "save_checkpoint", lambda *args: (saved.append(args[4]["batches"]), save(*args)))
+    call(step1_train.main, *RUN, "--epochs", 1, "--checkpoint-every", 6).done()
+    assert saved == [6, 12, 0]
+    clock = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))  # half a minute passes at each look
+    saved.clear()
+    call(step1_train.main, *RUN, "--epochs", 1, "--checkpoint-every", "2m").done()
+    assert len(saved) == 4
+    call(step1_train.main, *RUN, "--checkpoint-every", "soon").error(2, "'soon'", "10m")
