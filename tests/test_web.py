@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -49,8 +50,10 @@ pytestmark = [
 class Browser:
     """Chromium through chromedriver's own HTTP interface (W3C WebDriver), which needs no package."""
 
-    def __init__(self):
-        self.process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
+    def __init__(self, place):
+        # Its profile lies in `place`: chromedriver leaves one behind at every start.
+        options = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "TMPDIR": place}}
+        self.process = subprocess.Popen([DRIVER, "--port=0"], **options)
         ready = (re.search(r"successfully on port (\d+)", line) for line in self.process.stdout)
         self.address = f"http://127.0.0.1:{next(match for match in ready if match)[1]}/session"
         chrome = {"binary": CHROMIUM, "args": FLAGS}
@@ -108,9 +111,10 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser():
-    browser = Browser()
-    yield browser
-    browser.quit()
+    with tempfile.TemporaryDirectory(prefix="web-", ignore_cleanup_errors=True) as place:  # a socket's path is short
+        browser = Browser(place)
+        yield browser
+        browser.quit()
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
