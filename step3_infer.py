@@ -241,32 +241,25 @@ def predict(path_or_array, model, top_k=3):
 
 
 def usable_cpus(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
-    """How many CPUs this process may use: its affinity, and on Linux the quota of its control groups (v1, v2)."""
+    """How many CPUs this process may use: its affinity, and on Linux the quotas of its control groups (v1 and v2)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open(own, encoding="utf-8", errors="replace") as file:
-            groups = [line.rstrip("\n").split(":", 2)[1:] for line in file]
-    except (OSError, ValueError):
-        return count
-    for controllers, group in groups:
+    lines = []
+    with contextlib.suppress(OSError), open(own, encoding="utf-8", errors="replace") as file:
+        lines = file.read().splitlines()
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        place = os.path.join(root, controllers) + group  # within a container this group may be seen as the root
-        while len(place) >= len(root):
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-                if controllers:
-                    quota, period = (read(os.path.join(place, f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
-                else:
-                    quota, period = read(os.path.join(place, "cpu.max")).split()
-                if int(quota) > 0:  # ValueError: "max"
-                    count = min(count, max(1, -(-int(quota) // int(period))))
-            place = os.path.dirname(place)
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        parts = group.strip("/").split("/")
+        for depth in range(len(parts) + 1):  # the groups above limit as well; in a container they are not seen
+            place = os.path.join(root, controllers, *parts[:depth])
+            with contextlib.suppress(OSError, ValueError):  # ValueError: no limit, which cpu.max calls "max"
+                texts = [open(os.path.join(place, name), encoding="ascii").read() for name in names]  # noqa: SIM115
+                quota, period = map(int, " ".join(texts).split())
+                if quota > 0:
+                    count = min(count, max(1, -(-quota // period)))
     return count
-
-
-def read(path):
-    with open(path, encoding="ascii") as file:
-        return file.read()
 
 
 def engine_source(path):
@@ -297,16 +290,19 @@ def load_onnx(path, threads, provider, once):
     if once:  # changing the layout of all weights takes longer than it saves on one image
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
-        session = onnxruntime.InferenceSession(engine_source(path), options, providers=[available[provider.lower()]])
+        # No fallback: it prints to standard output, and takes the CPU where another provider was asked for.
+        session = onnxruntime.InferenceSession(
+            engine_source(path), options, providers=[available[provider.lower()]], enable_fallback=False
+        )
+        takes, gives = session.get_inputs(), session.get_outputs()[0].shape
+        name = takes[0].name if takes else None
+        text = session.get_modelmeta().custom_metadata_map.get("spec")
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         version = onnxruntime.__version__
         raise Problem(f"{path} is not an ONNX file that onnxruntime {version} can run: {one_line(error)}") from None
     kinds = {("tensor(uint8)", 4): "images of type uint8", ("tensor(float)", 2): "features of type float"}
-    takes = [kinds.get((entry.type, len(entry.shape)), f"{entry.type} {entry.shape}") for entry in session.get_inputs()]
-    gives = (session.get_outputs()[0].shape or [None])[-1]
-    name = session.get_inputs()[0].name if takes else None
-    text = session.get_modelmeta().custom_metadata_map.get("spec")
-    return text, lambda inputs: session.run(None, {name: inputs})[0], ", ".join(takes), gives
+    takes = ", ".join(kinds.get((one.type, len(one.shape)), f"{one.type} {one.shape}") for one in takes)
+    return text, lambda inputs: session.run(None, {name: inputs})[0], takes, gives[-1] if gives else None
 
 
 def load_torch(path, threads, provider, once):
@@ -364,6 +360,8 @@ def read_spec(text, path):
             raise ValueError("classes are not a list of names")
         if not isinstance(spec["channels"], int) or not (regression or spec["channels"] in (1, 3)):
             raise ValueError("channels make no sense")
+        if not regression and [0 < int(side) < 1 << 15 for side in spec["image_size"]] != [True, True]:
+            raise ValueError("image_size makes no sense")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {error!r}") from None
     return spec
@@ -410,59 +408,62 @@ def self_test(model):
 
 
 def read_sums(folder):
-    """SHA256SUMS of a folder -> {relative path: sum}. Raises Problem; FileNotFoundError where there is none."""
-    sums = {}
-    with open(os.path.join(folder, "SHA256SUMS"), encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            total, gap, name = line.rstrip("\n")[:64], line[64:66], line.rstrip("\n")[66:]
-            outside = os.path.isabs(name) or ".." in name.split("/")
-            if gap not in ("  ", " *") or set(total) - set("0123456789abcdef") or not name or outside:
-                raise Problem(f"{file.name}, line {number} is not the sum of a file in its folder")
-            sums[os.path.normpath(name)] = total
+    """SHA256SUMS of a folder -> {relative path: sum}. Raises Problem."""
+    file, sums = os.path.join(folder, "SHA256SUMS"), {}
+    try:
+        with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                total, name = line[:64], line[66:].rstrip("\n")
+                if set(total) - set("0123456789abcdef") or line[64:66] not in ("  ", " *") or not name:
+                    raise Problem(f"{file}, line {number} is not a sum, two spaces and a file name")
+                sums[os.path.normpath(name)] = total
+    except OSError as error:
+        raise Problem(f"cannot read {file} ({error.strerror}): step2_export.py --bundle writes one") from None
     return sums
 
 
-def sha256(path):
+def fault_of(path, total):
+    """What is wrong with a file that should have this SHA-256 sum, in words; None where nothing is."""
     import hashlib
 
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            total.update(part)
-    return total.hexdigest()
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        return "is not a regular file" if os.path.lexists(path) else "is missing"
+    sha256 = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                sha256.update(part)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if sha256.hexdigest() == total else "is not the file of SHA256SUMS: it has changed"
 
 
 def verify(folder):
-    """Compare a folder with its SHA256SUMS. Says every finding as a line; returns the exit code. Raises Problem."""
-    try:
-        sums = read_sums(folder)
-    except FileNotFoundError:
-        raise Problem(f"no SHA256SUMS in {folder}: step2_export.py --bundle writes one") from None
+    """Compare a folder with its SHA256SUMS: a line for each finding. Returns the exit code; raises Problem."""
+    sums = read_sums(folder)
     present = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
     present = {os.path.relpath(path, folder) for path in present} - {"SHA256SUMS"}
-    findings = {name: "is not listed in SHA256SUMS" for name in present - sums.keys()}
+    findings = dict.fromkeys(present - sums.keys(), "is not listed in SHA256SUMS")
     for name, total in sums.items():
-        path = os.path.join(folder, name)
-        try:
-            if not os.path.isfile(path):
-                findings[name] = "is missing" if not os.path.lexists(path) else "is not a regular file"
-            elif sha256(path) != total:
-                findings[name] = "has changed: its sum is not the one in SHA256SUMS"
-        except OSError as error:
-            findings[name] = f"cannot be read: {error.strerror}"
-    for name in sorted(findings):
-        say(f"error: {os.path.join(folder, name)} {findings[name]}")
+        outside = name.startswith("..") or os.path.isabs(name)
+        findings[name] = "is outside its folder" if outside else fault_of(os.path.join(folder, name), total)
+    findings = {name: finding for name, finding in sorted(findings.items()) if finding}
+    for name, finding in findings.items():
+        say(f"error: {os.path.join(folder, name)} {finding}")
     if not findings:
         print(f"verified: {len(sums)} files are as SHA256SUMS says")
     return 1 if findings else 0
 
 
-def is_covered(path):
-    """Is the file as SHA256SUMS beside it says?"""
-    try:
-        return read_sums(os.path.dirname(path) or ".").get(os.path.basename(path)) == sha256(path)
-    except (OSError, Problem):
-        return False
+def warn_of_code(path):
+    """TorchScript and torch.export files can carry code: say so where no SHA256SUMS beside the file knows it."""
+    if not path.lower().endswith((".pt", ".pt2")) or not os.path.isfile(path):
+        return
+    with contextlib.suppress(Problem):
+        total = read_sums(os.path.dirname(os.path.abspath(path))).get(os.path.basename(path))
+        if total and not fault_of(path, total):
+            return
+    say(f"note: {path} can carry code and no SHA256SUMS covers it; .onnx is the format for files from strangers")
 
 
 # ---------------------------------------------------------------------------------------------------- predictions
@@ -638,10 +639,8 @@ class Progress:
     """How far long work is, as one line on standard error, where that is a terminal that shows no results."""
 
     def __init__(self, to_file):
-        watched = sys.stderr is not None and sys.stderr.isatty()
-        self.active = watched and (to_file or sys.stdout is None or not sys.stdout.isatty())
-        self.started = time.monotonic()
-        self.next, self.line = self.started + 2, ""
+        self.active = sys.stderr.isatty() and (to_file or sys.stdout is None or not sys.stdout.isatty())
+        self.started, self.next, self.line = time.monotonic(), time.monotonic() + 2, ""
 
     def show(self, count):
         now = time.monotonic()
@@ -652,7 +651,7 @@ class Progress:
 
     def clear(self):
         if self.line:
-            print("\r" + " " * len(self.line) + "\r", end="", file=sys.stderr, flush=True)
+            print("\r" + " " * len(self.line), end="\r", file=sys.stderr, flush=True)
             self.line = ""
 
 
@@ -688,63 +687,56 @@ def opened(path):
 
 
 def benchmark(path, threads, provider):
-    """Time a model file on this machine. -> dict; a second thread or engine run is not counted as an image.
+    """Time a model file on this machine. -> dict of figures. Raises Problem.
 
-    import: numpy, Pillow and the engine, without Python's own start; latencies at batch 1 with all threads; throughput
-    as step 3 reaches it without decoding, `threads` batches at a time.
+    import: numpy, Pillow and the engine, Python's own start left out; latency: of one image, on all threads;
+    images_per_second: without decoding, each thread running batches of its own, as step 3 does.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    started = time.perf_counter()
+    clock = time.perf_counter
+    started = clock()
     with contextlib.suppress(ImportError):
         __import__("onnxruntime" if path.lower().endswith(".onnx") else "torch")
-    imported = time.perf_counter()
+    imported = clock()
     model = Model(path, threads, provider)
-    loaded = time.perf_counter()
-    spec, rng = model.spec, np.random.default_rng(0)
-    if spec["task"] == "regression":
-        inputs = rng.standard_normal((64, spec["channels"]), dtype=np.float32)
-    else:
+    loaded, spec, rng = clock(), model.spec, np.random.default_rng(0)
+    inputs = rng.standard_normal((64, spec["channels"]), dtype=np.float32)
+    if spec["task"] != "regression":
         inputs = rng.integers(0, 256, (64, *spec["image_size"], spec["channels"]), dtype=np.uint8)
-    milliseconds = []
-    for _ in range(1000):
-        start = time.perf_counter()
+    ticks = [clock()]
+    while len(ticks) < 52 or (ticks[-1] - ticks[0] < 3 and len(ticks) < 5000):
         model.predict(inputs[:1])
-        milliseconds.append((time.perf_counter() - start) * 1000)
-        if len(milliseconds) >= 50 and time.perf_counter() - loaded > 3:
-            break
-    first, memory, rates = milliseconds.pop(0), peak_memory(), {}
+        ticks.append(clock())
+    first, *milliseconds = (np.diff(ticks) * 1000).tolist()
+    quantiles, memory, rates = np.percentile(milliseconds, (50, 95, 99)), peak_memory(), {}
     model = Model(path, 1, provider)
     with ThreadPoolExecutor(threads) as pool:
         for batch in (1, 2, 4, 8, 16, 32, 64):
-            count, start, done = threads * max(1, 64 // batch), time.perf_counter(), 0
-            while time.perf_counter() - start < 0.5:
-                done += sum(map(len, pool.map(model.predict, [inputs[:batch]] * count)))
-            rates[batch] = done / (time.perf_counter() - start)
-    best = max(rates, key=rates.get)
-    quantiles = np.percentile(milliseconds, (50, 95, 99)).round(4).tolist()
+            work, start, done = [inputs[:batch]] * threads * (64 // batch), clock(), 0
+            while clock() - start < 0.5:
+                done += sum(map(len, pool.map(model.predict, work)))
+            rates[done / (clock() - start)] = batch
     return {
         "model": path,
         "threads": threads,
         "import_seconds": round(IMPORT_SECONDS + imported - started, 4),
         "load_seconds": round(loaded - imported, 4),
-        "first_run_ms": round(first, 4),
-        **dict(zip(("latency_p50_ms", "latency_p95_ms", "latency_p99_ms"), quantiles, strict=True)),
-        "images_per_second": round(rates[best], 1),
-        "batch_size": best,
+        "first_run_ms": round(first, 3),
+        **{f"latency_p{q}_ms": round(value, 3) for q, value in zip((50, 95, 99), quantiles, strict=True)},
+        "images_per_second": round(max(rates), 1),
+        "batch_size": rates[max(rates)],
         "peak_memory_mb": memory,
     }
 
 
 def peak_memory():
-    """The most memory this process held so far, in MB, or None where the system does not say."""
-    with contextlib.suppress(OSError, StopIteration):
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            return round(int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) / 1024, 1)
-    with contextlib.suppress(ImportError):
-        import resource
-
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)  # macOS counts bytes
+    """The most memory this process held so far, in MB (2**20 bytes), or None where the system does not say."""
+    try:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+            return round(int(file.read().split("VmHWM:")[1].split()[0]) / 1024, 1)
+    except (OSError, IndexError):
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------ CLI
@@ -860,8 +852,7 @@ def run(args):
     path = args.model or find_model()
     if args.model is None:
         say(f"model: {path}")
-    if path.lower().endswith((".pt", ".pt2")) and os.path.isfile(path) and not is_covered(path):
-        say(f"note: {path} can carry code and no SHA256SUMS covers it; .onnx is the format for files from strangers")
+    warn_of_code(path)
     threads = args.threads or usable_cpus()
     if args.benchmark:
         return write_benchmark(path, threads, args)
