@@ -217,7 +217,7 @@ def classes_section(figures):
         return ""
     missed = ", ".join(f"{name} ({recall:.1%} found)" for recall, name in sorted(recalls)[:3] if recall < 1)
     missed = f"<p>Most often missed: {missed}.</p>" if missed else ""
-    head = ["class", "precision", "recall", "F1", "test images"]
+    head = ["class", "precision", "recall", "F1", "images"]
     return f"<section><h2>Each class</h2>{missed}{table(head, rows)}</section>"
 
 
@@ -230,14 +230,16 @@ def export_section(run, export):
         row = [form, os.path.basename(path), file_size(path), proof]
         row += [shown(value, ".1e") for value in (figures.get("max_abs_diff"), odd)]
         row += [shown(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
-        row += [", ".join(f"{times}x at batch {n}" for n, times in figures.get("speedup", {}).items()) or "-"]
+        row += [", ".join(f"{times}x" for times in figures.get("speedup", {}).values()) or "-"]
         rows.append([*row, shown(figures.get("latency_ms"), ".3g", " ms")])
         said = filter(None, [*figures.get("failures", ()), figures.get("warning")])
         failures += [f"<li>{form}: {text(line)}</li>" for line in said]
     if not rows:
         command = f"<code>python step2_export.py --run {text(run)}</code>"
         return f"<section><h2>Export</h2><p>Not exported yet: {command}</p></section>"
-    head = "format,file,size,proof,largest difference,on probes,same answer,accuracy,against float32,one image"
+    head = (
+        "format,file,size,proof,largest difference,on probes,same answer,accuracy,times as fast (batch 1; 64),one image"
+    )
     return (
         "<section><h2>Export</h2><p>Each file was run against the trained network: over the whole test split, and on "
         f"probes, random, black and white inputs of several sizes.</p>{table(head.split(','), rows)}"
@@ -287,7 +289,7 @@ def runs_section(run, config, runs_dir, exports_dir):
         found.append((not summary, better, name, cells))
     found.sort()
     mark = next((number for number, (*_, name, _) in enumerate(found) if name == run), None)
-    head = "run,network,test accuracy,test loss,training,epochs,parameters,file,one image,date".split(",")
+    head = "run,network,test accuracy,test loss,training,epochs,parameters,file size,one image,date".split(",")
     return f"<section><h2>All runs of this data</h2>{table(head, [row for *_, row in found], mark)}</section>"
 
 
