@@ -1,0 +1,199 @@
+// Finds image files and decodes them, as step3_infer.py does. To be included once: it holds stb_image itself.
+
+#include <glob.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define STB_IMAGE_IMPLEMENTATION
+#define STB_IMAGE_STATIC
+#define STBI_ONLY_PNG
+#define STBI_ONLY_JPEG
+#define STBI_ONLY_BMP
+#define STBI_ONLY_GIF
+#include <stb_image.h>
+
+namespace fs = std::filesystem;
+using std::string;
+
+constexpr int64_t MAX_PIXELS = 2 * 89478485;  // where Pillow refuses too
+
+// As in step3_infer.py: one of a kind that stb_image cannot read is an error rather than passed over.
+inline const string IMAGE_SUFFIXES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2";
+
+// A failure its user can mend: shown as one `error:` line.
+struct Problem : std::runtime_error {
+  int code;
+  explicit Problem(const string& message, int code = 1) : std::runtime_error(message), code(code) {}
+};
+
+struct Image {
+  int height, width;
+  std::vector<uint8_t> pixels;  // [height, width, channels]
+};
+
+// What stb_image reads from. It takes what is missing for zeros, so `ended` notes whether it wanted more.
+struct Source {
+  const string& bytes;
+  size_t at = 0;
+  bool ended = false;
+};
+
+inline const stbi_io_callbacks READER = {
+    [](void* user, char* data, int size) {
+      auto& source = *static_cast<Source*>(user);
+      const size_t count = source.bytes.copy(data, size, source.at);
+      source.ended = source.ended || count == 0;
+      source.at += count;
+      return int(count);
+    },
+    [](void* user, int count) {
+      auto& source = *static_cast<Source*>(user);
+      source.at = std::min(source.at + count, source.bytes.size());
+    },
+    [](void* user) {
+      const auto& source = *static_cast<Source*>(user);
+      return int(source.at == source.bytes.size());
+    }};
+
+// The EXIF orientation of a JPEG or PNG, 1 (upright) to 8: how the camera was held.
+inline int orientation(const string& bytes) {
+  const auto number = [&](size_t i, int count, bool little = false) {  // beyond the end there are zeros
+    size_t value = 0;
+    for (int k = 0; k < count; k++) {
+      const size_t at = little ? i + count - 1 - k : i + k;
+      value = value << 8 | (at < bytes.size() ? uint8_t(bytes[at]) : 0);
+    }
+    return value;
+  };
+  size_t tiff = 0;  // where the EXIF block starts
+  if (number(0, 2) == 0xFFD8) {  // JPEG: marker, length, content; the pixels start at marker FFDA
+    for (size_t i = 2; !tiff && number(i, 1) == 0xFF && number(i, 2) != 0xFFDA; i += 2 + number(i + 2, 2))
+      if (number(i, 2) == 0xFFE1 && number(i + 4, 6) == 0x457869660000) tiff = i + 10;  // "Exif"
+  } else if (number(0, 4) == 0x89504E47) {  // PNG: length, name, content, checksum
+    for (size_t i = 8; !tiff && i < bytes.size(); i += 12 + number(i, 4))
+      if (number(i + 4, 4) == 0x65584966) tiff = i + 8;  // "eXIf"
+  }
+  const bool little = number(tiff, 1) == 'I';
+  const size_t directory = tiff + number(tiff + 4, 4, little);
+  for (size_t k = 0; tiff && k < number(directory, 2, little); k++) {
+    const size_t entry = directory + 2 + 12 * k, value = number(entry + 8, 2, little);
+    if (number(entry, 2, little) == 0x0112) return value >= 1 && value <= 8 ? int(value) : 1;
+  }
+  return 1;
+}
+
+// 8-bit pixels of `parts` bytes each (grey, grey + alpha, RGB, RGB + alpha) -> upright Image of 1 or 3 channels.
+inline Image upright(const uint8_t* pixels, int height, int width, int parts, int channels, int turn) {
+  const bool swap = turn >= 5, from_below = turn == 3 || turn == 4 || turn == 6 || turn == 7;
+  const bool from_right = turn == 2 || turn == 3 || turn == 7 || turn == 8;
+  Image image{swap ? width : height, swap ? height : width, {}};
+  image.pixels.resize(size_t(height) * width * channels);
+  uint8_t* out = image.pixels.data();
+  const int step = parts < 3 ? 0 : 1;  // of a grey, red, green and blue are the same byte
+  for (int y = 0; y < image.height; y++)
+    for (int x = 0; x < image.width; x++, out += channels) {
+      const size_t row = from_below ? height - 1 - (swap ? x : y) : swap ? x : y;
+      const size_t column = from_right ? width - 1 - (swap ? y : x) : swap ? y : x;
+      const uint8_t* p = pixels + (row * width + column) * parts;
+      if (channels == 3)
+        for (int k = 0; k < 3; k++) out[k] = p[k * step];
+      else  // ITU-R 601-2 luma in Pillow's fixed point
+        *out = (19595 * p[0] + 38470 * p[step] + 7471 * p[2 * step] + 0x8000) >> 16;
+    }
+  return image;
+}
+
+// The bytes of an image file -> Image; channels is 1 (grey) or 3 (RGB), alpha is dropped.
+// Throws Problem with the reason (the caller knows the name).
+inline Image decode(const string& bytes, int channels) {
+  if (bytes.empty()) throw Problem("is empty");
+  int width, height, parts;
+  Source header{bytes}, depth{bytes}, source{bytes};
+  if (!stbi_info_from_callbacks(&READER, &header, &width, &height, &parts) || width < 1 || height < 1)
+    throw Problem("is damaged, too large or not a PNG, JPEG, BMP or GIF image that stb_image can read");
+  if (int64_t(width) * height > MAX_PIXELS)
+    throw Problem("refused as a decompression bomb: " + std::to_string(int64_t(width) * height) + " pixels");
+  // As with Pillow and step3: greys of 16 bits are scaled, of 16-bit colours the high byte is taken.
+  const bool scale = stbi_is_16_bit_from_callbacks(&READER, &depth) && parts == 1;
+  const std::unique_ptr<void, decltype(&stbi_image_free)> data(
+      scale ? static_cast<void*>(stbi_load_16_from_callbacks(&READER, &source, &width, &height, &parts, 1))
+            : static_cast<void*>(stbi_load_from_callbacks(&READER, &source, &width, &height, &parts, 0)),
+      stbi_image_free);
+  if (!data) throw Problem(string("is corrupt or truncated: ") + stbi_failure_reason());
+  if (source.ended) throw Problem("is truncated");
+  auto* pixels = static_cast<uint8_t*>(data.get());
+  if (scale) {
+    const auto* wide = static_cast<const uint16_t*>(data.get());
+    for (size_t k = 0; k < size_t(width) * height; k++) pixels[k] = (wide[k] * 255u + 32767) / 65535;
+    parts = 1;
+  }
+  return upright(pixels, height, width, parts, channels, orientation(bytes));
+}
+
+inline string read_file(const string& path) {
+  std::error_code error;
+  if (!fs::exists(path, error)) throw Problem(error ? "cannot be read: " + error.message() : "no such file");
+  if (fs::is_directory(path, error)) throw Problem("is a directory that cannot be read");
+  if (!fs::is_regular_file(path, error)) throw Problem("is not a regular file");
+  const uintmax_t size = fs::file_size(path, error);
+  if (size > INT32_MAX) throw Problem("is larger than 2 GB");
+  std::ifstream file(path, std::ios::binary);
+  string bytes(file ? size : 0, '\0');
+  if (!file.read(bytes.data(), bytes.size())) throw Problem(string("cannot be read: ") + std::strerror(errno));
+  return bytes;
+}
+
+// Adds the images below a directory, in name order, its own before those of its subdirectories; a directory that
+// cannot be read is added itself, for read_file to refuse.
+inline void walk(const fs::path& directory, std::vector<string>& found) {
+  std::vector<fs::path> files, subdirectories;
+  std::error_code error;
+  for (fs::directory_iterator entry(directory, error), end; entry != end; entry.increment(error)) {
+    string suffix = entry->path().extension().string() + " ";
+    for (char& c : suffix) c = std::tolower(static_cast<unsigned char>(c));
+    std::error_code unknown;  // of a dangling link, say
+    if (!entry->is_directory(unknown)) {
+      if (suffix[0] == '.' && (IMAGE_SUFFIXES + " ").find(suffix) != string::npos) files.push_back(entry->path());
+    } else if (!entry->is_symlink(unknown)) {  // a link may lead back up
+      subdirectories.push_back(entry->path());
+    }
+  }
+  if (error) found.push_back(directory.string());
+  std::sort(files.begin(), files.end());
+  std::sort(subdirectories.begin(), subdirectories.end());
+  for (const auto& file : files) found.push_back(file.string());
+  for (const auto& subdirectory : subdirectories) walk(subdirectory, found);
+}
+
+// The images that `path` stands for: a file as given, those below a directory, or what a glob matches.
+inline std::vector<string> find_images(const string& path) {
+  std::vector<string> found, directories;
+  std::error_code error;
+  if (!fs::exists(fs::symlink_status(path, error)) && path.find_first_of("*?[") != string::npos) {
+    glob_t matches{};
+    glob(path.c_str(), 0, nullptr, &matches);
+    for (size_t k = 0; k < matches.gl_pathc; k++) {
+      const string match = matches.gl_pathv[k];
+      (fs::is_directory(match, error) ? directories : found).push_back(match);
+    }
+    globfree(&matches);
+    if (found.empty() && directories.empty()) throw Problem("matches no file");
+    if (!found.empty()) return found;
+  } else if (fs::is_directory(path, error)) {
+    directories.push_back(path);
+  } else {
+    return {path};
+  }
+  for (const auto& directory : directories) walk(directory, found);
+  if (found.empty()) throw Problem("no images in this directory (looked for " + IMAGE_SUFFIXES + ")");
+  return found;
+}

@@ -1,0 +1,284 @@
+"""The C++ program: built here, it says what step 3 says of the same files, and fails as it does."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Result
+from PIL import Image
+
+import model
+import step2_export
+import step3_infer
+
+CLASSES = ["cat", "dög", 'a "quoted" \\ one', "two\nlines", "\u202eemoji \U0001f600"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """Path of the program, built against the torch of this Python."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake (apt install cmake)")
+    build = tmp_path_factory.mktemp("cpp")
+    flags = [f"-DPYTHON={sys.executable}", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]  # compiles faster than with -O3
+    done = run("cmake", "-S", ROOT / "deploy" / "cpp", "-B", build, *flags)
+    message = " ".join(done.err.split())
+    if missing := re.search(r"No CMAKE_CXX_COMPILER could be found|[\w./]+ not found: install .*? conan", message):
+        pytest.skip(missing[0])
+    assert done.code == 0, done.err
+    built = run("cmake", "--build", build)
+    assert built.code == 0, built.out + built.err
+    return build / "threestep"
+
+
+def run(*command, **options):
+    """-> Result of a process."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, **options}
+    done = subprocess.run([str(part) for part in command], encoding="utf-8", errors="surrogateescape", **options)
+    return Result(done.returncode, done.stdout or "", done.stderr or "")
+
+
+@pytest.fixture
+def compare(program, call):
+    """compare(model, *arguments) -> both Results, having asserted that their answers agree."""
+
+    def compare(file, *arguments):
+        ours = run(program, "--model", file, "--format", "json", "--top-k", 9, *arguments)
+        theirs = call(step3_infer.main, "--model", file, "--format", "json", "--top-k", 9, *arguments)
+        assert ours.code == theirs.code, ours.err
+        lines = [[json.loads(line) for line in result.out.splitlines()] for result in (ours, theirs)]
+        for got, expected in zip(*lines, strict=True):
+            assert list(got) == list(expected) and got["path"] == expected["path"]
+            if "error" in expected:
+                continue
+            assert got["label"] == expected["label"], got["path"]
+            assert (got["label"], got["probability"]) == tuple(got["top"][0].values())
+            tops = [{entry["label"]: entry["probability"] for entry in one["top"]} for one in (got, expected)]
+            assert tops[0] == pytest.approx(tops[1], rel=0, abs=1e-4), got["path"]
+        return ours, theirs
+
+    return compare
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """channels -> path of a model.pt whose answers change with every pixel: a linear layer of large weights."""
+    place = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    for channels in (1, 3):
+        network = model.build("linear", channels=channels, classes=len(CLASSES), image_size=(8, 8))
+        torch.nn.init.normal_(network.layer.weight, std=0.2)
+        deployable = model.Deployable(network, (8, 8), [0.5] * channels, [0.2] * channels).eval()
+        spec = {"schema": 1, "task": "classification", "classes": CLASSES, "channels": channels, "image_size": [8, 8]}
+        step2_export.export_torchscript(deployable, spec, place / f"{channels}.pt", None)
+    return {channels: place / f"{channels}.pt" for channels in (1, 3)}
+
+
+def with_spec(source, target, text=None, **changes):
+    """Copy a model.pt, its spec changed by key, or replaced by `text` (None with no changes: taken out)."""
+    extra = {"spec.json": ""}
+    with warnings.catch_warnings():  # torch calls TorchScript deprecated
+        warnings.simplefilter("ignore")
+        module = torch.jit.load(source, _extra_files=extra)
+        text = json.dumps({**json.loads(extra["spec.json"]), **changes}) if changes else text
+        torch.jit.save(module, target, _extra_files={} if text is None else {"spec.json": text})
+    return target
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(depth, colour, width, height, *chunks, pixels=None):
+    """A PNG of any depth and colour type, of random pixels."""
+    row = -(-width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
+    rng = np.random.default_rng(depth + colour)
+    content = pixels if pixels is not None else b"".join(b"\0" + rng.bytes(row) for _ in range(height))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + body
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A directory of what decodes exactly: PNGs of every kind and several sizes, BMP, GIF, flat JPEGs, turned ones."""
+    place = tmp_path_factory.mktemp("pictures")
+    for depth, colour in [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (8, 4), (16, 4), (8, 6), (16, 6)]:
+        for width, height in [(8, 8), (13, 29)]:
+            (place / f"depth{depth}-colour{colour}-{width}.png").write_bytes(png(depth, colour, width, height))
+    palette, alpha = chunk(b"PLTE", np.random.default_rng(1).bytes(3 * 16)), chunk(b"tRNS", bytes([0, 128, 7]))
+    (place / "palette.png").write_bytes(png(4, 3, 20, 10, palette))
+    (place / "palette-alpha.png").write_bytes(png(4, 3, 20, 10, palette, alpha))
+    photo = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    photo.save(place / "colour.bmp")
+    photo.quantize(64).save(place / "palette.gif")
+    blocks = np.random.default_rng(3).integers(0, 256, (3, 5), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[step3_infer.ORIENTATION] = turn
+        photo.save(place / f"turned{turn}.png", exif=exif)
+        Image.fromarray(blocks).save(place / f"turned{turn}.jpg", exif=exif, quality=100)  # flat: every decoder agrees
+    return place
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_sees_the_pixels_that_step3_sees(compare, tiny, pictures, channels):
+    ours, _ = compare(tiny[channels], pictures)
+    answers = [json.loads(line) for line in ours.done().out.splitlines()]
+    assert len(answers) == 2 * 11 + 4 + 16
+    by_name = {os.path.basename(answer["path"]): answer["top"] for answer in answers}
+    assert by_name["turned1.png"] != by_name["turned6.png"]  # so that a lost orientation would show
+
+
+def test_a_trained_network_gives_the_same_lines(program, compare, call, trained, samples, tmp_path):
+    file = trained.export / "model.pt"
+    compare(file, *samples)
+    ours = run(program, "--model", file, *samples).done().out
+    theirs = call(step3_infer.main, "--model", file, *samples).done().out
+    assert re.sub(r"[\d.]+%", "%", ours) == re.sub(r"[\d.]+%", "%", theirs)
+    percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
+    assert percents[0] == pytest.approx(percents[1], abs=0.011)
+    for path in samples:  # libjpeg and stb_image differ by a few grey levels
+        Image.open(path).resize((64, 48), Image.BICUBIC).convert("RGB").save(tmp_path / f"{path.stem}.jpg", quality=95)
+    photos = run(program, "--model", file, "--format", "json", tmp_path).done().out.splitlines()
+    for line, expected in zip(map(json.loads, photos), sorted(tmp_path.glob("*.jpg")), strict=True):
+        answer = step3_infer.predict(expected, step3_infer.Model(file))
+        assert line["label"] == answer["label"] and line["probability"] == pytest.approx(
+            answer["probability"], abs=0.02
+        )
+
+
+def test_names_are_escaped(program, compare, call, tiny, pictures, here):
+    names = [
+        b"line\nbreak.png",
+        b"\x1b[31mred.png",
+        b"\xff\xc3(\xed\xa0\x80.png",
+        b'"quoted\\".png',
+        "ü\u202e😀.png".encode(),
+    ]
+    for name in names:
+        shutil.copy(pictures / "colour.bmp", name)
+    compare(tiny[3], *sorted(map(os.fsdecode, names)))
+    lines = run(program, "--model", tiny[3], "--top-k", 5, ".").done().out
+    assert len(lines.splitlines()) == len(names)
+    for name in [*(os.fsdecode(name) for name in names), *CLASSES]:
+        assert step3_infer.printable(name) in lines
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", lines)
+
+
+def test_directories_and_globs(compare, tiny, pictures, here):
+    for name in ("b/x.png", "b/Y.PNG", "b/a/z.bmp", "b/note.txt", "c/d/e.png"):
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        shutil.copy(pictures / "colour.bmp", name)
+    os.symlink("..", "b/a/up")
+    ours, _ = compare(tiny[3], "c", "b/", "b/*.png", "*")
+    assert len(ours.done().out.splitlines()) == 1 + 3 + 1 + 4
+
+
+@pytest.fixture
+def bad(here, pictures):
+    """Inputs that cannot be used: name -> what is said of it."""
+    for name in ("turned1.jpg", "turned1.png", "colour.bmp", "palette.gif"):
+        whole = (pictures / name).read_bytes()
+        (here / f"cut-{name}").write_bytes(whole[: len(whole) * 2 // 3])
+    (here / "empty.png").touch()
+    (here / "text.png").write_text("no image")
+    (here / "bomb.png").write_bytes(png(8, 0, 14_000, 14_000, pixels=b""))
+    (here / "colour.webp").write_bytes(b"RIFF")
+    os.mkfifo(here / "pipe.png")
+    (here / "folder").mkdir()
+    return {
+        "cut-turned1.jpg": "truncated",
+        "cut-turned1.png": "truncated",
+        "cut-colour.bmp": "truncated",
+        "cut-palette.gif": "truncated",
+        "empty.png": "is empty",
+        "text.png": "not a PNG",
+        "bomb.png": "decompression bomb",
+        "colour.webp": "not a PNG",
+        "missing.png": "no such file",
+        "pipe.png": "not a regular file",
+        "folder": "no images in this directory",
+        "no*.png": "matches no file",
+        "x" * 300: "cannot be read",
+    }
+
+
+def test_what_cannot_be_used_is_one_line_and_the_rest_is_predicted(compare, tiny, pictures, bad):
+    good = pictures / "palette.png"
+    ours, theirs = compare(tiny[3], good, *bad, good)
+    assert ours.code == 1 and ours.err.count("\n") == theirs.err.count("\n") - 1 == len(bad)  # step 3 adds a note
+    lines = [json.loads(line) for line in ours.out.splitlines()]
+    assert lines[0] == lines[-1] and lines[0]["label"] in CLASSES
+    for line, error, (name, reason) in zip(lines[1:-1], ours.err.splitlines(), bad.items(), strict=True):
+        assert error == f"error: {name}: {line['error']}" and reason in line["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("", 2, ["PATH", "--help"]),
+        ("--top-k 0 x.png", 2, ["--top-k", "'0'", "1 to 999999"]),
+        ("--threads 1e3 x.png", 2, ["--threads", "'1e3'"]),
+        ("--format csv x.png", 2, ["--format", "text, json"]),
+        ("x.png --model", 2, ["--model", "expected one argument"]),
+        ("--topk=3 x.png", 2, ["--topk=3"]),
+        ("x.png", 2, ["no model.pt", "--model"]),
+        ("--model nowhere.pt x.png", 1, ["nowhere.pt", "step2_export.py"]),
+        ("--model text.pt x.png", 1, ["text.pt", "not a TorchScript file"]),
+    ],
+)
+def test_usage_and_models_that_are_none(program, here, arguments, code, words):
+    (here / "text.pt").write_text("no model")
+    result = run(program, *arguments.split())
+    result.error(code, *words)
+    assert len(result.err.splitlines()) == 1 and not result.out
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({}, 1, ["carries no spec"]),
+        ({"text": "{"}, 1, ["malformed spec"]),
+        ({"text": "[1]"}, 1, ["malformed spec"]),
+        ({"schema": 2}, 1, ["schema 2", "Threestep that made it"]),
+        ({"classes": [1, 2]}, 1, ["malformed spec"]),
+        ({"classes": ["a", "b"]}, 1, ["2 classes", "5 outputs"]),
+        ({"channels": 3}, 1, ["cannot run", "spec"]),
+        ({"channels": 2}, 1, ["malformed spec", "channels"]),
+        ({"task": "regression"}, 2, ["step3_infer.py --values"]),
+    ],
+)
+def test_specs_that_are_wrong(program, here, tiny, pictures, change, code, words):
+    file = with_spec(tiny[1], here / "model.pt", **change)
+    run(program, "--model", file, pictures / "palette.png").error(code, *words)
+
+
+def test_self_test(program, here, trained):
+    shutil.copy(trained.export / "model.pt", here)
+    passed = run(program, "--self-test").done()
+    assert re.fullmatch(r"self-test passed: 4 golden samples, max difference \d\.\de-\d\d\n", passed.out)
+    assert passed.err == "model: model.pt\n"
+    golden = step3_infer.Model("model.pt").spec["golden"]
+    golden[2]["probabilities"][0] += 0.001
+    changed = run(program, "--self-test", "--model", with_spec("model.pt", "changed.pt", golden=golden))
+    assert changed.code == 1 and changed.out == "self-test FAILED: 4 golden samples, max difference 1.0e-03\n"
+    golden[0]["image"] = "no base64!"
+    file = with_spec("model.pt", "broken.pt", golden=golden)
+    run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
+    run(program, "--self-test", "--model", with_spec("model.pt", "none.pt", golden=[])).error(1, "no golden samples")
+
+
+def test_output_that_cannot_be_written(program, trained, samples):
+    with open("/dev/full", "w") as full:
+        result = run(program, "--model", trained.export / "model.pt", *samples, stdout=full)
+    result.error(1, "standard output")
