@@ -3,19 +3,23 @@
 
     python step2_export.py                                 # the newest run, as ONNX and as TorchScript
     python step2_export.py --run mnist-mlp --format onnx
+    python step2_export.py --bundle --format onnx onnx-int8 torchscript     # all that an edge machine needs, in a zip
 
-Writes exports/<name>/: model.onnx, model.pt, and parity.json with the figures of the proof. Resizing, normalising
-and softmax are inside the graph; class names, provenance and golden samples are inside the file, as its `spec`.
+Writes exports/<name>/: model.onnx, model.pt, model.int8.onnx, model.pt2 as asked for, and parity.json with the figures
+of the proof. Resizing, normalising and softmax are inside the graph; class names, provenance and golden samples are
+inside the file, as its `spec`.
 
 The parity gate runs each file with step3's own code against the trained network in eager fp32: over the whole test
 split, on random, black and white images, at the native size and at others, and once more from a process that has
-only step3_infer.py and the file. A file that does not agree is not left behind, and the exit code is 1.
+only step3_infer.py and the file. A file that does not agree is not left behind, and the exit code is 1. An int8 file
+has a gate of its own: it may lose --max-drop points of accuracy, and must be faster here than float32.
 Next: python step3_infer.py image.png
 """
 
 import argparse
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -27,7 +31,6 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import numpy as np
 import torch
@@ -36,6 +39,8 @@ from PIL import Image
 import data
 import model
 import step3_infer
+from deploy import bundle, int8
+from deploy.report import per_class
 from step3_infer import Parser, Problem, guarded, say
 
 SCHEMA = 1  # of checkpoints
@@ -45,7 +50,11 @@ EXACT_TOLERANCE = 1e-4  # of a probability, where every engine sees the same pix
 RESIZED_TOLERANCE = 5e-3  # where resizing may round one grey level differently in under 1 % of the pixels
 ACCURACY_TOLERANCE = 0.005  # between what step1 reported, perhaps from a GPU, and eager fp32 here
 GOLDEN = 4
+SAMPLES = 10  # images that a bundle shows
+INT8_OPSET = 20  # the first with GELU as one operator; in pieces it is left in pieces between int8 layers
+CALIBRATION, CHECK = 512, 2000  # training images to calibrate with, and others to choose the quantization by
 # What step1's arguments must say for its test split to be loaded again.
+NOTHING = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}  # figures of what cannot run
 LOADING = ("data_dir", "strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
 # opset: (the IR version it came with, the oldest onnxruntime seen to run the file; before 1.15 none was at hand)
 OPSETS = {18: (8, "1.15"), 19: (9, "1.16"), 20: (9, "1.17"), 21: (10, "1.18"), 22: (10, "1.21"), 23: (11, "1.23")}
@@ -156,11 +165,32 @@ def export_onnx(deployable, spec, path, opset):
     graph = program.model_proto
     for node in graph.graph.node:
         del node.metadata_props[:]  # stack traces of this machine
-    graph.ir_version, oldest = OPSETS[opset]  # the exporter's own IR version would shut out older onnxruntimes
-    spec = {**spec, "opset": opset, "onnxruntime_min": oldest}
-    onnx.helper.set_model_props(graph, {"spec": json.dumps(spec), "classes": json.dumps(spec["classes"])})
+    reorder_gelu(graph.graph)
+    graph.ir_version = OPSETS[opset][0]  # the exporter's own IR version would shut out older onnxruntimes
+    onnx.helper.set_model_props(graph, onnx_properties(spec, opset))
     onnx.checker.check_model(graph, full_check=True)
     store(path, graph.SerializeToString())
+
+
+def onnx_properties(spec, opset):
+    """What an ONNX file says of itself: the spec, and the class names once more for foreign readers."""
+    spec = {**spec, "opset": opset, "onnxruntime_min": OPSETS[opset][1]}
+    return {"spec": json.dumps(spec), "classes": json.dumps(spec["classes"])}
+
+
+def reorder_gelu(graph):
+    """Turn x * (0.5 * (1 + erf)), as the exporter writes GELU before opset 20, into (x * (1 + erf)) * 0.5.
+
+    In this order onnxruntime computes it as one operator: a tenth less time for the default network.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        half = makers.get(node.input[1]) if node.op_type == "Mul" else None
+        one_plus = makers.get(half.input[1]) if half is not None and half.op_type == "Mul" else None
+        if one_plus is None or one_plus.op_type != "Add" or makers[one_plus.input[0]].op_type != "Erf":
+            continue
+        constant, x = half.input[0], node.input[0]
+        half.input[0], node.input[0], node.input[1] = x, half.output[0], constant
 
 
 def store(path, content):
@@ -182,7 +212,80 @@ def export_torchscript(deployable, spec, path, opset):
     store(path, content.getbuffer())
 
 
-FORMATS = {"torchscript": ("model.pt", export_torchscript), "onnx": ("model.onnx", export_onnx)}
+def export_pt2(deployable, spec, path, opset):
+    """Write a torch.export file, batch, height and width free, with the spec as its extra file spec.json."""
+    free = torch.export.Dim.DYNAMIC
+    sizes = {0: free} if spec["task"] == "regression" else {0: free, 1: free, 2: free}
+    program = torch.export.export(deployable, (example_of(spec),), dynamic_shapes=(sizes,))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"spec.json": json.dumps(spec)})
+    store(path, content.getbuffer())
+
+
+FORMATS = {
+    "torchscript": ("model.pt", export_torchscript),
+    "onnx": ("model.onnx", export_onnx),
+    "onnx-int8": ("model.int8.onnx", None),  # made from an ONNX file: export_int8
+    "pt2": ("model.pt2", export_pt2),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- int8
+
+
+def export_int8(run, spec, path, args, dataset):
+    """Write the network as int8 ONNX, by the first quantization that does well enough on training images.
+
+    -> how it was made, for parity.json. The spec gets `quantization`, and golden samples with the int8 file's own
+    answers: it is asked whether a machine computes what this one did. Raises Problem.
+    """
+    source, opset = f"{path}.float.onnx", max(args.opset, INT8_OPSET)
+    export_onnx(run.deployable(), spec, source, opset)
+    order = np.random.default_rng(0).permutation(len(dataset.train_images))
+    calibration, check = (np.sort(part) for part in (order[:CALIBRATION], order[CALIBRATION:][:CHECK]))
+    check = check if len(check) >= CALIBRATION else calibration
+    try:
+        k, chosen, tried = int8.choose(
+            source,
+            dataset.train_images[calibration],
+            (dataset.train_images[check], dataset.train_labels[check]),
+            lambda file: functools.partial(predictions, step3_infer.Model(file)),
+            max_drop=args.max_drop / 2,  # images that it was trained on are easier than others
+            any_speed=args.keep_slower,
+        )
+    except ValueError as error:
+        raise Problem(f"this network cannot be quantized: {error}") from None
+    how = {**tried[k], "tried": tried}
+    outputs = predictions(step3_infer.Model(chosen), dataset.test_images)
+    spec = {**spec, "quantization": f"int8, {how['quantization']}", "golden": golden_samples(dataset, outputs)}
+    store(path, int8.finish(chosen, onnx_properties(spec, opset)))
+    return how
+
+
+def gate_int8(run, file, dataset, expected, how, args):
+    """The int8 file's own gate. -> (figures for parity.json, failures in words).
+
+    how: what export_int8 returned; expected: the reference's probabilities over the test split, [N, classes].
+    """
+    exported = step3_infer.Model(file)
+    got = predictions(exported, dataset.test_images)
+    figures, _ = compare(expected, got, True, 1.0)
+    figures |= {**how, **accuracies(exported, got, expected, dataset)}
+    figures["drop"] = round(100 * (figures["accuracy_trained"] - figures["accuracy"]), 3)
+    failures = spec_failures(run, exported)
+    if not figures["drop"] <= args.max_drop:
+        failures.append(f"it loses {figures['drop']:.2f} points of accuracy, --max-drop allows {args.max_drop:g}")
+    if not int8.is_faster(figures):
+        figures["warning"] = "it is not faster than float32 here"
+        times = " and ".join(f"{times} times at batch {n}" for n, times in figures["speedup"].items())
+        failures += [] if args.keep_slower else [f"{figures['warning']}: {times} (--keep-slower keeps it)"]
+    for name, probe in probes(run.spec):
+        if not np.allclose(predictions(exported, probe).sum(1), 1, atol=1e-3):
+            failures.append(f"{name}: the probabilities do not add up to 1")
+    figures["alone"], differ = alone(file, dataset.test_images[:16], got[:16], run.spec, EXACT_TOLERANCE)
+    return figures, failures + [f"alone: {failure}" for failure in differ]
 
 
 # ---------------------------------------------------------------------------------------------------- parity gate
@@ -278,29 +381,42 @@ def gate(run, file, dataset, expected, tolerance):
 
     expected: the reference's probabilities over the test split, [N, classes].
     """
-    exported = step3_infer.Model(file)
-    spec, failures = run.spec, []
-    for key in ("task", "classes", "channels", "image_size", "mean", "std", "checkpoint_sha256"):
-        if exported.spec.get(key) != spec[key]:
-            failures.append(f"spec: the file's {key} are not the network's")
-    images, labels = dataset.test_images, dataset.test_labels
-    got = np.concatenate([exported.predict(batch) for batch in cut(images)])
+    exported, spec, images = step3_infer.Model(file), run.spec, dataset.test_images
+    failures, got = spec_failures(run, exported), predictions(exported, images)
     figures, differ = compare(expected, got, is_exact(images, spec), tolerance)
     failures += [f"test split: {failure}" for failure in differ]
     if run.regression:
         figures["accuracy"] = figures["top1_agreement"] = None
-        figures["mean_squared_error"] = float(((got - labels) ** 2).mean())
-    else:  # by name, as a user reads the answers: a wrong order of the class names costs accuracy here
-        answers = np.array(exported.spec["classes"])[got.argmax(1)]
-        figures["accuracy"] = float((answers == np.array(dataset.classes)[labels]).mean())
-        figures["accuracy_trained"] = float((expected.argmax(1) == labels).mean())
+        figures["mean_squared_error"] = float(((got - dataset.test_labels) ** 2).mean())
+    else:
+        figures |= accuracies(exported, got, expected, dataset)
     figures["probes"] = {}
     for name, probe in probes(spec):
-        got = np.concatenate([exported.predict(batch) for batch in cut(probe)])
+        got = predictions(exported, probe)
         figures["probes"][name], differ = compare(reference(run, probe), got, is_exact(probe, spec), tolerance)
         failures += [f"{name}: {failure}" for failure in differ]
     figures["alone"], differ = alone(file, dataset.test_images[:16], expected[:16], spec, tolerance)
     return figures, failures + [f"alone: {failure}" for failure in differ]
+
+
+def predictions(exported, inputs):
+    """Outputs [N, classes] of a loaded file for inputs [N, ...], in batches of all sizes."""
+    return np.concatenate([exported.predict(batch) for batch in cut(inputs)])
+
+
+def spec_failures(run, exported):
+    keys = "task", "classes", "channels", "image_size", "mean", "std", "checkpoint_sha256"
+    wrong = [key for key in keys if exported.spec.get(key) != run.spec[key]]
+    return [f"spec: the file's {key} are not the network's" for key in wrong]
+
+
+def accuracies(exported, got, expected, dataset):
+    """By name, as a user reads the answers: a wrong order of the class names costs accuracy here."""
+    answers = np.array(exported.spec["classes"])[got.argmax(1)]
+    return {
+        "accuracy": float((answers == np.array(dataset.classes)[dataset.test_labels]).mean()),
+        "accuracy_trained": float((expected.argmax(1) == dataset.test_labels).mean()),
+    }
 
 
 def alone(file, inputs, expected, spec, tolerance):
@@ -314,8 +430,7 @@ def alone(file, inputs, expected, spec, tolerance):
         else:
             command += ["--top-k", str(len(spec["classes"])), pictures]
             for index, image in enumerate(inputs):
-                with open(os.path.join(pictures, f"{index:03}.png"), "wb") as picture:
-                    picture.write(to_png(image))
+                store(os.path.join(pictures, f"{index:03}.png"), to_png(image))
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, encoding="utf-8")
     if done.returncode != 0:
         return {"samples": 0}, [f"step3_infer.py failed: {done.stderr.strip()}"]
@@ -336,14 +451,18 @@ def to_png(image):
     return png.getvalue()
 
 
+def firsts(dataset, n):
+    """Where the first test images of the first n classes are."""
+    return [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in np.unique(dataset.test_labels)[:n]]
+
+
 def golden_samples(dataset, expected):
     """A few test inputs, images of different classes as base64 PNG, with the reference's outputs for each."""
     if dataset.task == "regression":
         rows = zip(dataset.test_images[:GOLDEN].tolist(), expected[:GOLDEN].tolist(), strict=True)
         return [{"features": features, "prediction": prediction} for features, prediction in rows]
-    firsts = [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in np.unique(dataset.test_labels)[:GOLDEN]]
     samples = []
-    for index in firsts:
+    for index in firsts(dataset, GOLDEN):
         encoded = base64.b64encode(to_png(np.asarray(dataset.test_images[index]))).decode()
         samples.append({"image": encoded, "probabilities": [round(float(p), 7) for p in expected[index]]})
     return samples
@@ -352,15 +471,19 @@ def golden_samples(dataset, expected):
 # ------------------------------------------------------------------------------------------------------------ CLI
 
 
-def tolerance(text):
-    """An argparse type: a probability difference."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
+def number(least, most):
+    """An argparse type: a number between two others."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
+        return value
+
+    return parse
 
 
 def build_parser():
@@ -370,15 +493,18 @@ def build_parser():
     )
     add = parser.add_argument
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
-    add("--format", nargs="+", choices=tuple(FORMATS), default=list(FORMATS), help="one or more")
+    add("--format", nargs="+", choices=tuple(FORMATS), default=["torchscript", "onnx"], help="one or more")
+    add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip archive")
     add("--opset", type=int, choices=tuple(OPSETS), default=18, metavar="N", help="of ONNX, 18 to 23")
     add(
         "--tolerance",
-        type=tolerance,
+        type=number(1e-9, 0.999),
         default=EXACT_TOLERANCE,
         metavar="X",
         help="largest probability difference allowed",
     )
+    add("--max-drop", type=number(0, 100), default=0.5, metavar="X", help="points of accuracy that int8 may lose")
+    add("--keep-slower", action="store_true", help="keep an int8 file that is not faster here than float32")
     add("--data-dir", metavar="DIR", help="where the test split lies (default: where step1 had it)")
     add("--out", metavar="DIR", help="default: exports/<name of the run>")
     return parser
@@ -402,29 +528,22 @@ def check_data(run, dataset, expected):
         )
 
 
-def export(run, out, formats, opset, tolerance, dataset):
-    """Export, prove and publish each format, and write parity.json. -> the list of formats that failed."""
+def export(run, out, args, dataset):
+    """Export, prove and publish each format, parity.json, and on request the bundle. -> the formats that failed."""
     expected = reference(run, dataset.test_images)
     check_data(run, dataset, expected)
     spec = {
         **run.spec,
         "versions": {**run.spec["versions"], "torch_export": str(torch.__version__)},
-        "exported": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "golden": golden_samples(dataset, expected),
     }
-    report = earlier_report(out, spec["checkpoint_sha256"])
+    report, formats = earlier_report(out, spec["checkpoint_sha256"]), list(dict.fromkeys(args.format))
     print(f"{'format':12} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
     # Written and proven in a directory beside, so that `out` never holds an unproven file.
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as place:
         for form in formats:
-            name, write = FORMATS[form]
-            unproven, final = os.path.join(place, name), os.path.join(out, name)
-            write(run.deployable(), spec, unproven, opset)
-            try:
-                figures, failures = gate(run, unproven, dataset, expected, tolerance)
-            except Problem as problem:  # step3 cannot load or run it
-                nothing = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}
-                figures, failures = nothing, [str(problem)]
+            unproven, final = (os.path.join(where, FORMATS[form][0]) for where in (place, out))
+            figures, failures = make(form, run, spec, unproven, args, dataset, expected)
             report[form] = {**figures, "passed": not failures, "failures": failures}
             report[form]["checkpoint_sha256"] = spec["checkpoint_sha256"]
             if failures:
@@ -433,14 +552,66 @@ def export(run, out, formats, opset, tolerance, dataset):
                 for failure in failures[1:]:
                     say(f"  {failure}")
                 continue
-            size, difference, accuracy = os.path.getsize(unproven), figures["max_abs_diff"], figures["accuracy"]
-            accuracy = "-" if accuracy is None else f"{accuracy:.2%}"
-            os.replace(unproven, final)
-            print(f"{form:12} {final:36} {size / 1e6:5.2f} MB {difference:9.1e} {accuracy:>9}", flush=True)
+            shutil.copyfile(unproven, unproven + ".copy")  # the bundle takes the other: `out` may be another's by then
+            os.replace(unproven + ".copy", final)
+            show(form, final, report[form])
+        failed = [form for form in formats if not report[form]["passed"]]
         parity = os.path.join(place, "parity.json")
         store(parity, json.dumps(report, indent=2, allow_nan=False).encode())
         os.replace(parity, os.path.join(out, "parity.json"))
-    return [form for form in formats if not report[form]["passed"]]
+        if args.bundle and failed:
+            bundle.remove(out)  # of an earlier export
+            say("no bundle is made, as not every format passed")
+        elif args.bundle:
+            parity = {form: report[form] for form in formats}
+            paths = [os.path.join(place, FORMATS[form][0]) for form in formats]
+            opsets = [args.opset] + [max(args.opset, INT8_OPSET)] * ("onnx-int8" in formats)
+            archive = bundle.publish(out, place, paths, parity, **bundle_facts(spec, opsets, dataset, expected))
+            print(f"{'bundle':12} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
+    return failed
+
+
+def make(form, run, spec, path, args, dataset, expected):
+    """Write one format's file and prove it. -> (figures for parity.json, failures in words)."""
+    if form == "onnx-int8":
+        try:
+            how = export_int8(run, spec, path, args, dataset)
+            return gate_int8(run, path, dataset, expected, how, args)
+        except Problem as problem:
+            return {**NOTHING}, [str(problem)]
+    FORMATS[form][1](run.deployable(), spec, path, args.opset)
+    try:
+        return gate(run, path, dataset, expected, args.tolerance)
+    except Problem as problem:  # step3 cannot load or run it
+        return {**NOTHING}, [str(problem)]
+
+
+def show(form, path, figures):
+    """A line of the table, and what is to be said of an int8 file."""
+    accuracy = "-" if figures["accuracy"] is None else f"{figures['accuracy']:.2%}"
+    size, difference = f"{os.path.getsize(path) / 1e6:5.2f} MB", figures["max_abs_diff"]
+    print(f"{form:12} {path:36} {size} {difference:9.1e} {accuracy:>9}", flush=True)
+    if form == "onnx-int8":
+        times = " and ".join(f"{times:.1f} times at batch {n}" for n, times in figures["speedup"].items())
+        print(f"{'':12} {figures['quantization']}: {times} as fast as float32 here", flush=True)
+        if "warning" in figures:
+            say(f"warning: {path} is kept although {figures['warning']}")
+
+
+def bundle_facts(spec, opsets, dataset, expected):
+    """What bundle.publish wants to know beside the files: spec with figures of each class, samples with answers."""
+    if dataset.task == "regression":
+        rows = zip(dataset.test_images[:SAMPLES].tolist(), expected[:SAMPLES, 0].tolist(), strict=True)
+        samples = [(None, {"values": values, "prediction": prediction}) for values, prediction in rows]
+    else:
+        spec = {**spec, "per_class": per_class(dataset.test_labels, expected.argmax(1), spec["classes"])}
+        samples = []
+        for index in firsts(dataset, SAMPLES):
+            ranked = sorted(zip(spec["classes"], expected[index].tolist(), strict=True), key=lambda pair: -pair[1])[:3]
+            top = [{"label": label, "probability": round(probability, 6)} for label, probability in ranked]
+            samples.append((to_png(np.asarray(dataset.test_images[index])), {**top[0], "top": top}))
+    oldest = max((OPSETS[opset][1] for opset in opsets), key=lambda text: [int(part) for part in text.split(".")])
+    return {"script": step3_infer.__file__, "onnxruntime": oldest, "spec": spec, "samples": samples}
 
 
 def earlier_report(out, checkpoint_sha256):
@@ -463,10 +634,14 @@ def remove(path):
 
 def run_export(args):
     """The work of main: returns the exit code, raises Problem."""
+    if args.bundle and "onnx" not in args.format:
+        raise Problem("--bundle needs onnx among the formats: it is what runs without torch, and in the browser", 2)
     path = find_run(args.run)
     if args.run is None:
         say(f"run: {path}")
     run = read_run(path)
+    if run.regression and "onnx-int8" in args.format:
+        raise Problem(f"onnx-int8 is for classification, {path} is a regression: leave it out of --format", 2)
     arguments = run.spec["arguments"]
     dataset = data.load(
         run.spec["dataset"],
@@ -479,7 +654,7 @@ def run_export(args):
     out = args.out or os.path.join(EXPORTS, os.path.basename(path))
     try:
         os.makedirs(out, exist_ok=True)
-        failed = export(run, out, list(dict.fromkeys(args.format)), args.opset, args.tolerance, dataset)
+        failed = export(run, out, args, dataset)
     except OSError as error:
         if error.filename is None:  # standard output
             raise
