@@ -236,8 +236,10 @@ def predict(path_or_array, model, top_k=3):
             image = decode_image(path_or_array, channels)
         except Problem as problem:
             raise Problem(f"{path_or_array} {problem}") from None
-    ((best, *_),) = [rank(model.predict(image[None]), model.spec["classes"], top_k)]
-    return as_record(best)
+    (answer,) = rank(model.predict(np.ascontiguousarray(image[None])), model.spec["classes"], top_k)
+    if isinstance(answer, Problem):
+        raise answer
+    return as_record(answer)
 
 
 def usable_cpus(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
@@ -307,6 +309,8 @@ def load_onnx(path, threads, provider, once):
 
 def load_torch(path, threads, provider, once):
     """The same for a TorchScript (.pt) or a torch.export file (.pt2), run by torch."""
+    import logging
+
     try:
         import torch
     except ImportError:
@@ -317,6 +321,7 @@ def load_torch(path, threads, provider, once):
         reason = str(error).splitlines()[0]
         raise Problem(f"torch cannot use --provider {provider} here ({reason}); cpu it can", 2) from None
     torch.set_num_threads(threads)
+    logging.getLogger("torch.export").disabled = True  # it shows a traceback of what it raises
     extra, source = {"spec.json": ""}, engine_source(path)
     source = io.BytesIO(source) if isinstance(source, bytes) else source
     kind = "torch.export" if path.lower().endswith(".pt2") else "TorchScript"
@@ -502,43 +507,46 @@ def predict_chunk(model, chunk, top_k, keep, stop):
     for path, problem in chunk:
         if stop.is_set():
             return []
-        results.append((path, None, problem))
         try:
-            pixels = (
-                None if problem else decode_image(standard_input() if path == "-" else path, model.spec["channels"])
-            )
+            if problem:
+                raise problem
+            pixels = decode_image(standard_input() if path == "-" else path, model.spec["channels"])
         except Problem as error:
-            results[-1] = path, None, error
+            results.append((path, None, error))
             continue
-        if pixels is not None:
-            held.setdefault(pixels.shape, []).append((len(results) - 1, pixels))
-            size += pixels.nbytes
+        held.setdefault(pixels.shape, []).append((len(results), pixels))
+        results.append((path, pixels if keep else None, None))
+        size += pixels.nbytes
         if size > WINDOW_BYTES:
-            run_held(model, held, top_k, keep, results)
+            run_held(model, held, top_k, results)
             held, size = {}, 0
-    run_held(model, held, top_k, keep, results)
+    run_held(model, held, top_k, results)
     return results
 
 
-def run_held(model, held, top_k, keep, results):
+def run_held(model, held, top_k, results):
     """Run decoded images, {shape: [(index, pixels)]}, a batch for each shape, and put the answers into `results`."""
     for items in held.values():
-        indices, images = zip(*items, strict=True)
         try:
-            # [None] spares a photo its copy
-            batch = images[0][None] if len(images) == 1 else np.stack(images)
+            images = [pixels for _, pixels in items]
+            batch = np.stack(images) if len(images) > 1 else images[0][None]  # which spares a photo its copy
             answers = rank(model.predict(batch), model.spec["classes"], top_k)
         except Problem as problem:
             answers = [problem] * len(items)
-        for index, pixels, answer in zip(indices, images, answers, strict=True):
-            results[index] = results[index][0], pixels if keep else None, answer
+        except MemoryError:
+            answers = [Problem("is too large for this machine's memory")] * len(items)
+        for (index, _), answer in zip(items, answers, strict=True):
+            results[index] = *results[index][:2], answer
 
 
 def rank(probabilities, classes, top_k):
-    """float32 [batch, classes] -> for each image its [(label, probability)], best first."""
+    """float32 [batch, classes] -> for each image its [(label, probability)], best first, or a Problem."""
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     best = np.take_along_axis(probabilities, order, axis=1).astype(np.float64).round(6).tolist()
-    return [[(classes[i], p) for i, p in zip(*row, strict=True)] for row in zip(order.tolist(), best, strict=True)]
+    answers = [[(classes[i], p) for i, p in zip(*row, strict=True)] for row in zip(order.tolist(), best, strict=True)]
+    for index in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)):
+        answers[index] = Problem("gets no probabilities from this model, but NaN or infinity")
+    return answers
 
 
 def as_record(top):
@@ -577,8 +585,8 @@ def printable(text):
 
 
 def csv_cell(text):
-    """Text for a CSV file: spreadsheets run what starts like a formula, an apostrophe keeps them from it."""
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """Text as a cell of a CSV file: printable, and after an apostrophe where a spreadsheet would run it."""
+    return ("'" if text.startswith(("=", "+", "-", "@")) else "") + printable(text)
 
 
 def writer(out, form, top_k):
@@ -934,7 +942,7 @@ def write_values(model, args, out):
 def write_benchmark(path, threads, args):
     """Time the file and write the figures; returns 0, or raises Problem."""
     if args.format == "csv":
-        raise Problem("--benchmark gives --format text or json", 2)
+        raise Problem("--benchmark has no --format csv, only text and json", 2)
     figures = benchmark(path, threads, args.provider)
     with opened(args.output) as out:
         if args.format == "json":

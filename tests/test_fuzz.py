@@ -1,0 +1,41 @@
+"""The short form of benchmarks/fuzz_inference.py: broken images and model files, and the real command."""
+
+import pytest
+from benchmarks import fuzz_inference
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A test machine may be busy: what hangs is found all the same."""
+    monkeypatch.setattr(fuzz_inference, "LIMIT", 60)
+
+
+def test_285_broken_images_with_whole_ones_among_them(small, tmp_path):
+    faults, refused = fuzz_inference.fuzz_images(small.export / "model.onnx", 285, tmp_path, seed=1, batch=143)
+    assert not faults and 100 < refused < 285
+
+
+def test_15_broken_model_files(small, tmp_path):
+    faults, refused = fuzz_inference.fuzz_models([small.export / "model.onnx"], 15, tmp_path, seed=1, jobs=2)
+    assert not faults and 3 < refused < 15
+
+
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [
+        (("hang", "", ""), "hang"),
+        ((-11, "", ""), "signal"),
+        ((1, "", "Traceback (most recent call last):\nValueError"), "traceback"),
+        ((0, '{"path": "a.png", "error": "is empty"}\n', "error: a.png: is empty\n"), "exit code 0"),
+        ((0, "", ""), "missing"),
+        ((0, '{"path": "b.png", "label": "1", "probability": 0.5}\n', ""), "out of order"),
+        ((0, '{"path": "a.png", "label": "2", "probability": 0.5}\n', ""), "answer changed"),
+        ((0, '{"path": "a.png", "label": "1", "probability": 0.5}\n', "Warning: x\n"), "standard error"),
+        ((0, "EP Error\n", ""), "standard output"),
+    ],
+)
+def test_the_fuzz_sees_each_kind_of_fault(result, fault):
+    alone = {"a.png": {"path": "a.png", "label": "1", "probability": 0.5}}
+    assert any(fault in found for found in fuzz_inference.faults_of(result, ["a.png"], alone))
+    whole = 0, '{"path": "a.png", "label": "1", "probability": 0.5}\n', ""
+    assert fuzz_inference.faults_of(whole, ["a.png"], alone) == []

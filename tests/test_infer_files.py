@@ -1,0 +1,311 @@
+"""Step 3 and what is put in front of it: many files, standard input, odd names, large photos, Ctrl-C."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, onnx_with
+from PIL import Image
+
+import step3_infer
+from step3_infer import Problem
+
+SCRIPT = ROOT / "step3_infer.py"
+
+
+@pytest.fixture
+def predict(call, small):
+    """predict(*arguments) -> Result, with a small network's ONNX file."""
+    return lambda *arguments: call(step3_infer.main, "--model", small.export / "model.onnx", *arguments)
+
+
+def rows_of(result):
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+@pytest.fixture
+def many(here):
+    """500 tiny images of three sizes in two directories, and a broken one among them."""
+    rng = np.random.default_rng(0)
+    for k in range(500):
+        folder = here / "many" / f"{k // 250}"
+        folder.mkdir(parents=True, exist_ok=True)
+        side = (8, 9, 11)[k % 3]
+        Image.fromarray(rng.integers(0, 256, (side, side), dtype=np.uint8)).save(folder / f"{k:04}.png")
+    (here / "many" / "0" / "0100.png").write_bytes(b"broken")
+    return here / "many"
+
+
+def test_threads_change_neither_order_nor_answers(predict, many):
+    alone, threaded = (rows_of(predict("--format", "json", "--threads", n, many)) for n in (1, 5))
+    assert [row["path"] for row in alone] == [str(path) for path in sorted(many.rglob("*.png"))]
+    assert [row["path"] for row in threaded] == [row["path"] for row in alone]
+    for a, b in zip(alone, threaded, strict=True):
+        assert a.get("error") == b.get("error") and a.get("label") == b.get("label")
+        assert "error" in a or abs(a["probability"] - b["probability"]) < 1e-5
+    assert sum("error" in row for row in alone) == 1
+
+
+def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypatch):
+    decoded, decode = [], step3_infer.decode_image
+    monkeypatch.setattr(step3_infer, "decode_image", lambda path, channels: decoded.append(path) or decode(path, 1))
+    model = step3_infer.Model(small.export / "model.onnx", 1)
+    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)]), 3, 4, 1)
+    assert len(next(results)) == 4 and len(decoded) < 60
+    results.close()
+    time.sleep(0.2)
+    assert len(decoded) < 100  # and nobody goes on when nobody listens
+
+
+def test_large_directories_are_walked_lazily(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    scanned, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: scanned.append(place) or scan(place))
+    found = step3_infer.find_images([str(tmp_path)])
+    assert next(found)[0].endswith("a/1.png") and len(scanned) == 2
+
+
+def test_directories_that_cannot_be_read_are_named(predict, here, samples, monkeypatch):
+    shutil.copy(samples[0], here / "a.png")
+    (here / "locked").mkdir()
+    scan = os.scandir
+
+    def refuse(place):
+        if os.path.basename(place) == "locked":
+            raise PermissionError(13, "Permission denied", place)
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = predict(".")
+    result.error(1, "./locked", "Permission denied")
+    assert "./a.png" in result.out
+
+
+def test_link_loops_end(predict, here, samples):
+    shutil.copy(samples[0], here / "a.png")
+    os.symlink("loop.png", here / "loop.png")
+    os.symlink(".", here / "below")
+    result = predict("--format", "json", ".")
+    result.error(1, "./loop.png", "cannot be read")
+    assert [row["path"] for row in rows_of(result)] == ["./a.png", "./loop.png"]
+
+
+def test_an_image_from_standard_input(execute, small, samples, here):
+    arguments = [SCRIPT, "--model", small.export / "model.onnx", "--format", "json"]
+    for given in (["-"], [samples[0], "-"]):
+        with open(samples[3], "rb") as stdin:
+            rows = rows_of(execute(*arguments, *given, cwd=here, stdin=stdin).done())
+        alone = rows_of(execute(*arguments, samples[3], cwd=here).done())
+        assert rows[-1] == {**alone[0], "path": "-"}
+    execute(*arguments, "-", cwd=here, stdin=subprocess.DEVNULL).error(1, "-: is empty")
+    execute(*arguments, "-", cwd=here, close="<&-").error(1, "-: is empty")
+
+
+def test_endless_standard_input_is_refused(monkeypatch):
+    monkeypatch.setattr(step3_infer, "LARGEST_STDIN", 1 << 20)
+    with open("/dev/zero", "rb") as zeros:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(zeros))
+        with pytest.raises(Problem, match="more than 1 MB"):
+            step3_infer.standard_input()
+        sys.stdin.detach()
+
+
+def test_names_that_are_no_utf8(execute, small, samples, here):
+    name = os.fsencode(str(here)) + b"/b\xffd.png"
+    model = os.fsencode(str(here)) + b"/m\xff.onnx"
+    shutil.copy(samples[0], name)
+    shutil.copy(small.export / "model.onnx", model)
+    result = execute(SCRIPT, "--model", os.fsdecode(model), ".", cwd=here).done()
+    assert "./b\\udcffd.png  " in result.out
+    assert "missing\\udcff" in execute(SCRIPT, "--model", os.fsdecode(model), "missing\udcff", cwd=here).error(1)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
+def test_spreadsheets_run_no_class_name(call, small, here, samples, text):
+    model = onnx_with(small.export / "model.onnx", here / "m.onnx", classes=[text + str(k) for k in range(10)])
+    shutil.copy(samples[0], here / "=cmd().png")
+    out = call(step3_infer.main, "--model", model, "--format", "csv", "=cmd().png").done().out
+    (row,) = csv.DictReader(io.StringIO(out, newline=""))
+    label = "'" + text if text.isprintable() else repr(text)[1:-1]
+    assert row["path"] == "'=cmd().png" and row["label"].startswith(label)
+    assert row["label_2"].startswith(label) and 0 < float(row["probability"]) <= 1
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\u202eright to left"])
+def test_terminals_run_no_class_name(call, small, here, samples, name):
+    classes = [f"{name}{k}" for k in range(10)]
+    model = onnx_with(small.export / "model.onnx", here / "m.onnx", classes=classes)
+    out = call(step3_infer.main, "--model", model, samples[0]).done().out
+    assert out.count("\n") == 1 and out.rstrip("\n").isprintable()
+    assert rows_of(call(step3_infer.main, "--model", model, "--format", "json", samples[0]))[0]["label"] in classes
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000), (3000, 400)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16"])
+def test_every_size_becomes_the_pixels_that_pillow_has(tmp_path, size, mode):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 256, size[::-1], dtype=np.uint16) * 257)
+    image = image if mode == "I;16" else image.convert(mode)
+    image.save(tmp_path / "image.png")
+    got = step3_infer.decode_image(tmp_path / "image.png", 3)
+    if mode == "I;16":
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    assert got.shape == (size[1], size[0], 3) and np.array_equal(got, np.asarray(image.convert("RGB")))
+
+
+def test_a_photo_needs_little_more_than_its_pixels(execute, small, here):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    coarse.resize((4000, 3000)).save(here / "photo.jpg")
+    peak = "; import step3_infer, sys; step3_infer.main(sys.argv[1:]); print(step3_infer.peak_memory())"
+    command = f"import sys; sys.path.insert(0, {str(ROOT)!r}){peak}"
+    out = execute("-c", command, "--model", small.export / "model.onnx", "photo.jpg", cwd=here).done().out
+    peak = out.splitlines()[-1]
+    if peak == "None":
+        pytest.skip("this system does not say how much memory a process held")
+    assert float(peak) < 250
+
+
+def test_postscript_is_not_run(predict, here):
+    Image.new("RGB", (8, 8)).save(here / "x.eps")
+    os.rename("x.eps", "x.png")
+    predict("x.png").error(1, "x.png", "PostScript")
+
+
+def test_formats_that_pillow_loads_late_are_known_in_every_thread(execute, small, here):
+    for k in range(16):
+        Image.new("L", (8, 8), 16 * k).save(here / f"{k:02}.sgi")
+        os.rename(f"{k:02}.sgi", f"{k:02}.png")
+    arguments = ["--model", small.export / "model.onnx", "--threads", 8, "--batch-size", 1, "."]
+    assert execute(SCRIPT, *arguments, cwd=here).done().out.count("\n") == 16
+
+
+def interrupted(command, here, wait):
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait(process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+def test_ctrl_c_at_work(small, samples, here):
+    (here / "old.txt").write_text("of yesterday")
+    os.mkfifo(here / "results")
+    command = [sys.executable, SCRIPT, "--model", small.export / "model.onnx", "--format", "json"]
+    command += [*samples * 300, "--output", "old.txt"]
+    code, _, err = interrupted(command, here, lambda _: wait_for(lambda: list(here.glob(".step3-*"))))
+    assert code == 130 and err == "interrupted\n"
+    assert sorted(os.listdir()) == ["old.txt", "results"] and (here / "old.txt").read_text() == "of yesterday"
+
+
+def test_ctrl_c_while_importing(here, tmp_path):
+    (tmp_path / "numpy.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(20)\n")
+    command = ["env", f"PYTHONPATH={tmp_path}", sys.executable, SCRIPT, "x.png"]
+    code, _, err = interrupted(command, here, lambda process: process.stdout.readline())
+    assert code in (130, -signal.SIGINT) and err == ""
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_only_on_a_terminal_and_only_for_long_work(predict, here, many, monkeypatch):
+    clock = iter(range(0, 9999, 3))
+    monkeypatch.setattr(step3_infer.time, "monotonic", lambda: next(clock))
+    assert "images," not in predict("--output", "out.txt", many).err  # not a terminal
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    step3_infer.main(["--model", str(find(predict)), "--output", "out.txt", str(many)])
+    shown = terminal.getvalue()
+    assert "images, " in shown and "a second" in shown and shown.endswith("\r")
+    assert "\r" in shown.split("error: ")[0] or "a second" not in shown.split("error: ")[0]
+
+
+def find(predict):
+    return predict.__closure__[1].cell_contents.export / "model.onnx"
+
+
+def test_annotated_images(predict, here, samples):
+    (here / "in").mkdir()
+    Image.open(samples[3]).resize((300, 40)).save(here / "in" / "a.png")
+    Image.open(samples[4]).save(here / "in" / "a.bmp")
+    shutil.copy(samples[5], here / "in" / "..;rm *.png")
+    before = {path: path.read_bytes() for path in (here / "in").iterdir()}
+    for _ in range(2):  # even into the inputs' own directory, and twice
+        predict("--annotate", "in", *(str(path) for path in sorted(before))).done()
+    assert {path: path.read_bytes() for path in before} == before
+    drawn = sorted({path.name for path in (here / "in").iterdir()} - {path.name for path in before})
+    assert drawn == ["_rm__-2.png", "_rm__.png", "a-2.png", "a-3.png", "a-4.png", "a-5.png"]
+    wide = Image.open(here / "in" / "a-3.png")
+    assert wide.format == "PNG" and wide.width >= 300 and wide.height > 40
+    below = np.asarray(wide.convert("L"))[41:]
+    assert below.min() < 100 and below.max() == 255  # something is written there
+
+
+def test_annotations_that_cannot_be_written(predict, here, samples):
+    (here / "file").touch()
+    predict("--annotate", "file", samples[0]).error(1, "file")
+
+
+def test_importers_get_the_same_answers(small, samples, predict):
+    model = step3_infer.Model(small.export / "model.onnx")
+    row = rows_of(predict("--format", "json", samples[2]).done())[0]
+    del row["path"]
+    pixels = np.array(Image.open(samples[2]).convert("L"))
+    with open(samples[2], "rb") as file:
+        for given in (samples[2], str(samples[2]), file, pixels, pixels[..., None], pixels[::-1][::-1]):
+            answer = step3_infer.predict(given, model)
+            assert answer["label"] == row["label"] and abs(answer["probability"] - row["probability"]) < 1e-5
+            assert [entry["label"] for entry in answer["top"]] == [entry["label"] for entry in row["top"]]
+    assert len(step3_infer.predict(pixels, model, top_k=1)["top"]) == 1
+
+
+def test_importers_may_use_threads(small, samples):
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = step3_infer.Model(small.export / "model.onnx", 1)
+    alone = [step3_infer.predict(path, model) for path in samples]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda path: step3_infer.predict(path, model), samples * 10)) == alone * 10
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("missing.png", "missing.png no such file"),
+        (np.zeros((8, 8), np.float32), "uint8"),
+        (np.zeros((8, 8, 3), np.uint8), r"\[8, 8, 3\]"),
+        (np.zeros((0, 8), np.uint8), r"\[0, 8\]"),
+    ],
+    ids=["missing", "float", "colour", "nothing"],
+)
+def test_importers_are_told_what_is_wrong(small, here, given, words):
+    with pytest.raises(Problem, match=words):
+        step3_infer.predict(given, step3_infer.Model(small.export / "model.onnx"))
+
+
+def test_mode_of_output_files_is_the_usual_one(predict, samples, here):
+    predict("--output", "out.txt", samples[0]).done()
+    (here / "usual").touch()
+    assert stat.S_IMODE(os.stat("out.txt").st_mode) == stat.S_IMODE(os.stat("usual").st_mode)

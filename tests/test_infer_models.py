@@ -1,0 +1,233 @@
+"""Step 3 and the model files that are put in front of it: sums, pt2, foreign graphs, benchmark, threads."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, onnx_with
+from onnx import TensorProto, helper
+
+import model as networks
+import step3_infer
+
+SCRIPT = ROOT / "step3_infer.py"
+
+
+@pytest.fixture
+def bundle(small, here):
+    """A directory with the script, two model files, one file below, and SHA256SUMS as sha256sum writes it."""
+    place = here / "bundle"
+    (place / "samples").mkdir(parents=True)
+    shutil.copy(SCRIPT, place)
+    for name in ("model.onnx", "model.pt"):
+        shutil.copy(small.export / name, place)
+    (place / "samples" / "a b.txt").write_text("content")
+    names = ["step3_infer.py", "model.onnx", "model.pt", "samples/a b.txt"]
+    sums = [f"{hashlib.sha256((place / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (place / "SHA256SUMS").write_text("".join(sums))
+    return place
+
+
+def test_verify_agrees_with_sha256sum(execute, bundle):
+    assert "4 files" in execute("step3_infer.py", "--verify", cwd=bundle).done().out
+    done = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=bundle, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_verify_names_every_finding(call, bundle):
+    content = bytearray((bundle / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / "model.onnx").write_bytes(content)
+    (bundle / "model.pt").unlink()
+    (bundle / "samples" / "new\n.txt").touch()
+    os.mkfifo(bundle / "pipe")
+    result = call(step3_infer.main, "--verify", "--model", bundle / "model.onnx")
+    assert result.code == 1 and result.out == ""
+    lines = result.err.splitlines()
+    wanted = ("model.onnx", "changed"), ("model.pt", "missing"), ("pipe", "not listed"), ("new\\n.txt", "not listed")
+    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
+    assert all(name in line and word in line for line, (name, word) in zip(lines, wanted, strict=True)), lines
+
+
+@pytest.mark.parametrize("line", ["hello", "0" * 64 + " model.onnx", "0" * 64 + "  ", "x" * 64 + "  model.onnx"])
+def test_verify_with_malformed_sums(call, bundle, line):
+    (bundle / "SHA256SUMS").write_text(line)
+    call(step3_infer.main, "--verify", "--model", bundle / "model.onnx").error(1, "SHA256SUMS, line 1")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_verify_looks_at_nothing_outside(call, bundle, name):
+    with open(bundle / "SHA256SUMS", "a") as file:
+        file.write("0" * 64 + f"  {name}\n")
+    call(step3_infer.main, "--verify", "--model", bundle / "model.onnx").error(1, name, "outside")
+
+
+def test_verify_without_sums(call, small):
+    call(step3_infer.main, "--verify", "--model", small.export / "model.onnx").error(1, "SHA256SUMS", "--bundle")
+
+
+def test_files_with_code_are_announced_unless_the_sums_know_them(call, bundle, samples):
+    arguments = ["--model", bundle / "model.pt", samples[0]]
+    assert call(step3_infer.main, *arguments).done().err == ""
+    (bundle / "SHA256SUMS").write_text("0" * 64 + "  model.pt\n")
+    for _ in range(2):
+        notes = call(step3_infer.main, *arguments).done().err.splitlines()
+        assert len(notes) == 1 and "can carry code" in notes[0] and ".onnx is the format" in notes[0]
+        (bundle / "SHA256SUMS").unlink(missing_ok=True)
+    assert call(step3_infer.main, "--model", bundle / "model.onnx", samples[0]).done().err == ""
+
+
+@pytest.fixture(scope="module")
+def pt2(small, tmp_path_factory):
+    """The small network as model.pt2, its spec as an extra file."""
+    checkpoint = networks.load_plain(small.run / "checkpoint.pt")
+    spec = checkpoint["spec"]
+    options = {name: spec["arguments"][name] for name in networks.options_of(spec["model"])}
+    options = {name: value for name, value in options.items() if value is not None}
+    network = networks.build(spec["model"], channels=1, classes=10, image_size=spec["image_size"], **options)
+    network.load_state_dict(checkpoint["state_dict"])
+    deployable = networks.Deployable(network, spec["image_size"], spec["mean"], spec["std"]).eval()
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    example = torch.zeros(2, 24, 40, 1, dtype=torch.uint8)
+    program = torch.export.export(deployable, (example,), dynamic_shapes=(sizes,))
+    golden = step3_infer.Model(small.export / "model.onnx").spec["golden"]
+    path = tmp_path_factory.mktemp("pt2") / "model.pt2"
+    torch.export.save(program, path, extra_files={"spec.json": json.dumps({**spec, "golden": golden})})
+    return path
+
+
+def test_pt2_predicts_as_onnx_does(call, small, pt2, samples):
+    arguments = ["--format", "json", "--top-k", 10, *samples]
+    rows = [
+        [json.loads(line) for line in call(step3_infer.main, "--model", file, *arguments).done().out.splitlines()]
+        for file in (pt2, small.export / "model.onnx")
+    ]
+    for a, b in zip(*rows, strict=True):
+        p, q = ({entry["label"]: entry["probability"] for entry in row["top"]} for row in (a, b))
+        assert max(abs(p[label] - q[label]) for label in q) < 1e-4
+    result = call(step3_infer.main, "--model", pt2, "--self-test").done()
+    assert "passed" in result.out and "can carry code" in result.err
+
+
+def test_broken_torch_files(call, pt2, samples, here):
+    (here / "cut.pt2").write_bytes(pt2.read_bytes()[:5000])
+    call(step3_infer.main, "--model", "cut.pt2", samples[0]).error(1, "cut.pt2 is not a torch.export file")
+    for name, kind in (("zip.pt", "TorchScript"), ("zip.pt2", "torch.export")):
+        with zipfile.ZipFile(name, "w") as file:
+            file.writestr("hello.txt", "hello")
+        call(step3_infer.main, "--model", name, samples[0]).error(1, f"{name} is not a {kind} file")
+
+
+def test_order_of_model_names(call, small, pt2, samples, here):
+    place = here / "exports" / "all"
+    place.mkdir(parents=True)
+    for name in ("model.onnx", "model.int8.onnx", "model.pt"):
+        shutil.copy(small.export / ("model.pt" if name == "model.pt" else "model.onnx"), place / name)
+    shutil.copy(pt2, place)
+    for name in ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2"):
+        assert f"model: exports/all/{name}\n" in call(step3_infer.main, samples[0]).done().err
+        (place / name).unlink()
+
+
+def foreign(path, spec, kind=TensorProto.UINT8, shape=("n", "h", "w", 1), classes=10):
+    """An ONNX file that somebody else made: any input, and `classes` constant outputs."""
+    nodes = [
+        helper.make_node("Constant", [], ["p"], value=helper.make_tensor("p", 1, [1, classes], [0.1] * classes)),
+    ]
+    inputs = [helper.make_tensor_value_info("x", kind, shape)]
+    outputs = [helper.make_tensor_value_info("p", TensorProto.FLOAT, [1, classes])]
+    graph = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 18)], ir_version=8
+    )
+    helper.set_model_props(graph, {"spec": json.dumps(spec)})
+    onnx.save(graph, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": TensorProto.FLOAT}, ["takes tensor(float)", "images"]),
+        ({"shape": ("n", 1)}, ["takes tensor(uint8)", "images"]),
+        ({"classes": 7}, ["7 outputs", "10 classes"]),
+    ],
+)
+def test_graphs_that_are_not_what_their_spec_says(call, small, samples, here, changes, words):
+    spec = step3_infer.Model(small.export / "model.onnx").spec
+    call(step3_infer.main, "--model", foreign(here / "m.onnx", spec), samples[0]).done()
+    call(step3_infer.main, "--model", foreign(here / "m.onnx", spec, **changes), samples[0]).error(1, *words)
+
+
+def test_external_data_that_is_missing(call, small, samples, here):
+    graph = onnx.load(small.export / "model.onnx")
+    onnx.save(graph, "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=1024)
+    call(step3_infer.main, "--model", "m.onnx", samples[0]).done()
+    os.unlink("weights.bin")
+    call(step3_infer.main, "--model", "m.onnx", samples[0]).error(1, "m.onnx", "weights.bin")
+
+
+def test_a_model_that_answers_nan(call, small, samples, here):
+    graph = onnx.load(small.export / "model.onnx")
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(tensor) * np.float32("nan")
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(graph, "nan.onnx")
+    call(step3_infer.main, "--model", "nan.onnx", samples[0]).error(1, str(samples[0]), "NaN")
+
+
+@pytest.mark.parametrize("size", [[0, 8], [8], "ab", [1e9, 8], None])
+def test_image_sizes_that_make_no_sense(call, small, samples, here, size):
+    model = onnx_with(small.export / "model.onnx", here / "m.onnx", image_size=size)
+    call(step3_infer.main, "--model", model, samples[0]).error(1, "malformed spec")
+
+
+def test_deeply_nested_spec(call, small, samples, here):
+    model = onnx_with(small.export / "model.onnx", here / "m.onnx", "[" * 100_000)
+    call(step3_infer.main, "--model", model, samples[0]).error(1, "malformed spec")
+
+
+def test_benchmark_as_text_and_as_json(execute, small, here):
+    arguments = [SCRIPT, "--model", small.export / "model.onnx", "--benchmark", "--threads", 1]
+    figures = json.loads(execute(*arguments, "--format", "json", cwd=here).done().out)
+    times = [figures[f"latency_p{q}_ms"] for q in (50, 95, 99)]
+    assert 0 < times[0] <= times[1] <= times[2]
+    assert figures["threads"] == 1 and figures["batch_size"] in (1, 2, 4, 8, 16, 32, 64)
+    assert figures["images_per_second"] > 500 / times[0]  # not below half of what one image at a time gives
+    assert 0 < figures["load_seconds"] < 10 and 0 < figures["import_seconds"] < 60 and figures["first_run_ms"] > 0
+    assert figures["peak_memory_mb"] is None or 20 < figures["peak_memory_mb"] < 500
+
+
+def test_benchmark_is_no_table(call, small):
+    call(step3_infer.main, "--model", small.export / "model.onnx", "--benchmark", "--format", "csv").error(2, "csv")
+
+
+def write(place, **files):
+    place.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (place / name.replace("__", ".")).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"), [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("", 4)]
+)
+def test_cpus_of_a_container(tmp_path, monkeypatch, quota, cpus):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    own = tmp_path / "cgroup"
+    own.write_text("0::/a/b\n")
+    write(tmp_path / "v2" / "a", cpu__max=quota)  # of the group above
+    write(tmp_path / "v2" / "a" / "b", cpu__max="max 100000")
+    assert step3_infer.usable_cpus(str(tmp_path / "v2"), str(own)) == cpus
+    quota, period = quota.split() if quota else ("", "")
+    own.write_text("5:memory:/x\n4:cpu,cpuacct:/x\n")
+    quota = "-1" if quota == "max" else quota
+    write(tmp_path / "v1" / "cpu,cpuacct", cpu__cfs_quota_us=quota, cpu__cfs_period_us=period)
+    assert step3_infer.usable_cpus(str(tmp_path / "v1"), str(own)) == cpus
+    assert step3_infer.usable_cpus(str(tmp_path / "v1"), str(tmp_path / "missing")) == 4
