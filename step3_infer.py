@@ -289,8 +289,9 @@ def load_onnx(path, threads, provider, once):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # failures come as exceptions
-    if once:  # changing the layout of all weights takes longer than it saves on one image
+    if once:  # changing the layout of all weights, and threads that wait busily, cost more than one image gains
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         # No fallback: it prints to standard output, and takes the CPU where another provider was asked for.
         session = onnxruntime.InferenceSession(
@@ -754,6 +755,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and whose help shows the defaults that say something."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def __init__(self, prog, **settings):
+            super().__init__(prog, width=78, **settings)  # asking the terminal imports shutil, lzma and more
+
         def _get_help_string(self, action):
             silent = action.default is None or action.default is False
             return action.help if silent else super()._get_help_string(action)

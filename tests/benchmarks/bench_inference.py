@@ -163,9 +163,8 @@ def row(what, ours, reference, unit, target, higher=False):
     ratio = ours / reference
     reached = ratio >= target if higher else ratio <= target
     limit = f"{'>=' if higher else '<='} {target:.3g}"
-    print(
-        f"| {what} | {ours:.4g} {unit} | {reference:.4g} {unit} | {ratio:.3f} | {limit} | {'yes' if reached else 'no'} |"
-    )
+    figures = f"{ours:.4g} {unit} | {reference:.4g} {unit} | {ratio:.3f} | {limit}"
+    print(f"| {what} | {figures} | {'yes' if reached else 'no'} |", flush=True)
 
 
 def cold(place, model, checkpoint, one, rounds):
