@@ -548,7 +548,7 @@ def export(run, out, args, dataset):
             report[form]["checkpoint_sha256"] = spec["checkpoint_sha256"]
             if failures:
                 remove(final)  # of an earlier export: it would be taken for this one
-                say(f"error: {form} does not agree with the trained network, {final} is not written: {failures[0]}")
+                say(f"error: {form} does not pass the gate, {final} is not written: {failures[0]}")
                 for failure in failures[1:]:
                     say(f"  {failure}")
                 continue
@@ -566,7 +566,10 @@ def export(run, out, args, dataset):
             parity = {form: report[form] for form in formats}
             paths = [os.path.join(place, FORMATS[form][0]) for form in formats]
             opsets = [args.opset] + [max(args.opset, INT8_OPSET)] * ("onnx-int8" in formats)
-            archive = bundle.publish(out, place, paths, parity, **bundle_facts(spec, opsets, dataset, expected))
+            try:
+                archive = bundle.publish(out, place, paths, parity, **bundle_facts(spec, opsets, dataset, expected))
+            except OSError as error:
+                raise Problem(f"cannot write the bundle in {out}: {error.strerror or error}") from None
             print(f"{'bundle':12} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
     return failed
 

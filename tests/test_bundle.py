@@ -1,0 +1,198 @@
+"""The bundle: all that an edge machine needs, the same bytes from the same run, and whole or not there."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT
+
+import step1_train
+import step2_export
+import step3_infer
+from deploy import bundle
+
+
+@pytest.fixture(scope="module")
+def bundled(small, tmp_path_factory):
+    """The directory of an export with a bundle, and what a process that made it printed. Read only."""
+    out = tmp_path_factory.mktemp("bundled") / "small"
+    return out, export(small, out)
+
+
+def export(small, out, *options):
+    """Step 2 with --bundle in a process of its own. -> its standard output."""
+    command = [sys.executable, ROOT / "step2_export.py", "--run", small.run, "--bundle", "--out", out, *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def edge(bundled, tmp_path):
+    """The archive of the bundle, unpacked where nothing else lies."""
+    with zipfile.ZipFile(bundled[0] / "small-bundle.zip") as archive:
+        archive.extractall(tmp_path)
+    return tmp_path / "small-bundle"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_folder_and_archive_hold_the_same(bundled, edge):
+    out, printed = bundled
+    assert contents(out / "bundle") == contents(edge)
+    assert f"{out}/small-bundle.zip" in printed
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+
+
+def test_it_holds_what_was_promised(edge):
+    names = contents(edge).keys()
+    wanted = "model.onnx model.pt step3_infer.py requirements.txt MODEL_CARD.md parity.json SHA256SUMS"
+    assert {*wanted.split(), "samples/expected.jsonl"} <= names
+    assert (edge / "step3_infer.py").read_bytes() == (ROOT / "step3_infer.py").read_bytes()
+    packages = [line.split(">=")[0] for line in (edge / "requirements.txt").read_text().splitlines()]
+    assert packages == ["onnxruntime", "numpy", "Pillow"]
+    assert {name.split("/")[0] for name in names} >= {"cpp", "web"}
+    parity = json.loads((edge / "parity.json").read_text())
+    assert parity.keys() == {"onnx", "torchscript"} and all(figures["passed"] for figures in parity.values())
+    assert "precision" in (edge / "MODEL_CARD.md").read_text()
+
+
+def test_sha256sum_agrees(edge):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum here")
+    done = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=edge, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == len(contents(edge)) - 1
+
+
+def test_unpacked_it_verifies_tests_itself_and_predicts(edge, execute):
+    assert "verified" in execute("step3_infer.py", "--verify", cwd=edge).done().out
+    assert "passed" in execute("step3_infer.py", "--self-test", cwd=edge).done().out
+    result = execute("step3_infer.py", "--format", "json", "samples", cwd=edge).done()
+    rows = [json.loads(line) for line in result.out.splitlines()]
+    expected = [json.loads(line) for line in (edge / "samples" / "expected.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == [row["path"] for row in expected] and len(rows) == 10
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row.keys() == wanted.keys() and row["label"] == wanted["label"]
+        got, want = ({entry["label"]: entry["probability"] for entry in r["top"]} for r in (row, wanted))
+        assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_a_flipped_byte_in_any_file_is_found(edge, call):
+    script = edge / "step3_infer.py"
+    for name, content in contents(edge).items():
+        place = len(content) // 2
+        changed = bytes([*content[:place], content[place] ^ 1, *content[place + 1 :]])
+        (edge / name).write_bytes(changed)
+        result = call(step3_infer.main, "--verify", "--model", script)
+        assert result.code == 1 and "error: " in result.err, name
+        (edge / name).write_bytes(content)
+    call(step3_infer.main, "--verify", "--model", script).done()
+
+
+def test_same_run_same_bytes(bundled, small, tmp_path):
+    umask = os.umask(0o077)  # another one than most people's
+    try:
+        export(small, tmp_path / "small")
+    finally:
+        os.umask(umask)
+    first, second = (out / "small-bundle.zip" for out in (bundled[0], tmp_path / "small"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_dates_and_modes_are_fixed(bundled):
+    with zipfile.ZipFile(bundled[0] / "small-bundle.zip") as archive:
+        entries = archive.infolist()
+    assert {entry.date_time for entry in entries} == {(1980, 1, 1, 0, 0, 0)}
+    assert {stat.filemode(entry.external_attr >> 16) for entry in entries} <= {"-rw-r--r--", "-rwxr-xr-x"}
+    assert [entry.filename for entry in entries] == sorted(entry.filename for entry in entries)
+
+
+def test_nothing_in_it_tells_this_machines_paths(small, edge):
+    for path in (ROOT, small.place, os.path.dirname(torch.__file__)):
+        assert not [name for name, content in contents(edge).items() if os.fsencode(path) in content]
+
+
+def test_made_again_it_replaces_the_earlier_one(call, small, small_run, here, in_process):
+    arguments = ["--format", "onnx", "--bundle"]
+    call(step2_export.main, *arguments).done()
+    (here / "exports" / "small" / "bundle" / "old").write_text("old")
+    call(step2_export.main, *arguments).done()
+    out = here / "exports" / "small"
+    assert sorted(os.listdir(out)) == ["bundle", "model.onnx", "parity.json", "small-bundle.zip"]
+    assert not (out / "bundle" / "old").exists() and not (out / "bundle" / "model.pt").exists()
+
+
+def test_no_bundle_where_a_format_fails(call, small, small_run, here, in_process, monkeypatch):
+    call(step2_export.main, "--format", "onnx", "--bundle").done()
+    monkeypatch.setattr(step2_export, "gate", lambda *_: ({**step2_export.NOTHING}, ["planted"]))
+    result = call(step2_export.main, "--format", "onnx", "--bundle")
+    result.error(1, "onnx", "planted")
+    assert "no bundle" in result.err and os.listdir(here / "exports" / "small") == ["parity.json"]
+
+
+def test_without_onnx_there_is_no_bundle(call, here):
+    call(step2_export.main, "--format", "torchscript", "--bundle").error(2, "--bundle", "onnx")
+
+
+def test_a_regression_is_bundled_too(call, here, execute):
+    call(step1_train.main, "--dataset", "linear", "--epochs", 5).done()
+    call(step2_export.main, "--bundle").done()
+    (folder,) = here.glob("exports/*/bundle")
+    line = json.loads((folder / "samples" / "expected.jsonl").read_text().splitlines()[0])
+    values = ",".join(map(str, line["values"]))
+    result = call(step3_infer.main, "--model", folder / "model.onnx", "--format", "json", f"--values={values}").done()
+    assert json.loads(result.out)["prediction"] == pytest.approx(line["prediction"], rel=1e-4)
+    execute("step3_infer.py", "--verify", cwd=folder).done()
+
+
+def test_two_at_once_leave_one_whole(bundled, small, tmp_path):
+    out = tmp_path / "small"
+    threads = [threading.Thread(target=export, args=(small, out, "--format", "onnx")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(os.listdir(out)) == ["bundle", "model.onnx", "parity.json", "small-bundle.zip"]
+    assert step3_infer.main(["--verify", "--model", str(out / "bundle" / "model.onnx")]) == 0
+
+
+def test_swapping_in_while_others_do(tmp_path):
+    def swap(k):
+        for n in range(30):
+            new = tmp_path / f"new-{k}-{n}"
+            new.mkdir()
+            (new / "file").write_text("whole")
+            bundle.swap_in(str(new), str(tmp_path / "final"), str(tmp_path / f"aside-{k}-{n}"))
+
+    threads = [threading.Thread(target=swap, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "final" / "file").read_text() == "whole" and not list(tmp_path.glob("new-*"))
+
+
+def test_disk_full(small, small_run, here, execute):
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+    limit += f"sys.path.insert(0, {str(ROOT)!r}); import step2_export; sys.exit(step2_export.main(sys.argv[1:]))"
+    execute("-c", limit, "--format", "onnx", "--bundle", cwd=here).error(1, "cannot write exports/small")
+    assert not list(here.glob("exports/small/*"))
+
+
+def test_disk_full_at_the_bundle(call, small_run, here, in_process, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(bundle, "archive", full)
+    call(step2_export.main, "--format", "onnx", "--bundle").error(1, "bundle in exports/small", "No space left")
+    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "parity.json"]
