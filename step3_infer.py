@@ -366,7 +366,10 @@ def read_spec(text, path):
             raise ValueError("classes are not a list of names")
         if not isinstance(spec["channels"], int) or not (regression or spec["channels"] in (1, 3)):
             raise ValueError("channels make no sense")
-        if not regression and [0 < int(side) < 1 << 15 for side in spec["image_size"]] != [True, True]:
+        if not regression and [isinstance(side, int) and 0 < side < 1 << 15 for side in spec["image_size"]] != [
+            True,
+            True,
+        ]:
             raise ValueError("image_size makes no sense")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {error!r}") from None
@@ -447,9 +450,12 @@ def fault_of(path, total):
 def verify(folder):
     """Compare a folder with its SHA256SUMS: a line for each finding. Returns the exit code; raises Problem."""
     sums = read_sums(folder)
-    present = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
-    present = {os.path.relpath(path, folder) for path in present} - {"SHA256SUMS"}
-    findings = dict.fromkeys(present - sums.keys(), "is not listed in SHA256SUMS")
+    unreadable, present = [], set()
+    for place, below, names in os.walk(folder, onerror=unreadable.append):
+        paths = [os.path.join(place, name) for name in (*names, *below)]
+        present |= {os.path.relpath(path, folder) for path in paths if os.path.islink(path) or not os.path.isdir(path)}
+    findings = dict.fromkeys(present - sums.keys() - {"SHA256SUMS"}, "is not listed in SHA256SUMS")
+    findings |= {os.path.relpath(error.filename, folder): f"cannot be read: {error.strerror}" for error in unreadable}
     for name, total in sums.items():
         outside = name.startswith("..") or os.path.isabs(name)
         findings[name] = "is outside its folder" if outside else fault_of(os.path.join(folder, name), total)
@@ -558,7 +564,10 @@ def as_record(top):
 
 def standard_input():
     """The bytes of standard input as a file object. Raises Problem."""
-    content = sys.stdin.buffer.read(LARGEST_STDIN + 1) if sys.stdin is not None else b""
+    try:
+        content = sys.stdin.buffer.read(LARGEST_STDIN + 1) if sys.stdin is not None else b""
+    except OSError as error:
+        raise Problem(f"cannot be read: {error.strerror}") from None
     if len(content) > LARGEST_STDIN:
         raise Problem(f"is more than {LARGEST_STDIN >> 20} MB of standard input")
     return io.BytesIO(content)
@@ -628,20 +637,24 @@ def annotate(pixels, top, path, folder):
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     label, probability = top[0]
     label = printable(label if len(label) <= 40 else label[:39] + "…")
-    text, font = f"{label} {probability:.1%}", ImageFont.load_default(size=max(14, image.width // 24))
+    text, font = f"{label} {probability:.1%}", ImageFont.load_default(size=min(200, max(14, image.width // 24)))
     _, _, width, height = (int(side) for side in font.getbbox(text))
     canvas = Image.new("RGB", (max(image.width, width + 8), image.height + height + 8), "white")
     canvas.paste(image, ((canvas.width - image.width) // 2, 0))
     ImageDraw.Draw(canvas).text(((canvas.width - width) // 2, image.height + 4), text, "black", font)
     content = io.BytesIO()
     canvas.save(content, "PNG")
-    stem = os.path.splitext(os.path.basename(path))[0][:80] if path != "-" else "stdin"
+    stem = os.path.splitext(os.path.basename(path))[0][:50] if path != "-" else "stdin"
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem).lstrip(".") or "image"
     for number in itertools.count(1):
         name = os.path.join(folder, f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
         with contextlib.suppress(FileExistsError), open(name, "xb") as file:  # nothing is ever overwritten
-            file.write(content.getbuffer())
-            return
+            try:
+                file.write(content.getbuffer())
+                return file.flush()
+            except OSError:
+                os.unlink(name)
+                raise
 
 
 class Progress:
@@ -678,7 +691,7 @@ def opened(path):
         with open(path, "w", **text) as out:
             yield out
         return
-    temporary = os.path.join(os.path.dirname(path), f".step3-{os.getpid()}-{os.path.basename(path)[:80]}")
+    temporary = os.path.join(os.path.dirname(path), f".step3-{os.getpid()}")
     try:
         with open(temporary, "x", **text) as out:
             yield out

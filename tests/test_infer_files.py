@@ -110,6 +110,7 @@ def test_an_image_from_standard_input(execute, small, samples, here):
         assert rows[-1] == {**alone[0], "path": "-"}
     execute(*arguments, "-", cwd=here, stdin=subprocess.DEVNULL).error(1, "-: is empty")
     execute(*arguments, "-", cwd=here, close="<&-").error(1, "-: is empty")
+    execute(*arguments, "-", cwd=here, close="0>only-to-write").error(1, "-: cannot be read")
 
 
 def test_endless_standard_input_is_refused(monkeypatch):
@@ -303,6 +304,32 @@ def test_importers_may_use_threads(small, samples):
 def test_importers_are_told_what_is_wrong(small, here, given, words):
     with pytest.raises(Problem, match=words):
         step3_infer.predict(given, step3_infer.Model(small.export / "model.onnx"))
+
+
+def test_a_full_disk_leaves_no_part_of_an_annotated_image(predict, here, samples):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    for name in ("out", "out/below"):
+        (here / name).mkdir()
+    written, write = [], open
+
+    def full(path, *arguments, **options):
+        if str(path).endswith("digit_3.png") and arguments[:1] == ("xb",):
+            written.append(path)
+            write(path, "xb").close()
+            return write("/dev/full", "wb")
+        return write(path, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        predict("--annotate", "out/below", samples[3]).error(1, "cannot write into out/below", "No space left")
+    assert written and os.listdir("out/below") == []
+
+
+def test_long_names_are_cut(predict, here, samples):
+    shutil.copy(samples[0], here / ("数" * 80 + ".png"))
+    predict("--annotate", "out", "--output", "字" * 84, ".").done()
+    assert len(os.listdir("out")) == 1 and (here / ("字" * 84)).exists()
 
 
 def test_mode_of_output_files_is_the_usual_one(predict, samples, here):

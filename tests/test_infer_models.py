@@ -48,11 +48,18 @@ def test_verify_names_every_finding(call, bundle):
     (bundle / "model.pt").unlink()
     (bundle / "samples" / "new\n.txt").touch()
     os.mkfifo(bundle / "pipe")
+    os.symlink("samples", bundle / "linked")
     result = call(step3_infer.main, "--verify", "--model", bundle / "model.onnx")
     assert result.code == 1 and result.out == ""
     lines = result.err.splitlines()
-    wanted = ("model.onnx", "changed"), ("model.pt", "missing"), ("pipe", "not listed"), ("new\\n.txt", "not listed")
-    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
+    wanted = (
+        ("linked", "not listed"),
+        ("model.onnx", "changed"),
+        ("model.pt", "missing"),
+        ("pipe", "not listed"),
+        ("new\\n.txt", "not listed"),
+    )
+    assert len(lines) == 5 and all(line.startswith("error: ") for line in lines)
     assert all(name in line and word in line for line, (name, word) in zip(lines, wanted, strict=True)), lines
 
 
