@@ -13,7 +13,7 @@ Writes runs/<name>/ and never over an earlier run:
     checkpoint.pt    the network and its spec, and all that --resume needs; torch.load(..., weights_only=True) reads it
     config.json      every argument, derived ones included, before the first step
     metrics.csv      a row for each epoch: loss and accuracy on both splits, learning rate, seconds
-    summary.json     the result
+    summary.json     the result; report.html and the pictures in it show it
 
 What is not said on the command line is derived from the dataset and the network, and printed before work starts.
 Next: python step2_export.py
@@ -51,7 +51,7 @@ from tqdm import tqdm
 import data
 import model
 from data import Parser, Problem, guarded, say
-from deploy.report import per_class
+from deploy import report
 
 try:
     import fcntl
@@ -59,7 +59,7 @@ except ImportError:  # Windows, where two processes resuming one run are not kep
     fcntl = None
 
 SCHEMA = 1
-RUNS, CHECKPOINT, PREVIOUS = "runs", "checkpoint.pt", "checkpoint.previous.pt"
+RUNS, EXPORTS, CHECKPOINT, PREVIOUS = "runs", "exports", "checkpoint.pt", "checkpoint.previous.pt"
 MAY_CHANGE = ("epochs", "device", "data_dir", "cache_dir", "image_root", "checkpoint_every", "quiet")  # on --resume
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
 BF16_MATMUL = any((getattr(torch.cpu, "get_capabilities", dict)()).get(name) for name in ("amx_bf16", "avx512_bf16"))
@@ -76,14 +76,15 @@ RECIPES = {
         "label_smoothing": 0.0,
         "grow": 1.0,
     },
-    ("airbench", "mnist"): {"width": 0.25, "lr": 0.12, "label_smoothing": 0.1},
+    ("airbench", "mnist"): {"width": 0.25, "label_smoothing": 0.1},
     ("airbench", "fashion-mnist"): {"width": 0.5},
     ("airbench", "kmnist"): {"width": 0.5},
     ("mlp", "digits"): {"epochs": 50},
-    ("mynet", "digits"): {"epochs": 50, "batch_size": 32},
+    ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
     ("airbench",): {"optimizer": "muon", "batch_size": 500, "label_smoothing": 0.2, "grow": 0.625},
     ("mlp",): {"optimizer": "adam", "batch_size": 32},
+    ("mynet",): {"optimizer": "muon", "lr": 0.1},
     ("resblock",): {"lr": 0.5, "batch_size": 512},
     ("linear",): {"epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
     ("torchvision",): {"batch_size": 64},
@@ -91,7 +92,7 @@ RECIPES = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
     "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
     "adamw": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine"},
-    "muon": {"lr": 0.24, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"},  # after airbench94_muon
+    "muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"},  # after airbench94_muon
     (): {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0, "grow": 1.0},
 }
 
@@ -589,24 +590,24 @@ def look(training, signals, sums, started):
 def evaluate(training, split, deployable=None, most=500):
     """The network in eval mode over a whole split. -> (mean loss without smoothing, accuracy, outputs).
 
-    accuracy is None for regression; outputs are on the CPU: predicted labels [N], or predictions [N, 1]. Each process
-    takes its share of the images, and all get the whole result.
+    accuracy is None for regression; outputs are numpy's: probabilities [N, classes], or predictions [N, 1]. Each
+    process takes its share of the images, and all get the whole result.
     """
     deployable = deployable or training.deployable
     network, share = deployable.network.eval(), slice(training.process, None, training.processes)
-    outputs, loss, pixels = torch.zeros_like(split.labels[split.members]), 0.0, split.images[0, ..., 0].numel()
-    parts = []
+    labels, loss, parts = split.labels[split.members], 0.0, []
+    outputs = torch.zeros(len(labels), len(training.dataset.classes), device=labels.device)
+    pixels = split.images[0, ..., 0].numel()
     for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most), share):
-        output = network(deployable.normalise(images))
+        output = network(deployable.normalise(images)).float()
         loss += criterion(output, targets).item()
-        parts.append(output if targets.is_floating_point() else output.argmax(1))
+        parts.append(output if targets.is_floating_point() else output.softmax(1))
     if parts:
-        outputs[share] = torch.cat(parts).to(outputs.dtype)
+        outputs[share] = torch.cat(parts)
     outputs = training.over_all(outputs)  # zeros where others answer
     loss = training.over_all(torch.tensor(loss, device=training.device)).item()
-    labels = split.labels[split.members]
-    accuracy = None if labels.is_floating_point() else (outputs == labels).float().mean(dtype=torch.float64).item()
-    return loss / len(split), accuracy, outputs.cpu()
+    right = None if labels.is_floating_point() else outputs.argmax(1) == labels
+    return loss / len(split), None if right is None else right.sum().item() / len(split), outputs.cpu().numpy()
 
 
 # -------------------------------------------------------------------------------------------------------- results
@@ -958,16 +959,36 @@ def finish(training, result):
         "parameters": sum(p.numel() for p in deployable.network.parameters()),
         "seed": args.seed,
         "epoch_kept": best["epoch"] if best else args.epochs,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if dataset.task == "classification":
-        summary["per_class"] = per_class(dataset.test_labels, outputs.numpy(), dataset.classes)
+        summary["per_class"] = report.per_class(dataset.test_labels, outputs.argmax(1), dataset.classes)
     write_json(os.path.join(training.run, "summary.json"), summary)
+    show(training, deployable, accuracy, outputs)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(training.run, PREVIOUS))
     if args.dataset == "linear" and args.model == "linear":
         print_coefficients(deployable.network)
     result = f"test loss {loss:.4g}" if accuracy is None else f"test accuracy {accuracy:.2%}"
     print(f"{training.run}: {result} in {summary['train_seconds']:.0f} s")
+
+
+def show(training, deployable, accuracy, outputs):
+    """Draw the finished run's pictures and write its report.html; outputs: `evaluate`'s, of the test split."""
+    args, dataset, more = training.args, training.dataset, {}
+    spec = make_spec(args, dataset, deployable, accuracy)
+    if dataset.task == "classification":
+        images, labels, _ = next(training.splits["train"].shuffled(25, args.augment, 1, args.seed))
+        more = {"images": dataset.test_images, "augmented": images.cpu().numpy()}
+        more["augmented_labels"] = labels.cpu().numpy()
+    try:
+        try:
+            report.draw_run(training.run, spec, training.progress["rows"], dataset.test_labels, outputs, **more)
+        except ImportError as error:
+            say(f"note: no pictures without matplotlib ({error}); pip install matplotlib")
+        report.write_report(training.run, RUNS, EXPORTS)
+    except OSError as error:
+        say(f"note: the run is complete, but its report cannot be written: {error.strerror or error}")
 
 
 def train(args, given):

@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a s
 
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402
+from deploy import report  # noqa: E402
 
 
 @dataclass
@@ -96,9 +97,11 @@ def same_threads():
 
 
 @pytest.fixture(autouse=True)
-def independent():
-    """No test depends on the random numbers or threads of those before it."""
+def independent(request, monkeypatch):
+    """No test depends on the random numbers or threads of those before it; pictures only where a test is about them."""
     torch.manual_seed(0)
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(report, "draw_run", lambda *args, **more: [])
     with same_threads():
         yield
 

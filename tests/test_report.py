@@ -17,6 +17,7 @@ import deploy
 from deploy import report
 
 pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
+pytestmark = pytest.mark.pictures
 
 HOSTILE = [
     "$\\no$ \\$5",

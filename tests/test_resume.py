@@ -149,7 +149,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(call, here, undis
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lr", 0.5], ["--lr 0.5", "was 0.05", "leave it out"]),
+        (["--lr", 0.5], ["--lr 0.5", "was 0.04", "leave it out"]),
         (["--augment", "none", "--seed", 3], ["--augment", "--seed 3"]),
         (["--epochs", 2], ["--epochs can only be raised"]),
     ],

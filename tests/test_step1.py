@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_default_network_learns_the_digits(trained):
 
 def test_run_directory_holds_only_whole_files(trained):
     names = {path.name for path in trained.run.iterdir()}
-    assert names >= {"checkpoint.pt", "config.json", "metrics.csv", "summary.json"}
+    assert names >= {"checkpoint.pt", "config.json", "metrics.csv", "summary.json", "report.html"}
+    assert names >= {"curves.png", "confusion.png", "samples.png", "mistakes.png"}
     assert not [name for name in names if "tmp" in name or name.startswith(".")]
 
 
@@ -200,3 +202,15 @@ def test_closed_standard_error_does_not_end_the_run(execute, here):
 def test_closed_pipe_has_no_traceback(execute, here, closed_pipe):
     result = execute(ROOT / "step1_train.py", "--list-models", cwd=here, stdout=closed_pipe)
     assert (result.code, result.err) == (0, "")
+
+
+@pytest.mark.pictures
+def test_without_matplotlib_the_run_is_complete_and_says_so(call, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = call(step1_train.main, *TINY).done()
+    assert "no pictures without matplotlib" in result.err and "pip install matplotlib" in result.err
+    assert (here / "runs" / "digits-mlp" / "report.html").exists()
+
+
+def test_quiet_prints_the_result_alone(call, here):
+    assert re.fullmatch(r"runs/digits-mlp: test accuracy .*\n", call(step1_train.main, *TINY, "--quiet").done().out)

@@ -124,12 +124,12 @@ def outside_compute(*arguments):
 
         return wrapper
 
-    def epoch(deployable, batches, optimizer, *rest):
-        deployable.network.forward = timed(deployable.network.forward)
-        optimizer.step = timed(optimizer.step)
+    def epoch(training, *rest):
+        training.network.forward = timed(training.network.forward)
+        training.optimizer.step = timed(training.optimizer.step)
         started, spent["training"] = time.perf_counter(), True
         try:
-            return train_epoch(deployable, batches, optimizer, *rest)
+            return train_epoch(training, *rest)
         finally:
             spent["all"] += time.perf_counter() - started
             spent["training"] = False  # evaluation is no part of it
@@ -174,7 +174,7 @@ def bench_cifar(directory, place, short, seeds):
     print(
         f"default network: peak {runs[0]['peak'] / 1e9:.2f} GB, / (uint8 set + 1.2 GB) {runs[0]['peak'] / allowed:.2f}"
     )
-    small = ours(place, dataset, *folder, "--model", "mynet", "--epochs", 1 if short else 10)
+    small = ours(place, dataset, *folder, "--model", "mynet", "--epochs", 1 if short else 3)
     rows = small["rows"]
     elapsed = list(itertools.accumulate(float(row["seconds"]) for row in rows))
     there = [t for t, row in zip(elapsed, rows, strict=True) if float(row["test_accuracy"]) >= reached]

@@ -52,7 +52,7 @@ def completed(out):
 
 
 def kill_once(place, name, rng):
-    """Start or resume the run and kill it at a random moment. -> (what it printed, had it ended by itself?)"""
+    """Start or resume the run and kill it at a random moment. -> (what it printed, was it done by then?)"""
     begun = (place / "runs" / name / "config.json").exists()
     process = start(place, *(("--resume", name) if begun else (*RUN, "--name", name, "--checkpoint-every", "3")))
     if rng.random() < 0.9:  # from the first step on; otherwise at any moment, while it still loads
@@ -64,9 +64,8 @@ def kill_once(place, name, rng):
     else:
         first = ""
     time.sleep(rng.random() * 1.5)
-    ended = process.poll() is not None
     process.kill()
-    return first + process.communicate()[0], ended and process.returncode == 0
+    return first + process.communicate()[0], (place / "runs" / name / "summary.json").exists()
 
 
 def soak(kills, seed, place):
