@@ -1,0 +1,74 @@
+"""Every engine that the README names gives the trained network's answers from the exported file alone."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from runtimes import RUNTIMES, version
+
+import data
+import step2_export
+
+STRICT = 1e-4  # of a probability
+
+
+@pytest.fixture(scope="module")
+def ported(trained, tmp_path_factory):
+    """The trained run in the three formats that engines read: (run, directory)."""
+    place = tmp_path_factory.mktemp("ported")
+    run = step2_export.read_run(str(trained.run))
+    for form in ("onnx", "torchscript", "pt2"):
+        name, write = step2_export.FORMATS[form]
+        write(run.deployable(), run.spec, str(place / name), 18)
+    return run, place
+
+
+@pytest.fixture(params=RUNTIMES)
+def engine(request, ported):
+    """(the engine's name, the run, its function)."""
+    name = request.param
+    if version(name) is None:
+        pytest.skip(f"{name} is not installed: pip install {RUNTIMES[name][0]}")
+    run, place = ported
+    return name, run, RUNTIMES[name][2](place, torch.get_num_threads())
+
+
+def test_own_size_is_exact(engine):
+    _, run, predict = engine
+    images = data.load("digits").test_images[:32]
+    images = np.stack([np.asarray(Image.fromarray(i.squeeze(-1)).resize((32, 32)))[..., None] for i in images])
+    expected = step2_export.reference(run, images)
+    for batch in (images, images[:1], images[:7]):
+        got = predict(batch)
+        assert got.dtype == np.float32 and np.abs(got - expected[: len(batch)]).max() <= STRICT
+        assert (got.argmax(1) == expected[: len(batch)].argmax(1)).all()
+
+
+@pytest.mark.parametrize("size", [(43, 57), (131, 97), (20, 20), (240, 321)])
+def test_other_sizes(engine, size):
+    name, run, predict = engine
+    tolerance = RUNTIMES[name][1]
+    if tolerance is None:
+        pytest.skip(f"{name} {version(name)} ignores the Resize operator's antialiasing: use it at the network's size")
+    images = np.random.default_rng(0).integers(0, 256, (3, *size, 1), dtype=np.uint8)
+    assert np.abs(predict(images) - step2_export.reference(run, images)).max() <= tolerance
+
+
+def test_classes_are_read_without_the_project(ported):
+    properties = {entry.key: entry.value for entry in onnx.load(ported[1] / "model.onnx").metadata_props}
+    assert json.loads(properties["classes"]) == list("0123456789")
+
+
+def test_golden_samples_in_every_engine(engine, trained):
+    name, _, predict = engine
+    properties = {entry.key: entry.value for entry in onnx.load(trained.export / "model.onnx").metadata_props}
+    for sample in json.loads(properties["spec"])["golden"]:  # 8x8, which grows to 32x32: a whole factor
+        image = np.array(Image.open(io.BytesIO(base64.b64decode(sample["image"]))))[None, ..., None]
+        got, tolerance = predict(image)[0], RUNTIMES[name][1]
+        assert got.argmax() == np.argmax(sample["probabilities"])
+        assert tolerance is None or np.abs(got - sample["probabilities"]).max() <= tolerance
