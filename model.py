@@ -174,8 +174,12 @@ class Airbench(nn.Module):
 
         Its filters are the eigenvectors of the patches' covariance, scaled to unit variance, then the same negated.
         """
-        patches = F.unfold(x, 2).transpose(1, 2).flatten(0, 1)  # [n * positions, 4 * channels]
-        covariance = patches.double().T.cov()
+        total = count = products = 0
+        for part in x.split(100):  # all at once took more memory than training does
+            patches = F.unfold(part, 2).transpose(1, 2).flatten(0, 1).double()  # [n * positions, 4 * channels]
+            total, count, products = total + patches.sum(0), count + len(patches), products + patches.T @ patches
+        mean = total / count
+        covariance = products / count - mean.outer(mean)
         values, vectors = torch.linalg.eigh(covariance)
         filters = (vectors / (values + eps).sqrt()).T.reshape(-1, *self.whitening.weight.shape[1:])
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
