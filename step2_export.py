@@ -493,7 +493,8 @@ def build_parser():
     )
     add = parser.add_argument
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
-    add("--format", nargs="+", choices=tuple(FORMATS), default=["torchscript", "onnx"], help="one or more")
+    formats = f"one or more of {', '.join(FORMATS)}"
+    add("--format", nargs="+", choices=FORMATS, default=["torchscript", "onnx"], metavar="FORMAT", help=formats)
     add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip archive")
     add("--opset", type=int, choices=tuple(OPSETS), default=18, metavar="N", help="of ONNX, 18 to 23")
     add(

@@ -9,20 +9,33 @@ import pytest
 from conftest import ROOT, right
 from PIL import Image
 
+import step2_export
+
 FORBIDDEN = {
     "model.onnx": ["torch", "torchvision", "onnx", "model", "data"],
+    "model.int8.onnx": ["torch", "torchvision", "onnx", "model", "data"],
     "model.pt": ["torchvision", "onnx", "onnxruntime", "model", "data"],
+    "model.pt2": ["torchvision", "onnx", "onnxruntime", "model", "data"],
 }
 
 
+@pytest.fixture(scope="module")
+def all_formats(trained, tmp_path_factory):
+    """The trained run's files in all formats: a directory."""
+    out = shutil.copytree(trained.export, tmp_path_factory.mktemp("all") / "digits")
+    arguments = ["--run", trained.run, "--out", out, "--keep-slower", "--format", "onnx-int8", "pt2"]
+    assert step2_export.main([str(argument) for argument in arguments]) == 0
+    return out
+
+
 @pytest.fixture(params=FORBIDDEN)
-def edge(request, tmp_path, trained):
+def edge(request, tmp_path, all_formats):
     """A directory with step3_infer.py and one file, an environment that poisons imports, and the file's name."""
     name, place, poison = request.param, tmp_path / "edge", tmp_path / "poison"
     place.mkdir()
     poison.mkdir()
     shutil.copy(ROOT / "step3_infer.py", place)
-    shutil.copy(trained.export / name, place)
+    shutil.copy(all_formats / name, place)
     for module in FORBIDDEN[name]:
         (poison / f"{module}.py").write_text(f"raise ImportError('{module} is poisoned')\n")
     # PYTHONPATH comes before the installed packages, and after the script's own directory.
@@ -62,7 +75,7 @@ def test_the_poison_works(edge, execute):
 
 def test_what_is_missing_is_said_with_the_way_out(edge, execute, samples, trained):
     place, environment, name = edge
-    other, needs = ("model.pt", "torch") if name == "model.onnx" else ("model.onnx", "onnxruntime")
+    other, needs = ("model.pt", "torch") if name.endswith(".onnx") else ("model.onnx", "onnxruntime")
     arguments = ["--model", trained.export / other, samples[0]]
     result = execute("step3_infer.py", *arguments, cwd=place, env=environment)
     result.error(1, other, f"needs {needs}", f"pip install {needs}")

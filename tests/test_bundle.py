@@ -20,11 +20,14 @@ import step3_infer
 from deploy import bundle
 
 
+FORMATS = "--format", "onnx", "torchscript", "pt2"
+
+
 @pytest.fixture(scope="module")
 def bundled(small, tmp_path_factory):
     """The directory of an export with a bundle, and what a process that made it printed. Read only."""
     out = tmp_path_factory.mktemp("bundled") / "small"
-    return out, export(small, out)
+    return out, export(small, out, *FORMATS)
 
 
 def export(small, out, *options):
@@ -56,14 +59,14 @@ def test_folder_and_archive_hold_the_same(bundled, edge):
 
 def test_it_holds_what_was_promised(edge):
     names = contents(edge).keys()
-    wanted = "model.onnx model.pt step3_infer.py requirements.txt MODEL_CARD.md parity.json SHA256SUMS"
+    wanted = "model.onnx model.pt model.pt2 step3_infer.py requirements.txt MODEL_CARD.md parity.json SHA256SUMS"
     assert {*wanted.split(), "samples/expected.jsonl"} <= names
     assert (edge / "step3_infer.py").read_bytes() == (ROOT / "step3_infer.py").read_bytes()
     packages = [line.split(">=")[0] for line in (edge / "requirements.txt").read_text().splitlines()]
     assert packages == ["onnxruntime", "numpy", "Pillow"]
     assert {name.split("/")[0] for name in names} >= {"cpp", "web"}
     parity = json.loads((edge / "parity.json").read_text())
-    assert parity.keys() == {"onnx", "torchscript"} and all(figures["passed"] for figures in parity.values())
+    assert parity.keys() == {"onnx", "torchscript", "pt2"} and all(figures["passed"] for figures in parity.values())
     assert "precision" in (edge / "MODEL_CARD.md").read_text()
 
 
@@ -102,7 +105,7 @@ def test_a_flipped_byte_in_any_file_is_found(edge, call):
 def test_same_run_same_bytes(bundled, small, tmp_path):
     umask = os.umask(0o077)  # another one than most people's
     try:
-        export(small, tmp_path / "small")
+        export(small, tmp_path / "small", *FORMATS)
     finally:
         os.umask(umask)
     first, second = (out / "small-bundle.zip" for out in (bundled[0], tmp_path / "small"))

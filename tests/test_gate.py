@@ -73,6 +73,12 @@ def test_batch_norm_left_in_training_mode(call, here, monkeypatch, in_process):
     assert figures["max_abs_diff"] > 1e-4
 
 
+def test_pt2_weights_perturbed(call, small_run, here, monkeypatch, in_process):
+    deployable_with(monkeypatch, perturb)
+    result = call(step2_export.main, "--format", "pt2")
+    assert_caught(result, "pt2", here / "exports" / "small", "differ by up to")
+
+
 def perturb(deployable):
     with torch.no_grad():
         deployable.network.layers[-1].weight[3, 5] += 0.05

@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
@@ -43,6 +45,37 @@ def test_export_writes_two_files_and_the_figures(trained, small):
     printed = trained.printed[1]
     assert "runs/digits-airbench" in printed.err.splitlines()[0] and len(printed.err.splitlines()) == 1
     assert "exports/digits-airbench/model.onnx" in printed.out and "exports/digits-airbench/model.pt" in printed.out
+
+
+@pytest.fixture(scope="module")
+def pt2(trained, tmp_path_factory):
+    """The trained run as torch.export file: its directory."""
+    out = tmp_path_factory.mktemp("pt2")
+    assert step2_export.main(["--run", str(trained.run), "--out", str(out), "--format", "pt2"]) == 0
+    return out
+
+
+def test_pt2_passes_the_gate_and_tells_no_paths(pt2, trained):
+    figures = parity_of(pt2)["pt2"]
+    assert figures["passed"] and figures["max_abs_diff"] <= 1e-4 and figures["alone"]["samples"] == 16
+    program = torch.export.load(pt2 / "model.pt2", extra_files=(extra := {"spec.json": ""}))
+    assert json.loads(extra["spec.json"])["classes"] == list("0123456789")
+    assert [str(size) for size in program.graph_signature.user_inputs] == ["image"]
+    with torch.inference_mode():  # batch, height and width are free
+        for shape in ((1, 8, 8, 1), (3, 50, 7, 1)):
+            assert program.module()(torch.zeros(shape, dtype=torch.uint8)).shape == (shape[0], 10)
+    with zipfile.ZipFile(pt2 / "model.pt2") as archive:
+        contents = b"".join(archive.read(name) for name in archive.namelist())
+    assert not [path for path in (ROOT, os.path.dirname(torch.__file__)) if os.fsencode(path) in contents]
+
+
+def test_onnx_gelu_is_one_operator_for_onnxruntime(trained, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
+    onnxruntime.InferenceSession(trained.export / "model.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("Gelu") == 7 and "Erf" not in kinds
 
 
 def test_onnx_graph_is_as_promised(trained):

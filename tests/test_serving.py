@@ -1,0 +1,81 @@
+"""The Ray script, on this machine alone: over files, and over HTTP. RAY_PYTHON names a Python that has ray."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+import zipfile
+
+import pytest
+from conftest import ROOT
+from test_bundle import export
+
+PYTHON = os.environ.get("RAY_PYTHON") or (sys.executable if importlib.util.find_spec("ray") else None)
+SCRIPT = ROOT / "deploy" / "serving" / "ray_bundle.py"
+needs_ray = pytest.mark.skipif(
+    PYTHON is None, reason="ray is not installed: pip install 'ray[data,serve]', or RAY_PYTHON"
+)
+
+
+@pytest.fixture(scope="module")
+def edge(small, tmp_path_factory):
+    """An unpacked bundle."""
+    place = tmp_path_factory.mktemp("serving")
+    export(small, place / "small", "--format", "onnx")
+    with zipfile.ZipFile(place / "small" / "small-bundle.zip") as archive:
+        archive.extractall(place)
+    return place / "small-bundle"
+
+
+@needs_ray
+def test_files(edge, samples, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for path in samples:
+        shutil.copy(path, tmp_path / "photos")
+    (tmp_path / "photos" / "broken.png").write_text("not an image")
+    command = [PYTHON, SCRIPT, "files", edge, "photos", "answers", "--replicas", "1"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    lines = [line for file in (tmp_path / "answers").iterdir() for line in file.read_text().splitlines()]
+    answers = {os.path.basename(row["path"]): row for row in map(json.loads, lines)}
+    assert answers.keys() == {"broken.png", *(path.name for path in samples)}
+    assert "not an image" in answers["broken.png"]["error"]
+    command = [sys.executable, "step3_infer.py", "--format", "json", *samples]
+    done = subprocess.run(command, cwd=edge, check=True, capture_output=True, text=True)
+    for row in map(json.loads, done.stdout.splitlines()):
+        answer = answers[os.path.basename(row["path"])]
+        assert answer["label"] == row["label"] and answer["probability"] == pytest.approx(row["probability"], abs=1e-4)
+
+
+@needs_ray
+def test_http(edge, samples):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PYTHON, SCRIPT, "serve", edge, "--replicas", "1", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+        try:
+            assert any("serving on" in line for line in service.stdout)
+            expected = json.loads((edge / "samples" / "expected.jsonl").read_text().splitlines()[0])
+            content = (edge / expected["path"]).read_bytes()
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", data=content, timeout=60) as reply:
+                answer = json.load(reply)
+            assert answer["label"] == expected["label"]
+            assert answer["probability"] == pytest.approx(expected["probability"], abs=1e-4)
+        finally:
+            service.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                service.wait(30)
+            service.kill()
+
+
+@needs_ray
+@pytest.mark.parametrize(("arguments", "words"), [(["serve", "nowhere"], "no model.onnx in nowhere")])
+def test_wrong_use(arguments, words, tmp_path):
+    done = subprocess.run([PYTHON, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {words}" in done.stderr and "Traceback" not in done.stderr
