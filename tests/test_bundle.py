@@ -19,7 +19,6 @@ import step2_export
 import step3_infer
 from deploy import bundle
 
-
 FORMATS = "--format", "onnx", "torchscript", "pt2"
 
 
