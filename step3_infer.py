@@ -372,7 +372,7 @@ def read_spec(text, path):
         ]:
             raise ValueError("image_size makes no sense")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise Problem(f"{path} has a malformed spec: {error!r}") from None
+        raise Problem(f"{path} has a malformed spec: {type(error).__name__} {one_line(error)}") from None
     return spec
 
 

@@ -4,12 +4,6 @@ import pytest
 from benchmarks import fuzz_inference
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A test machine may be busy: what hangs is found all the same."""
-    monkeypatch.setattr(fuzz_inference, "LIMIT", 60)
-
-
 def test_285_broken_images_with_whole_ones_among_them(small, tmp_path):
     faults, refused = fuzz_inference.fuzz_images(small.export / "model.onnx", 285, tmp_path, seed=1, batch=143)
     assert not faults and 100 < refused < 285
@@ -39,3 +33,10 @@ def test_the_fuzz_sees_each_kind_of_fault(result, fault):
     assert any(fault in found for found in fuzz_inference.faults_of(result, ["a.png"], alone))
     whole = 0, '{"path": "a.png", "label": "1", "probability": 0.5}\n', ""
     assert fuzz_inference.faults_of(whole, ["a.png"], alone) == []
+
+
+def test_the_fuzz_sees_a_real_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz_inference, "LIMIT", 1)
+    (tmp_path / "endless.py").write_text("while True: pass\n")
+    monkeypatch.setattr(fuzz_inference, "STEP3", tmp_path / "endless.py")
+    assert fuzz_inference.command()[0] == "hang"
