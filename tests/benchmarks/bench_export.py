@@ -4,7 +4,7 @@
 
 Exports the run in all formats with a bundle, into a temporary directory, and prints two tables: the figures of int8
 and of the self-test, and the largest difference of a probability from the trained network in eager float32, by engine,
-over the whole test split and over enlarged test images and noise. Timings are medians over pairs taken in turn.
+over the whole test split and over enlarged test images and noise. Timings are each one's quickest fifth, taken in turn.
 """
 
 import argparse
