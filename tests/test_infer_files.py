@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, onnx_with
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import step3_infer
 from step3_infer import Problem
@@ -64,6 +64,38 @@ def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypa
     results.close()
     time.sleep(0.2)
     assert len(decoded) < 100  # and nobody goes on when nobody listens
+
+
+def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
+    decoded, decode = [], step3_infer.decode_image
+
+    def slow(path, channels):
+        time.sleep(0.01)
+        decoded.append(path)
+        return decode(path, channels)
+
+    monkeypatch.setattr(step3_infer, "decode_image", slow)
+    model = step3_infer.Model(small.export / "model.onnx", 1)
+    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)]), 2, 60, 1)
+    next(results)
+    results.close()
+    count = len(decoded)
+    time.sleep(0.5)
+    assert len(decoded) <= count + 4
+
+
+@pytest.mark.parametrize(("window", "expected"), [(1 << 20, [7, 3]), (1, [1] * 10), (150, [2, 1, 2, 1, 1, 2, 1])])
+def test_images_of_one_size_run_together_until_the_window_is_full(small, window, expected, monkeypatch):
+    batches = []
+    model = step3_infer.Model(small.export / "model.onnx", 1)
+    run = model._run
+    monkeypatch.setattr(model, "_run", lambda inputs: batches.append(len(inputs)) or run(inputs))
+    monkeypatch.setattr(step3_infer, "WINDOW_BYTES", window)
+    sides = iter([8, 8, 9, 8, 8, 9, 9, 8, 8, 8])
+    monkeypatch.setattr(step3_infer, "decode_image", lambda *_: np.zeros((next(sides), 8, 1), np.uint8))
+    ((*results,),) = step3_infer.predict_files(model, iter([("x", None)] * 10), 1, 16, 1)
+    assert len(results) == 10
+    assert batches == expected
 
 
 def test_large_directories_are_walked_lazily(tmp_path, monkeypatch):
@@ -192,6 +224,19 @@ def test_formats_that_pillow_loads_late_are_known_in_every_thread(execute, small
         os.rename(f"{k:02}.sgi", f"{k:02}.png")
     arguments = ["--model", small.export / "model.onnx", "--threads", 8, "--batch-size", 1, "."]
     assert execute(SCRIPT, *arguments, cwd=here).done().out.count("\n") == 16
+
+
+def test_a_format_that_another_thread_is_just_loading(samples, monkeypatch):
+    opened, initialised = Image.open, []
+
+    def not_yet(source):
+        if not initialised:
+            raise UnidentifiedImageError
+        return opened(source)
+
+    monkeypatch.setattr(Image, "open", not_yet)
+    monkeypatch.setattr(Image, "init", lambda: initialised.append(1))
+    assert step3_infer.decode_image(samples[0], 1).shape == (8, 8, 1)
 
 
 def interrupted(command, here, wait):

@@ -180,6 +180,16 @@ def test_external_data_that_is_missing(call, small, samples, here):
     call(step3_infer.main, "--model", "m.onnx", samples[0]).error(1, "m.onnx", "weights.bin")
 
 
+@pytest.mark.parametrize("text", [b"probabilities", b'{"schema"', b"Gemm"])  # Gemm: in onnxruntime's own message
+def test_texts_in_a_model_that_are_no_utf8(call, small, samples, here, text):
+    content = (small.export / "model.onnx").read_bytes()
+    assert text in content
+    (here / "m.onnx").write_bytes(content.replace(text, b"\x80" + text[1:]))
+    result = call(step3_infer.main, "--model", "m.onnx", samples[0])
+    result.error(1, "m.onnx is not an ONNX file")
+    assert result.out == ""
+
+
 def test_a_model_that_answers_nan(call, small, samples, here):
     graph = onnx.load(small.export / "model.onnx")
     for tensor in graph.graph.initializer:
