@@ -564,14 +564,7 @@ def export(run, out, args, dataset):
             bundle.remove(out)  # of an earlier export
             say("no bundle is made, as not every format passed")
         elif args.bundle:
-            parity = {form: report[form] for form in formats}
-            paths = [os.path.join(place, FORMATS[form][0]) for form in formats]
-            opsets = [args.opset] + [max(args.opset, INT8_OPSET)] * ("onnx-int8" in formats)
-            try:
-                archive = bundle.publish(out, place, paths, parity, **bundle_facts(spec, opsets, dataset, expected))
-            except OSError as error:
-                raise Problem(f"cannot write the bundle in {out}: {error.strerror or error}") from None
-            print(f"{'bundle':12} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
+            ship(place, out, {form: report[form] for form in formats}, args.opset, spec, dataset, expected)
     return failed
 
 
@@ -602,8 +595,8 @@ def show(form, path, figures):
             say(f"warning: {path} is kept although {figures['warning']}")
 
 
-def bundle_facts(spec, opsets, dataset, expected):
-    """What bundle.publish wants to know beside the files: spec with figures of each class, samples with answers."""
+def ship(place, out, parity, opset, spec, dataset, expected):
+    """Make the bundle of the proven files in `place`, its samples from the test split. Raises Problem."""
     if dataset.task == "regression":
         rows = zip(dataset.test_images[:SAMPLES].tolist(), expected[:SAMPLES, 0].tolist(), strict=True)
         samples = [(None, {"values": values, "prediction": prediction}) for values, prediction in rows]
@@ -614,8 +607,14 @@ def bundle_facts(spec, opsets, dataset, expected):
             ranked = sorted(zip(spec["classes"], expected[index].tolist(), strict=True), key=lambda pair: -pair[1])[:3]
             top = [{"label": label, "probability": round(probability, 6)} for label, probability in ranked]
             samples.append((to_png(np.asarray(dataset.test_images[index])), {**top[0], "top": top}))
-    oldest = max((OPSETS[opset][1] for opset in opsets), key=lambda text: [int(part) for part in text.split(".")])
-    return {"script": step3_infer.__file__, "onnxruntime": oldest, "spec": spec, "samples": samples}
+    models = [os.path.join(place, FORMATS[form][0]) for form in parity]
+    newest = max(opset, INT8_OPSET) if "onnx-int8" in parity else opset
+    facts = {"script": step3_infer.__file__, "onnxruntime": OPSETS[newest][1], "spec": spec, "samples": samples}
+    try:
+        archive = bundle.publish(out, place, models, parity, **facts)
+    except OSError as error:
+        raise Problem(f"cannot write the bundle in {out}: {error.strerror or error}") from None
+    print(f"{'bundle':12} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
 
 
 def earlier_report(out, checkpoint_sha256):

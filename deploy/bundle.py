@@ -4,6 +4,7 @@ The run alone decides every byte of both, dates and modes included: made again f
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -123,6 +124,6 @@ def swap_in(new, final, aside):
             os.replace(final, f"{aside}-{attempt}")
         try:
             return os.replace(new, final)
-        except OSError:
-            if not os.path.isdir(final) or attempt == 99:  # another process has put its own there since: once more
+        except OSError as error:  # where another process has put its own there since: once more
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 99:
                 raise
