@@ -716,12 +716,10 @@ def benchmark(path, threads, provider):
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    clock = time.perf_counter
-    started = clock()
+    clock, started = time.perf_counter, time.perf_counter()
     with contextlib.suppress(ImportError):
         __import__("onnxruntime" if path.lower().endswith(".onnx") else "torch")
-    imported = clock()
-    model = Model(path, threads, provider)
+    imported, model = clock(), Model(path, threads, provider)
     loaded, spec, rng = clock(), model.spec, np.random.default_rng(0)
     inputs = rng.standard_normal((64, spec["channels"]), dtype=np.float32)
     if spec["task"] != "regression":
