@@ -1054,7 +1054,7 @@ def train_together(args, given, process, processes, stack):
         dist.barrier()
     if not run:
         derive(args, dataset)
-    if args.batch_size < 2 * processes:
+    if processes > 1 and args.batch_size < 2 * processes:
         raise Problem(f"--batch-size {args.batch_size} is too small to be shared by {processes} processes", 2)
     torch.manual_seed(args.seed)
     device, dtype = choose_device(args)

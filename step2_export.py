@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -39,8 +40,7 @@ from PIL import Image
 import data
 import model
 import step3_infer
-from deploy import bundle, int8
-from deploy.report import per_class
+from deploy import bundle, int8, report
 from step3_infer import Parser, Problem, guarded, say
 
 SCHEMA = 1  # of checkpoints
@@ -284,6 +284,7 @@ def gate_int8(run, file, dataset, expected, how, args):
     for name, probe in probes(run.spec):
         if not np.allclose(predictions(exported, probe).sum(1), 1, atol=1e-3):
             failures.append(f"{name}: the probabilities do not add up to 1")
+    figures["latency_ms"] = latency(exported, dataset.test_images[:1])
     figures["alone"], differ = alone(file, dataset.test_images[:16], got[:16], run.spec, EXACT_TOLERANCE)
     return figures, failures + [f"alone: {failure}" for failure in differ]
 
@@ -395,6 +396,7 @@ def gate(run, file, dataset, expected, tolerance):
         got = predictions(exported, probe)
         figures["probes"][name], differ = compare(reference(run, probe), got, is_exact(probe, spec), tolerance)
         failures += [f"{name}: {failure}" for failure in differ]
+    figures["latency_ms"] = latency(exported, dataset.test_images[:1])
     figures["alone"], differ = alone(file, dataset.test_images[:16], expected[:16], spec, tolerance)
     return figures, failures + [f"alone: {failure}" for failure in differ]
 
@@ -417,6 +419,15 @@ def accuracies(exported, got, expected, dataset):
         "accuracy": float((answers == np.array(dataset.classes)[dataset.test_labels]).mean()),
         "accuracy_trained": float((expected.argmax(1) == dataset.test_labels).mean()),
     }
+
+
+def latency(exported, image, repeats=30):
+    """The median time in milliseconds that a file takes for one ready image, on all threads, on this machine."""
+    ticks = [time.perf_counter()]
+    for _ in range(repeats):
+        exported.predict(image)
+        ticks.append(time.perf_counter())
+    return round(float(np.median(np.diff(ticks))) * 1000, 4)
 
 
 def alone(file, inputs, expected, spec, tolerance):
@@ -601,7 +612,7 @@ def ship(place, out, parity, opset, spec, dataset, expected):
         rows = zip(dataset.test_images[:SAMPLES].tolist(), expected[:SAMPLES, 0].tolist(), strict=True)
         samples = [(None, {"values": values, "prediction": prediction}) for values, prediction in rows]
     else:
-        spec = {**spec, "per_class": per_class(dataset.test_labels, expected.argmax(1), spec["classes"])}
+        spec = {**spec, "per_class": report.per_class(dataset.test_labels, expected.argmax(1), spec["classes"])}
         samples = []
         for index in firsts(dataset, SAMPLES):
             ranked = sorted(zip(spec["classes"], expected[index].tolist(), strict=True), key=lambda pair: -pair[1])[:3]
@@ -662,6 +673,10 @@ def run_export(args):
         if error.filename is None:  # standard output
             raise
         raise Problem(f"cannot write {out}: {error.strerror or error}") from None
+    try:
+        report.write_report(path, os.path.dirname(path) or ".", EXPORTS, out)
+    except OSError as error:
+        say(f"note: {path}/report.html is as it was before the export: {error.strerror or error}")
     return 1 if failed else 0
 
 
