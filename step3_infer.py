@@ -29,6 +29,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import os
 import stat
 import sys
@@ -310,8 +311,6 @@ def load_onnx(path, threads, provider, once):
 
 def load_torch(path, threads, provider, once):
     """The same for a TorchScript (.pt) or a torch.export file (.pt2), run by torch."""
-    import logging
-
     try:
         import torch
     except ImportError:
@@ -825,6 +824,7 @@ def guarded(work, *args, closed_pipe=1):
     closed_pipe: the exit code where standard output is a pipe that nobody reads on from.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # decode_image says what matters
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python prints what Pillow logs
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

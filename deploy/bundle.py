@@ -15,7 +15,7 @@ from deploy.report import model_card
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DIRECTORIES = ("cpp", "web")  # of this folder, copied as they are
-NOT_COPIED = ("__pycache__", "build*", ".*")
+NOT_COPIED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # what lies there on one machine only
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
 TIMINGS = ("speedup", "tried", "latency_ms")  # figures that differ from time to time
 SUMS = "SHA256SUMS"
