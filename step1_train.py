@@ -542,12 +542,12 @@ def train_epoch(training, bar, signals):
     sums = torch.tensor(progress["sums"], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     look_every = 1 if device.type == "cpu" else 50  # looking at a number on a GPU makes it wait
     regression = training.splits["train"].labels.is_floating_point()
+    # For dropout. torch.manual_seed asks for every device there might be, a hundred times the time.
+    generator = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     model.train_mode(deployable.network)
     started = time.perf_counter() - progress["seconds"]
     for images, targets, whole in bar:
-        torch.manual_seed(
-            zlib.crc32(repr((args.seed, progress["epoch"], progress["batches"], training.process)).encode())
-        )
+        generator.manual_seed(data.seed_of(args.seed, progress["epoch"], progress["batches"], training.process))
         if args.grow < 1:
             images = model.resize(images, size)
         with training.autocast():
@@ -638,16 +638,18 @@ def resume_command(run):
 @contextlib.contextmanager
 def locked(run):
     """The run directory, for this process alone. Raises Problem when another one trains there."""
-    handle = os.open(run, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not fcntl:
         yield
-    except BlockingIOError:
-        raise Problem(f"{run} is being trained by another process") from None
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"{run} is being trained by another process") from None
+        yield
     finally:
-        if fcntl:
-            os.close(handle)
+        os.close(handle)
 
 
 def find_run(name):
@@ -678,7 +680,8 @@ def read_checkpoint(run):
         except Problem:
             raise
         except Exception as error:  # torch.load fails in a dozen ways on a truncated file
-            reasons.append(f"{path} is truncated or cannot be resumed from ({str(error).splitlines()[0]})")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons.append(f"{path} is truncated or cannot be resumed from ({reason})")
             continue
         if reasons:
             say(f"note: {reasons[0]}: going on from the one before")
@@ -710,6 +713,10 @@ def resumed_arguments(args, given, arguments, run):
     return theirs
 
 
+class CannotWrite(Problem):
+    """A full disk, or a directory that is gone or read-only: once mended, the run can go on."""
+
+
 def write_whole(path, content, previous=None):
     """Write bytes to a file beside `path`, then swap it in: the file appears whole or not at all. Raises Problem.
 
@@ -732,7 +739,7 @@ def write_whole(path, content, previous=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise Problem(f"cannot write {path}: {error.strerror or error}") from None
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_json(path, values):
@@ -891,9 +898,7 @@ def fit(training):
     """
     args, progress, split = training.args, training.progress, training.splits["train"]
     hidden = args.quiet or training.process > 0
-    watched = (
-        "val" if "val" in training.splits else "test"
-    )  # the split that each epoch is measured on; test never selects
+    watched = "val" if "val" in training.splits else "test"  # what each epoch is measured on; test never selects
     columns = ["epoch", "train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy", "lr", "seconds"]
     result = None
     if not hidden:
@@ -918,8 +923,9 @@ def fit(training):
             finish_epoch(training, row, watched)
             if not hidden and (args.epochs <= 50 or epoch % (args.epochs // 20) == 0 or last):
                 print_row(epoch, measured, seconds)
-            if training.agree(signals.caught)[0] and not last:
-                raise Stopped(signals.caught)
+            (caught,) = training.agree(signals.caught)
+            if caught and not last:
+                raise Stopped(caught)
     return result if watched == "test" else None
 
 
@@ -1082,9 +1088,9 @@ def train_together(args, given, process, processes, stack):
             dist.barrier()  # torchrun ends all as soon as one has ended
         return 128 + stop.number
     except BaseException as error:
-        if process == 0 and not os.path.exists(os.path.join(run, CHECKPOINT)):
+        if process == 0 and not any(os.path.exists(os.path.join(run, name)) for name in (CHECKPOINT, PREVIOUS)):
             shutil.rmtree(run, ignore_errors=True)  # it holds nothing, and its name is free again
-        elif isinstance(error, Problem):
+        elif isinstance(error, CannotWrite):
             raise Problem(f"{error}; the last checkpoint is whole: {resume_command(run)}", error.code) from None
         raise
 

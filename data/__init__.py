@@ -18,7 +18,7 @@ import numpy as np
 
 from data import cache, files
 from data.files import stratified  # noqa: F401  step1 has these from here
-from data.split import AUGMENTATIONS, make_split  # noqa: F401
+from data.split import AUGMENTATIONS, make_split, seed_of  # noqa: F401
 from step3_infer import Parser, Problem, guarded, say  # noqa: F401  step1, which must not need step3, has them from here
 
 HERE = os.path.dirname(os.path.abspath(__file__))

@@ -68,9 +68,13 @@ class Split:
         return pick().to(self.labels.device), self.labels[index.to(self.labels.device)]
 
 
+def seed_of(*numbers):
+    """A seed of its own for every tuple of numbers."""
+    return zlib.crc32(repr(numbers).encode())
+
+
 def seeded(*numbers):
-    """A generator of its own for every tuple of numbers."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(numbers).encode()))
+    return torch.Generator().manual_seed(seed_of(*numbers))
 
 
 def ahead(indices):
