@@ -76,13 +76,13 @@ RECIPES = {
         "label_smoothing": 0.0,
         "grow": 1.0,
     },
-    ("airbench", "mnist"): {"width": 0.25, "batch_size": 500, "lr": 0.12, "label_smoothing": 0.1},
+    ("airbench", "mnist"): {"width": 0.25, "batch_size": 500, "label_smoothing": 0.1},
     ("airbench", "fashion-mnist"): {"width": 0.5},
     ("airbench", "kmnist"): {"width": 0.5},
     ("mlp", "digits"): {"epochs": 50},
     ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
-    ("airbench",): {"optimizer": "muon", "batch_size": 256, "lr": 0.09, "label_smoothing": 0.2, "grow": 0.625},
+    ("airbench",): {"optimizer": "muon", "batch_size": 256, "label_smoothing": 0.2, "grow": 0.625},
     ("mlp",): {"optimizer": "adam", "batch_size": 32},
     ("mynet",): {"optimizer": "muon", "lr": 0.1},
     ("resblock",): {"lr": 0.5, "batch_size": 512},
@@ -317,9 +317,9 @@ class Muon(torch.optim.SGD):
             for p in group["params"] if group["orthogonal"] else ():
                 if p.grad is None:
                     continue
-                past = self.state[p].setdefault("past", torch.zeros_like(p))
+                past = self.state[p].setdefault("past", torch.zeros_like(p.grad))
                 past.mul_(group["memory"]).add_(p.grad)
-                update = p.grad.add(past, alpha=group["memory"])  # Nesterov's
+                update = p.grad.add_(past, alpha=group["memory"])  # Nesterov's
                 p.grad = orthogonalise(update.flatten(1)).view_as(p).to(p.dtype)
                 if p.ndim == 4:
                     p.mul_(len(p) ** 0.5 / p.norm())
@@ -333,7 +333,8 @@ def orthogonalise(matrix, steps=3):
     wide = x if len(x) <= x.shape[1] else x.T
     for _ in range(steps):
         gram = wide @ wide.T
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        wide = torch.addmm(wide, polynomial, wide, beta=3.4445)
     return wide if len(x) <= x.shape[1] else wide.T
 
 
@@ -350,9 +351,8 @@ def make_optimizer(network, args):
         ends = [next(p for p in named.values() if p.ndim > 1), *head]
         inner = [p for p in weights if not any(p is end for end in ends)]
         outer = [p for p in weights if not any(p is p_in for p_in in inner)]
-        # Jordan's rates for CIFAR-10, relative to the filters': 0.67 for the head, 0.053 for biases.
         groups = [{"params": inner, "lr": args.lr, "orthogonal": True}]
-        groups += [{"params": outer, "lr": 2.8 * args.lr}, {"params": vectors, "lr": 0.22 * args.lr}]
+        groups += [{"params": outer, "lr": args.lr}, {"params": vectors, "lr": 4 * args.lr}]
         groups = [{"weight_decay": args.weight_decay * args.lr / group["lr"], **group} for group in groups]
         groups[0]["weight_decay"] = 0.0  # their norm is held
         return Muon([group for group in groups if group["params"]], args.momentum)

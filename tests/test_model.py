@@ -136,3 +136,21 @@ def test_resize_is_pillows(size, target, exact):
     pillow = Image.fromarray(image).resize(target[::-1], Image.Resampling.BILINEAR)
     difference = np.abs(got - np.asarray(pillow).astype(int))
     assert difference.max() <= (0 if exact else 1) and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize(("batch", "size"), [(8, 4), (6, 9), (7, 3), (1, 2), (4, 12)])
+def test_gradients_beside_each_other_are_those_of_torch(batch, size):
+    torch.manual_seed(0)
+    ours = model.Conv3x3(16, 24)
+    plain = torch.nn.Conv2d(16, 24, 3, padding=1, bias=False)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(batch, 16, size, size, requires_grad=True)
+    results = []
+    for conv in (ours, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+        x.grad = None
+        (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([y, x.grad, conv.weight.grad])
+    for mine, torchs in zip(*results, strict=True):
+        assert (mine - torchs).norm() < 0.01 * torchs.norm()

@@ -76,7 +76,7 @@ def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
 
 
 def arguments(optimizer, schedule, **more):
-    lr = 0.1 if optimizer == "sgd" else 0.01
+    lr = 0.1 if optimizer in ("sgd", "muon") else 0.01  # of muon, which gives the two layers here to sgd, as well
     return SimpleNamespace(optimizer=optimizer, schedule=schedule, lr=lr, momentum=0.9, weight_decay=0.1, **more)
 
 
