@@ -84,7 +84,7 @@ RECIPES = {
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
     ("airbench",): {"optimizer": "muon", "batch_size": 256, "label_smoothing": 0.2, "grow": 0.625},
     ("mlp",): {"optimizer": "adam", "batch_size": 32},
-    ("mynet",): {"optimizer": "muon", "lr": 0.1},
+    ("mynet",): {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
     ("resblock",): {"lr": 0.5, "batch_size": 512},
     ("linear",): {"epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
     ("torchvision",): {"batch_size": 64},

@@ -148,11 +148,12 @@ def test_image_size_never_shrinks_and_never_passes_the_full_one():
 def test_muon_holds_filters_and_brings_singular_values_near_one():
     torch.manual_seed(0)
     network = model.build("airbench", channels=1, classes=3, image_size=(28, 28), width=0.1)
-    optimizer = step1_train.make_optimizer(network, arguments("muon", "constant"))
+    args = arguments("muon", "constant")
+    optimizer = step1_train.make_optimizer(network, args)
     filters = network.groups[0][4].weight
     network(torch.randn(4, 1, 28, 28)).sum().backward()
     before = filters.detach() * (len(filters) ** 0.5 / filters.detach().norm())
     optimizer.step()
-    step = (filters.detach() - before).flatten(1) / 0.01
+    step = (filters.detach() - before).flatten(1) / args.lr
     values = torch.linalg.svdvals(step.float())
     assert 0.3 < values.median() < 1.3 and values.max() < 1.5

@@ -177,7 +177,9 @@ def bench_cifar(directory, place, short, seeds):
     print(
         f"default network: peak {runs[0]['peak'] / 1e9:.2f} GB, / (uint8 set + 1.2 GB) {runs[0]['peak'] / allowed:.2f}"
     )
-    small = ours(place, dataset, *folder, "--model", "mynet", "--epochs", 1 if short else 3)
+    small = ours(
+        place, dataset, *folder, "--model", "mynet", "--augment", "flip", "--dropout", 0, "--epochs", 1 if short else 3
+    )
     rows = small["rows"]
     elapsed = list(itertools.accumulate(float(row["seconds"]) for row in rows))
     there = [t for t, row in zip(elapsed, rows, strict=True) if float(row["test_accuracy"]) >= reached]
