@@ -590,7 +590,7 @@ def look(training, signals, sums, started):
 
 
 @torch.inference_mode()
-def evaluate(training, split, deployable=None, most=500):
+def evaluate(training, split, deployable=None, most=125):
     """The network in eval mode over a whole split. -> (mean loss without smoothing, accuracy, outputs).
 
     accuracy is None for regression; outputs are numpy's: probabilities [N, classes], or predictions [N, 1]. Each
@@ -911,6 +911,7 @@ def fit(training):
             done, started = progress["batches"], time.perf_counter() - progress["seconds"]
             progress["lr"] = progress["lr"] if done else training.optimizer.param_groups[0]["lr"]
             who = training.process, training.processes
+            give_back_memory()
             batches = split.shuffled(args.batch_size, args.augment, epoch, args.seed, done, *who)
             title, disable = f"epoch {epoch}/{args.epochs}", True if hidden else None
             bar = tqdm(batches, title, training.steps, initial=done, leave=False, disable=disable)
@@ -986,6 +987,7 @@ def show(training, deployable, accuracy, outputs):
     """Draw the finished run's pictures and write its report.html; outputs: `evaluate`'s, of the test split."""
     args, dataset, more = training.args, training.dataset, {}
     spec = make_spec(args, dataset, deployable, accuracy)
+    give_back_memory()
     if dataset.task == "classification":
         images, labels, _ = next(training.splits["train"].shuffled(25, args.augment, 1, args.seed))
         more = {"images": dataset.test_images, "augmented": images.cpu().numpy()}
@@ -1146,6 +1148,12 @@ def keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def give_back_memory():
+    """Give the kernel what `keep_freed_memory` kept, holes that fit nothing among it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def main(argv=None):
