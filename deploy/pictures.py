@@ -256,8 +256,8 @@ def mistakes(about, images, labels, probabilities, names):
         ]
         for i in chosen
     ]
-    which = f"The {len(chosen)} surest" if len(chosen) < len(wrong) else "All"
-    title = f"{which} of {len(wrong):,} wrong answers among {len(labels):,}"
+    which = f"The {len(chosen)} surest of {len(wrong):,}" if len(chosen) < len(wrong) else f"{len(wrong):,}"
+    title = f"{which} wrong answer{'s' * (len(wrong) > 1)} among {len(labels):,}"
     return grid(title, about, [images[int(i)] for i in chosen], captions)
 
 
