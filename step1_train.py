@@ -74,15 +74,21 @@ RECIPES = {
         "width": 0.25,
         "lr": 0.08,
         "label_smoothing": 0.0,
-        "grow": 1.0,
+        "skip_easy": 0.0,
     },
-    ("airbench", "mnist"): {"width": 0.25, "batch_size": 500, "label_smoothing": 0.1},
+    ("airbench", "mnist"): {
+        "width": 0.25,
+        "batch_size": 500,
+        "label_smoothing": 0.1,
+        "grow": 0.625,
+        "skip_easy": 0.65,
+    },
     ("airbench", "fashion-mnist"): {"width": 0.5},
     ("airbench", "kmnist"): {"width": 0.5},
     ("mlp", "digits"): {"epochs": 50},
     ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
-    ("airbench",): {"optimizer": "muon", "batch_size": 256, "label_smoothing": 0.2, "grow": 0.625},
+    ("airbench",): {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2, "skip_easy": 0.5},
     ("mlp",): {"optimizer": "adam", "batch_size": 32},
     ("mynet",): {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
     ("resblock",): {"lr": 0.5, "batch_size": 512},
@@ -93,7 +99,7 @@ RECIPES = {
     "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
     "adamw": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine"},
     "muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"},  # after airbench94_muon
-    (): {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0, "grow": 1.0},
+    (): {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0, "grow": 1.0, "skip_easy": 0.0},
 }
 
 
@@ -193,6 +199,12 @@ def build_parser():
     add("--schedule", choices=SCHEDULES, metavar="NAME", help=f"of the learning rate: {', '.join(SCHEDULES)}")
     add(
         "--grow", type=number(float, 0.1, 1), metavar="X", help="start at this part of the image size, end at all of it"
+    )
+    add(
+        "--skip-easy",
+        type=number(float, 0, 0.9),
+        metavar="X",
+        help="leave out this part of the images, easy ones, in every epoch but the first and the last",
     )
     add("--label-smoothing", type=number(float, 0, 0.99), metavar="X", help="in the training loss")
     add = parser.add_argument_group("machine and run").add_argument
@@ -383,13 +395,13 @@ def make_schedule(optimizer, args, steps):
 
 
 def criterion(outputs, targets, label_smoothing=0.0, class_weights=None):
-    """The sum over the batch of the cross entropy of logits [batch, classes] and int64 labels.
+    """The cross entropy [batch] of logits [batch, classes] and int64 labels [batch].
 
-    Where targets are floats [batch, n]: of the squared error, averaged over n.
+    Where targets are floats [batch, n]: the squared error, averaged over n.
     """
     if targets.is_floating_point():
-        return F.mse_loss(outputs.float(), targets, reduction="sum") / targets.shape[1]
-    options = {"weight": class_weights, "label_smoothing": label_smoothing, "reduction": "sum"}
+        return F.mse_loss(outputs.float(), targets, reduction="none").mean(1)
+    options = {"weight": class_weights, "label_smoothing": label_smoothing, "reduction": "none"}
     return F.cross_entropy(outputs.float(), targets, **options)
 
 
@@ -409,8 +421,9 @@ class Training:
     """A run under way: what works on it, and how far it has come.
 
     progress: the `epoch` under way (from 1), its `batches` done, the `sums` over them (loss, right answers, images),
-    the `lr` it began with, `seconds` spent in it, `elapsed` before it, the metrics' `rows`, and with a validation split
-    the `best` epoch, its score and state. Random numbers need no saving: each step seeds its own.
+    the `lr` it began with, `seconds` spent in it, `elapsed` before it, the metrics' `rows`, for --skip-easy the images'
+    `losses` before it and `new_losses` in it, and with a validation split the `best` epoch, its score and state. Random
+    numbers need no saving: each step seeds its own.
     """
 
     args: argparse.Namespace
@@ -424,24 +437,45 @@ class Training:
     progress: dict = field(
         default_factory=lambda: {
             **{"epoch": 1, "batches": 0, "sums": [0.0, 0.0, 0.0], "lr": None, "seconds": 0.0, "elapsed": 0.0},
-            **{"rows": [], "best": None},
+            **{"rows": [], "best": None, "losses": None, "new_losses": None},
         }
     )
 
     def __post_init__(self):
         self.device = self.splits["train"].labels.device
-        self.steps = self.splits["train"].count_batches(self.args.batch_size, self.processes)  # in an epoch
         self.network = self.deployable.network
         if self.args.sync_batchnorm:
             self.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.optimizer = make_optimizer(self.network, self.args)
-        self.schedule = make_schedule(self.optimizer, self.args, self.args.epochs * self.steps)
+        self.schedule = make_schedule(self.optimizer, self.args, self.steps_before(self.args.epochs + 1))
         if self.processes > 1 and any(p.requires_grad for p in self.network.parameters()):
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
         weights = balanced_weights(self.splits["train"], len(self.dataset.classes)) if self.args.class_weights else None
         self.class_weights = weights if weights is None else weights.to(self.device)
         self.saved = time.monotonic()
+
+    def skip_in(self, epoch):
+        """The part of the images left out: none in the first epoch, which finds the easy ones, nor in the last."""
+        return self.args.skip_easy if 1 < epoch < self.args.epochs else 0.0
+
+    def steps_in(self, epoch):
+        return self.splits["train"].count_batches(self.args.batch_size, self.processes, self.skip_in(epoch))
+
+    def steps_before(self, epoch):
+        return sum(map(self.steps_in, range(1, epoch)))
+
+    def steps_done(self):
+        """The optimizer's steps so far, as many as a course of args.epochs has at this point."""
+        epoch, batches = self.progress["epoch"], self.progress["batches"]
+        return self.steps_before(epoch) + min(batches, self.steps_in(epoch))
+
+    def images_of(self, epoch):
+        """-> (the split to train on in this epoch, float32 [N]: how many images each row stands for)."""
+        split, skip = self.splits["train"], self.skip_in(epoch)
+        if not skip:
+            return split, torch.ones(len(split.labels))
+        return split.without_easy(self.progress["losses"], skip, epoch, self.args.seed)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
@@ -470,12 +504,13 @@ class Training:
                 f"the training split is not the one that {self.run} began with "
                 f"({state['data'][0]:,} images then, {len(labels):,} now): start a new run"
             )
-        self.progress = {key: state[key] for key in self.progress}
+        self.progress = {key: state.get(key, value) for key, value in self.progress.items()}
         if self.process:
             self.progress["sums"] = [0.0, 0.0, 0.0]  # process 0 holds everybody's
+            self.progress["new_losses"] = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for _ in range((self.progress["epoch"] - 1) * self.steps + self.progress["batches"]):
+            for _ in range(self.steps_done()):
                 self.schedule.step()  # the same additions and products as when it was trained
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -503,9 +538,9 @@ class Training:
 
     def is_due(self):
         """Is it time for a checkpoint within the epoch?"""
-        every, step = self.args.checkpoint_every, (self.progress["epoch"] - 1) * self.steps + self.progress["batches"]
+        every = self.args.checkpoint_every
         if isinstance(every, int):
-            return step % every == 0
+            return self.steps_done() % every == 0
         return bool(every) and time.monotonic() - self.saved >= 60 * float(every[:-1])
 
 
@@ -533,46 +568,55 @@ class Signals:
             signal.signal(number, handler)
 
 
-def train_epoch(training, bar, signals):
-    """The rest of one pass over the training split. -> (mean loss, accuracy or None), as measured while training.
+def train_epoch(training, bar, signals, counts):
+    """The rest of one epoch. -> (mean loss, accuracy or None), as measured while training.
+
+    counts: float32 [N], how many images each row of the training split stands for in these figures. In the gradient it
+    weighs the root of that: all of it makes much noise, and none lets a few wrong labels rule.
 
     Raises Stopped after a signal, the checkpoint written, and Problem when the loss is no longer finite.
     """
     args, deployable, progress, optimizer = training.args, training.deployable, training.progress, training.optimizer
-    network, device = training.network, training.device
+    network, device, class_weights = training.network, training.device, training.class_weights
     size = size_at(progress["epoch"], args.epochs, args.image_size, args.grow)
-    weights = training.class_weights
     sums = torch.tensor(progress["sums"], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     look_every = 1 if device.type == "cpu" else 50  # looking at a number on a GPU makes it wait
-    regression = training.splits["train"].labels.is_floating_point()
+    labels, share = training.splits["train"].labels, slice(training.process, None, training.processes)
+    regression, counts = labels.is_floating_point(), counts.to(device)
+    weights = counts.sqrt()
+    masses = weights if class_weights is None else weights * class_weights[labels]
+    if progress["new_losses"] is None:
+        progress["new_losses"] = torch.zeros(len(labels))
+    new_losses = progress["new_losses"].to(device)
     # For dropout. torch.manual_seed asks for every device there might be, a hundred times the time.
     generator = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     model.train_mode(deployable.network)
     started = time.perf_counter() - progress["seconds"]
-    for images, targets, whole in bar:
+    for images, targets, batch in bar:
         generator.manual_seed(data.seed_of(args.seed, progress["epoch"], progress["batches"], training.process))
         if args.grow < 1:
             images = model.resize(images, size)
         with training.autocast():
             outputs = network(deployable.normalise(images))
-        loss = criterion(outputs, targets, args.label_smoothing, weights)
-        # The mean is over the whole batch; DistributedDataParallel averages the gradients of the processes' shares.
-        count = len(whole) if weights is None else weights[whole].sum()
+        losses, mine = criterion(outputs, targets, args.label_smoothing, class_weights), batch[share]
         optimizer.zero_grad(set_to_none=True)
-        (loss * (training.processes / count)).backward()
+        # The mean is over the whole batch; DistributedDataParallel averages the gradients of the processes' shares.
+        ((losses * weights[mine]).sum() * (training.processes / masses[batch].sum())).backward()
         optimizer.step()
-        right = 0 if regression else (outputs.detach().argmax(1) == targets).sum()
-        sums += torch.stack([torch.as_tensor(x, device=device) for x in (loss.detach(), right, len(targets))])
+        new_losses[mine] = losses = losses.detach()
+        right = torch.zeros_like(losses) if regression else outputs.detach().argmax(1) == targets
+        sums += torch.stack([(counts[mine] * x).sum() for x in (losses, right, torch.ones_like(losses))])
         progress["batches"] += 1
-        if progress["batches"] % look_every == 0 or progress["batches"] == training.steps:
-            look(training, signals, sums, started)
+        if progress["batches"] % look_every == 0 or progress["batches"] == bar.total:
+            look(training, signals, sums, new_losses, started)
         training.schedule.step()
+    progress["new_losses"] = training.over_all(new_losses).cpu()
     loss, right, seen = training.over_all(sums).tolist()
     progress["seconds"] = time.perf_counter() - started
     return loss / seen, None if regression else right / seen
 
 
-def look(training, signals, sums, started):
+def look(training, signals, sums, new_losses, started):
     """Between two steps: is the loss finite, did a signal come, is a checkpoint due?"""
     progress, rate = training.progress, training.optimizer.param_groups[0]["lr"]
     if not sums[0].isfinite():
@@ -583,6 +627,7 @@ def look(training, signals, sums, started):
     caught, due = training.agree(signals.caught, training.is_due())
     if caught or due:
         progress["sums"] = training.over_all(sums.clone()).tolist()
+        progress["new_losses"] = training.over_all(new_losses.clone()).cpu()
         progress["seconds"] = time.perf_counter() - started
         training.save()
     if caught:
@@ -603,7 +648,7 @@ def evaluate(training, split, deployable=None, most=125):
     pixels = split.images[0, ..., 0].numel()
     for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most), share):
         output = network(deployable.normalise(images)).float()
-        loss += criterion(output, targets).item()
+        loss += criterion(output, targets).sum().item()
         parts.append(output if targets.is_floating_point() else output.softmax(1))
     if parts:
         outputs[share] = torch.cat(parts)
@@ -806,7 +851,9 @@ def describe(args, dataset, deployable, splits, run, dtype, processes):
     *size, channels = dataset.train_images.shape[1:]
     kind = f"{size[0]}x{size[1]} {'grey' if channels == 1 else 'colour'}" if size else f"{channels} features"
     kind = f"{len(dataset.classes)} classes, {kind}" if size else kind
-    grow = f", growing from {args.grow:.0%} of the size" if args.grow < 1 else ""
+    savings = [f"growing from {args.grow:.0%} of the size"] if args.grow < 1 else []
+    savings += [f"leaving out {args.skip_easy:.0%} of the images, easy ones"] if args.skip_easy else []
+    savings = ",\n          " + ", ".join(savings) if savings else ""
     given = f", input {args.image_size[0]}x{args.image_size[1]}" if size else ""
     each = f"{processes} processes of " if processes > 1 else ""
     print(
@@ -814,7 +861,7 @@ def describe(args, dataset, deployable, splits, run, dtype, processes):
         f"network   {args.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
         f"training  {args.epochs} epochs of batch {args.batch_size}, {args.optimizer} lr {args.lr:g} "
         f"{args.schedule}, weight decay {args.weight_decay:g},\n"
-        f"          label smoothing {args.label_smoothing:g}, augment {' '.join(args.augment) or 'none'}{grow}\n"
+        f"          label smoothing {args.label_smoothing:g}, augment {' '.join(args.augment) or 'none'}{savings}\n"
         f"machine   {splits['train'].labels.device.type}, {each}{torch.get_num_threads()} threads, "
         f"{'bf16' if dtype else 'fp32'}, "
         f"seed {args.seed}\n"
@@ -899,7 +946,7 @@ def fit(training):
 
     None with a validation split, as the test split was not looked at yet. Raises Problem and Stopped.
     """
-    args, progress, split = training.args, training.progress, training.splits["train"]
+    args, progress = training.args, training.progress
     hidden = args.quiet or training.process > 0
     watched = "val" if "val" in training.splits else "test"  # what each epoch is measured on; test never selects
     columns = ["epoch", "train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy", "lr", "seconds"]
@@ -911,11 +958,12 @@ def fit(training):
             done, started = progress["batches"], time.perf_counter() - progress["seconds"]
             progress["lr"] = progress["lr"] if done else training.optimizer.param_groups[0]["lr"]
             who = training.process, training.processes
+            split, counts = training.images_of(epoch)
             give_back_memory()
             batches = split.shuffled(args.batch_size, args.augment, epoch, args.seed, done, *who)
             title, disable = f"epoch {epoch}/{args.epochs}", True if hidden else None
-            bar = tqdm(batches, title, training.steps, initial=done, leave=False, disable=disable)
-            measured = train_epoch(training, bar, signals)
+            bar = tqdm(batches, title, training.steps_in(epoch), initial=done, leave=False, disable=disable)
+            measured = train_epoch(training, bar, signals, counts)
             last = epoch == args.epochs  # the result is measured in fp32
             with contextlib.nullcontext() if last else training.autocast():
                 result = evaluate(training, training.splits[watched])
@@ -941,8 +989,12 @@ def finish_epoch(training, row, watched):
         state = copy.deepcopy(training.deployable.network.state_dict())
         progress["best"] = {"score": score, "epoch": row["epoch"], "state_dict": state}
     progress["rows"].append(row)
+    if training.args.skip_easy:
+        new, old = progress["new_losses"], progress["losses"]
+        progress["losses"] = torch.where(new > 0, new, torch.full_like(new, math.inf) if old is None else old)
     elapsed = progress["elapsed"] + row["seconds"]
     progress.update(epoch=row["epoch"] + 1, batches=0, sums=[0.0, 0.0, 0.0], seconds=0.0, elapsed=elapsed)
+    progress["new_losses"] = None
     training.save(row.get("test_accuracy"))
 
 

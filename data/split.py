@@ -31,18 +31,35 @@ class Split:
         """The split of the members that bool [n] chooses."""
         return Split(self.images, self.labels, self.members[torch.as_tensor(chosen)], self.source)
 
+    def without_easy(self, losses, skip, epoch, seed):
+        """-> (this split without the part `skip` of it, float32 [N]: how many images each row stands for).
+
+        losses: float32 [N], each row's when it was last trained on. Half of what is left has the greatest losses; the
+        other half is drawn from all the rest and stands for it (after InfoBatch, Qin et al. 2024).
+        """
+        hard = half_left(len(self), skip)
+        order = losses[self.members].argsort(descending=True, stable=True)
+        drawn = order[hard:][torch.randperm(len(self) - hard, generator=seeded(seed, epoch, "easy"))[:hard]]
+        kept = torch.zeros(len(self), dtype=torch.bool)
+        kept[order[:hard]] = kept[drawn] = True
+        counts = torch.ones(len(self.images))
+        counts[self.members[drawn]] = (len(self) - hard) / max(len(drawn), 1)
+        return self.part(kept), counts
+
     def in_order(self, batch_size, share=slice(None)):
         """Yield (images, labels) of the members of one process's share, each once, as they are."""
         for index, following in ahead(self.members[share].split(batch_size)):
-            yield self._pick(index, following, lambda index=index: self.images[index])
+            images, index = self._pick(index, following, lambda index=index: self.images[index])
+            yield images, self.labels[index]
 
-    def count_batches(self, batch_size, processes=1):
-        """How many batches `shuffled` yields."""
-        whole, rest = divmod(len(self), batch_size)
+    def count_batches(self, batch_size, processes=1, skip=0.0):
+        """How many batches `shuffled` yields; skip: as if `without_easy`."""
+        count = min(2 * half_left(len(self), skip), len(self)) if skip else len(self)
+        whole, rest = divmod(count, batch_size)
         return whole + (rest >= 2 * processes or whole == 0)  # batch norm cannot train on a single image
 
     def shuffled(self, batch_size, augment, epoch, seed, done=0, process=0, processes=1):
-        """Yield (images, labels, labels of the whole batch) in random order, augmented; see `gather`.
+        """Yield (images, labels, rows of the whole batch) in random order, augmented; see `gather`.
 
         batch_size: over all processes; this one's share is every `processes`-th of it. The first `done` batches are
         left out. Order and augmentation follow from seed, epoch and position alone, whoever computes what, so that a
@@ -58,14 +75,19 @@ class Split:
             def pick(index=index, generator=generator):
                 return gather(self.images, index, augment, flips, generator, share)
 
-            images, labels = self._pick(index, following[share], pick)
-            yield images, labels[share], labels
+            images, index = self._pick(index, following[share], pick)
+            yield images, self.labels[index[share]], index
 
     def _pick(self, index, following, pick):
-        """The images that `pick` gathers, on the device, and the labels of `index`; asks early for `following`."""
+        """The images that `pick` gathers and `index`, both on the device; asks early for `following`."""
         if isinstance(self.source, np.memmap) and self.images.data_ptr() == self.source.ctypes.data:
             prefetch(self.source, following)
-        return pick().to(self.labels.device), self.labels[index.to(self.labels.device)]
+        return pick().to(self.labels.device), index.to(self.labels.device)
+
+
+def half_left(count, skip):
+    """Half of what is left of so many images without the part `skip`: at least one."""
+    return max(1, round((1 - skip) * count) // 2)
 
 
 def seed_of(*numbers):

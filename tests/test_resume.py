@@ -96,6 +96,37 @@ def test_muon_and_growing_images_resume_exactly(call, here, monkeypatch):
     assert_same(here / "runs" / "a", here / "runs" / "b")
 
 
+def test_skipping_easy_images_resumes_exactly_within_an_epoch_and_between_two(call, here, monkeypatch):
+    arguments = [*RUN, "--skip-easy", 0.5, "--checkpoint-every", 5]  # 15, 7, 7, 15 steps
+    call(step1_train.main, *arguments, "--name", "a").done()
+    for batch in (19, 22, 26):
+        with monkeypatch.context() as patch:
+            stop_at(patch, 1, batch)
+            assert call(step1_train.main, *arguments, "--name", f"b{batch}").code == 130
+        call(step1_train.main, "--resume", f"b{batch}").done()
+        assert_same(here / "runs" / "a", here / "runs" / f"b{batch}")
+
+
+def test_a_last_epoch_that_becomes_a_middle_one_skips_and_ends(call, here, monkeypatch):
+    arguments = [*RUN, "--skip-easy", 0.5, "--schedule", "onecycle", "--name", "a"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, 15 + 7 + 7 + 14)
+        assert call(step1_train.main, *arguments).code == 130
+    call(step1_train.main, "--resume", "a", "--epochs", 6).done()
+    assert [row["epoch"] for row in result(here / "runs" / "a")[1]] == list("123456")
+
+
+def test_a_checkpoint_from_before_there_was_skipping_resumes(call, here, undisturbed, monkeypatch):
+    run = stopped_run(call, here, monkeypatch)
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    for holder, names in ((checkpoint["arguments"], ["skip_easy"]), (checkpoint["training"], ["losses", "new_losses"])):
+        for name in names:
+            del holder[name]
+    torch.save(checkpoint, run / "checkpoint.pt")
+    call(step1_train.main, "--resume", "a").done()
+    assert_same(run, undisturbed / "a")
+
+
 def test_signals_stop_a_real_process_with_its_exit_code(here):
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         command = [sys.executable, str(ROOT / "step1_train.py"), *RUN, "--epochs", "50", "--name", f"n{number}"]

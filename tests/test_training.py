@@ -1,5 +1,6 @@
 """The small functions of step 1: augmentation, optimizers, schedules."""
 
+import csv
 import itertools
 from types import SimpleNamespace
 
@@ -73,6 +74,41 @@ def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
     indices, flipped = torch.cat(indices)[:two].view(2, 1437), torch.cat(flipped)[:two].view(2, 1437)
     first, second = (flips[index.argsort()] for flips, index in zip(flipped, indices, strict=True))
     assert torch.equal(first, ~second) and 600 < first.sum() < 840
+
+
+def test_without_easy_keeps_the_hardest_and_stands_for_all_the_others(images):
+    members = torch.arange(5, 35)
+    whole = split.Split(images, torch.zeros(40, dtype=torch.int64), members, images.numpy())
+    losses = torch.rand(40, generator=torch.Generator().manual_seed(1))
+    hardest = set(members[losses[members].argsort(descending=True)[:6]].tolist())
+    drawn, draws = torch.zeros(40), 400
+    for k in range(draws):
+        part, weights = whole.without_easy(losses, 0.6, k, 0)
+        kept = set(part.members.tolist())
+        assert len(part) == 12 and hardest < kept < set(members.tolist())
+        assert weights[part.members].sum() == len(whole) and all(weights[list(hardest)] == 1)
+        assert part.count_batches(5) == whole.count_batches(5, skip=0.6) == 3
+        drawn[part.members] += weights[part.members]
+    assert (drawn[members] / draws - 1).abs().max() < 0.5  # each counts as one image on the average
+
+
+@pytest.mark.parametrize(("count", "skip"), [(1, 0.9), (2, 0.5), (3, 0.1), (7, 0.9)])
+def test_without_easy_leaves_something_of_tiny_splits(images, count, skip):
+    whole = split.Split(images, torch.zeros(40, dtype=torch.int64), torch.arange(count), images.numpy())
+    part, weights = whole.without_easy(torch.rand(40), skip, 2, 0)
+    assert 1 <= len(part) <= count and weights[part.members].sum() == pytest.approx(count, rel=0.5)
+    assert part.count_batches(2) == whole.count_batches(2, skip=skip)
+
+
+def test_training_figures_are_of_all_images_although_the_easy_ones_are_skipped(call, here):
+    still = "--model mlp --epochs 3 --schedule constant --lr 1e-9 --augment none --device cpu".split()
+    shown = call(step1_train.main, *still, "--skip-easy", 0.6, "--name", "some").done().out
+    assert "leaving out 60% of the images, easy ones" in shown
+    call(step1_train.main, *still, "--name", "all").done()
+    with open(here / "runs" / "some" / "metrics.csv") as some, open(here / "runs" / "all" / "metrics.csv") as every:
+        losses, of_all = ([float(row["train_loss"]) for row in csv.DictReader(file)] for file in (some, every))
+    assert losses[::2] == pytest.approx(of_all[::2], abs=1e-5)  # the network stands still
+    assert 1e-5 < abs(losses[1] - of_all[1]) < 0.02  # unweighted, the harder half would make it 0.1
 
 
 def arguments(optimizer, schedule, **more):
