@@ -269,6 +269,11 @@ def derive_from_images(args, dataset, given):
         args.augment = ["flip", "translate"] if channels == 3 else ["translate"]
     if args.grow < 1 and not model.takes_any_size(args.model):
         raise Problem(f"--grow changes the image size while training, which {args.model} cannot take", 2)
+    smallest = min(size_at(1, args.epochs, args.image_size, args.grow))
+    if args.grow < 1 and args.model == "airbench" and smallest < 12:  # three poolings
+        raise Problem(
+            f"--grow {args.grow:g} starts at {smallest} pixels, and airbench needs 12: give a larger --grow", 2
+        )
     own = args.dataset in ("folder", "csv")
     if own and not given["epochs"]:
         args.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes

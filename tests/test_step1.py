@@ -214,3 +214,8 @@ def test_without_matplotlib_the_run_is_complete_and_says_so(call, here, monkeypa
 
 def test_quiet_prints_the_result_alone(call, here):
     assert re.fullmatch(r"runs/digits-mlp: test accuracy .*\n", call(step1_train.main, *TINY, "--quiet").done().out)
+
+
+def test_growing_from_too_small_a_size_is_refused(call, here):
+    call(step1_train.main, "--grow", 0.3, "--epochs", 2).error(2, "--grow 0.3 starts at 8 pixels", "airbench needs 12")
+    call(step1_train.main, "--grow", 0.4, "--epochs", 2, "--quiet").done()
