@@ -60,7 +60,12 @@ class MyNet(nn.Module):
         blocks = []
         for n_in, n_out in ((channels, 6), (6, 12), (12, 24)):
             # The tutorial has ReLU before the pooling: the same numbers from four times the work.
-            blocks += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.MaxPool2d(2), nn.ReLU()]
+            blocks += [
+                nn.Conv2d(n_in, n_out, 3, padding=1),
+                nn.BatchNorm2d(n_out),
+                nn.MaxPool2d(2),
+                nn.ReLU(),
+            ]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(
             nn.Flatten(),
@@ -221,8 +226,14 @@ class Airbench(nn.Module):
         """
         total = count = products = 0
         for part in x.split(100):  # all at once took more memory than training does
-            patches = F.unfold(part, 2).transpose(1, 2).flatten(0, 1).double()  # [n * positions, 4 * channels]
-            total, count, products = total + patches.sum(0), count + len(patches), products + patches.T @ patches
+            patches = (
+                F.unfold(part, 2).transpose(1, 2).flatten(0, 1).double()
+            )  # [n * positions, 4 * channels]
+            total, count, products = (
+                total + patches.sum(0),
+                count + len(patches),
+                products + patches.T @ patches,
+            )
         mean = total / count
         covariance = products / count - mean.outer(mean)
         values, vectors = torch.linalg.eigh(covariance)
@@ -276,7 +287,9 @@ def build(name, *, channels, classes, image_size, **options):
     known = options_of(name)
     unknown = [f"--{option}" for option in options if option not in known]
     if unknown:
-        raise ValueError(f"{name} has no option {', '.join(unknown)} (--list-models says what each network takes)")
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)} (--list-models says what each network takes)"
+        )
     height, width = image_size
     way_out = "give a larger --image-size (images are resized to it) or another --model"
     if name not in MODELS:
@@ -301,7 +314,14 @@ def build_torchvision(name, channels, classes, height, width):
     network = models.get_model(name, weights=None, num_classes=classes, **extra)
     if channels != 3:
         path, conv = next((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d))
-        settings = (conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        settings = (
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
         network.set_submodule(path, nn.Conv2d(channels, *settings, bias=conv.bias is not None))
     with torch.no_grad():
         network.eval()(torch.zeros(1, channels, height, width))
@@ -337,7 +357,9 @@ def read_state(path):
         state = load_plain(path)
     except FileNotFoundError:
         raise ValueError("no such file") from None
-    except Exception as error:  # torch.load fails in many ways on a foreign file, a pickle with code among them
+    except (
+        Exception
+    ) as error:  # torch.load fails in many ways on a foreign file, a pickle with code among them
         reason = str(error).split("\n")[0]
         raise ValueError(f"cannot be loaded as plain weights ({reason})") from None
     inner = state.get("state_dict", state) if isinstance(state, dict) else None
@@ -368,7 +390,9 @@ def pretrained(name, source, channels):
             mean, std = spec["mean"], spec["std"]
         return state.get("state_dict", state), mean, std
     if weights is None:
-        raise ValueError(f"there are no default weights for {name}; --pretrained FILE takes a local state_dict")
+        raise ValueError(
+            f"there are no default weights for {name}; --pretrained FILE takes a local state_dict"
+        )
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return weights.get_state_dict(progress=True, check_hash=True), mean, std
@@ -394,7 +418,9 @@ def load_pretrained(network, state):
     Raises ValueError naming the first key that does not fit, the sign of another architecture.
     """
     own, head = network.state_dict(), set(head_keys(network))
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(("aux", "AuxLogits"))}
+    state = {
+        key: value for key, value in state.items() if key in own or not key.startswith(("aux", "AuxLogits"))
+    }
     first = next((key for key, value in own.items() if value.ndim == 4), None)
     if first in state and state[first].ndim == 4 and state[first].shape[1] != own[first].shape[1]:
         n_from, n_to = state[first].shape[1], own[first].shape[1]
@@ -402,7 +428,9 @@ def load_pretrained(network, state):
     wrong = [key for key in own.keys() ^ state.keys() if key not in head]
     wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
     if wrong:
-        raise ValueError(f"does not fit this architecture, {len(wrong)} entries differ, {min(wrong)!r} for one")
+        raise ValueError(
+            f"does not fit this architecture, {len(wrong)} entries differ, {min(wrong)!r} for one"
+        )
     fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
     if head - fitting.keys():
         fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none

@@ -60,9 +60,19 @@ except ImportError:  # Windows, where two processes resuming one run are not kep
 
 SCHEMA = 1
 RUNS, EXPORTS, CHECKPOINT, PREVIOUS = "runs", "exports", "checkpoint.pt", "checkpoint.previous.pt"
-MAY_CHANGE = ("epochs", "device", "data_dir", "cache_dir", "image_root", "checkpoint_every", "quiet")  # on --resume
+MAY_CHANGE = (
+    "epochs",
+    "device",
+    "data_dir",
+    "cache_dir",
+    "image_root",
+    "checkpoint_every",
+    "quiet",
+)  # on --resume
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
-BF16_MATMUL = any((getattr(torch.cpu, "get_capabilities", dict)()).get(name) for name in ("amx_bf16", "avx512_bf16"))
+BF16_MATMUL = any(
+    (getattr(torch.cpu, "get_capabilities", dict)()).get(name) for name in ("amx_bf16", "avx512_bf16")
+)
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")
 
 # What the command line leaves open: by the network and dataset, then by the network, then by the optimizer, then for
@@ -92,14 +102,32 @@ RECIPES = {
     ("mlp",): {"optimizer": "adam", "batch_size": 32},
     ("mynet",): {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
     ("resblock",): {"lr": 0.5, "batch_size": 512},
-    ("linear",): {"epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
+    ("linear",): {
+        "epochs": 300,
+        "batch_size": 100_000,
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+    },
     ("torchvision",): {"batch_size": 64},
     ("pretrained",): {"batch_size": 64, "lr": 0.01},
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
     "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
     "adamw": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine"},
-    "muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"},  # after airbench94_muon
-    (): {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0, "grow": 1.0, "skip_easy": 0.0},
+    "muon": {
+        "lr": 0.12,
+        "momentum": 0.6,
+        "weight_decay": 0.004,
+        "schedule": "linear",
+    },  # after airbench94_muon
+    (): {
+        "epochs": 10,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "label_smoothing": 0.0,
+        "grow": 1.0,
+        "skip_easy": 0.0,
+    },
 }
 
 
@@ -114,7 +142,11 @@ def number(kind, low, high=float("inf"), above=False):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not (low < value <= high or (value == low and not above)) or value == float("inf"):
+        if (
+            value is None
+            or not (low < value <= high or (value == low and not above))
+            or value == float("inf")
+        ):
             wanted = "a whole number" if kind is int else "a number"
             limit = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high != float("inf") else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {limit}")
@@ -128,7 +160,9 @@ def image_size(text):
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     size = match and (int(match[1]), int(match[2] or match[1]))
     if not size or not 1 <= min(size) <= max(size) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 48x64 (height x width, 1 to 4096)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size such as 32 or 48x64 (height x width, 1 to 4096)"
+        )
     return size
 
 
@@ -149,8 +183,17 @@ def build_parser():
     count, positive = number(int, 1), number(float, 0, above=True)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="digits", metavar="NAME", help="a name that --list-datasets shows")
-    add("--data-dir", metavar="PATH", help="where the files lie or are downloaded to (default: data/); csv: the file")
-    add("--image-size", type=image_size, metavar="N|HxW", help="what the network sees (default: see the README)")
+    add(
+        "--data-dir",
+        metavar="PATH",
+        help="where the files lie or are downloaded to (default: data/); csv: the file",
+    )
+    add(
+        "--image-size",
+        type=image_size,
+        metavar="N|HxW",
+        help="what the network sees (default: see the README)",
+    )
     names = ", ".join(data.AUGMENTATIONS)
     add(
         "--augment",
@@ -176,10 +219,19 @@ def build_parser():
     add("--image-column", metavar="NAME", help="default: filepath, filename, path or image")
     add("--label-column", metavar="NAME", help="default: label, class or target")
     add = parser.add_argument_group("network").add_argument
-    add("--model", metavar="NAME", help="a name that --list-models shows (default: airbench; linear for linear)")
+    add(
+        "--model",
+        metavar="NAME",
+        help="a name that --list-models shows (default: airbench; linear for linear)",
+    )
     add("--width", type=positive, metavar="X", help="multiplies the channels of airbench")
     add("--hidden", type=count, nargs="*", metavar="N", help="sizes of mlp's hidden layers (default: 128)")
-    add("--dropout", type=number(float, 0, 0.99), metavar="P", help="dropout of mlp (default: 0) and mynet (0.1)")
+    add(
+        "--dropout",
+        type=number(float, 0, 0.99),
+        metavar="P",
+        help="dropout of mlp (default: 0) and mynet (0.1)",
+    )
     add(
         "--pretrained",
         nargs="?",
@@ -189,16 +241,26 @@ def build_parser():
     )
     add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
     add("--list-models", action="store_true", help="show the networks and exit")
-    add = parser.add_argument_group("training (defaults: a recipe for the network and the dataset)").add_argument
+    add = parser.add_argument_group(
+        "training (defaults: a recipe for the network and the dataset)"
+    ).add_argument
     add("--epochs", type=count, metavar="N", help="passes over the training split")
     add("--batch-size", type=count, metavar="N", help="images a step")
     add("--optimizer", choices=OPTIMIZERS, metavar="NAME", help=", ".join(OPTIMIZERS))
     add("--lr", type=positive, metavar="X", help="the highest learning rate")
-    add("--momentum", type=number(float, 0, 0.9999), metavar="X", help="of sgd and muon; Nesterov's where above 0")
+    add(
+        "--momentum",
+        type=number(float, 0, 0.9999),
+        metavar="X",
+        help="of sgd and muon; Nesterov's where above 0",
+    )
     add("--weight-decay", type=number(float, 0), metavar="X", help="on weights, not on biases and norms")
     add("--schedule", choices=SCHEDULES, metavar="NAME", help=f"of the learning rate: {', '.join(SCHEDULES)}")
     add(
-        "--grow", type=number(float, 0.1, 1), metavar="X", help="start at this part of the image size, end at all of it"
+        "--grow",
+        type=number(float, 0.1, 1),
+        metavar="X",
+        help="start at this part of the image size, end at all of it",
     )
     add(
         "--skip-easy",
@@ -208,10 +270,30 @@ def build_parser():
     )
     add("--label-smoothing", type=number(float, 0, 0.99), metavar="X", help="in the training loss")
     add = parser.add_argument_group("machine and run").add_argument
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="the exported network is always fp32")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
-    add("--seed", type=number(int, 0, 2**31), default=0, metavar="N", help="on the CPU a seed repeats bit for bit")
-    add("--sync-batchnorm", action="store_true", help="torchrun on GPUs: batch norm over all processes' images")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="the exported network is always fp32",
+    )
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**31),
+        default=0,
+        metavar="N",
+        help="on the CPU a seed repeats bit for bit",
+    )
+    add(
+        "--sync-batchnorm",
+        action="store_true",
+        help="torchrun on GPUs: batch norm over all processes' images",
+    )
     add("--name", help="of the run (default: <dataset>-<model>, with -2, -3, ... where taken)")
     add(
         "--resume",
@@ -272,7 +354,8 @@ def derive_from_images(args, dataset, given):
     smallest = min(size_at(1, args.epochs, args.image_size, args.grow))
     if args.grow < 1 and args.model == "airbench" and smallest < 12:  # three poolings
         raise Problem(
-            f"--grow {args.grow:g} starts at {smallest} pixels, and airbench needs 12: give a larger --grow", 2
+            f"--grow {args.grow:g} starts at {smallest} pixels, and airbench needs 12: give a larger --grow",
+            2,
         )
     own = args.dataset in ("folder", "csv")
     if own and not given["epochs"]:
@@ -299,7 +382,9 @@ def choose_device(args):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
-        raise Problem(f"--device {args.device} cannot be used here ({reason}); --device cpu always works", 2) from None
+        raise Problem(
+            f"--device {args.device} cannot be used here ({reason}); --device cpu always works", 2
+        ) from None
     bf16 = args.precision == "bf16"
     if args.precision == "auto" and args.model not in ("linear", "mlp", "resblock"):  # too small to gain
         if device.type == "cuda":
@@ -326,7 +411,9 @@ class Muon(torch.optim.SGD):
     def __init__(self, groups, momentum):
         plain = {"orthogonal": False, "momentum": self.SGD_MOMENTUM, "nesterov": True}
         special = {"momentum": 0, "nesterov": False, "memory": momentum}  # its own momentum comes before
-        super().__init__([{**group, **special} if group.get("orthogonal") else {**plain, **group} for group in groups])
+        super().__init__(
+            [{**group, **special} if group.get("orthogonal") else {**plain, **group} for group in groups]
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -456,7 +543,11 @@ class Training:
         if self.processes > 1 and any(p.requires_grad for p in self.network.parameters()):
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
-        weights = balanced_weights(self.splits["train"], len(self.dataset.classes)) if self.args.class_weights else None
+        weights = (
+            balanced_weights(self.splits["train"], len(self.dataset.classes))
+            if self.args.class_weights
+            else None
+        )
         self.class_weights = weights if weights is None else weights.to(self.device)
         self.saved = time.monotonic()
 
@@ -496,7 +587,9 @@ class Training:
         labels = self.dataset.train_labels
         return {
             **self.progress,
-            "network": self.deployable.network.state_dict() if self.progress["best"] else None,  # else: state_dict
+            "network": self.deployable.network.state_dict()
+            if self.progress["best"]
+            else None,  # else: state_dict
             "optimizer": self.optimizer.state_dict(),
             "data": [len(labels), zlib.crc32(labels.tobytes())],
         }
@@ -581,10 +674,17 @@ def train_epoch(training, bar, signals, counts):
 
     Raises Stopped after a signal, the checkpoint written, and Problem when the loss is no longer finite.
     """
-    args, deployable, progress, optimizer = training.args, training.deployable, training.progress, training.optimizer
+    args, deployable, progress, optimizer = (
+        training.args,
+        training.deployable,
+        training.progress,
+        training.optimizer,
+    )
     network, device, class_weights = training.network, training.device, training.class_weights
     size = size_at(progress["epoch"], args.epochs, args.image_size, args.grow)
-    sums = torch.tensor(progress["sums"], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    sums = torch.tensor(
+        progress["sums"], dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
     look_every = 1 if device.type == "cpu" else 50  # looking at a number on a GPU makes it wait
     labels, share = training.splits["train"].labels, slice(training.process, None, training.processes)
     regression, counts = labels.is_floating_point(), counts.to(device)
@@ -598,7 +698,9 @@ def train_epoch(training, bar, signals, counts):
     model.train_mode(deployable.network)
     started = time.perf_counter() - progress["seconds"]
     for images, targets, batch in bar:
-        generator.manual_seed(data.seed_of(args.seed, progress["epoch"], progress["batches"], training.process))
+        generator.manual_seed(
+            data.seed_of(args.seed, progress["epoch"], progress["batches"], training.process)
+        )
         if args.grow < 1:
             images = model.resize(images, size)
         with training.autocast():
@@ -660,7 +762,11 @@ def evaluate(training, split, deployable=None, most=125):
     outputs = training.over_all(outputs)  # zeros where others answer
     loss = training.over_all(torch.tensor(loss, device=training.device)).item()
     right = None if labels.is_floating_point() else outputs.argmax(1) == labels
-    return loss / len(split), None if right is None else right.sum().item() / len(split), outputs.cpu().numpy()
+    return (
+        loss / len(split),
+        None if right is None else right.sum().item() / len(split),
+        outputs.cpu().numpy(),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- results
@@ -678,7 +784,9 @@ def claim_run(args):
             return run
         except FileExistsError:
             if args.name:
-                raise Problem(f"{run} exists and a run never overwrites another; choose another --name", 2) from None
+                raise Problem(
+                    f"{run} exists and a run never overwrites another; choose another --name", 2
+                ) from None
         except OSError as error:
             raise Problem(f"cannot make {run}: {error.strerror}") from None
 
@@ -746,17 +854,25 @@ def read_checkpoint(run):
             arguments = json.load(file)
         return {**arguments, "image_size": tuple(arguments["image_size"])}, None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Problem(f"{run} holds neither a checkpoint nor a config.json ({error}): start it again") from None
+        raise Problem(
+            f"{run} holds neither a checkpoint nor a config.json ({error}): start it again"
+        ) from None
 
 
 def resumed_arguments(args, given, arguments, run):
     """The run's own arguments, with those of `given` that may change. Raises Problem on those that may not."""
     theirs = argparse.Namespace(**{name: arguments.get(name, value) for name, value in vars(args).items()})
     given = {name: [] if value == ["none"] else value for name, value in given.items() if name != "resume"}
-    changed = [name for name, value in given.items() if value != getattr(theirs, name) and name not in MAY_CHANGE]
+    changed = [
+        name for name, value in given.items() if value != getattr(theirs, name) and name not in MAY_CHANGE
+    ]
     if changed:
-        names = ", ".join(f"--{name.replace('_', '-')} {given[name]} (was {getattr(theirs, name)})" for name in changed)
-        raise Problem(f"{run} cannot go on with {names}: that would alter its course; leave it out, or start anew", 2)
+        names = ", ".join(
+            f"--{name.replace('_', '-')} {given[name]} (was {getattr(theirs, name)})" for name in changed
+        )
+        raise Problem(
+            f"{run} cannot go on with {names}: that would alter its course; leave it out, or start anew", 2
+        )
     if given.get("epochs", theirs.epochs) < theirs.epochs:
         raise Problem(f"{run} was begun for {theirs.epochs} epochs, and --epochs can only be raised", 2)
     if os.path.exists(os.path.join(run, "summary.json")) and given.get("epochs", 0) <= theirs.epochs:
@@ -884,7 +1000,16 @@ def load_dataset(args):
         usual_size = model.usual_size(args.model)
     except ValueError as error:
         raise Problem(error, 2) from None
-    names = ("image_size", "strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
+    names = (
+        "image_size",
+        "strict",
+        "cache_dir",
+        "image_root",
+        "test_csv",
+        "image_column",
+        "label_column",
+        "seed",
+    )
     options = {name: getattr(args, name) for name in names}
     return data.load(args.dataset, args.data_dir, usual_size=usual_size, resize=model.resize, **options)
 
@@ -893,9 +1018,15 @@ def make_deployable(args, dataset, device, checkpoint=None):
     """The network to train, with its preprocessing, on the device; on resuming, the checkpoint's. Raises Problem."""
     regression = dataset.task == "regression"
     channels = dataset.train_images.shape[-1]
-    options = {name: getattr(args, name) for name in ("width", "hidden", "dropout") if getattr(args, name) is not None}
+    options = {
+        name: getattr(args, name)
+        for name in ("width", "hidden", "dropout")
+        if getattr(args, name) is not None
+    }
     shape = {"channels": channels, "classes": len(dataset.classes), "image_size": args.image_size}
-    mean, std = ([0.0] * channels, [1.0] * channels) if regression else data.mean_and_std(dataset.train_images)
+    mean, std = (
+        ([0.0] * channels, [1.0] * channels) if regression else data.mean_and_std(dataset.train_images)
+    )
     try:
         network = model.build(args.model, **shape, **options)
         if checkpoint:
@@ -909,7 +1040,9 @@ def make_deployable(args, dataset, device, checkpoint=None):
         code = 1 if isinstance(error, model.DownloadError) else 2
         file = args.pretrained not in (None, "default")
         raise Problem(f"--pretrained {args.pretrained}: {error}" if file else error, code) from None
-    if args.batch_size == 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+    if args.batch_size == 1 and any(
+        isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in network.modules()
+    ):
         raise Problem(f"{args.model} has batch norm, which needs --batch-size 2 or more", 2)
     if args.freeze_backbone:
         model.freeze_backbone(network)
@@ -931,7 +1064,9 @@ def make_splits(args, dataset, device):
         held = data.stratified(labels, args.val_fraction, args.seed)
         splits = {"train": train.part(~held), "val": train.part(held)}
         if not len(splits["val"]) or not len(splits["train"]):
-            raise Problem(f"--val-fraction {args.val_fraction:g} leaves a split empty: there are too few images", 2)
+            raise Problem(
+                f"--val-fraction {args.val_fraction:g} leaves a split empty: there are too few images", 2
+            )
     return {**splits, "test": data.make_split(dataset.test_images, dataset.test_labels, *how)}
 
 
@@ -942,7 +1077,9 @@ def balanced_weights(split, classes):
 
 
 def print_row(epoch, measured, seconds):
-    cells = ["-" if x is None else f"{x:{form}}" for x, form in zip(measured, (".4f", ".2%") * 2, strict=True)]
+    cells = [
+        "-" if x is None else f"{x:{form}}" for x, form in zip(measured, (".4f", ".2%") * 2, strict=True)
+    ]
     print("{:5d}   {:>10}  {:>8}  {:>13}  {:>8}  {:8.1f}".format(epoch, *cells, seconds), flush=True)
 
 
@@ -953,8 +1090,18 @@ def fit(training):
     """
     args, progress = training.args, training.progress
     hidden = args.quiet or training.process > 0
-    watched = "val" if "val" in training.splits else "test"  # what each epoch is measured on; test never selects
-    columns = ["epoch", "train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy", "lr", "seconds"]
+    watched = (
+        "val" if "val" in training.splits else "test"
+    )  # what each epoch is measured on; test never selects
+    columns = [
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        f"{watched}_loss",
+        f"{watched}_accuracy",
+        "lr",
+        "seconds",
+    ]
     result = None
     if not hidden:
         print(f"epoch   train loss  accuracy  {watched:>8} loss  accuracy   seconds", flush=True)
@@ -974,7 +1121,9 @@ def fit(training):
                 result = evaluate(training, training.splits[watched])
             measured += result[:2]
             if not math.isfinite(measured[2]):
-                raise Problem(f"the loss on the {watched} split became {measured[2]}: try a smaller --lr, or --grow 1")
+                raise Problem(
+                    f"the loss on the {watched} split became {measured[2]}: try a smaller --lr, or --grow 1"
+                )
             seconds = time.perf_counter() - started
             row = dict(zip(columns, (epoch, *measured, progress["lr"], round(seconds, 3)), strict=True))
             finish_epoch(training, row, watched)
@@ -1051,7 +1200,9 @@ def show(training, deployable, accuracy, outputs):
         more["augmented_labels"] = labels.cpu().numpy()
     try:
         try:
-            report.draw_run(training.run, spec, training.progress["rows"], dataset.test_labels, outputs, **more)
+            report.draw_run(
+                training.run, spec, training.progress["rows"], dataset.test_labels, outputs, **more
+            )
         except ImportError as error:
             say(f"note: no pictures without matplotlib ({error}); pip install matplotlib")
         report.write_report(training.run, RUNS, EXPORTS)
@@ -1087,7 +1238,9 @@ def train(args, given):
 def joined_processes():
     """This process as one of torchrun's: nccl between GPUs, gloo between CPUs."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one decodes the images
+    dist.init_process_group(
+        backend, timeout=timedelta(hours=6)
+    )  # the others wait while one decodes the images
     try:
         yield
     finally:
@@ -1150,10 +1303,14 @@ def train_together(args, given, process, processes, stack):
             dist.barrier()  # torchrun ends all as soon as one has ended
         return 128 + stop.number
     except BaseException as error:
-        if process == 0 and not any(os.path.exists(os.path.join(run, name)) for name in (CHECKPOINT, PREVIOUS)):
+        if process == 0 and not any(
+            os.path.exists(os.path.join(run, name)) for name in (CHECKPOINT, PREVIOUS)
+        ):
             shutil.rmtree(run, ignore_errors=True)  # it holds nothing, and its name is free again
         elif isinstance(error, CannotWrite):
-            raise Problem(f"{error}; the last checkpoint is whole: {resume_command(run)}", error.code) from None
+            raise Problem(
+                f"{error}; the last checkpoint is whole: {resume_command(run)}", error.code
+            ) from None
         raise
 
 
@@ -1166,7 +1323,10 @@ def begin(training, checkpoint):
     if not args.quiet:
         describe(args, training.dataset, training.deployable, training.splits, run, dtype, training.processes)
         if checkpoint:
-            print(f"resumed   after {done['epoch'] - 1} epochs and {done['batches']} steps of the next", flush=True)
+            print(
+                f"resumed   after {done['epoch'] - 1} epochs and {done['batches']} steps of the next",
+                flush=True,
+            )
     before = checkpoint["arguments"]["epochs"] if checkpoint else args.epochs
     if before != args.epochs:
         rate = training.optimizer.param_groups[0]["lr"]

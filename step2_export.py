@@ -54,10 +54,31 @@ SAMPLES = 10  # images that a bundle shows
 INT8_OPSET = 20  # the first with GELU as one operator; in pieces it is left in pieces between int8 layers
 CALIBRATION, CHECK = 512, 2000  # training images to calibrate with, and others to choose the quantization by
 # What step1's arguments must say for its test split to be loaded again.
-NOTHING = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}  # figures of what cannot run
-LOADING = ("data_dir", "strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
+NOTHING = {
+    "max_abs_diff": None,
+    "top1_agreement": None,
+    "accuracy": None,
+    "samples": 0,
+}  # figures of what cannot run
+LOADING = (
+    "data_dir",
+    "strict",
+    "cache_dir",
+    "image_root",
+    "test_csv",
+    "image_column",
+    "label_column",
+    "seed",
+)
 # opset: (the IR version it came with, the oldest onnxruntime seen to run the file; before 1.15 none was at hand)
-OPSETS = {18: (8, "1.15"), 19: (9, "1.16"), 20: (9, "1.17"), 21: (10, "1.18"), 22: (10, "1.21"), 23: (11, "1.23")}
+OPSETS = {
+    18: (8, "1.15"),
+    19: (9, "1.16"),
+    20: (9, "1.17"),
+    21: (10, "1.18"),
+    22: (10, "1.21"),
+    23: (11, "1.23"),
+}
 
 
 @dataclass
@@ -92,7 +113,9 @@ def find_run(name):
         if os.path.isfile(os.path.join(run, "checkpoint.pt")):
             return os.path.normpath(run)
     known = sorted(entry.name for entry in os.scandir(RUNS)) if os.path.isdir(RUNS) else []
-    raise Problem(f"no run {name!r} with a checkpoint.pt under runs/; there is: {', '.join(known) or 'none'}", 2)
+    raise Problem(
+        f"no run {name!r} with a checkpoint.pt under runs/; there is: {', '.join(known) or 'none'}", 2
+    )
 
 
 def read_run(path):
@@ -108,7 +131,11 @@ def read_run(path):
         arguments = spec["arguments"]
         options = {name: arguments[name] for name in model.options_of(spec["model"])}
         options = {name: value for name, value in options.items() if value is not None}
-        shape = {"channels": spec["channels"], "classes": len(spec["classes"]), "image_size": spec["image_size"]}
+        shape = {
+            "channels": spec["channels"],
+            "classes": len(spec["classes"]),
+            "image_size": spec["image_size"],
+        }
         network = model.build(spec["model"], **shape, **options)
         network.load_state_dict(state)
         run = Run(path, spec, network.eval())
@@ -126,7 +153,9 @@ def read_run(path):
         reason = str(error).split("\n")[0]
         raise Problem(f"{file} is truncated or not a Threestep checkpoint ({reason}); train again") from None
     spec["checkpoint_sha256"] = hashlib.sha256(content).hexdigest()
-    if checkpoint.get("epoch", 0) < arguments["epochs"] and not os.path.exists(os.path.join(path, "summary.json")):
+    if checkpoint.get("epoch", 0) < arguments["epochs"] and not os.path.exists(
+        os.path.join(path, "summary.json")
+    ):
         say(
             f"note: {path} stopped after epoch {checkpoint.get('epoch')} of {arguments['epochs']}: not its final result"
         )
@@ -206,7 +235,9 @@ def export_torchscript(deployable, spec, path, opset):
     """Write a traced TorchScript file with the spec as its extra file spec.json."""
     with warnings.catch_warnings():  # deprecated in favour of torch.export, which LibTorch cannot read yet
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
-        traced = torch.jit.trace(deployable, (example_of(spec),), check_trace=False)  # the parity gate checks far more
+        traced = torch.jit.trace(
+            deployable, (example_of(spec),), check_trace=False
+        )  # the parity gate checks far more
         content = io.BytesIO()  # torch.jit.save aborts the process on a full disk
         torch.jit.save(traced, content, _extra_files={"spec.json": json.dumps(spec)})
     store(path, content.getbuffer())
@@ -259,7 +290,11 @@ def export_int8(run, spec, path, args, dataset):
         raise Problem(f"this network cannot be quantized: {error}") from None
     how = {**tried[k], "tried": tried}
     outputs = predictions(step3_infer.Model(chosen), dataset.test_images)
-    spec = {**spec, "quantization": f"int8, {how['quantization']}", "golden": golden_samples(dataset, outputs)}
+    spec = {
+        **spec,
+        "quantization": f"int8, {how['quantization']}",
+        "golden": golden_samples(dataset, outputs),
+    }
     store(path, int8.finish(chosen, onnx_properties(spec, opset)))
     return how
 
@@ -276,7 +311,9 @@ def gate_int8(run, file, dataset, expected, how, args):
     figures["drop"] = round(100 * (figures["accuracy_trained"] - figures["accuracy"]), 3)
     failures = spec_failures(run, exported)
     if not figures["drop"] <= args.max_drop:
-        failures.append(f"it loses {figures['drop']:.2f} points of accuracy, --max-drop allows {args.max_drop:g}")
+        failures.append(
+            f"it loses {figures['drop']:.2f} points of accuracy, --max-drop allows {args.max_drop:g}"
+        )
     if not int8.is_faster(figures):
         figures["warning"] = "it is not faster than float32 here"
         times = " and ".join(f"{times} times at batch {n}" for n, times in figures["speedup"].items())
@@ -356,7 +393,9 @@ def rounding_effect(run, inputs, draws=4):
     One grey level up or down in a hundredth of the pixels; in a whole row of an image; in a whole column: an image one
     pixel wide is resized to rows of equal pixels.
     """
-    resized = torch.cat([model.resize(part, run.spec["image_size"]) for part in torch.from_numpy(inputs).split(64)])
+    resized = torch.cat(
+        [model.resize(part, run.spec["image_size"]) for part in torch.from_numpy(inputs).split(64)]
+    )
     n, height, width, channels = resized.shape
     expected, generator, most = reference(run, resized.numpy()), torch.Generator().manual_seed(0), 0.0
     kinds = ((height, width), 0.01), ((height, 1), 1 / height), ((1, width), 1 / width)
@@ -396,7 +435,9 @@ def compare(expected, got, limit):
     changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > limit / 5)
     figures = {
         "max_abs_diff": float(difference.max()) if finite.all() else None,
-        "quantiles": {f"{q:g}": float(np.quantile(difference[finite], q)) for q in (0.5, 0.9, 0.99) if finite.any()},
+        "quantiles": {
+            f"{q:g}": float(np.quantile(difference[finite], q)) for q in (0.5, 0.9, 0.99) if finite.any()
+        },
         "top1_agreement": float((top == got_top).mean()),
         "samples": len(expected),
         "tolerance": limit,
@@ -468,7 +509,15 @@ def alone(run, file, inputs, expected, tolerance):
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as pictures:
         shutil.copy(step3_infer.__file__, os.path.join(place, "step3_infer.py"))
         shutil.copy(file, place)
-        command = [sys.executable, "-I", "step3_infer.py", "--model", os.path.basename(file), "--format", "json"]
+        command = [
+            sys.executable,
+            "-I",
+            "step3_infer.py",
+            "--model",
+            os.path.basename(file),
+            "--format",
+            "json",
+        ]
         if spec["task"] == "regression":
             command += ["--values=" + ",".join(map(str, row)) for row in inputs.tolist()]
         else:
@@ -497,7 +546,9 @@ def to_png(image):
 
 def firsts(dataset, n):
     """Where the first test images of the first n classes are."""
-    return [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in np.unique(dataset.test_labels)[:n]]
+    return [
+        int(np.flatnonzero(dataset.test_labels == label)[0]) for label in np.unique(dataset.test_labels)[:n]
+    ]
 
 
 def golden_samples(dataset, expected):
@@ -538,8 +589,19 @@ def build_parser():
     add = parser.add_argument
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
     formats = f"one or more of {', '.join(FORMATS)}"
-    add("--format", nargs="+", choices=FORMATS, default=["torchscript", "onnx"], metavar="FORMAT", help=formats)
-    add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip archive")
+    add(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["torchscript", "onnx"],
+        metavar="FORMAT",
+        help=formats,
+    )
+    add(
+        "--bundle",
+        action="store_true",
+        help="put all that an edge machine needs in one folder and one zip archive",
+    )
     add("--opset", type=int, choices=tuple(OPSETS), default=18, metavar="N", help="of ONNX, 18 to 23")
     add(
         "--tolerance",
@@ -548,7 +610,13 @@ def build_parser():
         metavar="X",
         help="largest probability difference allowed",
     )
-    add("--max-drop", type=number(0, 100), default=0.5, metavar="X", help="points of accuracy that int8 may lose")
+    add(
+        "--max-drop",
+        type=number(0, 100),
+        default=0.5,
+        metavar="X",
+        help="points of accuracy that int8 may lose",
+    )
     add("--keep-slower", action="store_true", help="keep an int8 file that is not faster here than float32")
     add("--data-dir", metavar="DIR", help="where the test split lies (default: where step1 had it)")
     add("--out", metavar="DIR", help="default: exports/<name of the run>")
@@ -597,7 +665,9 @@ def export(run, out, args, dataset):
                 for failure in failures[1:]:
                     say(f"  {failure}")
                 continue
-            shutil.copyfile(unproven, unproven + ".copy")  # the bundle takes the other: `out` may be another's by then
+            shutil.copyfile(
+                unproven, unproven + ".copy"
+            )  # the bundle takes the other: `out` may be another's by then
             os.replace(unproven + ".copy", final)
             show(form, final, report[form])
         failed = [form for form in formats if not report[form]["passed"]]
@@ -645,15 +715,25 @@ def ship(place, out, parity, opset, spec, dataset, expected):
         rows = zip(dataset.test_images[:SAMPLES].tolist(), expected[:SAMPLES, 0].tolist(), strict=True)
         samples = [(None, {"values": values, "prediction": prediction}) for values, prediction in rows]
     else:
-        spec = {**spec, "per_class": report.per_class(dataset.test_labels, expected.argmax(1), spec["classes"])}
+        spec = {
+            **spec,
+            "per_class": report.per_class(dataset.test_labels, expected.argmax(1), spec["classes"]),
+        }
         samples = []
         for index in firsts(dataset, SAMPLES):
-            ranked = sorted(zip(spec["classes"], expected[index].tolist(), strict=True), key=lambda pair: -pair[1])[:3]
+            ranked = sorted(
+                zip(spec["classes"], expected[index].tolist(), strict=True), key=lambda pair: -pair[1]
+            )[:3]
             top = [{"label": label, "probability": round(probability, 6)} for label, probability in ranked]
             samples.append((to_png(np.asarray(dataset.test_images[index])), {**top[0], "top": top}))
     models = [os.path.join(place, FORMATS[form][0]) for form in parity]
     newest = max(opset, INT8_OPSET) if "onnx-int8" in parity else opset
-    facts = {"script": step3_infer.__file__, "onnxruntime": OPSETS[newest][1], "spec": spec, "samples": samples}
+    facts = {
+        "script": step3_infer.__file__,
+        "onnxruntime": OPSETS[newest][1],
+        "spec": spec,
+        "samples": samples,
+    }
     try:
         archive = bundle.publish(out, place, models, parity, **facts)
     except OSError as error:
@@ -668,7 +748,11 @@ def earlier_report(out, checkpoint_sha256):
             report = {k: v for k, v in json.load(stream).items() if k in FORMATS and isinstance(v, dict)}
     except (FileNotFoundError, ValueError, AttributeError):
         report = {}
-    kept = {form: figures for form, figures in report.items() if figures.get("checkpoint_sha256") == checkpoint_sha256}
+    kept = {
+        form: figures
+        for form, figures in report.items()
+        if figures.get("checkpoint_sha256") == checkpoint_sha256
+    }
     for form in report.keys() - kept.keys():
         remove(os.path.join(out, FORMATS[form][0]))
     return kept
@@ -682,7 +766,9 @@ def remove(path):
 def run_export(args):
     """The work of main: returns the exit code, raises Problem."""
     if args.bundle and "onnx" not in args.format:
-        raise Problem("--bundle needs onnx among the formats: it is what runs without torch, and in the browser", 2)
+        raise Problem(
+            "--bundle needs onnx among the formats: it is what runs without torch, and in the browser", 2
+        )
     path = find_run(args.run)
     if args.run is None:
         say(f"run: {path}")

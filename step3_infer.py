@@ -20,7 +20,9 @@ import signal
 import time
 
 if (STARTED := time.perf_counter()) and __name__ == "__main__":
-    INTERRUPTIBLE = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not so in the background of a shell
+    INTERRUPTIBLE = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )  # not so in the background of a shell
     if INTERRUPTIBLE:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during these imports: no traceback
 
@@ -43,7 +45,12 @@ from PIL import Image, UnidentifiedImageError
 IMPORT_SECONDS = time.perf_counter() - STARTED
 SCHEMA = 1  # the newest spec this script understands
 IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split(" "))
-MODEL_NAMES = ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2")  # in this order where several lie together
+MODEL_NAMES = (
+    "model.onnx",
+    "model.int8.onnx",
+    "model.pt",
+    "model.pt2",
+)  # in this order where several lie together
 WINDOW_BYTES = 32 << 20  # decoded pixels a thread holds, unless a single image is larger
 LARGEST_STDIN = 256 << 20
 ORIENTATION = 0x0112  # the EXIF tag
@@ -114,7 +121,9 @@ def to_array(image, channels):
     """A loaded image -> uint8 [height, width, channels], converted to grey or RGB."""
     mode, (width, height) = "L" if channels == 1 else "RGB", image.size
     if width * height < 1 << 20:
-        return np.asarray(image if image.mode == mode else image.convert(mode)).reshape(height, width, channels)
+        return np.asarray(image if image.mode == mode else image.convert(mode)).reshape(
+            height, width, channels
+        )
     # In bands that stay in the processor's cache: a whole photo at once takes twice the time and memory.
     pixels, rows = np.empty((height, width, channels), np.uint8), max(1, (1 << 18) // width)
     for top in range(0, height, rows):
@@ -189,11 +198,15 @@ class Model:
 
     def __init__(self, path, threads=None, provider="cpu", once=False):
         path = os.fspath(path)
-        load = {".onnx": load_onnx, ".pt": load_torch, ".pt2": load_torch}.get(os.path.splitext(path)[1].lower())
+        load = {".onnx": load_onnx, ".pt": load_torch, ".pt2": load_torch}.get(
+            os.path.splitext(path)[1].lower()
+        )
         if not os.path.isfile(path):
             raise Problem(f"no model file {path}; python step2_export.py makes one")
         if load is None:
-            raise Problem(f"{path} is not a model this script knows: .onnx, .pt and .pt2 files of step2_export.py")
+            raise Problem(
+                f"{path} is not a model this script knows: .onnx, .pt and .pt2 files of step2_export.py"
+            )
         text, self._run, takes, gives = load(path, min(threads or usable_cpus(), 1024), provider, once)
         self.spec = read_spec(text, path)
         wanted = "features of type float" if self.spec["task"] == "regression" else "images of type uint8"
@@ -214,7 +227,9 @@ class Model:
             reason = f"the model cannot run on {shape} input, its spec is wrong perhaps: {one_line(error)}"
             raise Problem(reason) from None
         if outputs.shape != (len(inputs), len(self.spec["classes"])):
-            raise Problem(f"the file's spec is wrong: {len(self.spec['classes'])} classes, outputs {outputs.shape}")
+            raise Problem(
+                f"the file's spec is wrong: {len(self.spec['classes'])} classes, outputs {outputs.shape}"
+            )
         return outputs
 
 
@@ -255,7 +270,9 @@ def usable_cpus(root="/sys/fs/cgroup", own="/proc/self/cgroup"):
             continue
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         parts = group.strip("/").split("/")
-        for depth in range(len(parts) + 1):  # the groups above limit as well; in a container they are not seen
+        for depth in range(
+            len(parts) + 1
+        ):  # the groups above limit as well; in a container they are not seen
             place = os.path.join(root, controllers, *parts[:depth])
             with contextlib.suppress(OSError, ValueError):  # ValueError: no limit, which cpu.max calls "max"
                 texts = [open(os.path.join(place, name), encoding="ascii").read() for name in names]  # noqa: SIM115
@@ -284,13 +301,17 @@ def load_onnx(path, threads, provider, once):
         import onnxruntime
     except ImportError as error:
         raise Problem(f"{path} needs onnxruntime: pip install onnxruntime ({error})") from None
-    available = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
+    available = {
+        name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()
+    }
     if provider.lower() not in available:
         raise Problem(f"this onnxruntime has no provider {provider!r}; it has {', '.join(available)}", 2)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # failures come as exceptions
-    if once:  # changing the layout of all weights, and threads that wait busily, cost more than one image gains
+    if (
+        once
+    ):  # changing the layout of all weights, and threads that wait busily, cost more than one image gains
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
@@ -303,7 +324,9 @@ def load_onnx(path, threads, provider, once):
         text = session.get_modelmeta().custom_metadata_map.get("spec")
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         version = onnxruntime.__version__
-        raise Problem(f"{path} is not an ONNX file that onnxruntime {version} can run: {one_line(error)}") from None
+        raise Problem(
+            f"{path} is not an ONNX file that onnxruntime {version} can run: {one_line(error)}"
+        ) from None
     kinds = {("tensor(uint8)", 4): "images of type uint8", ("tensor(float)", 2): "features of type float"}
     takes = ", ".join(kinds.get((one.type, len(one.shape)), f"{one.type} {one.shape}") for one in takes)
     return text, lambda inputs: session.run(None, {name: inputs})[0], takes, gives[-1] if gives else None
@@ -314,7 +337,9 @@ def load_torch(path, threads, provider, once):
     try:
         import torch
     except ImportError:
-        raise Problem(f"{path} needs torch: pip install torch (or use the .onnx file, which does not)") from None
+        raise Problem(
+            f"{path} needs torch: pip install torch (or use the .onnx file, which does not)"
+        ) from None
     try:
         torch.zeros(1, device=provider)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -365,10 +390,9 @@ def read_spec(text, path):
             raise ValueError("classes are not a list of names")
         if not isinstance(spec["channels"], int) or not (regression or spec["channels"] in (1, 3)):
             raise ValueError("channels make no sense")
-        if not regression and [isinstance(side, int) and 0 < side < 1 << 15 for side in spec["image_size"]] != [
-            True,
-            True,
-        ]:
+        if not regression and [
+            isinstance(side, int) and 0 < side < 1 << 15 for side in spec["image_size"]
+        ] != [True, True]:
             raise ValueError("image_size makes no sense")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {type(error).__name__} {one_line(error)}") from None
@@ -378,13 +402,17 @@ def read_spec(text, path):
 def find_model():
     """The model beside this script, else the newest export under exports/. Raises Problem where there is none."""
     here = os.path.dirname(os.path.abspath(__file__))
-    exports = [entry.path for entry in os.scandir("exports") if entry.is_dir()] if os.path.isdir("exports") else []
+    exports = (
+        [entry.path for entry in os.scandir("exports") if entry.is_dir()] if os.path.isdir("exports") else []
+    )
     found = [[os.path.join(place, name) for name in MODEL_NAMES] for place in (here, *exports)]
     found = [[path for path in paths if os.path.isfile(path)] for paths in found]
     if found[0]:
         return found[0][0]
     if not any(found):
-        raise Problem("no model found beside this script or under exports/; give --model, or run step2_export.py", 2)
+        raise Problem(
+            "no model found beside this script or under exports/; give --model, or run step2_export.py", 2
+        )
     return max(filter(None, found), key=lambda paths: max(map(os.path.getmtime, paths)))[0]
 
 
@@ -398,7 +426,10 @@ def self_test(model):
     try:
         for sample in golden:
             if model.spec["task"] == "regression":
-                inputs, expected = np.array([sample["features"]], np.float32), np.array(sample["prediction"], float)
+                inputs, expected = (
+                    np.array([sample["features"]], np.float32),
+                    np.array(sample["prediction"], float),
+                )
             else:
                 image = decode_image(io.BytesIO(base64.b64decode(sample["image"])), model.spec["channels"])
                 inputs, expected = image[None], np.array(sample["probabilities"], float)
@@ -452,9 +483,13 @@ def verify(folder):
     unreadable, present = [], set()
     for place, below, names in os.walk(folder, onerror=unreadable.append):
         paths = [os.path.join(place, name) for name in (*names, *below)]
-        present |= {os.path.relpath(path, folder) for path in paths if os.path.islink(path) or not os.path.isdir(path)}
+        present |= {
+            os.path.relpath(path, folder) for path in paths if os.path.islink(path) or not os.path.isdir(path)
+        }
     findings = dict.fromkeys(present - sums.keys() - {"SHA256SUMS"}, "is not listed in SHA256SUMS")
-    findings |= {os.path.relpath(error.filename, folder): f"cannot be read: {error.strerror}" for error in unreadable}
+    findings |= {
+        os.path.relpath(error.filename, folder): f"cannot be read: {error.strerror}" for error in unreadable
+    }
     for name, total in sums.items():
         outside = name.startswith("..") or os.path.isabs(name)
         findings[name] = "is outside its folder" if outside else fault_of(os.path.join(folder, name), total)
@@ -474,7 +509,9 @@ def warn_of_code(path):
         total = read_sums(os.path.dirname(os.path.abspath(path))).get(os.path.basename(path))
         if total and not fault_of(path, total):
             return
-    say(f"note: {path} can carry code and no SHA256SUMS covers it; .onnx is the format for files from strangers")
+    say(
+        f"note: {path} can carry code and no SHA256SUMS covers it; .onnx is the format for files from strangers"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- predictions
@@ -549,7 +586,9 @@ def rank(probabilities, classes, top_k):
     """float32 [batch, classes] -> for each image its [(label, probability)], best first, or a Problem."""
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     best = np.take_along_axis(probabilities, order, axis=1).astype(np.float64).round(6).tolist()
-    answers = [[(classes[i], p) for i, p in zip(*row, strict=True)] for row in zip(order.tolist(), best, strict=True)]
+    answers = [
+        [(classes[i], p) for i, p in zip(*row, strict=True)] for row in zip(order.tolist(), best, strict=True)
+    ]
     for index in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)):
         answers[index] = Problem("gets no probabilities from this model, but NaN or infinity")
     return answers
@@ -590,7 +629,9 @@ def printable(text):
     """Text from strangers (paths, class names) with control characters and line breaks escaped."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
 
 
 def csv_cell(text):
@@ -636,7 +677,10 @@ def annotate(pixels, top, path, folder):
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     label, probability = top[0]
     label = printable(label if len(label) <= 40 else label[:39] + "…")
-    text, font = f"{label} {probability:.1%}", ImageFont.load_default(size=min(200, max(14, image.width // 24)))
+    text, font = (
+        f"{label} {probability:.1%}",
+        ImageFont.load_default(size=min(200, max(14, image.width // 24))),
+    )
     _, _, width, height = (int(side) for side in font.getbbox(text))
     canvas = Image.new("RGB", (max(image.width, width + 8), image.height + height + 8), "white")
     canvas.paste(image, ((canvas.width - image.width) // 2, 0))
@@ -667,7 +711,10 @@ class Progress:
         now = time.monotonic()
         if self.active and now > self.next:
             self.clear()
-            self.line, self.next = f"{count:,} images, {count / (now - self.started):,.0f} a second", now + 0.5
+            self.line, self.next = (
+                f"{count:,} images, {count / (now - self.started):,.0f} a second",
+                now + 0.5,
+            )
             print(self.line, end="", file=sys.stderr, flush=True)
 
     def clear(self):
@@ -686,7 +733,9 @@ def opened(path):
         sys.stdout.flush()
         return
     path, text = os.path.realpath(path), {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a device or a named pipe
+    if (
+        os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    ):  # a device or a named pipe
         with open(path, "w", **text) as out:
             yield out
         return
@@ -794,21 +843,42 @@ def build_parser():
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="images, directories (recursively), globs, - for stdin"
     )
-    parser.add_argument("--values", action="append", metavar="X,X,...", help="a row of features, for a regression")
+    parser.add_argument(
+        "--values", action="append", metavar="X,X,...", help="a row of features, for a regression"
+    )
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="FILE", help=".onnx, .pt or .pt2 (default: beside this script, else the newest export)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: as many as this process may use)")
-    add("--provider", default="cpu", metavar="NAME", help="onnxruntime's provider or torch's device: cpu, cuda, ...")
+    add(
+        "--model",
+        metavar="FILE",
+        help=".onnx, .pt or .pt2 (default: beside this script, else the newest export)",
+    )
+    add(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: as many as this process may use)"
+    )
+    add(
+        "--provider",
+        default="cpu",
+        metavar="NAME",
+        help="onnxruntime's provider or torch's device: cpu, cuda, ...",
+    )
     add("--batch-size", type=positive, default=16, metavar="N", help="images run at once, where sizes agree")
     add = parser.add_argument_group("results").add_argument
     add("--format", choices=("text", "json", "csv"), default="text", help="json is one object a line")
     add("--top-k", type=positive, default=3, metavar="K", help="classes to name, best first")
     add("--output", metavar="FILE", help="write there, whole or not at all (default: standard output)")
-    add("--annotate", metavar="DIR", help="also write each image there with its answer drawn below, as new PNG files")
+    add(
+        "--annotate",
+        metavar="DIR",
+        help="also write each image there with its answer drawn below, as new PNG files",
+    )
     add = parser.add_argument_group("instead of predicting").add_mutually_exclusive_group().add_argument
     add("--self-test", action="store_true", help="run the golden samples inside the file and compare")
     add("--benchmark", action="store_true", help="time the file on this machine, as text or --format json")
-    add("--verify", action="store_true", help="compare all files with SHA256SUMS beside the model or this script")
+    add(
+        "--verify",
+        action="store_true",
+        help="compare all files with SHA256SUMS beside the model or this script",
+    )
     return parser
 
 
@@ -886,10 +956,16 @@ def run(args):
     if args.self_test:
         count, difference = self_test(model)
         passed = difference <= SELF_TEST_TOLERANCE
-        print(f"self-test {'passed' if passed else 'FAILED'}: {count} golden samples, max difference {difference:.1e}")
+        print(
+            f"self-test {'passed' if passed else 'FAILED'}: {count} golden samples, max difference {difference:.1e}"
+        )
         return 0 if passed else 1
     if (model.spec["task"] == "regression") != bool(args.values):
-        wanted = "numbers: give --values" if model.spec["task"] == "regression" else "images: give at least one PATH"
+        wanted = (
+            "numbers: give --values"
+            if model.spec["task"] == "regression"
+            else "images: give at least one PATH"
+        )
         raise Problem(f"{path} predicts from {wanted}", 2)
     with opened(args.output) as out:
         if args.values:
@@ -922,7 +998,9 @@ def write_images(results, args, top_k, out):
                     try:
                         annotate(pixels, top, path, args.annotate)
                     except OSError as error:
-                        raise Problem(f"cannot write into {args.annotate}: {error.strerror or error}") from None
+                        raise Problem(
+                            f"cannot write into {args.annotate}: {error.strerror or error}"
+                        ) from None
                 write(path, top, error)
             out.flush()
             count += len(chunk)

@@ -101,7 +101,9 @@ def load(
         classes, *splits = files.list_csv(data_dir, test_csv, image_root, image_column, label_column)
     (train_paths, train_labels), (test_paths, test_labels) = splits
     paths, labels = train_paths + test_paths, np.concatenate([train_labels, test_labels])
-    images, kept = cache.load_images(paths, data_dir, cache_dir, image_size, channels, usual_size, resize, strict)
+    images, kept = cache.load_images(
+        paths, data_dir, cache_dir, image_size, channels, usual_size, resize, strict
+    )
     labels, at = labels[kept], int(kept[: len(train_paths)].sum())
     counts = np.bincount(labels[:at], minlength=len(classes))
     if counts.min() == 0 or at == len(labels):
@@ -134,7 +136,9 @@ def load_torchvision(name, data_dir):
         with contextlib.redirect_stdout(sys.stderr):
             splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error).splitlines()[-1]
+        reason = (
+            getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error).splitlines()[-1]
+        )
         raise Problem(
             f"cannot get {name} ({reason}): put {', '.join(archives)} into {place}, "
             f"or run again with a network, or use --dataset digits, which needs none"

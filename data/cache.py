@@ -43,7 +43,10 @@ def load_images(paths, source, cache_dir, image_size, channels, usual_size, resi
         files = fingerprint(paths)
         if image_size is None or channels is None:
             own_size, own_channels = probe(paths, os.path.join(cache_dir, f"probe-{files}.json"))
-            image_size, channels = image_size or own_size or (usual_size, usual_size), channels or own_channels
+            image_size, channels = (
+                image_size or own_size or (usual_size, usual_size),
+                channels or own_channels,
+            )
         options = digest(json.dumps([source, *image_size, channels, PIL.__version__]))
         base = os.path.join(cache_dir, f"{options}-{files}")
         if not is_whole(base):
@@ -107,7 +110,9 @@ def run_parallel(function, jobs, total, title):
                 bar.update(len(job[0]))
             return
         # Workers inherit SIGINT being ignored: the parent alone answers Ctrl-C.
-        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+        context = multiprocessing.get_context(
+            "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        )
         ignore = (signal.SIGINT, signal.SIG_IGN)
         with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
             try:
@@ -116,7 +121,9 @@ def run_parallel(function, jobs, total, title):
                     yield future.result()
                     bar.update(futures[future])
             except BrokenProcessPool:
-                raise Problem("a decoding process was killed, by the system for lack of memory perhaps") from None
+                raise Problem(
+                    "a decoding process was killed, by the system for lack of memory perhaps"
+                ) from None
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -150,7 +157,10 @@ def probe_chunk(paths, start):
     for path in paths:
         if not os.path.isfile(path):  # a named pipe would wait for ever
             continue
-        with contextlib.suppress(Exception), Image.open(path) as image:  # decoding will say what is wrong with it
+        with (
+            contextlib.suppress(Exception),
+            Image.open(path) as image,
+        ):  # decoding will say what is wrong with it
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 lie on their side
             sizes.add((width, height) if turned else (height, width))
@@ -181,7 +191,9 @@ def build(paths, base, image_size, channels, resize):
     try:
         with open(temporary, "w+b") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, row * len(paths))  # a full disk is found now, not in an hour
+                os.posix_fallocate(
+                    file.fileno(), 0, row * len(paths)
+                )  # a full disk is found now, not in an hour
             jobs = [(*chunk, temporary, image_size, channels, resize) for chunk in chunks(paths, row)]
             for failures in run_parallel(decode_chunk, jobs, len(paths), "decoding"):
                 unreadable += failures

@@ -28,7 +28,9 @@ def list_folder(directory):
     -> (classes, train, test), a split being (paths, labels int64 [N]). Raises Problem.
     """
     if not os.path.isdir(directory):
-        raise Problem(f"no directory {directory}: --dataset folder reads DIR/train/<class>/* or DIR/<class>/*", 2)
+        raise Problem(
+            f"no directory {directory}: --dataset folder reads DIR/train/<class>/* or DIR/<class>/*", 2
+        )
     if not os.path.isdir(os.path.join(directory, "train")):
         classes, split = list_classes(directory)
         return classes, *split_off_test(split)
@@ -37,11 +39,15 @@ def list_folder(directory):
     if not held_out:
         return classes, *split_off_test(train)
     if len(held_out) == 2:
-        say(f"note: {directory} has test/ and val/; test/ is the test split, val/ is not used (see --val-fraction)")
+        say(
+            f"note: {directory} has test/ and val/; test/ is the test split, val/ is not used (see --val-fraction)"
+        )
     test_classes, (paths, labels) = list_classes(os.path.join(directory, held_out[0]))
     unknown = [name for name in test_classes if name not in classes]
     if unknown:
-        raise Problem(f"{os.path.join(directory, held_out[0])} has a class {unknown[0]!r} that train/ has not")
+        raise Problem(
+            f"{os.path.join(directory, held_out[0])} has a class {unknown[0]!r} that train/ has not"
+        )
     index = np.array([classes.index(name) for name in test_classes], dtype=np.int64)
     return classes, train, (paths, index[labels])
 
@@ -58,15 +64,21 @@ def list_classes(directory):
     except OSError as error:
         refuse(error)
     if not classes:
-        raise Problem(f"{directory} has no class folders: put the images of each class into a folder of its name")
+        raise Problem(
+            f"{directory} has no class folders: put the images of each class into a folder of its name"
+        )
     if len(classes) == 1:
-        raise Problem(f"{directory} has one class folder only, {classes[0]!r}: classification needs two or more")
+        raise Problem(
+            f"{directory} has one class folder only, {classes[0]!r}: classification needs two or more"
+        )
     paths, labels = [], []
     for label, name in enumerate(classes):
         before = len(paths)
         for root, subdirectories, files in os.walk(os.path.join(directory, name), onerror=refuse):
             subdirectories.sort()
-            paths += [os.path.join(root, file) for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES)]
+            paths += [
+                os.path.join(root, file) for file in sorted(files) if file.lower().endswith(IMAGE_SUFFIXES)
+            ]
         if len(paths) == before:
             raise Problem(f"class folder {os.path.join(directory, name)} has no images: fill it or remove it")
         labels += [label] * (len(paths) - before)
@@ -78,7 +90,9 @@ def split_off_test(split):
     paths, labels = split
     held = stratified(labels, TEST_FRACTION, seed=0)
     count = f"{held.sum():,} of {len(paths):,} images"
-    say(f"note: no test split given: {count} held out for it, {TEST_FRACTION:.0%} of each class (at least one)")
+    say(
+        f"note: no test split given: {count} held out for it, {TEST_FRACTION:.0%} of each class (at least one)"
+    )
     parts = [([paths[i] for i in np.flatnonzero(mask)], labels[mask]) for mask in (~held, held)]
     return parts[0], parts[1]
 
@@ -133,7 +147,9 @@ def read_csv(file, image_root, image_column, label_column):
         if not any(row):
             continue
         if len(row) != len(header) or not row[at_image].strip() or not row[at_label].strip():
-            raise Problem(f"{file}, row {line}: expected {len(header)} fields with an image and a label, got {row}")
+            raise Problem(
+                f"{file}, row {line}: expected {len(header)} fields with an image and a label, got {row}"
+            )
         paths.append(os.path.join(root, row[at_image].strip()))
         labels.append(row[at_label].strip())
     if not paths:
@@ -148,4 +164,6 @@ def find_column(file, header, given, usual, option):
         if name in lower:
             return lower.index(name)
     wanted = repr(given) if given else " or ".join(usual)
-    raise Problem(f"{file} has no column {wanted}, it has {', '.join(header) or 'none'}; name one with {option}")
+    raise Problem(
+        f"{file} has no column {wanted}, it has {', '.join(header) or 'none'}; name one with {option}"
+    )

@@ -133,8 +133,13 @@ def gather(images, index, augment, flips, generator, share=slice(None)):
     columns = torch.arange(width, device=device).expand(len(index), -1)
     keep = None
     if "cutout" in augment:
-        middles = (torch.rand(n, 2, generator=generator) * torch.tensor([height, width])).int()[share].to(device)
-        away = [(rows - middles[:, :1]).abs() < height * 3 // 16, (columns - middles[:, 1:]).abs() < width * 3 // 16]
+        middles = (
+            (torch.rand(n, 2, generator=generator) * torch.tensor([height, width])).int()[share].to(device)
+        )
+        away = [
+            (rows - middles[:, :1]).abs() < height * 3 // 16,
+            (columns - middles[:, 1:]).abs() < width * 3 // 16,
+        ]
         keep = ~(away[0][:, :, None] & away[1][:, None, :])[..., None]
     if "translate" in augment:
         shift = [max(1, size // 16) for size in (height, width)]

@@ -59,7 +59,9 @@ def write_bundle(folder, *, models, script, onnxruntime, spec, parity, samples):
         if os.path.isdir(os.path.join(HERE, name)):
             ignored = shutil.ignore_patterns(*NOT_COPIED)
             shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=ignored)
-    parity = {form: {key: figures[key] for key in figures if key not in TIMINGS} for form, figures in parity.items()}
+    parity = {
+        form: {key: figures[key] for key in figures if key not in TIMINGS} for form, figures in parity.items()
+    }
     lines = []
     for index, (png, answer) in enumerate(samples):
         if png is not None:

@@ -10,7 +10,9 @@ MOST_CLASSES = 100  # that are listed by name
 
 def printable(text):
     """Text from strangers with its control characters and line breaks made visible."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text)
+    )
 
 
 def shown(value, form, unit=""):
@@ -37,7 +39,9 @@ def per_class(labels, predicted, classes):
         "f1": 2 * hits / np.maximum(guesses + truths, 1),
         "support": truths,
     }
-    return {name: {key: column[i].item() for key, column in columns.items()} for i, name in enumerate(classes)}
+    return {
+        name: {key: column[i].item() for key, column in columns.items()} for i, name in enumerate(classes)
+    }
 
 
 def model_card(spec, parity):
@@ -79,7 +83,11 @@ def card_classification(spec):
         yield f"## How good it is\n\nIt answers {accuracy:.2%} of the test split of {data} rightly."
     if figures := spec.get("per_class"):
         rows = [
-            [markdown(name), *(shown(row[key], ".1%") for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
+            [
+                markdown(name),
+                *(shown(row[key], ".1%") for key in ("precision", "recall", "f1")),
+                f"{row['support']:,}",
+            ]
             for name, row in list(figures.items())[:MOST_CLASSES]
         ]
         yield table(["class", "precision", "recall", "F1", "test images"], rows)
@@ -119,7 +127,9 @@ def card_origin(spec):
         "Started from": markdown(f"pretrained weights ({started})") if started else None,
         "Trained": spec.get("created"),
         "Exported": spec.get("exported"),
-        "Versions": ", ".join(f"{markdown(name)} {markdown(value)}" for name, value in spec["versions"].items()),
+        "Versions": ", ".join(
+            f"{markdown(name)} {markdown(value)}" for name, value in spec["versions"].items()
+        ),
         "Checkpoint": f"SHA-256 `{checkpoint}`" if checkpoint else None,
     }
     lines = [f"- {name}: {value}" for name, value in lines.items() if value]
@@ -132,16 +142,18 @@ def card_proof(parity):
     passed = {form: figures for form, figures in parity.items() if figures.get("passed")}
     rows = []
     for form, figures in passed.items():
-        row = [FILES.get(form, form), shown(figures.get("samples"), ","), shown(figures.get("max_abs_diff"), ".1e")]
+        row = [
+            FILES.get(form, form),
+            shown(figures.get("samples"), ","),
+            shown(figures.get("max_abs_diff"), ".1e"),
+        ]
         row += [shown(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
         rows.append([*row, shown(figures.get("mean_squared_error"), ".3g")])
     head = ["file", "test samples", "largest difference", "same answer", "accuracy", "squared error"]
     notes = ""
     if int8 := passed.get("onnx-int8"):
         method, drop = markdown(int8.get("quantization")), shown(int8.get("drop"), ".2f")
-        notes = (
-            f"{FILES['onnx-int8']} is quantized ({method}): as good, not equal; it loses {drop} points of accuracy.\n\n"
-        )
+        notes = f"{FILES['onnx-int8']} is quantized ({method}): as good, not equal; it loses {drop} points of accuracy.\n\n"
     name = next((name for form, name in FILES.items() if form in passed), "model.onnx")
     return (
         "## Proof\n\nBefore it was let out, each file was run against the trained network over all test samples:\n\n"

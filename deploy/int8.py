@@ -15,7 +15,9 @@ import onnx
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 # Beside those, what onnxruntime has int8 kernels for, so that values need not become float32 between two layers.
 OP_TYPES = (*WEIGHTED, "Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Relu")
-HISTOGRAM_PIXELS = 1 << 20  # of images for percentile and entropy, which keep every activation of every image in memory
+HISTOGRAM_PIXELS = (
+    1 << 20
+)  # of images for percentile and entropy, which keep every activation of every image in memory
 FASTER = 1.05  # times; less is within what two measurements differ by
 # What onnxruntime's guidance names, in the order tried. The first: weights per channel in 7 bits, whose products cannot
 # saturate, so that processors with and without VNNI compute the same; activations uint8 from their least to their

@@ -63,7 +63,10 @@ def new_figure(title, about, width, height, arranged=True):
     engine = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - TOP / height), w_pad=MARGIN, h_pad=0.06)
     figure = Figure((width, height), layout=engine if arranged else None)
     FigureCanvasAgg(figure)
-    for text, down, points, look in ((title, 0.14, 11.5, {"weight": "bold"}), (about, 0.38, 8.5, {"color": GREY})):
+    for text, down, points, look in (
+        (title, 0.14, 11.5, {"weight": "bold"}),
+        (about, 0.38, 8.5, {"color": GREY}),
+    ):
         text = fit(text, width - 2 * MARGIN, points, look.get("weight"))
         figure.text(MARGIN / width, 1 - down / height, text, va="top", size=points, **look)
     return figure
@@ -106,7 +109,9 @@ def fit(text, inches, points, weight=None):
 @picture
 def curves(about, rows):
     """Loss, accuracy and learning rate over the epochs; rows: those of metrics.csv, as dicts by column."""
-    column = {k: np.array([math.nan if row[k] in (None, "") else float(row[k]) for row in rows]) for k in rows[0]}
+    column = {
+        k: np.array([math.nan if row[k] in (None, "") else float(row[k]) for row in rows]) for k in rows[0]
+    }
     epochs, watched = column["epoch"], "val" if "val_loss" in column else "test"
     panels = ["loss", "accuracy", "lr"] if np.isfinite(column["train_accuracy"]).any() else ["loss", "lr"]
     title = f"Training over {len(rows)} epoch{'s' if len(rows) > 1 else ''}"
@@ -194,7 +199,13 @@ def name_axes(axis, names, side):
     few = len(names) <= FEW
     texts = [fit(drawable(names[i], i), 1.05, size) for i in places]
     upright = max(len(text) for text in texts) * 0.7 * size < pitch
-    turned = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
+    turned = (
+        {}
+        if upright
+        else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        if few
+        else {"rotation": 90}
+    )
     axis.set_yticks(places, texts, size=size)
     axis.set_xticks(places, texts, size=size, **turned)
     axis.tick_params(length=0)
@@ -218,12 +229,18 @@ def list_confusions(axis, counts, shares, names, most=12):
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = [divmod(int(k), len(names)) for k in order if wrong.flat[k]]
     axis.set(xlim=(0, 2), ylim=(most // 2 + 1.2, 0))
-    title = "Most frequent confusions: truth → answer, images, share of the true class" if pairs else "No wrong answer"
+    title = (
+        "Most frequent confusions: truth → answer, images, share of the true class"
+        if pairs
+        else "No wrong answer"
+    )
     axis.text(0, 0.4, title, weight="bold", va="center")
     for k, (i, j) in enumerate(pairs):
         truth, answer = (fit(drawable(names[c], c), 1.55, 9) for c in (i, j))
         side, line = divmod(k, most // 2)
-        axis.text(side, line + 1.6, f"{truth} → {answer}   {counts[i, j]:,} ({shares[i, j]:.1%})", va="center")
+        axis.text(
+            side, line + 1.6, f"{truth} → {answer}   {counts[i, j]:,} ({shares[i, j]:.1%})", va="center"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -246,7 +263,9 @@ def mistakes(about, images, labels, probabilities, names):
     chosen = wrong[np.argsort(-sure, kind="stable")][:GRID]
     if not len(chosen):
         figure = new_figure("Wrong answers", about, WIDTH, 1, arranged=False)
-        figure.text(0.5, 0.3, f"None: all {len(labels):,} test images were answered rightly.", ha="center", size=11)
+        figure.text(
+            0.5, 0.3, f"None: all {len(labels):,} test images were answered rightly.", ha="center", size=11
+        )
         return figure
     captions = [
         [
@@ -281,7 +300,9 @@ def grid(title, about, images, captions):
         axis.imshow(image.squeeze(2) if grey else image, extent=extent, **grey)
         for number, (text, colour) in enumerate(lines):
             below = top + tall + 0.05 + line * number
-            axis.text(middle, below, fit(text, cell - 0.08, 8.5), ha="center", va="top", size=8.5, color=colour)
+            axis.text(
+                middle, below, fit(text, cell - 0.08, 8.5), ha="center", va="top", size=8.5, color=colour
+            )
     axis.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="auto")
     axis.axis("off")
     return figure

@@ -52,7 +52,9 @@ def draw_run(run_dir, spec, rows, labels, outputs, images=None, augmented=None, 
     else:
         about = f"{run} · test accuracy {spec['test_accuracy']:.2%} · {spec['created'][:10]}"
         names = [printable(name) for name in spec["classes"]]
-        drawn["confusion.png"] = pictures.confusion(about, count_pairs(labels, outputs.argmax(1), len(names)), names)
+        drawn["confusion.png"] = pictures.confusion(
+            about, count_pairs(labels, outputs.argmax(1), len(names)), names
+        )
         drawn["mistakes.png"] = pictures.mistakes(about, images, labels, outputs, names)
         if augmented is not None and len(augmented):
             drawn["samples.png"] = pictures.samples(about, augmented, np.asarray(augmented_labels), names)
@@ -160,7 +162,9 @@ def table(head, rows, marked=None):
         mark = " class=mark aria-current=true" if number == marked else ""
         lines.append(f"<tr{mark}><th scope=row>{first}</th>{cells}</tr>")
     body = "\n".join(lines[1:])
-    return f"<div class=scroll><table><thead><tr>{lines[0]}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    return (
+        f"<div class=scroll><table><thead><tr>{lines[0]}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    )
 
 
 def about(config, summary):
@@ -183,7 +187,9 @@ def tiles(summary):
     }
     if summary and summary.get("test_accuracy") is None:  # a regression
         del values["test accuracy"]
-    return "".join(f"<div><span class=soft>{name}</span><b>{value}</b></div>" for name, value in values.items())
+    return "".join(
+        f"<div><span class=soft>{name}</span><b>{value}</b></div>" for name, value in values.items()
+    )
 
 
 def pictures_of(run_dir):
@@ -237,9 +243,7 @@ def export_section(run, export):
     if not rows:
         command = f"<code>python step2_export.py --run {text(run)}</code>"
         return f"<section><h2>Export</h2><p>Not exported yet: {command}</p></section>"
-    head = (
-        "format,file,size,proof,largest difference,on probes,same answer,accuracy,times as fast (batch 1; 64),one image"
-    )
+    head = "format,file,size,proof,largest difference,on probes,same answer,accuracy,times as fast (batch 1; 64),one image"
     return (
         "<section><h2>Export</h2><p>Each file was run against the trained network: over the whole test split, and on "
         f"probes, random, black and white inputs of several sizes.</p>{table(head.split(','), rows)}"
@@ -252,7 +256,9 @@ def configuration_section(config):
     for key, value in config.items():
         if key in ("name", "run") or value in (None, False, []):
             continue
-        value = ("x" if key == "image_size" else " ").join(map(str, value)) if isinstance(value, list) else value
+        value = (
+            ("x" if key == "image_size" else " ").join(map(str, value)) if isinstance(value, list) else value
+        )
         value = f"{value:.6g}" if isinstance(value, float) else value
         lines.append(f"<div><dt>{text(key).replace('_', ' ')}</dt><dd>{text(value)}</dd></div>")
     return f"<section><h2>Configuration</h2><dl>{''.join(lines)}</dl></section>"
@@ -279,7 +285,10 @@ def runs_section(run, config, runs_dir, exports_dir):
         export = read_export(os.path.join(runs_dir, name), os.path.join(exports_dir, name))
         path, figures = next(iter(export.values()), ("", {}))
         accuracy, loss = summary.get("test_accuracy"), summary.get("test_loss")
-        better = [-accuracy if isinstance(accuracy, float) else 0, loss if isinstance(loss, float) else float("inf")]
+        better = [
+            -accuracy if isinstance(accuracy, float) else 0,
+            loss if isinstance(loss, float) else float("inf"),
+        ]
         cells = [f"<bdi>{text(name)}</bdi>" + ("" if summary else " <span class=soft>(not finished)</span>")]
         cells += [text(theirs.get("model", "-")), shown(accuracy, ".2%"), shown(loss, ".4g")]
         cells += [duration(summary.get("train_seconds"))]
@@ -289,7 +298,9 @@ def runs_section(run, config, runs_dir, exports_dir):
         found.append((not summary, better, name, cells))
     found.sort()
     mark = next((number for number, (*_, name, _) in enumerate(found) if name == run), None)
-    head = "run,network,test accuracy,test loss,training,epochs,parameters,file size,one image,date".split(",")
+    head = "run,network,test accuracy,test loss,training,epochs,parameters,file size,one image,date".split(
+        ","
+    )
     return f"<section><h2>All runs of this data</h2>{table(head, [row for *_, row in found], mark)}</section>"
 
 

@@ -21,8 +21,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # plain `pytest` puts only tests/ there
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a shared machine many times slower
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers share the machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads make a shared machine many times slower
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of the processes that tests start: two workers share the machine
 torch.set_num_threads(1)
 
 import step1_train  # noqa: E402

@@ -38,7 +38,10 @@ def pt2(export, threads):
 def openvino(export, threads):
     import openvino as engine
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}  # bf16 where the CPU has it, else
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+    }  # bf16 where the CPU has it, else
     model = engine.Core().compile_model(str(export / "model.onnx"), "CPU", settings)
     return lambda images: model([images])[0].copy()
 

@@ -70,7 +70,9 @@ def test_a_validation_split_that_would_be_empty(call, here, folder):  # noqa: F8
 @pytest.mark.parametrize("state", [{0: torch.zeros(1)}, {"state_dict": [1]}, {"state_dict": {}, "spec": 3}])
 def test_odd_pretrained_files(call, here, state):
     torch.save(state, here / "odd.pt")
-    call(step1_train.main, "--model", "mynet", "--pretrained", "odd.pt").error(2, "odd.pt", "not a state_dict")
+    call(step1_train.main, "--model", "mynet", "--pretrained", "odd.pt").error(
+        2, "odd.pt", "not a state_dict"
+    )
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path
     assert len(rows) == 14 and not [row for row in rows if "error" in row]
     assert right([(row["path"], row["label"]) for row in rows[:10]]) >= 9
     assert rows[10]["path"].endswith("photo.jpg") and 0 < rows[10]["probability"] <= 1
-    assert [(row["label"], row["top"]) for row in rows[11:]] == [(row["label"], row["top"]) for row in rows[:3]]
+    assert [(row["label"], row["top"]) for row in rows[11:]] == [
+        (row["label"], row["top"]) for row in rows[:3]
+    ]
     assert name in result.err  # it says which model it took: the one beside it
     assert sorted(os.listdir(place)) == sorted(["step3_infer.py", name])
 

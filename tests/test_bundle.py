@@ -31,7 +31,16 @@ def bundled(small, tmp_path_factory):
 
 def export(small, out, *options):
     """Step 2 with --bundle in a process of its own. -> its standard output."""
-    command = [sys.executable, ROOT / "step2_export.py", "--run", small.run, "--bundle", "--out", out, *options]
+    command = [
+        sys.executable,
+        ROOT / "step2_export.py",
+        "--run",
+        small.run,
+        "--bundle",
+        "--out",
+        out,
+        *options,
+    ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -58,21 +67,27 @@ def test_folder_and_archive_hold_the_same(bundled, edge):
 
 def test_it_holds_what_was_promised(edge):
     names = contents(edge).keys()
-    wanted = "model.onnx model.pt model.pt2 step3_infer.py requirements.txt MODEL_CARD.md parity.json SHA256SUMS"
+    wanted = (
+        "model.onnx model.pt model.pt2 step3_infer.py requirements.txt MODEL_CARD.md parity.json SHA256SUMS"
+    )
     assert {*wanted.split(), "samples/expected.jsonl"} <= names
     assert (edge / "step3_infer.py").read_bytes() == (ROOT / "step3_infer.py").read_bytes()
     packages = [line.split(">=")[0] for line in (edge / "requirements.txt").read_text().splitlines()]
     assert packages == ["onnxruntime", "numpy", "Pillow"]
     assert {name.split("/")[0] for name in names} >= {"cpp", "web"}
     parity = json.loads((edge / "parity.json").read_text())
-    assert parity.keys() == {"onnx", "torchscript", "pt2"} and all(figures["passed"] for figures in parity.values())
+    assert parity.keys() == {"onnx", "torchscript", "pt2"} and all(
+        figures["passed"] for figures in parity.values()
+    )
     assert "precision" in (edge / "MODEL_CARD.md").read_text()
 
 
 def test_sha256sum_agrees(edge):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
-    done = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=edge, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=edge, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.count(": OK") == len(contents(edge)) - 1
 
 
@@ -152,7 +167,9 @@ def test_a_regression_is_bundled_too(call, here, execute):
     (folder,) = here.glob("exports/*/bundle")
     line = json.loads((folder / "samples" / "expected.jsonl").read_text().splitlines()[0])
     values = ",".join(map(str, line["values"]))
-    result = call(step3_infer.main, "--model", folder / "model.onnx", "--format", "json", f"--values={values}").done()
+    result = call(
+        step3_infer.main, "--model", folder / "model.onnx", "--format", "json", f"--values={values}"
+    ).done()
     assert json.loads(result.out)["prediction"] == pytest.approx(line["prediction"], rel=1e-4)
     execute("step3_infer.py", "--verify", cwd=folder).done()
 
@@ -186,7 +203,9 @@ def test_swapping_in_while_others_do(tmp_path):
 
 def test_disk_full(small, small_run, here, execute):
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-    limit += f"sys.path.insert(0, {str(ROOT)!r}); import step2_export; sys.exit(step2_export.main(sys.argv[1:]))"
+    limit += (
+        f"sys.path.insert(0, {str(ROOT)!r}); import step2_export; sys.exit(step2_export.main(sys.argv[1:]))"
+    )
     execute("-c", limit, "--format", "onnx", "--bundle", cwd=here).error(1, "cannot write exports/small")
     assert not list(here.glob("exports/small/*"))
 
@@ -196,5 +215,7 @@ def test_disk_full_at_the_bundle(call, small_run, here, in_process, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(bundle, "archive", full)
-    call(step2_export.main, "--format", "onnx", "--bundle").error(1, "bundle in exports/small", "No space left")
+    call(step2_export.main, "--format", "onnx", "--bundle").error(
+        1, "bundle in exports/small", "No space left"
+    )
     assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "parity.json"]

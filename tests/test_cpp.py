@@ -32,7 +32,9 @@ def program(tmp_path_factory):
     flags = [f"-DPYTHON={sys.executable}", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]  # compiles faster than with -O3
     done = run("cmake", "-S", ROOT / "deploy" / "cpp", "-B", build, *flags)
     message = " ".join(done.err.split())
-    if missing := re.search(r"No CMAKE_CXX_COMPILER could be found|[\w./]+ not found: install .*? conan", message):
+    if missing := re.search(
+        r"No CMAKE_CXX_COMPILER could be found|[\w./]+ not found: install .*? conan", message
+    ):
         pytest.skip(missing[0])
     assert done.code == 0, done.err
     built = run("cmake", "--build", build)
@@ -43,7 +45,9 @@ def program(tmp_path_factory):
 def run(*command, **options):
     """-> Result of a process."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 300, **options}
-    done = subprocess.run([str(part) for part in command], encoding="utf-8", errors="surrogateescape", **options)
+    done = subprocess.run(
+        [str(part) for part in command], encoding="utf-8", errors="surrogateescape", **options
+    )
     return Result(done.returncode, done.stdout or "", done.stderr or "")
 
 
@@ -78,7 +82,13 @@ def tiny(tmp_path_factory):
         network = model.build("linear", channels=channels, classes=len(CLASSES), image_size=(8, 8))
         torch.nn.init.normal_(network.layer.weight, std=0.2)
         deployable = model.Deployable(network, (8, 8), [0.5] * channels, [0.2] * channels).eval()
-        spec = {"schema": 1, "task": "classification", "classes": CLASSES, "channels": channels, "image_size": [8, 8]}
+        spec = {
+            "schema": 1,
+            "task": "classification",
+            "classes": CLASSES,
+            "channels": channels,
+            "image_size": [8, 8],
+        }
         step2_export.export_torchscript(deployable, spec, place / f"{channels}.pt", None)
     return {channels: place / f"{channels}.pt" for channels in (1, 3)}
 
@@ -112,10 +122,27 @@ def png(depth, colour, width, height, *chunks, pixels=None):
 def pictures(tmp_path_factory):
     """A directory of what decodes exactly: PNGs of every kind and several sizes, BMP, GIF, flat JPEGs, turned ones."""
     place = tmp_path_factory.mktemp("pictures")
-    for depth, colour in [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (8, 4), (16, 4), (8, 6), (16, 6)]:
+    for depth, colour in [
+        (1, 0),
+        (2, 0),
+        (4, 0),
+        (8, 0),
+        (16, 0),
+        (8, 2),
+        (16, 2),
+        (8, 4),
+        (16, 4),
+        (8, 6),
+        (16, 6),
+    ]:
         for width, height in [(8, 8), (13, 29)]:
-            (place / f"depth{depth}-colour{colour}-{width}.png").write_bytes(png(depth, colour, width, height))
-    palette, alpha = chunk(b"PLTE", np.random.default_rng(1).bytes(3 * 16)), chunk(b"tRNS", bytes([0, 128, 7]))
+            (place / f"depth{depth}-colour{colour}-{width}.png").write_bytes(
+                png(depth, colour, width, height)
+            )
+    palette, alpha = (
+        chunk(b"PLTE", np.random.default_rng(1).bytes(3 * 16)),
+        chunk(b"tRNS", bytes([0, 128, 7])),
+    )
     (place / "palette.png").write_bytes(png(4, 3, 20, 10, palette))
     (place / "palette-alpha.png").write_bytes(png(4, 3, 20, 10, palette, alpha))
     photo = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 40, 3), dtype=np.uint8))
@@ -126,7 +153,9 @@ def pictures(tmp_path_factory):
         exif = Image.Exif()
         exif[step3_infer.ORIENTATION] = turn
         photo.save(place / f"turned{turn}.png", exif=exif)
-        Image.fromarray(blocks).save(place / f"turned{turn}.jpg", exif=exif, quality=100)  # flat: every decoder agrees
+        Image.fromarray(blocks).save(
+            place / f"turned{turn}.jpg", exif=exif, quality=100
+        )  # flat: every decoder agrees
     return place
 
 
@@ -148,7 +177,9 @@ def test_a_trained_network_gives_the_same_lines(program, compare, call, trained,
     percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
     assert percents[0] == pytest.approx(percents[1], abs=0.011)
     for path in samples:  # libjpeg and stb_image differ by a few grey levels
-        Image.open(path).resize((64, 48), Image.BICUBIC).convert("RGB").save(tmp_path / f"{path.stem}.jpg", quality=95)
+        Image.open(path).resize((64, 48), Image.BICUBIC).convert("RGB").save(
+            tmp_path / f"{path.stem}.jpg", quality=95
+        )
     photos = run(program, "--model", file, "--format", "json", tmp_path).done().out.splitlines()
     for line, expected in zip(map(json.loads, photos), sorted(tmp_path.glob("*.jpg")), strict=True):
         answer = step3_infer.predict(expected, step3_infer.Model(file))
@@ -216,7 +247,9 @@ def bad(here, pictures):
 def test_what_cannot_be_used_is_one_line_and_the_rest_is_predicted(compare, tiny, pictures, bad):
     good = pictures / "palette.png"
     ours, theirs = compare(tiny[3], good, *bad, good)
-    assert ours.code == 1 and ours.err.count("\n") == theirs.err.count("\n") - 1 == len(bad)  # step 3 adds a note
+    assert ours.code == 1 and ours.err.count("\n") == theirs.err.count("\n") - 1 == len(
+        bad
+    )  # step 3 adds a note
     lines = [json.loads(line) for line in ours.out.splitlines()]
     assert lines[0] == lines[-1] and lines[0]["label"] in CLASSES
     for line, error, (name, reason) in zip(lines[1:-1], ours.err.splitlines(), bad.items(), strict=True):
@@ -275,7 +308,9 @@ def test_self_test(program, here, trained):
     golden[0]["image"] = "no base64!"
     file = with_spec("model.pt", "broken.pt", golden=golden)
     run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
-    run(program, "--self-test", "--model", with_spec("model.pt", "none.pt", golden=[])).error(1, "no golden samples")
+    run(program, "--self-test", "--model", with_spec("model.pt", "none.pt", golden=[])).error(
+        1, "no golden samples"
+    )
 
 
 def test_output_that_cannot_be_written(program, trained, samples):

@@ -35,7 +35,10 @@ def test_digits_are_complete_and_of_the_common_shape(digits):
 
 
 def test_digits_splits_are_stratified_and_share_no_place(digits):
-    shares = [np.bincount(labels, minlength=10) / len(labels) for labels in (digits.train_labels, digits.test_labels)]
+    shares = [
+        np.bincount(labels, minlength=10) / len(labels)
+        for labels in (digits.train_labels, digits.test_labels)
+    ]
     assert np.abs(shares[0] - shares[1]).max() < 0.01
     # The two splits together are the whole set: its known number of images of each class.
     together = np.bincount(np.concatenate([digits.train_labels, digits.test_labels]))
@@ -65,7 +68,9 @@ def test_constant_channel_can_still_be_normalised():
     assert data.mean_and_std(np.full((3, 2, 2, 1), 51, np.uint8)) == ([0.2], [1.0])
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("mnits", "mnist"), ("cifar-10", "cifar10"), ("fashionmnist", "fashion")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("mnits", "mnist"), ("cifar-10", "cifar10"), ("fashionmnist", "fashion")]
+)
 def test_unknown_dataset_suggests_the_nearest(call, here, typed, meant):
     call(step1_train.main, "--dataset", typed).error(2, typed, meant, "--list-datasets")
     assert not list(here.iterdir())
@@ -83,7 +88,9 @@ def test_no_network_names_the_files_and_the_way_out(call, here, no_network, data
 
 def test_data_dir_that_cannot_be_made(call, here, no_network):
     (here / "file").write_text("not a directory")
-    call(step1_train.main, "--dataset", "mnist", "--data-dir", here / "file" / "below").error(1, "--dataset digits")
+    call(step1_train.main, "--dataset", "mnist", "--data-dir", here / "file" / "below").error(
+        1, "--dataset digits"
+    )
 
 
 def test_mnist_format_loads_without_network(mnist, no_network):

@@ -70,7 +70,9 @@ def test_exif_orientation_is_applied(orientation):
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_16_bits_are_scaled_not_clipped(form):
-    values = np.array([[0, 1, 128, 129, 256, 1000], [257, 25700, 32768, 65278, 65407, 65535]], dtype=np.uint16)
+    values = np.array(
+        [[0, 1, 128, 129, 256, 1000], [257, 25700, 32768, 65278, 65407, 65535]], dtype=np.uint16
+    )
     got = decode_image(stored(Image.fromarray(values), form), 1)[..., 0]
     assert np.array_equal(got, np.rint(values / 257)) and got[1, 5] == 255
     assert np.array_equal(decode_image(stored(Image.fromarray(values), form), 3), np.dstack([got] * 3))

@@ -5,7 +5,9 @@ from benchmarks import fuzz_inference
 
 
 def test_285_broken_images_with_whole_ones_among_them(small, tmp_path):
-    faults, refused = fuzz_inference.fuzz_images(small.export / "model.onnx", 285, tmp_path, seed=1, batch=143)
+    faults, refused = fuzz_inference.fuzz_images(
+        small.export / "model.onnx", 285, tmp_path, seed=1, batch=143
+    )
     assert not faults and 100 < refused < 285
 
 

@@ -201,7 +201,9 @@ def write_text(good, path, deployable, spec):
         stream.write("not a model")
 
 
-@pytest.mark.parametrize("fault", [fix_dimensions, write_text, lambda good, path, _, spec: onnx_with(good, path)])
+@pytest.mark.parametrize(
+    "fault", [fix_dimensions, write_text, lambda good, path, _, spec: onnx_with(good, path)]
+)
 def test_file_that_step3_cannot_run(call, small_run, here, plant, in_process, fault, small):
     out = here / "exports" / "small"
     shutil.copytree(small.export, out)
@@ -209,7 +211,9 @@ def test_file_that_step3_cannot_run(call, small_run, here, plant, in_process, fa
     assert_caught(call(step2_export.main, "--format", "onnx"), "onnx", out)
 
 
-def test_failed_format_takes_its_earlier_file_away_and_no_other(call, small, small_run, here, plant, in_process):
+def test_failed_format_takes_its_earlier_file_away_and_no_other(
+    call, small, small_run, here, plant, in_process
+):
     out = here / "exports" / "small"
     shutil.copytree(small.export, out)
     plant("onnx", edit_initializer(lambda weights: -weights))

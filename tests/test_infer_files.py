@@ -57,7 +57,9 @@ def test_threads_change_neither_order_nor_answers(predict, many):
 
 def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypatch):
     decoded, decode = [], step3_infer.decode_image
-    monkeypatch.setattr(step3_infer, "decode_image", lambda path, channels: decoded.append(path) or decode(path, 1))
+    monkeypatch.setattr(
+        step3_infer, "decode_image", lambda path, channels: decoded.append(path) or decode(path, 1)
+    )
     model = step3_infer.Model(small.export / "model.onnx", 1)
     results = step3_infer.predict_files(model, step3_infer.find_images([str(many)]), 3, 4, 1)
     assert len(next(results)) == 4 and len(decoded) < 60
@@ -84,7 +86,9 @@ def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
     assert len(decoded) <= count + 4
 
 
-@pytest.mark.parametrize(("window", "expected"), [(1 << 20, [7, 3]), (1, [1] * 10), (150, [2, 1, 2, 1, 1, 2, 1])])
+@pytest.mark.parametrize(
+    ("window", "expected"), [(1 << 20, [7, 3]), (1, [1] * 10), (150, [2, 1, 2, 1, 1, 2, 1])]
+)
 def test_images_of_one_size_run_together_until_the_window_is_full(small, window, expected, monkeypatch):
     batches = []
     model = step3_infer.Model(small.export / "model.onnx", 1)
@@ -161,12 +165,16 @@ def test_names_that_are_no_utf8(execute, small, samples, here):
     shutil.copy(small.export / "model.onnx", model)
     result = execute(SCRIPT, "--model", os.fsdecode(model), ".", cwd=here).done()
     assert "./b\\udcffd.png  " in result.out
-    assert "missing\\udcff" in execute(SCRIPT, "--model", os.fsdecode(model), "missing\udcff", cwd=here).error(1)
+    assert "missing\\udcff" in execute(
+        SCRIPT, "--model", os.fsdecode(model), "missing\udcff", cwd=here
+    ).error(1)
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
 def test_spreadsheets_run_no_class_name(call, small, here, samples, text):
-    model = onnx_with(small.export / "model.onnx", here / "m.onnx", classes=[text + str(k) for k in range(10)])
+    model = onnx_with(
+        small.export / "model.onnx", here / "m.onnx", classes=[text + str(k) for k in range(10)]
+    )
     shutil.copy(samples[0], here / "=cmd().png")
     out = call(step3_infer.main, "--model", model, "--format", "csv", "=cmd().png").done().out
     (row,) = csv.DictReader(io.StringIO(out, newline=""))
@@ -181,7 +189,10 @@ def test_terminals_run_no_class_name(call, small, here, samples, name):
     model = onnx_with(small.export / "model.onnx", here / "m.onnx", classes=classes)
     out = call(step3_infer.main, "--model", model, samples[0]).done().out
     assert out.count("\n") == 1 and out.rstrip("\n").isprintable()
-    assert rows_of(call(step3_infer.main, "--model", model, "--format", "json", samples[0]))[0]["label"] in classes
+    assert (
+        rows_of(call(step3_infer.main, "--model", model, "--format", "json", samples[0]))[0]["label"]
+        in classes
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000), (3000, 400)])
@@ -367,7 +378,9 @@ def test_a_full_disk_leaves_no_part_of_an_annotated_image(predict, here, samples
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.open", full)
-        predict("--annotate", "out/below", samples[3]).error(1, "cannot write into out/below", "No space left")
+        predict("--annotate", "out/below", samples[3]).error(
+            1, "cannot write into out/below", "No space left"
+        )
     assert written and os.listdir("out/below") == []
 
 

@@ -37,7 +37,9 @@ def bundle(small, here):
 
 def test_verify_agrees_with_sha256sum(execute, bundle):
     assert "4 files" in execute("step3_infer.py", "--verify", cwd=bundle).done().out
-    done = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=bundle, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=bundle, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -63,7 +65,9 @@ def test_verify_names_every_finding(call, bundle):
     assert all(name in line and word in line for line, (name, word) in zip(lines, wanted, strict=True)), lines
 
 
-@pytest.mark.parametrize("line", ["hello", "0" * 64 + " model.onnx", "0" * 64 + "  ", "x" * 64 + "  model.onnx"])
+@pytest.mark.parametrize(
+    "line", ["hello", "0" * 64 + " model.onnx", "0" * 64 + "  ", "x" * 64 + "  model.onnx"]
+)
 def test_verify_with_malformed_sums(call, bundle, line):
     (bundle / "SHA256SUMS").write_text(line)
     call(step3_infer.main, "--verify", "--model", bundle / "model.onnx").error(1, "SHA256SUMS, line 1")
@@ -77,7 +81,9 @@ def test_verify_looks_at_nothing_outside(call, bundle, name):
 
 
 def test_verify_without_sums(call, small):
-    call(step3_infer.main, "--verify", "--model", small.export / "model.onnx").error(1, "SHA256SUMS", "--bundle")
+    call(step3_infer.main, "--verify", "--model", small.export / "model.onnx").error(
+        1, "SHA256SUMS", "--bundle"
+    )
 
 
 def test_files_with_code_are_announced_unless_the_sums_know_them(call, bundle, samples):
@@ -113,7 +119,10 @@ def pt2(small, tmp_path_factory):
 def test_pt2_predicts_as_onnx_does(call, small, pt2, samples):
     arguments = ["--format", "json", "--top-k", 10, *samples]
     rows = [
-        [json.loads(line) for line in call(step3_infer.main, "--model", file, *arguments).done().out.splitlines()]
+        [
+            json.loads(line)
+            for line in call(step3_infer.main, "--model", file, *arguments).done().out.splitlines()
+        ]
         for file in (pt2, small.export / "model.onnx")
     ]
     for a, b in zip(*rows, strict=True):
@@ -146,12 +155,16 @@ def test_order_of_model_names(call, small, pt2, samples, here):
 def foreign(path, spec, kind=TensorProto.UINT8, shape=("n", "h", "w", 1), classes=10):
     """An ONNX file that somebody else made: any input, and `classes` constant outputs."""
     nodes = [
-        helper.make_node("Constant", [], ["p"], value=helper.make_tensor("p", 1, [1, classes], [0.1] * classes)),
+        helper.make_node(
+            "Constant", [], ["p"], value=helper.make_tensor("p", 1, [1, classes], [0.1] * classes)
+        )
     ]
     inputs = [helper.make_tensor_value_info("x", kind, shape)]
     outputs = [helper.make_tensor_value_info("p", TensorProto.FLOAT, [1, classes])]
     graph = helper.make_model(
-        helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 18)], ir_version=8
+        helper.make_graph(nodes, "g", inputs, outputs),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
     )
     helper.set_model_props(graph, {"spec": json.dumps(spec)})
     onnx.save(graph, path)
@@ -180,7 +193,9 @@ def test_external_data_that_is_missing(call, small, samples, here):
     call(step3_infer.main, "--model", "m.onnx", samples[0]).error(1, "m.onnx", "weights.bin")
 
 
-@pytest.mark.parametrize("text", [b"probabilities", b'{"schema"', b"Gemm"])  # Gemm: in onnxruntime's own message
+@pytest.mark.parametrize(
+    "text", [b"probabilities", b'{"schema"', b"Gemm"]
+)  # Gemm: in onnxruntime's own message
 def test_texts_in_a_model_that_are_no_utf8(call, small, samples, here, text):
     content = (small.export / "model.onnx").read_bytes()
     assert text in content
@@ -218,12 +233,18 @@ def test_benchmark_as_text_and_as_json(execute, small, here):
     assert 0 < times[0] <= times[1] <= times[2]
     assert figures["threads"] == 1 and figures["batch_size"] in (1, 2, 4, 8, 16, 32, 64)
     assert figures["images_per_second"] > 500 / times[0]  # not below half of what one image at a time gives
-    assert 0 < figures["load_seconds"] < 10 and 0 < figures["import_seconds"] < 60 and figures["first_run_ms"] > 0
+    assert (
+        0 < figures["load_seconds"] < 10
+        and 0 < figures["import_seconds"] < 60
+        and figures["first_run_ms"] > 0
+    )
     assert figures["peak_memory_mb"] is None or 20 < figures["peak_memory_mb"] < 500
 
 
 def test_benchmark_is_no_table(call, small):
-    call(step3_infer.main, "--model", small.export / "model.onnx", "--benchmark", "--format", "csv").error(2, "csv")
+    call(step3_infer.main, "--model", small.export / "model.onnx", "--benchmark", "--format", "csv").error(
+        2, "csv"
+    )
 
 
 def write(place, **files):
@@ -233,7 +254,8 @@ def write(place, **files):
 
 
 @pytest.mark.parametrize(
-    ("quota", "cpus"), [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("", 4)]
+    ("quota", "cpus"),
+    [("max 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("", 4)],
 )
 def test_cpus_of_a_container(tmp_path, monkeypatch, quota, cpus):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)

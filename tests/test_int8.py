@@ -46,7 +46,10 @@ def test_the_file_is_small_accurate_and_says_how_it_was_made(call, int8_of, trai
     assert file.stat().st_size < 0.28 * (trained.export / "model.onnx").stat().st_size
     assert figures["passed"] and figures["drop"] <= 0.5 and figures["samples"] == 360
     assert figures["accuracy"] == pytest.approx(figures["accuracy_trained"], abs=0.005)
-    assert figures["speedup"] == {"1": 2.0, "64": 2.0} and figures["tried"][-1]["quantization"] in int8.ALTERNATIVES
+    assert (
+        figures["speedup"] == {"1": 2.0, "64": 2.0}
+        and figures["tried"][-1]["quantization"] in int8.ALTERNATIVES
+    )
     spec = step3_infer.Model(str(file)).spec
     assert figures["quantization"] in spec["quantization"] and figures["quantization"] in result.out
     assert "2.0 times at batch 64" in result.out and "WARNING" not in result.out + result.err
@@ -64,14 +67,20 @@ def test_the_layers_are_int8_and_the_preprocessing_is_not(int8_of, monkeypatch, 
 
     layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
     assert [is_int8(node) for node in layers] == [False] + 7 * [True]  # the first one reads the image
-    assert "DequantizeLinear" not in [makers[node.input[0]].op_type for node in graph.node if node.op_type == "Softmax"]
+    assert "DequantizeLinear" not in [
+        makers[node.input[0]].op_type for node in graph.node if node.op_type == "Softmax"
+    ]
     assert {len(n.input) for n in graph.node if n.op_type == "DequantizeLinear"} == {
         3
     }  # onnxruntime 1.17 needs zero points
     weights = [
-        tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+        tensor
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
     ]
-    assert len(weights) == 7 and max(abs(onnx.numpy_helper.to_array(w).astype(int)).max() for w in weights) <= 64
+    assert (
+        len(weights) == 7 and max(abs(onnx.numpy_helper.to_array(w).astype(int)).max() for w in weights) <= 64
+    )
     assert kinds.count("Gelu") == 7 and "Resize" in kinds
 
 
@@ -84,7 +93,9 @@ def test_same_bytes_twice(int8_of, monkeypatch, one_alternative):
 def test_slower_than_float32_is_refused(int8_of, monkeypatch, one_alternative):
     speeds(monkeypatch, 2.0, 0.9)
     result, out = int8_of()
-    result.error(1, "onnx-int8", "model.int8.onnx is not written", "not faster than float32", "0.9", "--keep-slower")
+    result.error(
+        1, "onnx-int8", "model.int8.onnx is not written", "not faster than float32", "0.9", "--keep-slower"
+    )
     assert not (out / "model.int8.onnx").exists() and not parity_of(out)["onnx-int8"]["passed"]
 
 

@@ -36,13 +36,17 @@ def test_too_small_an_image_is_refused_with_the_way_out(name, size):
         model.build(name, channels=1, classes=10, image_size=size)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("arbench", "airbench"), ("resblok", "resblock"), ("0000", "known: ")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("arbench", "airbench"), ("resblok", "resblock"), ("0000", "known: ")]
+)
 def test_unknown_network_suggests_the_nearest(typed, meant):
     with pytest.raises(ValueError, match=f"unknown model '{typed}'.*{meant}.*--list-models"):
         model.build(typed, channels=1, classes=10, image_size=(28, 28))
 
 
-@pytest.mark.parametrize(("name", "option"), [("mlp", "width"), ("resblock", "dropout"), ("airbench", "hidden")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("mlp", "width"), ("resblock", "dropout"), ("airbench", "hidden")]
+)
 def test_an_option_the_network_does_not_have_is_refused(name, option):
     with pytest.raises(ValueError, match=f"{name} has no option --{option}"):
         model.build(name, channels=1, classes=10, image_size=(28, 28), **{option: 1})
@@ -97,7 +101,9 @@ def test_whitening_whitens(channels):
     covariance = outputs[:, :n].transpose(0, 1).flatten(1).double().cov()
     assert (covariance - torch.eye(n)).abs().max() < 0.05
     before = x.unfold(2, 2, 1).unfold(3, 2, 1).permute(1, 4, 5, 0, 2, 3).flatten(0, 2).flatten(1).cov()
-    assert (before / before.diagonal().mean() - torch.eye(n)).abs().max() > 0.5  # there was something to whiten
+    assert (
+        before / before.diagonal().mean() - torch.eye(n)
+    ).abs().max() > 0.5  # there was something to whiten
     assert not network.whitening.weight.requires_grad
 
 
@@ -128,7 +134,12 @@ def test_deployable_takes_any_input_size(size):
 
 @pytest.mark.parametrize(
     ("size", "target", "exact"),
-    [((8, 8), (32, 32), True), ((64, 96), (32, 32), True), ((50, 41), (32, 32), False), ((9, 100), (32, 28), False)],
+    [
+        ((8, 8), (32, 32), True),
+        ((64, 96), (32, 32), True),
+        ((50, 41), (32, 32), False),
+        ((9, 100), (32, 28), False),
+    ],
 )
 def test_resize_is_pillows(size, target, exact):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -15,7 +15,9 @@ import step3_infer
 @pytest.fixture
 def changed(trained, here):
     """changed(...) -> path of the trained ONNX file with another spec; see onnx_with."""
-    return lambda *spec, **changes: onnx_with(trained.export / "model.onnx", here / "changed.onnx", *spec, **changes)
+    return lambda *spec, **changes: onnx_with(
+        trained.export / "model.onnx", here / "changed.onnx", *spec, **changes
+    )
 
 
 def golden_of(trained):
@@ -28,7 +30,9 @@ def test_both_formats_give_the_same_answers(call, trained, samples, name):
     rows = []
     for file in (trained.export / name, trained.export / "model.onnx"):
         out = call(step3_infer.main, "--model", file, *arguments).done().out
-        rows.append([{e["label"]: e["probability"] for e in json.loads(line)["top"]} for line in out.splitlines()])
+        rows.append(
+            [{e["label"]: e["probability"] for e in json.loads(line)["top"]} for line in out.splitlines()]
+        )
     assert all(abs(a[label] - b[label]) < 1e-4 for a, b in zip(*rows, strict=True) for label in a)
 
 
@@ -56,7 +60,9 @@ def test_self_test_fails_on_nan(call, trained, here):
     assert result.code == 1 and "passed" not in result.out
 
 
-@pytest.mark.parametrize("golden", [[], None, [{"image": "####"}], [{"image": "", "probabilities": [1, 2]}], "text"])
+@pytest.mark.parametrize(
+    "golden", [[], None, [{"image": "####"}], [{"image": "", "probabilities": [1, 2]}], "text"]
+)
 def test_self_test_without_usable_golden_samples(call, changed, golden):
     call(step3_infer.main, "--model", changed(golden=golden), "--self-test").error(1, "golden")
 
@@ -114,7 +120,9 @@ def test_file_of_a_newer_threestep(call, changed, samples):
     call(step3_infer.main, "--model", changed(schema=99), samples[0]).error(1, "schema 99", "step3_infer.py")
 
 
-@pytest.mark.parametrize("spec", ["hello", "[]", "null", "{}", '{"schema": "new"}', '{"schema": 1, "classes": 3}'])
+@pytest.mark.parametrize(
+    "spec", ["hello", "[]", "null", "{}", '{"schema": "new"}', '{"schema": 1, "classes": 3}']
+)
 def test_malformed_spec(call, changed, samples, spec):
     call(step3_infer.main, "--model", changed(spec), samples[0]).error(1, "malformed spec")
 

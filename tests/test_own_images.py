@@ -233,18 +233,26 @@ def test_csv_trains_like_the_folder(call, here, folder, listing):
     by_csv = torch.load(run_of(here) / "checkpoint.pt", weights_only=True)
     call(step1_train.main, "--dataset", "folder", "--data-dir", folder, *QUICK).done()
     by_folder = torch.load(run_of(here) / "checkpoint.pt", weights_only=True)
-    assert all(torch.equal(by_csv["state_dict"][key], by_folder["state_dict"][key]) for key in by_csv["state_dict"])
+    assert all(
+        torch.equal(by_csv["state_dict"][key], by_folder["state_dict"][key]) for key in by_csv["state_dict"]
+    )
 
 
 def test_csv_with_numbers_a_root_and_named_columns(call, here, folder):
-    rows = [(path.name, 10 + "abc".index(path.parent.name), "x") for path in sorted(folder.glob("train/*/*.png"))]
+    rows = [
+        (path.name, 10 + "abc".index(path.parent.name), "x") for path in sorted(folder.glob("train/*/*.png"))
+    ]
     rows = [(f"{'abc'[int(label) - 10]}/{name}", label, extra) for name, label, extra in rows]
     file = write_csv(here / "list.csv", rows, header=("which file", "kind", "comment"))
     arguments = ["--dataset", "csv", "--data-dir", file, "--image-root", folder / "train", *QUICK]
     call(step1_train.main, *arguments).error(1, "filepath", "which file", "--image-column")
     arguments += ["--image-column", "which file", "--label-column", "kind"]
     assert "36 images" in call(step1_train.main, *arguments).done().err
-    assert torch.load(run_of(here) / "checkpoint.pt", weights_only=True)["spec"]["classes"] == ["10", "11", "12"]
+    assert torch.load(run_of(here) / "checkpoint.pt", weights_only=True)["spec"]["classes"] == [
+        "10",
+        "11",
+        "12",
+    ]
     call(step2_export.main).done()
 
 
@@ -254,7 +262,10 @@ def test_csv_with_numbers_a_root_and_named_columns(call, here, folder):
         (lambda rows: [("path", "name"), *rows[1:]], ["label or class or target", "--label-column"]),
         (lambda rows: [("path", "path"), *rows[1:]], ["'path'", "twice"]),
         (lambda rows: [rows[0], *((path, "a") for path, _ in rows[1:])], ["one class", "'a'"]),
-        (lambda rows: [rows[0], *((path + ".gone", label) for path, label in rows[1:])], ["no such file", "36 of 36"]),
+        (
+            lambda rows: [rows[0], *((path + ".gone", label) for path, label in rows[1:])],
+            ["no such file", "36 of 36"],
+        ),
         (lambda rows: [*rows[:3], ("only one field",)], ["row 4", "2 fields"]),
         (lambda rows: rows[:1], ["no images"]),
         (lambda rows: [], ["no column"]),

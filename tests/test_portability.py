@@ -41,7 +41,9 @@ def engine(request, ported):
 def test_own_size_is_exact(engine):
     _, run, predict = engine
     images = data.load("digits").test_images[:32]
-    images = np.stack([np.asarray(Image.fromarray(i.squeeze(-1)).resize((32, 32)))[..., None] for i in images])
+    images = np.stack(
+        [np.asarray(Image.fromarray(i.squeeze(-1)).resize((32, 32)))[..., None] for i in images]
+    )
     expected = step2_export.reference(run, images)
     for batch in (images, images[:1], images[:7]):
         got = predict(batch)
@@ -54,7 +56,9 @@ def test_other_sizes(engine, size):
     name, run, predict = engine
     tolerance = RUNTIMES[name][1]
     if tolerance is None:
-        pytest.skip(f"{name} {version(name)} ignores the Resize operator's antialiasing: use it at the network's size")
+        pytest.skip(
+            f"{name} {version(name)} ignores the Resize operator's antialiasing: use it at the network's size"
+        )
     images = np.random.default_rng(0).integers(0, 256, (3, *size, 1), dtype=np.uint8)
     assert np.abs(predict(images) - step2_export.reference(run, images)).max() <= tolerance
 

@@ -30,7 +30,19 @@ def photos(tmp_path_factory):
 
 
 def arguments(photos, name, *more):
-    return ["--dataset", "folder", "--data-dir", photos, "--model", name, "--epochs", 1, "--image-size", 96, *more]
+    return [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        photos,
+        "--model",
+        name,
+        "--epochs",
+        1,
+        "--image-size",
+        96,
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "resnet18"])
@@ -40,7 +52,10 @@ def test_torchvision_networks_pass_the_gate_in_both_formats(call, here, photos, 
     call(step2_export.main).done()
     (parity,) = (here / "exports").glob("*/parity.json")
     report = json.loads(parity.read_text())
-    assert {form: figures["passed"] for form, figures in report.items()} == {"torchscript": True, "onnx": True}
+    assert {form: figures["passed"] for form, figures in report.items()} == {
+        "torchscript": True,
+        "onnx": True,
+    }
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
@@ -77,8 +92,12 @@ def test_local_weights_keep_the_backbone_and_replace_the_head(call, here, photos
     ours = checkpoint["state_dict"]
     head = [key for key in ours if key.startswith("classifier.3")]
     assert ours["classifier.3.weight"].shape[0] == 2
-    assert all(torch.equal(ours[key], given[key]) for key in given if key not in head)  # batch norm's averages too
-    assert checkpoint["spec"]["mean"] == pytest.approx([0.485, 0.456, 0.406])  # ImageNet's, as the weights want
+    assert all(
+        torch.equal(ours[key], given[key]) for key in given if key not in head
+    )  # batch norm's averages too
+    assert checkpoint["spec"]["mean"] == pytest.approx(
+        [0.485, 0.456, 0.406]
+    )  # ImageNet's, as the weights want
     call(step2_export.main).done()
 
 
@@ -103,7 +122,9 @@ class Code:
 
 
 def test_wrong_weights_are_refused_by_name(call, here, photos, weights):
-    torch.save(model.build("resnet18", channels=3, classes=2, image_size=(96, 96)).state_dict(), here / "other.pth")
+    torch.save(
+        model.build("resnet18", channels=3, classes=2, image_size=(96, 96)).state_dict(), here / "other.pth"
+    )
     torch.save({"weights": [1, 2, 3]}, here / "list.pth")
     (here / "code.pth").write_bytes(pickle.dumps(Code()))
     (here / "text.pth").write_text("not weights")
@@ -114,7 +135,9 @@ def test_wrong_weights_are_refused_by_name(call, here, photos, weights):
         ("text.pth", "cannot be loaded"),
         ("absent.pth", "no such file"),
     ]:
-        call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", name)).error(2, name, word)
+        call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", name)).error(
+            2, name, word
+        )
     assert not (here / "executed").exists() and not (here / "runs").exists()
 
 
@@ -131,7 +154,18 @@ def test_default_weights_without_a_network(call, here, photos, monkeypatch):
 
 
 def test_our_own_checkpoint_starts_another_run(call, here, photos):
-    command = ["--dataset", "folder", "--data-dir", photos, "--model", "mynet", "--epochs", 1, "--image-size", 32]
+    command = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        photos,
+        "--model",
+        "mynet",
+        "--epochs",
+        1,
+        "--image-size",
+        32,
+    ]
     call(step1_train.main, *command, "--name", "first").done()
     call(step1_train.main, *command, "--pretrained", "runs/first/checkpoint.pt", "--freeze-backbone").done()
     files = (here / "runs" / name / "checkpoint.pt" for name in ("first", "folder-mynet"))

@@ -16,7 +16,14 @@ import step1_train
 from data import split
 
 RUN = "--model mlp --epochs 3 --batch-size 101 --device cpu".split()  # 101: shares of 51 and 50
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1"]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node=2",
+    "--standalone",
+    "--local-addr=127.0.0.1",
+]
 
 
 def launch(here, *arguments):
@@ -64,7 +71,9 @@ def test_a_process_that_dies_takes_the_others_with_it_and_the_run_goes_on(call, 
     process = launch(here, *RUN, "--epochs", 50)
     while not process.stdout.readline().startswith("    1 "):
         assert process.poll() is None, process.stderr.read()
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     killed = time.monotonic()
     process.communicate(timeout=60)

@@ -22,7 +22,9 @@ def test_first_command_trains_exports_and_predicts(tmp_path):
         python, script, *arguments = shlex.split(command)
         assert python == ".venv/bin/python"
         arguments = [str(ROOT / argument) for argument in arguments]  # data/samples
-        done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     answers = [re.split(r"  | ", line)[:2] for line in done.stdout.splitlines()]
     assert len(answers) == 10 and right(answers) >= 9
@@ -37,13 +39,24 @@ def test_second_command_is_what_ci_runs():
 def test_every_option_named_exists():
     scripts = ("step1_train.py", "step2_export.py", "step3_infer.py")
     helps = [
-        subprocess.run([sys.executable, ROOT / s, "--help"], capture_output=True, text=True).stdout for s in scripts
+        subprocess.run([sys.executable, ROOT / s, "--help"], capture_output=True, text=True).stdout
+        for s in scripts
     ]
     known = set(re.findall(r"--[a-z0-9-]+", "".join(helps)))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README))
     others = {  # pip's, torchrun's, cmake's, curl's, http.server's, the benchmarks'
         *("--index-url", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
-        *("--build", "--data-binary", "--directory", "--kills", "--cifar", "--mnist", "--run", "--export", "--images"),
+        *(
+            "--build",
+            "--data-binary",
+            "--directory",
+            "--kills",
+            "--cifar",
+            "--mnist",
+            "--run",
+            "--export",
+            "--images",
+        ),
     }
     assert used - known <= others
 
@@ -63,7 +76,9 @@ def commands(*words):
 
 def run_here(command, place):
     command = re.sub(r"\bpython\b", shlex.quote(sys.executable), command)
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=place, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=place, capture_output=True, text=True
+    )
     assert done.returncode == 0, (command, done.stderr)
     return done.stdout
 
@@ -75,7 +90,11 @@ def test_every_step3_command_runs_beside_a_model(small, tmp_path):
     (tmp_path / "more").mkdir()
     for name in ("more/a.jpg", "cat.jpg"):
         Image.open(ROOT / "data" / "samples" / "digit_3.png").save(tmp_path / name)
-    lines = [line for line in commands("python step3_infer.py") if "--values" not in line and "--verify" not in line]
+    lines = [
+        line
+        for line in commands("python step3_infer.py")
+        if "--values" not in line and "--verify" not in line
+    ]
     assert len(lines) >= 7
     for line in lines:
         assert run_here(line, tmp_path) or ">" in line or "--output" in line

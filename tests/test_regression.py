@@ -53,7 +53,9 @@ def test_exported_file_predicts_from_values(call, linear, file):
     assert first == {"values": [0] * 5, "prediction": pytest.approx(17.0, abs=0.01)}
     assert second["prediction"] == pytest.approx(-0.3 + 4.0 + 0.1 + 36.0 + 17.0, abs=0.02)
     assert call(step3_infer.main, *arguments[:4]).done().out.startswith("0,0,0,0,0  17")
-    assert call(step3_infer.main, *arguments[:4], "--format", "csv").done().out.startswith("values,prediction\n")
+    assert (
+        call(step3_infer.main, *arguments[:4], "--format", "csv").done().out.startswith("values,prediction\n")
+    )
     assert "passed" in call(step3_infer.main, "--model", linear.export / file, "--self-test").done().out
 
 

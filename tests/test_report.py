@@ -118,7 +118,9 @@ def test_no_mistake_is_said(run):
 def test_pictures_of_a_regression_and_of_a_single_epoch(run):
     row = {**ROWS[0], "train_accuracy": None, "test_accuracy": ""}  # "" is what metrics.csv has
     truths = np.arange(5.0)[:, None]
-    report.draw_run(run, {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, [row], truths, truths + 1)
+    report.draw_run(
+        run, {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, [row], truths, truths + 1
+    )
     check_pictures(run, "curves.png", "predicted.png")
 
 
@@ -153,7 +155,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        self.addresses += [
+            value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")
+        ]
         assert not [name for name, _ in attributes if name.startswith("on")]
         if tag not in ("meta", "img", "br", "link", "input"):
             self.open.append(tag)
@@ -180,7 +184,13 @@ def write_run(run, accuracy=0.9, dataset="digits", finished=True, **more):
     (run / "config.json").write_text(json.dumps(config))
     (run / "metrics.csv").write_text("epoch,train_loss\n1,1.25e-05\n")
     (run / "checkpoint.pt").write_bytes(run.name.encode())
-    summary = {"test_accuracy": accuracy, "test_loss": 0.5, "train_seconds": 75.2, "epochs": 3, "parameters": 12345}
+    summary = {
+        "test_accuracy": accuracy,
+        "test_loss": 0.5,
+        "train_seconds": 75.2,
+        "epochs": 3,
+        "parameters": 12345,
+    }
     if finished:
         (run / "summary.json").write_text(json.dumps({**summary, "created": "2026-01-02T03:04:05"}))
 
@@ -258,7 +268,13 @@ def test_broken_neighbours_do_not_break_the_table(run, file, content):
     (run.parent / "broken" / file).write_bytes(content)
     (run.parent / "a-file").write_text("not a run")
     (run.parent / "empty").mkdir()
-    wrong = {"test_accuracy": "high", "test_loss": 10**400, "train_seconds": [], "epochs": {}, "parameters": 10**400}
+    wrong = {
+        "test_accuracy": "high",
+        "test_loss": 10**400,
+        "train_seconds": [],
+        "epochs": {},
+        "parameters": 10**400,
+    }
     write_run(run.parent / "wrong")
     (run.parent / "wrong" / "summary.json").write_text(json.dumps(wrong))
     rows = read_report(run).text.split("All runs of this data")[1]
@@ -268,7 +284,9 @@ def test_broken_neighbours_do_not_break_the_table(run, file, content):
 def test_a_full_disk_leaves_no_half_file(run, monkeypatch):
     write_run(run)
     before = read_report(run).text
-    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space"):
         read_report(run)
     monkeypatch.undo()
@@ -286,7 +304,9 @@ def test_export_is_shown_while_it_is_this_checkpoints(small, tmp_path):
     shutil.copytree(small.export, export)
     page = read_report(run)
     size = f"{(export / 'model.onnx').stat().st_size / 1e6:.2f} MB"
-    assert "Not exported yet" not in page.text and page.text.count("passed") == 2 and page.text.count(size) >= 2
+    assert (
+        "Not exported yet" not in page.text and page.text.count("passed") == 2 and page.text.count(size) >= 2
+    )
     assert page.text.split("Export")[1].split("Configuration")[0].count(" ms") == 2  # each file's latency
     parity = json.loads((export / "parity.json").read_text())
     parity["onnx"].update(latency_ms=1.234, passed=False, failures=["<b>differs</b>"], max_abs_diff=None)
@@ -334,7 +354,9 @@ def test_model_card(card, small):
         assert words in text, words
     assert "precision" not in text and "pretrained" not in text  # not known, not so
     figures = json.loads((small.run / "summary.json").read_text())["per_class"]
-    assert f"| 3 | {figures['3']['precision']:.1%} |" in report.model_card({**spec, "per_class": figures}, parity)
+    assert f"| 3 | {figures['3']['precision']:.1%} |" in report.model_card(
+        {**spec, "per_class": figures}, parity
+    )
 
 
 def test_model_card_shows_no_format_that_failed(card):
@@ -347,9 +369,16 @@ def test_model_card_shows_no_format_that_failed(card):
 
 def test_int8_is_shown_as_what_it_is(card, run):
     spec, parity = card
-    figures = {**parity["onnx"], "quantization": "per channel", "speedup": {"1": 2.61, "64": 2.1}, "drop": -0.05}
+    figures = {
+        **parity["onnx"],
+        "quantization": "per channel",
+        "speedup": {"1": 2.61, "64": 2.1},
+        "drop": -0.05,
+    }
     text = report.model_card(spec, {**parity, "onnx-int8": {**figures, "max_abs_diff": 0.04}})
-    assert "quantized (per channel): as good, not equal; it loses -0.05 points" in text and "| 4.0e-02 |" in text
+    assert (
+        "quantized (per channel): as good, not equal; it loses -0.05 points" in text and "| 4.0e-02 |" in text
+    )
     assert "quantized" not in report.model_card(spec, parity)
     write_run(run)
     figures["checkpoint_sha256"] = hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()
@@ -363,7 +392,11 @@ def test_int8_is_shown_as_what_it_is(card, run):
 def test_model_card_escapes_and_abbreviates_class_names(card):
     spec, parity = card
     text = report.model_card({**spec, "classes": HOSTILE + [f"c{i}" for i in range(200)]}, parity)
-    assert "\\<script\\>" in text and "a\\|b\\*\\_\\`\\[c\\]\\(d\\)" in text and "tab\\\\tline\\\\n\\\\x1b" in text
+    assert (
+        "\\<script\\>" in text
+        and "a\\|b\\*\\_\\`\\[c\\]\\(d\\)" in text
+        and "tab\\\\tline\\\\n\\\\x1b" in text
+    )
     assert "<script>" not in text and "\t" not in text and "\x1b" not in text
     assert "206 classes" in text and "c93, and 106 more" in text and "c94" not in text
 

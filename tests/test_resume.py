@@ -62,7 +62,9 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("epoch", "batch", "number"), [(1, 1, 2), (2, 7, 15), (3, 15, 2), (4, 14, 2)])
-def test_a_stopped_run_goes_on_to_the_very_same_end(call, here, undisturbed, monkeypatch, epoch, batch, number):
+def test_a_stopped_run_goes_on_to_the_very_same_end(
+    call, here, undisturbed, monkeypatch, epoch, batch, number
+):
     with monkeypatch.context() as patch:
         stop_at(patch, epoch, batch, number)
         stopped = call(step1_train.main, *RUN)
@@ -119,7 +121,10 @@ def test_a_last_epoch_that_becomes_a_middle_one_skips_and_ends(call, here, monke
 def test_a_checkpoint_from_before_there_was_skipping_resumes(call, here, undisturbed, monkeypatch):
     run = stopped_run(call, here, monkeypatch)
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    for holder, names in ((checkpoint["arguments"], ["skip_easy"]), (checkpoint["training"], ["losses", "new_losses"])):
+    for holder, names in (
+        (checkpoint["arguments"], ["skip_easy"]),
+        (checkpoint["training"], ["losses", "new_losses"]),
+    ):
         for name in names:
             del holder[name]
     torch.save(checkpoint, run / "checkpoint.pt")
@@ -129,8 +134,18 @@ def test_a_checkpoint_from_before_there_was_skipping_resumes(call, here, undistu
 
 def test_signals_stop_a_real_process_with_its_exit_code(here):
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        command = [sys.executable, str(ROOT / "step1_train.py"), *RUN, "--epochs", "50", "--name", f"n{number}"]
-        process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            str(ROOT / "step1_train.py"),
+            *RUN,
+            "--epochs",
+            "50",
+            "--name",
+            f"n{number}",
+        ]
+        process = subprocess.Popen(
+            command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         while not process.stdout.readline().startswith("    1 "):
             assert process.poll() is None
         process.send_signal(number)
@@ -202,7 +217,9 @@ def test_more_epochs_say_what_becomes_of_the_schedule(call, here, undisturbed, m
     shutil.copytree(undisturbed / "a", here / "runs" / "a")
     result = call(step1_train.main, "--resume", "a", "--epochs", 6).done()
     assert "a course of 6 epochs from here on, not of 4" in result.err
-    assert [row["epoch"] for row in csv.DictReader((here / "runs" / "a" / "metrics.csv").open())] == list("123456")
+    assert [row["epoch"] for row in csv.DictReader((here / "runs" / "a" / "metrics.csv").open())] == list(
+        "123456"
+    )
     assert json.loads((here / "runs" / "a" / "summary.json").read_text())["epochs"] == 6
 
 
@@ -236,7 +253,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, here, u
     run = stopped_run(call, here, monkeypatch)
     before = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt.tmp").symlink_to("/dev/full")  # every write there fails with ENOSPC
-    error = call(step1_train.main, "--resume", "a").error(1, "cannot write runs/a/checkpoint.pt", "No space left")
+    error = call(step1_train.main, "--resume", "a").error(
+        1, "cannot write runs/a/checkpoint.pt", "No space left"
+    )
     assert "--resume a" in error and (run / "checkpoint.pt").read_bytes() == before
     call(step1_train.main, "--resume", "a").done()
     assert_same(run, undisturbed / "a")
@@ -261,7 +280,9 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_the_checkpoint(call, her
         return loss * float("nan") if outputs.requires_grad and next(calls) == 15 + 3 else loss
 
     monkeypatch.setattr(step1_train, "criterion", diverging)
-    call(step1_train.main, *RUN).error(1, "became nan in epoch 2, step 4", "learning rate 0.0", "smaller --lr")
+    call(step1_train.main, *RUN).error(
+        1, "became nan in epoch 2, step 4", "learning rate 0.0", "smaller --lr"
+    )
     checkpoint = torch.load(here / "runs" / "digits-mynet" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 1
 
@@ -269,7 +290,9 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_the_checkpoint(call, her
 def test_checkpoints_within_an_epoch(call, here, monkeypatch):
     saved = []
     save = step1_train.save_checkpoint
-    monkeypatch.setattr(step1_train, "save_checkpoint", lambda *args: (saved.append(args[4]["batches"]), save(*args)))
+    monkeypatch.setattr(
+        step1_train, "save_checkpoint", lambda *args: (saved.append(args[4]["batches"]), save(*args))
+    )
     call(step1_train.main, *RUN, "--epochs", 1, "--checkpoint-every", 6).done()
     assert saved == [6, 12, 0]
     clock = iter(range(0, 10**6, 30))

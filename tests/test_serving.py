@@ -49,7 +49,9 @@ def test_files(edge, samples, tmp_path):
     done = subprocess.run(command, cwd=edge, check=True, capture_output=True, text=True)
     for row in map(json.loads, done.stdout.splitlines()):
         answer = answers[os.path.basename(row["path"])]
-        assert answer["label"] == row["label"] and answer["probability"] == pytest.approx(row["probability"], abs=1e-4)
+        assert answer["label"] == row["label"] and answer["probability"] == pytest.approx(
+            row["probability"], abs=1e-4
+        )
 
 
 @needs_ray

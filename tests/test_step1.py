@@ -63,7 +63,18 @@ def test_metrics_have_a_row_for_each_epoch(trained):
 
 def test_derived_configuration_is_printed_before_the_table(trained):
     before, table = trained.printed[0].out.split("epoch   train loss", 1)
-    for word in ("digits", "airbench", "1,437", "360", "32x32", "6 epochs", "batch 64", "lr 0.08", "muon", "translate"):
+    for word in (
+        "digits",
+        "airbench",
+        "1,437",
+        "360",
+        "32x32",
+        "6 epochs",
+        "batch 64",
+        "lr 0.08",
+        "muon",
+        "translate",
+    ):
         assert word in before
     assert f"{load(trained.run)['spec']['parameters']:,} parameters" in before
     assert len(re.findall(r"^ +\d  ", table, re.MULTILINE)) == 6
@@ -71,7 +82,9 @@ def test_derived_configuration_is_printed_before_the_table(trained):
     assert (config["batch_size"], config["lr"], config["device_used"]) == (64, 0.08, config["device_used"])
 
 
-@pytest.mark.parametrize("arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 2 --batch-size 256 --grow 0.7"])
+@pytest.mark.parametrize(
+    "arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 2 --batch-size 256 --grow 0.7"]
+)
 def test_a_seed_repeats_bit_for_bit_on_the_cpu(call, here, arguments):
     arguments = arguments.split()
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -145,15 +158,22 @@ def test_wrong_network_is_said_before_a_data_set_is_downloaded(call, here, monke
 
 def test_lists(call, here):
     models = call(step1_train.main, "--list-models").done().out
-    assert [name for name in ("airbench", "mlp", "mynet", "resblock") if not re.search(f"^{name} ", models, re.M)] == []
-    datasets, known = call(step1_train.main, "--list-datasets").done().out, "digits mnist fashion-mnist kmnist cifar10"
+    assert [
+        name for name in ("airbench", "mlp", "mynet", "resblock") if not re.search(f"^{name} ", models, re.M)
+    ] == []
+    datasets, known = (
+        call(step1_train.main, "--list-datasets").done().out,
+        "digits mnist fashion-mnist kmnist cifar10",
+    )
     assert [name for name in [*known.split(), "cifar100"] if not re.search(f"^{name} ", datasets, re.M)] == []
 
 
 @pytest.mark.parametrize("name", ["mynet", "resblock"])
 def test_other_networks_train(call, here, name):
     call(step1_train.main, "--model", name, "--epochs", 2).done()
-    assert float(rows_of(here / "runs" / f"digits-{name}")[-1]["test_accuracy"]) > 0.3  # ten classes: chance is 0.1
+    assert (
+        float(rows_of(here / "runs" / f"digits-{name}")[-1]["test_accuracy"]) > 0.3
+    )  # ten classes: chance is 0.1
 
 
 @pytest.mark.parametrize("name", ["mynet", "resblock"])
@@ -170,7 +190,9 @@ def test_other_image_size_is_what_the_network_sees(call, here):
 
 def test_the_last_epoch_is_the_result(call, here):
     # The test split only reports: the summary is the last epoch's, be it the best or not.
-    call(step1_train.main, *TINY, "--optimizer", "sgd", "--lr", 2, "--schedule", "constant", "--epochs", 6).done()
+    call(
+        step1_train.main, *TINY, "--optimizer", "sgd", "--lr", 2, "--schedule", "constant", "--epochs", 6
+    ).done()
     rows = rows_of(here / "runs" / "digits-mlp")
     summary = json.loads((here / "runs" / "digits-mlp" / "summary.json").read_text())
     assert summary["test_accuracy"] == float(rows[-1]["test_accuracy"])
@@ -213,9 +235,13 @@ def test_without_matplotlib_the_run_is_complete_and_says_so(call, here, monkeypa
 
 
 def test_quiet_prints_the_result_alone(call, here):
-    assert re.fullmatch(r"runs/digits-mlp: test accuracy .*\n", call(step1_train.main, *TINY, "--quiet").done().out)
+    assert re.fullmatch(
+        r"runs/digits-mlp: test accuracy .*\n", call(step1_train.main, *TINY, "--quiet").done().out
+    )
 
 
 def test_growing_from_too_small_a_size_is_refused(call, here):
-    call(step1_train.main, "--grow", 0.3, "--epochs", 2).error(2, "--grow 0.3 starts at 8 pixels", "airbench needs 12")
+    call(step1_train.main, "--grow", 0.3, "--epochs", 2).error(
+        2, "--grow 0.3 starts at 8 pixels", "airbench needs 12"
+    )
     call(step1_train.main, "--grow", 0.4, "--epochs", 2, "--quiet").done()

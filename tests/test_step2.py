@@ -44,7 +44,10 @@ def test_export_writes_two_files_and_the_figures(trained, small):
         assert sorted(os.listdir(export)) == ["model.onnx", "model.pt", "parity.json"]
     printed = trained.printed[1]
     assert "runs/digits-airbench" in printed.err.splitlines()[0] and len(printed.err.splitlines()) == 1
-    assert "exports/digits-airbench/model.onnx" in printed.out and "exports/digits-airbench/model.pt" in printed.out
+    assert (
+        "exports/digits-airbench/model.onnx" in printed.out
+        and "exports/digits-airbench/model.pt" in printed.out
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +90,14 @@ def test_onnx_graph_is_as_promised(trained):
     dims = image.type.tensor_type.shape.dim
     assert all(dim.dim_param for dim in dims[:3]) and dims[3].dim_value == 1
     assert len({dim.dim_param for dim in dims[:3]}) == 3
-    assert (probabilities.name, probabilities.type.tensor_type.elem_type) == ("probabilities", onnx.TensorProto.FLOAT)
+    assert (probabilities.name, probabilities.type.tensor_type.elem_type) == (
+        "probabilities",
+        onnx.TensorProto.FLOAT,
+    )
     assert probabilities.type.tensor_type.shape.dim[1].dim_value == 10
-    assert not [tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    assert not [
+        tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt"])
@@ -125,7 +133,10 @@ def test_colour_images_go_all_the_way(call, here, cifar10):
     call(step2_export.main, "--format", "onnx").done()
     model = step3_infer.Model(str(here / "exports" / "cifar10-mynet" / "model.onnx"))
     assert (model.spec["channels"], model.spec["image_size"], len(model.spec["mean"])) == (3, [32, 32], 3)
-    assert model.spec["classes"][9] == "truck" and parity_of(here / "exports" / "cifar10-mynet")["onnx"]["passed"]
+    assert (
+        model.spec["classes"][9] == "truck"
+        and parity_of(here / "exports" / "cifar10-mynet")["onnx"]["passed"]
+    )
 
 
 def test_one_format_later_keeps_the_others_entry(call, small, small_run, here, in_process):

@@ -52,7 +52,10 @@ def test_text_names_the_classes_best_first(predict, samples):
 
 
 def test_json_is_an_object_a_line(predict, samples):
-    rows = [json.loads(line) for line in predict("--format", "json", "--top-k", 10, *samples).done().out.splitlines()]
+    rows = [
+        json.loads(line)
+        for line in predict("--format", "json", "--top-k", 10, *samples).done().out.splitlines()
+    ]
     assert [row["path"] for row in rows] == [str(path) for path in samples]
     for row in rows:
         assert row.keys() == {"path", "label", "probability", "top"}
@@ -88,7 +91,9 @@ def test_order_and_answers_do_not_depend_on_sizes_and_batches(predict, samples, 
         [json.loads(line) for line in predict("--format", "json", *arguments).done().out.splitlines()]
         for arguments in (["--batch-size", batch_size, *paths], ["."])
     ]
-    assert [row["path"] for row in rows[0]] == paths and [row["path"] for row in rows[1]] == [f"./{p}" for p in paths]
+    assert [row["path"] for row in rows[0]] == paths and [row["path"] for row in rows[1]] == [
+        f"./{p}" for p in paths
+    ]
     assert [row["label"] for row in rows[0]] == [row["label"] for row in rows[1]]
     difference = [abs(a["probability"] - b["probability"]) for a, b in zip(*rows, strict=True)]
     assert max(difference) < 1e-5
@@ -98,7 +103,9 @@ def test_globs_are_expanded_also_below(predict, samples, here):
     (here / "a" / "b").mkdir(parents=True)
     for path, target in zip(samples, ["a/b/x.png", "a/y.png", "z.png", "z[1].png"], strict=False):
         shutil.copy(path, target)
-    found = [json.loads(line)["path"] for line in predict("--format", "json", "**/*.png").done().out.splitlines()]
+    found = [
+        json.loads(line)["path"] for line in predict("--format", "json", "**/*.png").done().out.splitlines()
+    ]
     assert found == ["a/b/x.png", "a/y.png", "z.png", "z[1].png"]
     # A name that exists is a file, whatever characters it has.
     assert json.loads(predict("--format", "json", "z[1].png").done().out)["path"] == "z[1].png"

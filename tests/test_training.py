@@ -20,11 +20,15 @@ def gather(images, augment, flips=None, seed=0):
 
 @pytest.fixture
 def images():
-    return torch.randint(0, 256, (40, 20, 36, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (40, 20, 36, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize(
-    ("position", "inside"), [(-2, 2), (-1, 1), (0, 0), (3, 3), (7, 7), (8, 6), (9, 5)], ids=lambda value: str(value)
+    ("position", "inside"),
+    [(-2, 2), (-1, 1), (0, 0), (3, 3), (7, 7), (8, 6), (9, 5)],
+    ids=lambda value: str(value),
 )
 def test_mirror_reflects_at_the_ends_without_repeating_the_edge(position, inside):
     assert split.mirror(torch.tensor(position), 8) == inside
@@ -105,15 +109,24 @@ def test_training_figures_are_of_all_images_although_the_easy_ones_are_skipped(c
     shown = call(step1_train.main, *still, "--skip-easy", 0.6, "--name", "some").done().out
     assert "leaving out 60% of the images, easy ones" in shown
     call(step1_train.main, *still, "--name", "all").done()
-    with open(here / "runs" / "some" / "metrics.csv") as some, open(here / "runs" / "all" / "metrics.csv") as every:
-        losses, of_all = ([float(row["train_loss"]) for row in csv.DictReader(file)] for file in (some, every))
+    with (
+        open(here / "runs" / "some" / "metrics.csv") as some,
+        open(here / "runs" / "all" / "metrics.csv") as every,
+    ):
+        losses, of_all = (
+            [float(row["train_loss"]) for row in csv.DictReader(file)] for file in (some, every)
+        )
     assert losses[::2] == pytest.approx(of_all[::2], abs=1e-5)  # the network stands still
     assert 1e-5 < abs(losses[1] - of_all[1]) < 0.02  # unweighted, the harder half would make it 0.1
 
 
 def arguments(optimizer, schedule, **more):
-    lr = 0.1 if optimizer in ("sgd", "muon") else 0.01  # of muon, which gives the two layers here to sgd, as well
-    return SimpleNamespace(optimizer=optimizer, schedule=schedule, lr=lr, momentum=0.9, weight_decay=0.1, **more)
+    lr = (
+        0.1 if optimizer in ("sgd", "muon") else 0.01
+    )  # of muon, which gives the two layers here to sgd, as well
+    return SimpleNamespace(
+        optimizer=optimizer, schedule=schedule, lr=lr, momentum=0.9, weight_decay=0.1, **more
+    )
 
 
 def learn(optimizer, schedule, steps):
@@ -170,7 +183,14 @@ def test_frozen_whitening_is_not_optimized():
 
 @pytest.mark.parametrize(
     ("epoch", "epochs", "size"),
-    [(1, 10, (20, 20)), (4, 10, (20, 20)), (8, 10, (28, 28)), (10, 10, (32, 32)), (1, 1, (32, 32)), (2, 2, (32, 32))],
+    [
+        (1, 10, (20, 20)),
+        (4, 10, (20, 20)),
+        (8, 10, (28, 28)),
+        (10, 10, (32, 32)),
+        (1, 1, (32, 32)),
+        (2, 2, (32, 32)),
+    ],
 )
 def test_image_size_grows_to_the_full_one_in_the_last_epoch(epoch, epochs, size):
     assert step1_train.size_at(epoch, epochs, (32, 32), 0.625) == size

@@ -39,7 +39,11 @@ CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), sh
 FLAGS = """--headless --no-sandbox --disable-gpu --enable-unsafe-swiftshader --disable-quic --no-first-run
     --disable-background-networking --disable-component-update --disable-sync --window-size=1280,900""".split()
 TOLERANCE = 1e-3
-HOSTILE = ["<img src=x onerror=\"document.title='run'\">", "\u202e<script>document.title='run'</script>", "w" * 90]
+HOSTILE = [
+    "<img src=x onerror=\"document.title='run'\">",
+    "\u202e<script>document.title='run'</script>",
+    "w" * 90,
+]
 
 pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="the page needs chromium and chromedriver"),
@@ -62,7 +66,9 @@ class Browser:
 
     def ask(self, path, method="POST", **body):
         data = json.dumps(body).encode() if method == "POST" else None
-        request = urllib.request.Request(self.address + path, data, {"content-type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            self.address + path, data, {"content-type": "application/json"}, method=method
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)["value"]
@@ -74,7 +80,9 @@ class Browser:
         return self.ask("/execute/sync", script=script, args=arguments)
 
     def text(self, selector):
-        return self.run("return Array.from(document.querySelectorAll(arguments[0]), (e) => e.textContent)", selector)
+        return self.run(
+            "return Array.from(document.querySelectorAll(arguments[0]), (e) => e.textContent)", selector
+        )
 
     def until(self, condition):
         """Wait for a JavaScript expression to become true."""
@@ -111,7 +119,9 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser():
-    with tempfile.TemporaryDirectory(prefix="web-", ignore_cleanup_errors=True) as place:  # a socket's path is short
+    with tempfile.TemporaryDirectory(
+        prefix="web-", ignore_cleanup_errors=True
+    ) as place:  # a socket's path is short
         browser = Browser(place)
         yield browser
         browser.quit()
@@ -187,7 +197,9 @@ def pictures(tmp_path_factory):
         base.convert(mode).save(place / f"mode-{mode}.png")
     grey = np.asarray(base.convert("L")).astype(np.uint16)
     Image.fromarray(grey * 257).save(place / "sixteen.png")
-    alpha = rng.integers(0, 256, (43, 57, 1), dtype=np.uint8) * rng.integers(0, 2, (43, 57, 1), dtype=np.uint8)
+    alpha = rng.integers(0, 256, (43, 57, 1), dtype=np.uint8) * rng.integers(
+        0, 2, (43, 57, 1), dtype=np.uint8
+    )
     Image.fromarray(np.concatenate([np.asarray(base), alpha], 2)).save(place / "alpha.png")
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -199,7 +211,10 @@ def cards(browser):
     """What the page shows: for each image a dict of class name -> probability, in order."""
     script = """return Array.from(document.querySelectorAll("article"), (card) => Array.from(
         card.querySelectorAll("li"), (row) => Array.from(row.children, (part) => part.textContent)))"""
-    return [{name: float(shown.removesuffix(" %")) / 100 for name, shown, _ in card} for card in browser.run(script)]
+    return [
+        {name: float(shown.removesuffix(" %")) / 100 for name, shown, _ in card}
+        for card in browser.run(script)
+    ]
 
 
 def assert_as_step3(browser, file, paths, tolerance=TOLERANCE):
@@ -223,7 +238,9 @@ def test_answers_are_step3s(browser, site, pictures, samples, name):
     browser.choose(*chosen)
     assert_as_step3(browser, place / name, chosen)
     assert browser.text("article h2") == [path.name for path in chosen]
-    assert all(re.search(r"\d pixels · \d+(\.\d)? ms$", text) for text in browser.text("article p:first-of-type"))
+    assert all(
+        re.search(r"\d pixels · \d+(\.\d)? ms$", text) for text in browser.text("article p:first-of-type")
+    )
     assert "passed" in browser.text("#selftest")[0]
 
 
@@ -244,8 +261,14 @@ def test_bad_images_are_named_and_the_others_predicted(browser, site, samples, t
     browser.open(f"{address}/web/")
     browser.choose(tmp_path / "<b>text.png", tmp_path / "empty.png", samples[1], tmp_path / "half.png")
     texts = browser.text("article")
-    assert "<b>text.png: not an image" in texts[0] and "empty.png: empty file" in texts[1] and "half.png: " in texts[3]
-    assert next(iter(cards(browser)[2])) == "1" and "3 of them could not be used" in browser.text("#status")[0]
+    assert (
+        "<b>text.png: not an image" in texts[0]
+        and "empty.png: empty file" in texts[1]
+        and "half.png: " in texts[3]
+    )
+    assert (
+        next(iter(cards(browser)[2])) == "1" and "3 of them could not be used" in browser.text("#status")[0]
+    )
 
 
 def test_drop_paste_and_the_samples_inside_the_file(browser, site, samples):
@@ -262,25 +285,33 @@ def test_drop_paste_and_the_samples_inside_the_file(browser, site, samples):
     browser.run(script, "paste", png)
     browser.run("$('samples').click()")
     count = len(json.loads(spec_of(site[0] / "model.onnx"))["golden"])
-    browser.until(f"$('results').children.length === {2 + count} && $('status').textContent.endsWith('done.')")
+    browser.until(
+        f"$('results').children.length === {2 + count} && $('status').textContent.endsWith('done.')"
+    )
     assert [next(iter(card)) for card in cards(browser)][-2:] == ["3", "3"]  # the newest are on top
 
 
 def test_keyboard_alone(browser, site):
     _, address = site
     browser.open(f"{address}/web/")
-    browser.run("window.clicks = 0; $('files').addEventListener('click', (e) => { e.preventDefault(); clicks += 1 })")
+    browser.run(
+        "window.clicks = 0; $('files').addEventListener('click', (e) => { e.preventDefault(); clicks += 1 })"
+    )
     for key in "\ue004", "\ue007", " ":  # Tab, Enter, space
         actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
         browser.ask("/actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
-    focus = "const at = document.activeElement; return [at.id, parseFloat(getComputedStyle(at).outlineWidth) > 1]"
+    focus = (
+        "const at = document.activeElement; return [at.id, parseFloat(getComputedStyle(at).outlineWidth) > 1]"
+    )
     assert browser.run(focus) == ["drop", True] and browser.run("return window.clicks") == 2
 
 
 @pytest.fixture
 def phone(browser):
     """A screen of 390 x 844 points."""
-    browser.command("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    browser.command(
+        "Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True
+    )
     yield
     browser.command("Emulation.clearDeviceMetricsOverride")
     browser.command("Emulation.setEmulatedMedia", features=[])
@@ -288,10 +319,14 @@ def phone(browser):
 
 def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
     place, address = site
-    onnx_with(place / "colour.onnx", place / "hostile.onnx", classes=HOSTILE, dataset=HOSTILE[0], model=HOSTILE[1])
+    onnx_with(
+        place / "colour.onnx", place / "hostile.onnx", classes=HOSTILE, dataset=HOSTILE[0], model=HOSTILE[1]
+    )
     backgrounds = []
     for scheme in ("light", "dark"):
-        browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        browser.command(
+            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
         assert browser.open(f"{address}/web/?model=../hostile.onnx") == ""
         browser.choose(*pictures[:2])
         browser.run("$('about').open = true")
@@ -311,7 +346,10 @@ def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
     [
         ("none/web/", "no model at model.onnx or ../model.onnx"),
         ("unscripted/?model=../colour.onnx", "runtime is missing: ort/ort.wasm.bundle.min.js; sh get-ort.sh"),
-        ("unbinary/?model=../colour.onnx", "runtime is missing: ort/ort-wasm-simd-threaded.wasm; sh get-ort.sh"),
+        (
+            "unbinary/?model=../colour.onnx",
+            "runtime is missing: ort/ort-wasm-simd-threaded.wasm; sh get-ort.sh",
+        ),
         ("web/?model=../truncated.onnx", "../truncated.onnx is not an ONNX file; ends early"),
         ("web/?model=../bare.onnx", "../bare.onnx carries no spec; step2_export.py"),
         ("web/?model=../broken.onnx", "../broken.onnx has a malformed spec"),
@@ -398,9 +436,18 @@ def test_nothing_leaves_this_server(browser, site, samples):
     browser.choose(samples[0])
     refused = "return fetch(arguments[0], { mode: 'no-cors' }).then(() => 'sent', () => 'refused')"
     elsewhere = address.replace("localhost", "127.0.0.1")
-    assert [browser.run(refused, f"{place}/model.onnx") for place in (address, elsewhere)] == ["sent", "refused"]
-    messages = [json.loads(entry["message"])["message"] for entry in browser.ask("/se/log", type="performance")]
+    assert [browser.run(refused, f"{place}/model.onnx") for place in (address, elsewhere)] == [
+        "sent",
+        "refused",
+    ]
+    messages = [
+        json.loads(entry["message"])["message"] for entry in browser.ask("/se/log", type="performance")
+    ]
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
-    sent = {m["params"]["request"].get("hasPostData") for m in messages if m["method"] == "Network.requestWillBeSent"}
+    sent = {
+        m["params"]["request"].get("hasPostData")
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    }
     assert f"{address}/web/ort/{RUNTIME[1]}" in asked and sent == {None}
     assert not [url for url in asked if not url.startswith((f"{address}/", "file://", "data:", "blob:"))]

@@ -44,7 +44,9 @@ def predict_files(source, target, workers):
     """Predict every file in `source`, a directory or URL, as JSON lines in files below `target`."""
     source, target = (path if "://" in path else os.path.abspath(path) for path in (source, target))
     images = ray.data.read_binary_files(source, include_paths=True)
-    answers = images.map_batches(Worker, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=workers))
+    answers = images.map_batches(
+        Worker, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=workers)
+    )
     answers.map(lambda row: row["answer"]).write_json(target)
 
 
@@ -65,7 +67,9 @@ def serve(replicas, port):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("what", choices=("files", "serve"))
     add("bundle", help="the unpacked bundle")
@@ -79,7 +83,9 @@ def main():
     if (args.what == "files") != bool(args.target):
         parser.error("files needs a source and a target directory, serve takes neither")
     ray.init(runtime_env={"working_dir": args.bundle, "excludes": ["web", "cpp"]}, log_to_driver=False)
-    predict_files(args.source, args.target, args.replicas) if args.what == "files" else serve(args.replicas, args.port)
+    predict_files(args.source, args.target, args.replicas) if args.what == "files" else serve(
+        args.replicas, args.port
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def load(run, data_dir):
 
 def speedups(place, images, threads, seconds):
     """How many times as fast as model.onnx model.int8.onnx is, for batches of 1 and 64."""
-    slow, fast = (Model(str(place / name), threads=threads).predict for name in ("model.onnx", "model.int8.onnx"))
+    slow, fast = (
+        Model(str(place / name), threads=threads).predict for name in ("model.onnx", "model.int8.onnx")
+    )
     return {n: int8.speedup(slow, fast, np.ascontiguousarray(images[:n]), seconds) for n in (1, 64)}
 
 
@@ -94,7 +96,8 @@ def enlarged(images, size):
     """A few test images, uint8 [N, H, W, C], at another size; one of noise comes last, which shows antialiasing."""
     count = 2 if size[0] > 1000 else 8
     pictures = [
-        Image.fromarray(np.asarray(image).squeeze()).resize(size[::-1], Image.BICUBIC) for image in images[:count]
+        Image.fromarray(np.asarray(image).squeeze()).resize(size[::-1], Image.BICUBIC)
+        for image in images[:count]
     ]
     smooth = np.stack([np.asarray(picture).reshape(*size, images.shape[3]) for picture in pictures])
     return smooth, np.random.default_rng(0).integers(0, 256, (1, *size, images.shape[3]), dtype=np.uint8)
@@ -113,7 +116,12 @@ def engines_table(run, place, images, threads):
     probes = {f"{h}x{w}": enlarged(images, (h, w)) for h, w in SIZES}
     expected = step2_export.reference(run, images)
     others = {name: [step2_export.reference(run, part) for part in parts] for name, parts in probes.items()}
-    heads = ["engine", "test split", "changed", *(f"{name} {kind}" for name in probes for kind in ("image", "noise"))]
+    heads = [
+        "engine",
+        "test split",
+        "changed",
+        *(f"{name} {kind}" for name in probes for kind in ("image", "noise")),
+    ]
     print("\n| " + " | ".join(heads) + " |\n|---|" + "---:|" * (len(heads) - 1))
     for name, (package, _, loader) in RUNTIMES.items():
         if version(name) is None:
@@ -130,7 +138,9 @@ def engines_table(run, place, images, threads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run's directory")
     parser.add_argument("--data-dir", help="default: where step1 had it")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -144,9 +154,14 @@ def main():
         sizes = [(place / name).stat().st_size for name in ("model.int8.onnx", "model.onnx")]
         faster = speedups(place, images, args.threads, args.seconds)
         median, first = cold_self_test(place)
-        print(f"{args.run.name}: {run.spec['dataset']}, {run.spec['model']}, {len(images):,} test images, ", end="")
+        print(
+            f"{args.run.name}: {run.spec['dataset']}, {run.spec['model']}, {len(images):,} test images, ",
+            end="",
+        )
         print(f"{args.threads} threads, torch {torch.__version__}")
-        print(f"int8: {figures['quantization']}, {len(figures['tried'])} tried\n\n| what | figure |\n|---|---:|")
+        print(
+            f"int8: {figures['quantization']}, {len(figures['tried'])} tried\n\n| what | figure |\n|---|---:|"
+        )
         print(f"| int8 file / float32 file | {sizes[0] / sizes[1]:.4f} ({sizes[0]:,} / {sizes[1]:,} bytes) |")
         for n, times in faster.items():
             print(f"| int8 throughput / float32 throughput, batch {n} | {times:.2f} |")

@@ -129,7 +129,9 @@ def measured(*command):
     """Run a Python process. -> (its wall time in seconds, its peak memory in MB, what it printed)."""
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=out, stderr=subprocess.DEVNULL
+        )
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -172,7 +174,9 @@ def cold(place, model, checkpoint, one, rounds):
     results = alternate(rounds, ours=step3, bare=[place / "bare.py", model, one])
     row("cold, one PNG / bare onnxruntime script", wall(results["ours"]), wall(results["bare"]), "s", 1.10)
     results = alternate(max(3, rounds // 4), ours=step3, torch=[place / "torch_one.py", checkpoint, one])
-    row("the same / torch, model.py and checkpoint", wall(results["ours"]), wall(results["torch"]), "s", 1 / 8)
+    row(
+        "the same / torch, model.py and checkpoint", wall(results["ours"]), wall(results["torch"]), "s", 1 / 8
+    )
     row("its peak memory / the same way", memory(results["ours"]), memory(results["torch"]), "MB", 1 / 8)
 
 
@@ -188,7 +192,16 @@ def throughput(place, models, checkpoint, paths, rounds):
     listed.write_text("\n".join(str(path) for path in paths))
     commands = {"loop": [place / "loop.py", checkpoint, listed]}
     for name, model in models.items():
-        commands[name] = [STEP3, "--model", model, "--format", "json", "--output", place / "out.jsonl", linked]
+        commands[name] = [
+            STEP3,
+            "--model",
+            model,
+            "--format",
+            "json",
+            "--output",
+            place / "out.jsonl",
+            linked,
+        ]
         commands[f"{name} alone"] = [place / "alone.py", model, listed]
     results = alternate(rounds, **commands)
     loop = median(float(result[2]) for result in results["loop"])
@@ -196,7 +209,14 @@ def throughput(place, models, checkpoint, paths, rounds):
         if name in models:
             rate = len(paths) / wall(results[name])
             alone = median(float(result[2]) for result in results[f"{name} alone"])
-            row(f"{name}, {len(paths):,} files / the engine alone on ready arrays", rate, alone, "/s", target, True)
+            row(
+                f"{name}, {len(paths):,} files / the engine alone on ready arrays",
+                rate,
+                alone,
+                "/s",
+                target,
+                True,
+            )
             row(f"{name}, the same / DataLoader loop, 2 workers, eager fp32", rate, loop, "/s", 2.5, True)
     few = [STEP3, "--model", models["fp32"], "--output", place / "out.txt", *sorted(linked.iterdir())[:100]]
     small = alternate(rounds, few=few)["few"]
@@ -229,26 +249,40 @@ def clocks(place, model, one, rounds):
     inside = figures["import_seconds"] + figures["load_seconds"] + figures["first_run_ms"] / 1000
     empty = wall(alternate(rounds, empty=["-c", "pass"])["empty"])
     outside = wall(alternate(rounds, bare=[place / "bare.py", model, one])["bare"]) - empty
-    print(f"\n--benchmark: import + load + first run {inside:.3f} s; bare script less Python's start {outside:.3f} s")
+    print(
+        f"\n--benchmark: import + load + first run {inside:.3f} s; bare script less Python's start {outside:.3f} s"
+    )
     print(json.dumps(figures, indent=1))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="its checkpoint.pt is what the torch baselines load")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, required=True, help="its checkpoint.pt is what the torch baselines load"
+    )
     parser.add_argument(
         "--export", type=Path, required=True, help="with model.onnx, and model.int8.onnx if there is one"
     )
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--files", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=3, help="of the long rows; the short ones run 4 times as often")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of the long rows; the short ones run 4 times as often"
+    )
     parser.add_argument("--only", nargs="+", choices=("cold", "throughput", "photo", "clocks"))
     args = parser.parse_args()
-    paths = sorted(p.resolve() for p in args.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    paths = sorted(
+        p.resolve() for p in args.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
     paths = random.Random(0).sample(paths, min(args.files, len(paths)))
     models = {"fp32": args.export / "model.onnx", "int8": args.export / "model.int8.onnx"}
     models = {name: model for name, model in models.items() if model.exists()}
-    checkpoint, wanted, started = args.run / "checkpoint.pt", args.only or "cold throughput photo clocks", time.time()
+    checkpoint, wanted, started = (
+        args.run / "checkpoint.pt",
+        args.only or "cold throughput photo clocks",
+        time.time(),
+    )
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         scripts = {"bare": BARE, "torch_one": TORCH_ONE, "loop": LOOP, "alone": ALONE, "photo": PHOTO}

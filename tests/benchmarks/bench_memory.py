@@ -34,7 +34,10 @@ def limited(megabytes):
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     own = {controllers: path for _, controllers, path in lines}
     if "memory" in own:
-        group, limit = Path("/sys/fs/cgroup/memory" + own["memory"], f"bench-{os.getpid()}"), "memory.limit_in_bytes"
+        group, limit = (
+            Path("/sys/fs/cgroup/memory" + own["memory"], f"bench-{os.getpid()}"),
+            "memory.limit_in_bytes",
+        )
     else:
         group, limit = Path("/sys/fs/cgroup" + own[""], f"bench-{os.getpid()}"), "memory.max"
     group.mkdir()
@@ -43,7 +46,9 @@ def limited(megabytes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--limit-mb", type=int, default=1200)

@@ -41,7 +41,9 @@ class Pictures(Dataset):
     """What the tutorials iterate over: one PIL image and its label at a time, turned into a tensor."""
 
     def __init__(self, images, labels):
-        self.images = [Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image) for image in images]
+        self.images = [
+            Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image) for image in images
+        ]
         self.labels = labels
 
     def __len__(self):
@@ -108,19 +110,15 @@ def ours(place, dataset, *arguments):
     subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
     exported = step3_infer.Model(str(place / "exports" / name / "model.onnx"))
     answers = [
-        exported.predict(np.ascontiguousarray(part)).argmax(1) for part in np.array_split(dataset.test_images, 100)
+        exported.predict(np.ascontiguousarray(part)).argmax(1)
+        for part in np.array_split(dataset.test_images, 100)
     ]
     with open(place / "runs" / name / "metrics.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     summary = json.loads((place / "runs" / name / "summary.json").read_text())
     answer, seconds = (np.concatenate(answers) == dataset.test_labels).mean(), summary["train_seconds"]
     print(f"  {' '.join(map(str, arguments[-4:]))}: {answer:.2%} in {seconds:.1f} s", file=sys.stderr)
-    return {
-        "summary": summary,
-        "rows": rows,
-        "peak": peak,
-        "accuracy": float(answer),
-    }
+    return {"summary": summary, "rows": rows, "peak": peak, "accuracy": float(answer)}
 
 
 def outside_compute(*arguments):
@@ -183,7 +181,9 @@ def bench_cifar(directory, place, short, seeds):
     runs = [ours(place, dataset, *folder, "--epochs", 1 if short else 10, "--seed", seed) for seed in seeds]
     took = [run["summary"]["train_seconds"] for run in runs]
     allowed = dataset.train_images.nbytes + dataset.test_images.nbytes + 1.2e9
-    print(f"default network: {[round(s) for s in took]} s, / tutorial's 10 epochs {statistics.median(took) / ten:.2f}")
+    print(
+        f"default network: {[round(s) for s in took]} s, / tutorial's 10 epochs {statistics.median(took) / ten:.2f}"
+    )
     print(f"default network: exported accuracy {mean_and_spread([run['accuracy'] for run in runs])}")
     peak = max(run["peak"] for run in runs)
     print(f"default network: peak {peak / 1e9:.2f} GB, / (uint8 set + 1.2 GB) {peak / allowed:.2f}")
@@ -194,13 +194,25 @@ def bench_cifar(directory, place, short, seeds):
             f"default network, 3 epochs: exported accuracy {three['accuracy']:.2%}, / tutorial's 10 epochs {part:.2f}"
         )
     small = ours(
-        place, dataset, *folder, "--model", "mynet", "--augment", "flip", "--dropout", 0, "--epochs", 1 if short else 3
+        place,
+        dataset,
+        *folder,
+        "--model",
+        "mynet",
+        "--augment",
+        "flip",
+        "--dropout",
+        0,
+        "--epochs",
+        1 if short else 3,
     )
     rows = small["rows"]
     elapsed = list(itertools.accumulate(float(row["seconds"]) for row in rows))
     there = [t for t, row in zip(elapsed, rows, strict=True) if float(row["test_accuracy"]) >= reached]
     if there:
-        print(f"MyNet: the tutorial's {reached:.2%} after {there[0]:.1f} s, 1/{ten / there[0]:.1f} of its time")
+        print(
+            f"MyNet: the tutorial's {reached:.2%} after {there[0]:.1f} s, 1/{ten / there[0]:.1f} of its time"
+        )
     else:
         print(f"MyNet: the tutorial's {reached:.2%} not reached in {elapsed[-1]:.1f} s")
     print(f"MyNet: exported accuracy {small['accuracy']:.2%}, {elapsed[-1] / len(rows):.1f} s an epoch")
@@ -221,19 +233,25 @@ def bench_mnist(directory, place, short, seeds):
     print(f"tutorial's loop, ResBlock on MNIST: {ten:.0f} s for 10 epochs, {reached:.2%}")
     runs = [ours(place, dataset, *mnist, "--epochs", 1 if short else 10, "--seed", seed) for seed in seeds]
     took = [run["summary"]["train_seconds"] for run in runs]
-    print(f"default network on MNIST: {[round(s) for s in took]} s, / tutorial's {statistics.median(took) / ten:.2f}")
+    print(
+        f"default network on MNIST: {[round(s) for s in took]} s, / tutorial's {statistics.median(took) / ten:.2f}"
+    )
     print(f"default network on MNIST: exported accuracy {mean_and_spread([run['accuracy'] for run in runs])}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--mnist", type=Path)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     seeds = range(1 if args.short else args.seeds)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     with tempfile.TemporaryDirectory() as place:
         if args.cifar:
             bench_cifar(args.cifar, Path(place), args.short, seeds)

@@ -39,11 +39,15 @@ def whole_images(rng):
         if form in ("PDF", "EPS"):  # which step 3 cannot read, or will not
             continue
         width, height = rng.choice([(8, 8), (8, 8), (32, 32), (17, 5), (1, 1), (1, 300)])
-        pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(rng.getrandbits(32)).integers(
+            0, 256, (height, width, 3), dtype=np.uint8
+        )
         stream = io.BytesIO()
         try:
             image = Image.fromarray(pixels)
-            image = image.convert("L").convert(mode) if mode in ("F", "I", "I;16", "LA") else image.convert(mode)
+            image = (
+                image.convert("L").convert(mode) if mode in ("F", "I", "I;16", "LA") else image.convert(mode)
+            )
             image.save(stream, form)
         except Exception:  # Pillow says in a dozen ways that a format has no such mode
             continue
@@ -56,7 +60,9 @@ def mutate(content, others, rng):
 
     def place():
         near = rng.randrange(min(len(content), 600))
-        return rng.choice([near, len(content) - 1 - near, rng.randrange(len(content)), rng.randrange(len(content))])
+        return rng.choice(
+            [near, len(content) - 1 - near, rng.randrange(len(content)), rng.randrange(len(content))]
+        )
 
     broken, kind = bytearray(content), rng.randrange(7)
     if kind == 0:  # flipped bits
@@ -76,7 +82,9 @@ def mutate(content, others, rng):
         broken[start : start + size] = broken[start : start + size] * rng.choice([0, 2, 50])
     elif kind == 5:  # a large number
         start = place()
-        broken[start : start + 4] = rng.choice([b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\x00\x00\x01\x00"])
+        broken[start : start + 4] = rng.choice(
+            [b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\x00\x00\x01\x00"]
+        )
     else:  # another file behind it
         broken = broken[: place()] + rng.choice(others)
     return bytes(broken)
@@ -119,7 +127,9 @@ def faults_of(result, paths, whole=None):
     except ValueError:
         return ["standard output holds something else"]
     failed = [row for row in rows if "error" in row]
-    faults = [f"on standard error: {line[:200]}" for line in lines if not line.startswith(("error: ", "note: "))][:1]
+    faults = [
+        f"on standard error: {line[:200]}" for line in lines if not line.startswith(("error: ", "note: "))
+    ][:1]
     errors = [line for line in lines if line.startswith("error: ")]
     if not rows and code in (1, 2) and len(errors) == 1:
         return faults if whole is None else [*faults, "no answers at all"]  # the model was refused
@@ -204,10 +214,16 @@ def fuzz_models(models, count, place, seed=0, jobs=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", type=Path, help="a directory with model.onnx, perhaps model.int8.onnx, .pt, .pt2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "export", type=Path, help="a directory with model.onnx, perhaps model.int8.onnx, .pt, .pt2"
+    )
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--models", type=int, default=2_000, help="of .onnx files; a tenth more of .pt and .pt2 each")
+    parser.add_argument(
+        "--models", type=int, default=2_000, help="of .onnx files; a tenth more of .pt and .pt2 each"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="model files tried at once")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -223,7 +239,9 @@ def main():
             folder = place / suffix[1:]
             folder.mkdir()
             faults, refused = fuzz_models(models, count, folder, args.seed, args.jobs)
-            print(f"{count} mutated {suffix} files: {refused} refused by a line, faults: {dict(faults) or 'none'}")
+            print(
+                f"{count} mutated {suffix} files: {refused} refused by a line, faults: {dict(faults) or 'none'}"
+            )
             total += faults
     print(f"what caused a fault is kept in {place}" if total else "no fault")
     return 1 if total else 0

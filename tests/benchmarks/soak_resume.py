@@ -54,7 +54,9 @@ def completed(out):
 def kill_once(place, name, rng):
     """Start or resume the run and kill it at a random moment. -> (what it printed, was it done by then?)"""
     begun = (place / "runs" / name / "config.json").exists()
-    process = start(place, *(("--resume", name) if begun else (*RUN, "--name", name, "--checkpoint-every", "3")))
+    process = start(
+        place, *(("--resume", name) if begun else (*RUN, "--name", name, "--checkpoint-every", "3"))
+    )
     if rng.random() < 0.9:  # from the first step on; otherwise at any moment, while it still loads
         first = ""
         for line in process.stdout:
@@ -70,7 +72,10 @@ def kill_once(place, name, rng):
 
 def soak(kills, seed, place):
     """-> {"killed", "finished", "unreadable", "lost", "different"}: how often each happened."""
-    rng, counts = random.Random(seed), dict.fromkeys(("killed", "finished", "unreadable", "lost", "different"), 0)
+    rng, counts = (
+        random.Random(seed),
+        dict.fromkeys(("killed", "finished", "unreadable", "lost", "different"), 0),
+    )
     whole(start(place, *RUN, "--name", "undisturbed"))
     reference, reference_rows = read(place / "runs" / "undisturbed")
     name, known = "run-1", 0  # known: the last epoch that was printed as done
@@ -94,7 +99,8 @@ def soak(kills, seed, place):
         if ended:
             checkpoint, rows = read(run)
             same = all(
-                torch.equal(value, reference["state_dict"][key]) for key, value in checkpoint["state_dict"].items()
+                torch.equal(value, reference["state_dict"][key])
+                for key, value in checkpoint["state_dict"].items()
             )
             counts["different"] += not same or rows != reference_rows
             counts["finished"] += 1
