@@ -263,7 +263,7 @@ def test_ctrl_c_at_work(small, samples, here):
     os.mkfifo(here / "results")
     command = [sys.executable, SCRIPT, "--model", small.export / "model.onnx", "--format", "json"]
     command += [*samples * 300, "--output", "old.txt"]
-    code, _, err = interrupted(command, here, lambda _: wait_for(lambda: list(here.glob(".step3-*"))))
+    code, _, err = interrupted(command, here, lambda _: wait_for(lambda: list(here.glob(".old.txt-*.tmp"))))
     assert code == 130 and err == "interrupted\n"
     assert sorted(os.listdir()) == ["old.txt", "results"] and (here / "old.txt").read_text() == "of yesterday"
 
