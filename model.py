@@ -1,11 +1,11 @@
 """The networks of Threestep, one registry of them, and `Deployable`: the module that is exported.
 
-    build("mynet", channels=3, classes=10, image_size=(32, 32))     -> nn.Module giving logits [batch, classes]
-    Deployable(network, image_size=(32, 32), mean=[...], std=[...]) -> uint8 images in, probabilities out
+    build("mynet", channels=3, classes=10, image_size=(32, 32))     a network: logits [batch, classes]
+    Deployable(network, image_size=(32, 32), mean=[...], std=[...])  uint8 images in, probabilities out
 
-A network takes normalised float32 images [batch, channels, height, width] of one size. Deployable adds what every
-program that runs the file would otherwise have to repeat: resizing, scaling, normalising, softmax. Names outside the
-registry are torchvision's classification networks.
+A network takes normalised float32 images [batch, channels, height, width] of one size. Deployable adds what
+every program that runs the file would otherwise have to repeat: resizing, scaling, normalising, softmax.
+Names outside the registry are those of torchvision's classification networks.
 """
 
 import contextlib
@@ -20,7 +20,27 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class MLP(nn.Module):
+class Network(nn.Module):
+    """What training asks of a network; torchvision's networks have the values given here.
+
+    about: for --list-models; options: the command-line options it takes; min_size: the smallest image side in
+    pixels. bf16: whether it gains from bf16, being large enough. memory_format: of its weights while it is
+    trained. max_batch_pixels: the pixels in a batch, all its images together, that fit into a laptop's
+    memory; None for any.
+    """
+
+    about = ""
+    options = ()
+    min_size = 1
+    bf16 = True
+    memory_format = torch.channels_last
+    max_batch_pixels = None
+
+    def prepare(self, images: torch.Tensor) -> None:
+        """Initialise from normalised training images [n, channels, H, W]; nothing by default."""
+
+
+class MLP(Network):
     """Fully connected network over the flattened pixels, ReLU between the layers.
 
     `hidden=(128,)` on 28x28 grey images is the 784-128-10 of the MNIST tutorials, `hidden=(512, 512)` the
@@ -29,8 +49,7 @@ class MLP(nn.Module):
 
     about = "fully connected: --hidden sizes (default 128), --dropout"
     options = ("hidden", "dropout")
-    min_size = 1
-    any_size = False
+    bf16 = False
 
     def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
         super().__init__()
@@ -45,13 +64,12 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
-class MyNet(nn.Module):
-    """The CIFAR-10 tutorial's network: three conv-bn-pool-relu blocks of 6, 12, 24 channels, then 192-96-classes."""
+class MyNet(Network):
+    """The CIFAR-10 tutorial's network: conv-bn-pool-relu of 6, 12 and 24 channels, then 192-96-classes."""
 
     about = "the CIFAR tutorial's small convolutional network; --dropout (0.1)"
     options = ("dropout",)
     min_size = 8  # three poolings by two
-    any_size = False
     memory_format = torch.contiguous_format  # channels-last is 4 times slower with 6 and 12 channels
 
     def __init__(self, channels, classes, image_size, dropout=0.1):
@@ -60,12 +78,8 @@ class MyNet(nn.Module):
         blocks = []
         for n_in, n_out in ((channels, 6), (6, 12), (12, 24)):
             # The tutorial has ReLU before the pooling: the same numbers from four times the work.
-            blocks += [
-                nn.Conv2d(n_in, n_out, 3, padding=1),
-                nn.BatchNorm2d(n_out),
-                nn.MaxPool2d(2),
-                nn.ReLU(),
-            ]
+            convolution = nn.Conv2d(n_in, n_out, 3, padding=1)
+            blocks += [convolution, nn.BatchNorm2d(n_out), nn.MaxPool2d(2), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(
             nn.Flatten(),
@@ -81,13 +95,11 @@ class MyNet(nn.Module):
         return self.head(self.blocks(x.contiguous()))
 
 
-class Linear(nn.Module):
+class Linear(Network):
     """One linear layer: the tensor tutorial's regression, or softmax regression on the pixels."""
 
     about = "one linear layer, the default for --dataset linear"
-    options = ()
-    min_size = 1
-    any_size = False
+    bf16 = False
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -114,16 +126,14 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Network):
     """The MNIST tutorial's network: stride-2 conv-bn-relu of 8, 16, 32, 16 and `classes` channels.
 
     A residual block follows each of the first three. 28x28 shrinks to 1x1; larger images are averaged there.
     """
 
     about = "the MNIST tutorial's residual network of stride-2 convolutions"
-    options = ()
-    min_size = 1
-    any_size = True
+    bf16 = False
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -139,61 +149,17 @@ class ResBlock(nn.Module):
         return self.body(x).mean((2, 3))
 
 
-class SideBySide(torch.autograd.Function):
-    """A 3x3 convolution of stride 1 and padding 1 whose weight gradient is taken over images laid side by side.
-
-    x: [n, c, h, w]; weight: [out, c, 3, 3]. oneDNN's gradient fills the tiles of AMX along the width, which narrow maps
-    leave nearly empty: at 4x4 pixels it takes four times as long.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, padding=1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        settings = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # no bias, stride, padding, dilation, ...
-        backward = torch.ops.aten.convolution_backward
-        for_x = backward(gradient, x, weight, *settings, [ctx.needs_input_grad[0], False, False])[0]
-        x, gradient = side_by_side(x), side_by_side(gradient)
-        return for_x, backward(gradient, x, weight, *settings, [False, True, False])[1]
-
-
-def side_by_side(images, width=48):
-    """Images [n, c, h, w] in rows up to `width` pixels wide, a zero column after each: [n / k, c, h, k * (w + 1)]."""
-    n, c, h, w = images.shape
-    k = max(k for k in range(1, max(width // (w + 1), 1) + 1) if n % k == 0)
-    rows = images.new_zeros(n // k, h, k, w + 1, c)
-    rows[..., :w, :] = images.unflatten(0, (-1, k)).permute(0, 3, 1, 4, 2)
-    return rows.flatten(2, 3).permute(0, 3, 1, 2)
-
-
-class Conv3x3(nn.Conv2d):
-    """3x3 convolution without bias that keeps the size; on a CPU in bf16 trained by SideBySide."""
-
-    def __init__(self, channels_in, channels_out):
-        super().__init__(channels_in, channels_out, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        narrow = x.device.type == "cpu" and x.shape[3] < 10
-        if not self.training or not narrow or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return SideBySide.apply(*(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, self.weight)))
-
-
-class Airbench(nn.Module):
+class Airbench(Network):
     """Keller Jordan's airbench94 ("94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024), for 28x28 and up.
 
-    A frozen 2x2 whitening convolution, three groups of conv-pool-bn-gelu-conv-bn-gelu with 64, 256, 256 channels
-    (times `width`), a global max and one linear layer. Call `whiten` with training images before training.
+    A frozen 2x2 whitening convolution, three groups of conv-pool-bn-gelu-conv-bn-gelu with 64, 256, 256
+    channels (times `width`), a global max and one linear layer.
     """
 
     about = "the default, after airbench94 (2024); --width scales its channels"
     options = ("width",)
     min_size = 28
-    any_size = True
+    max_batch_pixels = 640_000
 
     def __init__(self, channels, classes, image_size, width=1.0):
         super().__init__()
@@ -210,7 +176,8 @@ class Airbench(nn.Module):
 
     @staticmethod
     def _group(n_in, n_out):
-        first, second = Conv3x3(n_in, n_out), Conv3x3(n_out, n_out)
+        first = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
+        second = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         for conv in (first, second):  # start as the identity on as many channels as there are
             nn.init.dirac_(conv.weight[: conv.in_channels])
         norms = [nn.BatchNorm2d(n_out, momentum=0.2) for _ in range(2)]  # few steps: forget quickly
@@ -219,21 +186,18 @@ class Airbench(nn.Module):
         return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
 
     @torch.no_grad()
-    def whiten(self, x, eps=5e-4):
-        """Set the first layer from the 2x2 patches of `x`, normalised images [n, channels, H, W].
+    def prepare(self, images: torch.Tensor, eps: float = 5e-4) -> None:
+        """Set the whitening layer from the 2x2 patches of normalised training images [n, channels, H, W].
 
-        Its filters are the eigenvectors of the patches' covariance, scaled to unit variance, then the same negated.
+        Its filters are the eigenvectors of the patches' covariance at unit variance, each with both signs.
         """
         total = count = products = 0
-        for part in x.split(100):  # all at once took more memory than training does
-            patches = (
-                F.unfold(part, 2).transpose(1, 2).flatten(0, 1).double()
-            )  # [n * positions, 4 * channels]
-            total, count, products = (
-                total + patches.sum(0),
-                count + len(patches),
-                products + patches.T @ patches,
-            )
+        for part in images.split(100):  # all at once took more memory than training does
+            patches = F.unfold(part, 2).transpose(1, 2).flatten(0, 1)  # [n * positions, 4 * channels]
+            patches = patches.double()
+            count += len(patches)
+            total = total + patches.sum(0)
+            products = products + patches.T @ patches
         mean = total / count
         covariance = products / count - mean.outer(mean)
         values, vectors = torch.linalg.eigh(covariance)
@@ -249,24 +213,19 @@ class Airbench(nn.Module):
 MODELS = {"airbench": Airbench, "linear": Linear, "mlp": MLP, "mynet": MyNet, "resblock": ResBlock}
 
 
-def torchvision_names():
+def torchvision_names() -> list[str]:
     """The names of torchvision's classification networks."""
     from torchvision import models
 
     return models.list_models(module=models)
 
 
-def min_size(name):
-    """The smallest side in pixels that a network makes sense for; of torchvision's networks `build` finds out."""
-    return MODELS[name].min_size if name in MODELS else 1
+def traits(name: str) -> type[Network]:
+    """What training asks of the network of this name: its class, or Network itself for torchvision's."""
+    return MODELS.get(name, Network)
 
 
-def takes_any_size(name):
-    """Can one network of this name take images of several sizes?"""
-    return MODELS[name].any_size if name in MODELS else not name.startswith("vit_")
-
-
-def options_of(name):
+def options_of(name: str) -> tuple[str, ...]:
     """The build options that the network of this name takes. Raises ValueError for an unknown name."""
     if name in MODELS:
         return MODELS[name].options
@@ -278,18 +237,17 @@ def options_of(name):
     return ()
 
 
-def build(name, *, channels, classes, image_size, **options):
+def build(name: str, *, channels: int, classes: int, image_size: tuple[int, int], **options) -> nn.Module:
     """A freshly initialised network by its registry or torchvision name.
 
-    channels: 1 or more; classes: 2 or more, or 1 for regression; image_size: (height, width) in pixels. `options`
-    holds only what `options_of` lists. Raises ValueError, with a sentence for the user, on anything it cannot build.
+    channels: 1 or more; classes: 2 or more, or 1 for regression; image_size: (height, width) in pixels.
+    `options` holds only what `options_of` lists. Raises ValueError, with a sentence for the user, on anything
+    it cannot build.
     """
     known = options_of(name)
     unknown = [f"--{option}" for option in options if option not in known]
     if unknown:
-        raise ValueError(
-            f"{name} has no option {', '.join(unknown)} (--list-models says what each network takes)"
-        )
+        raise ValueError(f"{name} has no option {', '.join(unknown)} (--list-models names those it has)")
     height, width = image_size
     way_out = "give a larger --image-size (images are resized to it) or another --model"
     if name not in MODELS:
@@ -304,7 +262,7 @@ def build(name, *, channels, classes, image_size, **options):
     return MODELS[name](channels, classes, tuple(image_size), **options)
 
 
-def build_torchvision(name, channels, classes, height, width):
+def build_torchvision(name: str, channels: int, classes: int, height: int, width: int) -> nn.Module:
     """torchvision's network with the right head and first convolution, tried on one blank batch."""
     from torchvision import models
 
@@ -314,21 +272,15 @@ def build_torchvision(name, channels, classes, height, width):
     network = models.get_model(name, weights=None, num_classes=classes, **extra)
     if channels != 3:
         path, conv = next((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d))
-        settings = (
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
-        network.set_submodule(path, nn.Conv2d(channels, *settings, bias=conv.bias is not None))
+        names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        settings = {name: getattr(conv, name) for name in names}
+        network.set_submodule(path, nn.Conv2d(channels, bias=conv.bias is not None, **settings))
     with torch.no_grad():
         network.eval()(torch.zeros(1, channels, height, width))
     return network.train()
 
 
-def torchvision_weights(name):
+def torchvision_weights(name: str):
     """torchvision's default weights entry of a network, or None for one of ours."""
     if name in MODELS:
         return None
@@ -337,29 +289,27 @@ def torchvision_weights(name):
     return models.get_model_weights(name).DEFAULT
 
 
-def usual_size(name):
-    """The image size in pixels that a network is usually given: 64 for ours, torchvision's own crop otherwise."""
+def usual_size(name: str) -> int:
+    """The usual image size of a network in pixels: 64 for ours, and torchvision's own crop for theirs."""
     options_of(name)
     weights = torchvision_weights(name)
     return weights.transforms().crop_size[0] if weights else 64
 
 
-def load_plain(source):
+def load_plain(source) -> dict:
     """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says enough
         return torch.load(source, map_location="cpu", weights_only=True)
 
 
-def read_state(path):
+def read_state(path: str) -> dict:
     """A state_dict, or a checkpoint with one in it. Raises ValueError."""
     try:
         state = load_plain(path)
     except FileNotFoundError:
         raise ValueError("no such file") from None
-    except (
-        Exception
-    ) as error:  # torch.load fails in many ways on a foreign file, a pickle with code among them
+    except Exception as error:  # torch.load fails in many ways on a foreign file or a pickle with code
         reason = str(error).split("\n")[0]
         raise ValueError(f"cannot be loaded as plain weights ({reason})") from None
     inner = state.get("state_dict", state) if isinstance(state, dict) else None
@@ -373,11 +323,12 @@ class DownloadError(ValueError):
     """Weights that could not be fetched."""
 
 
-def pretrained(name, source, channels):
-    """-> (state_dict, mean, std) to start a network from; mean and std are None where nobody says them.
+def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None, list | None]:
+    """The (state_dict, mean, std) to start a network from; mean and std are None if they are not known.
 
-    source: "default" for torchvision's default weights, else the path of a state_dict or checkpoint. mean, std: what
-    the weights were trained with, [channels]; grey takes the middle of the three. Raises ValueError.
+    source: "default" for torchvision's default weights, else the path of a state_dict or checkpoint. mean,
+    std: what the weights were trained with, [channels]; grey takes the middle of the three. Raises
+    ValueError.
     """
     weights, mean, std = torchvision_weights(name), None, None
     if weights is not None:
@@ -390,9 +341,7 @@ def pretrained(name, source, channels):
             mean, std = spec["mean"], spec["std"]
         return state.get("state_dict", state), mean, std
     if weights is None:
-        raise ValueError(
-            f"there are no default weights for {name}; --pretrained FILE takes a local state_dict"
-        )
+        raise ValueError(f"{name} has no default weights; --pretrained FILE takes a local state_dict")
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return weights.get_state_dict(progress=True, check_hash=True), mean, std
@@ -404,23 +353,23 @@ def pretrained(name, source, channels):
         ) from None
 
 
-def head_keys(network):
-    """The state_dict keys of the last linear or convolutional layer (and its norm): what depends on the classes."""
+def head_keys(network: nn.Module) -> list[str]:
+    """The state_dict keys of the last linear or convolutional layer and its norm, which depend on the
+    classes."""
     last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
     keys = list(network.state_dict())
     return keys[keys.index(f"{last}.weight") :]
 
 
-def load_pretrained(network, state):
+def load_pretrained(network: nn.Module, state: dict) -> None:
     """Load a state_dict trained on other classes or channels: a head of another size is left as initialised.
 
-    A first convolution for another number of channels gets the mean over them, scaled to the same response to grey.
-    Raises ValueError naming the first key that does not fit, the sign of another architecture.
+    A first convolution for another number of channels gets the mean over them, scaled to the same response to
+    grey. Raises ValueError naming the first key that does not fit, the sign of another architecture.
     """
     own, head = network.state_dict(), set(head_keys(network))
-    state = {
-        key: value for key, value in state.items() if key in own or not key.startswith(("aux", "AuxLogits"))
-    }
+    auxiliary = [key for key in state if key not in own and key.startswith(("aux", "AuxLogits"))]
+    state = {key: value for key, value in state.items() if key not in auxiliary}
     first = next((key for key, value in own.items() if value.ndim == 4), None)
     if first in state and state[first].ndim == 4 and state[first].shape[1] != own[first].shape[1]:
         n_from, n_to = state[first].shape[1], own[first].shape[1]
@@ -429,29 +378,12 @@ def load_pretrained(network, state):
     wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
     if wrong:
         raise ValueError(
-            f"does not fit this architecture, {len(wrong)} entries differ, {min(wrong)!r} for one"
+            f"does not fit this architecture: {len(wrong)} entries differ, such as {min(wrong)!r}"
         )
     fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
     if head - fitting.keys():
         fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
     network.load_state_dict(fitting, strict=False)
-
-
-def freeze_backbone(network):
-    """Leave only the head trainable."""
-    head = head_keys(network)
-    for key, parameter in network.named_parameters():
-        parameter.requires_grad = key in head
-
-
-def train_mode(network):
-    """Training mode, except that a layer whose parameters are all frozen, a batch norm say, stays as it is in eval."""
-    network.train()
-    for module in network.modules():
-        parameters = list(module.parameters(recurse=False))
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
-    return network
 
 
 class Deployable(nn.Module):
@@ -469,7 +401,7 @@ class Deployable(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def normalise(self, image):
-        """uint8 [batch, H, W, C] of the network's own size -> float32 [batch, C, H, W] as the network wants it."""
+        """uint8 [batch, H, W, C] of the network's own size -> float32 [batch, C, H, W], normalised."""
         return (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
     def forward(self, image):
@@ -487,7 +419,7 @@ class Regressor(Deployable):
         return self.network(self.normalise(features))
 
 
-def resize(image, image_size):
+def resize(image: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
     """uint8 [batch, H, W, C] -> uint8 [batch, *image_size, C]: bilinear with antialias, as Pillow resizes.
 
     On uint8 before any cast, so that a photo never exists as floats.

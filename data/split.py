@@ -1,22 +1,23 @@
 """A split ready to be trained on: batches gathered from uint8 images by index and augmented as a whole."""
 
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from data.cache import prefetch
-
-AUGMENTATIONS = ("flip", "translate", "cutout")
+from data.files import stratified
+from step3_infer import Problem
 
 
 @dataclass
 class Split:
     """images: uint8 [N, H, W, C], or float32 features [N, n]; labels: int64 [N], or float32 targets [N, 1].
 
-    members: int64 [n], the rows of both that belong to the split, on the CPU. source: the array that `images` were
-    made from; where it is a memory map of the right size, `images` is that map.
+    members: int64 [n], the rows of both that belong to the split, on the CPU. source: the array that `images`
+    were made from; where it is a memory map of the right size, `images` is that map.
     """
 
     images: torch.Tensor
@@ -24,87 +25,97 @@ class Split:
     members: torch.Tensor
     source: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.members)
 
-    def part(self, chosen):
+    def part(self, chosen: np.ndarray) -> "Split":
         """The split of the members that bool [n] chooses."""
         return Split(self.images, self.labels, self.members[torch.as_tensor(chosen)], self.source)
 
-    def without_easy(self, losses, skip, epoch, seed):
-        """-> (this split without the part `skip` of it, float32 [N]: how many images each row stands for).
+    def in_order(self, batch_size: int, share: slice = slice(None)) -> Iterator[tuple]:
+        """Yield (images, labels) of the members in one process' share, each once and not augmented."""
+        for index, following in with_next(self.members[share].split(batch_size)):
+            self._prefetch(following)
+            yield self._to_device(self.images[index]), self.labels[self._to_device(index)]
 
-        losses: float32 [N], each row's when it was last trained on. Half of what is left has the greatest losses; the
-        other half is drawn from all the rest and stands for it (after InfoBatch, Qin et al. 2024).
-        """
-        hard = half_left(len(self), skip)
-        order = losses[self.members].argsort(descending=True, stable=True)
-        drawn = order[hard:][torch.randperm(len(self) - hard, generator=seeded(seed, epoch, "easy"))[:hard]]
-        kept = torch.zeros(len(self), dtype=torch.bool)
-        kept[order[:hard]] = kept[drawn] = True
-        counts = torch.ones(len(self.images))
-        counts[self.members[drawn]] = (len(self) - hard) / max(len(drawn), 1)
-        return self.part(kept), counts
-
-    def in_order(self, batch_size, share=slice(None)):
-        """Yield (images, labels) of the members of one process's share, each once, as they are."""
-        for index, following in ahead(self.members[share].split(batch_size)):
-            images, index = self._pick(index, following, lambda index=index: self.images[index])
-            yield images, self.labels[index]
-
-    def count_batches(self, batch_size, processes=1, skip=0.0):
-        """How many batches `shuffled` yields; skip: as if `without_easy`."""
-        count = min(2 * half_left(len(self), skip), len(self)) if skip else len(self)
-        whole, rest = divmod(count, batch_size)
+    def count_batches(self, batch_size: int, processes: int = 1) -> int:
+        """How many batches `shuffled` yields in an epoch."""
+        whole, rest = divmod(len(self), batch_size)
         return whole + (rest >= 2 * processes or whole == 0)  # batch norm cannot train on a single image
 
-    def shuffled(self, batch_size, augment, epoch, seed, done=0, process=0, processes=1):
-        """Yield (images, labels, rows of the whole batch) in random order, augmented; see `gather`.
+    def shuffled(
+        self,
+        batch_size: int,
+        augment: list[str],
+        epoch: int,
+        seed: int,
+        done: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ) -> Iterator[tuple]:
+        """Yield (images, labels, how many the whole batch has) in random order, augmented; see `gather`.
 
-        batch_size: over all processes; this one's share is every `processes`-th of it. The first `done` batches are
-        left out. Order and augmentation follow from seed, epoch and position alone, whoever computes what, so that a
-        run can go on anywhere. flip alternates (Jordan 2024): an image is mirrored every other epoch.
+        batch_size: over all processes, each of which gets every `processes`-th image of a batch. The first
+        `done` batches are left out. Order and augmentation follow from seed, epoch and position alone,
+        whichever process computes them, so that a run can be resumed anywhere. flip alternates (Jordan 2024):
+        an image is mirrored in every other epoch.
         """
         flips = (torch.rand(len(self.images), generator=seeded(seed)) < 0.5) ^ (epoch % 2 == 1)
         order = self.members[torch.randperm(len(self), generator=seeded(seed, epoch))]
-        indices = order.split(batch_size)[: self.count_batches(batch_size, processes)]
+        batches = order.split(batch_size)[: self.count_batches(batch_size, processes)]
         share = slice(process, None, processes)
-        for position, (index, following) in enumerate(ahead(indices[done:]), done):
-            generator = seeded(seed, epoch, position)
+        for position, (index, following) in enumerate(with_next(batches[done:]), done):
+            self._prefetch(following[share])
+            images = gather(self.images, index, augment, flips, seeded(seed, epoch, position), share)
+            yield self._to_device(images), self.labels[self._to_device(index[share])], len(index)
 
-            def pick(index=index, generator=generator):
-                return gather(self.images, index, augment, flips, generator, share)
-
-            images, index = self._pick(index, following[share], pick)
-            yield images, self.labels[index[share]], index
-
-    def _pick(self, index, following, pick):
-        """The images that `pick` gathers and `index`, both on the device; asks early for `following`."""
+    def _prefetch(self, index):
+        """Ask the system to read these rows from disk, if the images are a memory map."""
         if isinstance(self.source, np.memmap) and self.images.data_ptr() == self.source.ctypes.data:
-            prefetch(self.source, following)
-        return pick().to(self.labels.device), index.to(self.labels.device)
+            prefetch(self.source, index)
+
+    def _to_device(self, tensor):
+        return tensor.to(self.labels.device)
 
 
-def half_left(count, skip):
-    """Half of what is left of so many images without the part `skip`: at least one."""
-    return max(1, round((1 - skip) * count) // 2)
-
-
-def seed_of(*numbers):
+def seed_of(*numbers: int) -> int:
     """A seed of its own for every tuple of numbers."""
     return zlib.crc32(repr(numbers).encode())
 
 
-def seeded(*numbers):
+def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
-def ahead(indices):
+def with_next(indices):
     """Each of the indices with the one that follows it."""
     return zip(indices, (*indices[1:], torch.empty(0, dtype=torch.int64)), strict=False)
 
 
-def make_split(images, labels, size, device, resize):
+def make_splits(dataset, settings, device: torch.device, resize: Callable) -> dict[str, Split]:
+    """The splits of a `data.Dataset` by name: "train", "test", and "val" if settings.val_fraction asks for
+    it.
+
+    settings: image_size, val_fraction and seed. Raises Problem if a split would be empty.
+    """
+    images = settings.image_size, device, resize
+    splits = {"train": make_split(dataset.train_images, dataset.train_labels, *images)}
+    if settings.val_fraction:
+        labels = dataset.train_labels
+        if dataset.task == "regression":
+            labels = np.zeros(len(labels), np.int64)
+        held_out = stratified(labels, settings.val_fraction, settings.seed)
+        splits = {"train": splits["train"].part(~held_out), "val": splits["train"].part(held_out)}
+        if not all(len(split) for split in splits.values()):
+            fraction = f"--val-fraction {settings.val_fraction:g}"
+            raise Problem(f"{fraction} leaves a split empty: there are too few images", 2)
+    splits["test"] = make_split(dataset.test_images, dataset.test_labels, *images)
+    return splits
+
+
+def make_split(
+    images: np.ndarray, labels: np.ndarray, size: tuple[int, int], device: torch.device, resize: Callable
+) -> Split:
     """A Split of arrays on the device, images resized to `size` by `resize`, the exported graph's own.
 
     On a GPU, a set too large for it stays in the machine's memory.
@@ -118,10 +129,11 @@ def make_split(images, labels, size, device, resize):
 
 
 def gather(images, index, augment, flips, generator, share=slice(None)):
-    """The share of one batch, augmented: uint8 [share, H, W, C] from `images` [N, H, W, C] by `index` [batch].
+    """The share of one batch, augmented: uint8 [share, H, W, C] from `images` [N, H, W, C] by `index`
+    [batch].
 
-    translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where `flips` [N] is
-    true; cutout (DeVries and Taylor 2017) greys a square of 3/8 of the size.
+    translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where
+    `flips` [N] is true; cutout (DeVries and Taylor 2017) greys a square of 3/8 of the size.
     """
     n, device = len(index), images.device  # everybody draws for the whole batch and takes what is theirs
     index = index[share]

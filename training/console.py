@@ -1,0 +1,121 @@
+"""What step1 prints: the settings, a table of the epochs, how to resume. Only the first process prints."""
+
+import textwrap
+
+import torch
+from tqdm import tqdm
+
+import data
+import model
+from step3_infer import say
+from training import runs
+
+
+def list_names(args) -> int:
+    """Print what --list-datasets and --list-models ask for, and return the exit code."""
+    if args.list_datasets:
+        for name, about in data.DATASETS.items():
+            print(f"{name:14} {about}")
+    if args.list_models:
+        for name, cls in model.MODELS.items():
+            print(f"{name:14} {cls.about}")
+        print(textwrap.fill("and torchvision's: " + " ".join(model.torchvision_names()), 79))
+    return 0
+
+
+def is_silent(trainer) -> bool:
+    return trainer.settings.quiet or trainer.processes.rank > 0
+
+
+def print_settings(trainer) -> None:
+    """Print the resolved settings before work starts."""
+    if is_silent(trainer):
+        return
+    settings, dataset, network = trainer.settings, trainer.dataset, trainer.deployable.network
+    parameters = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    options = {name: getattr(settings, name) for name in model.options_of(settings.model)}
+    options = "".join(f", {name} {value}" for name, value in options.items() if value is not None)
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in trainer.splits.items())
+    *size, channels = dataset.train_images.shape[1:]
+    kind, given = f"{channels} features", ""
+    if size:
+        colour = "grey" if channels == 1 else "colour"
+        kind = f"{len(dataset.classes)} classes, {size[0]}x{size[1]} {colour}"
+        given = ", input {}x{}".format(*settings.image_size)
+    augment = " ".join(settings.augment) or "none"
+    several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
+    precision = "bf16" if trainer.dtype else "fp32"
+    print(
+        f"dataset   {settings.dataset}: {sizes}; {kind}\n"
+        f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
+        f"training  {count(settings.epochs, 'epoch')} of batch {settings.batch_size}, {settings.optimizer} "
+        f"lr {settings.lr:g} {settings.schedule}, weight decay {settings.weight_decay:g},\n"
+        f"          label smoothing {settings.label_smoothing:g}, augment {augment}\n"
+        f"machine   {trainer.device.type}, {several}{torch.get_num_threads()} threads, {precision}, "
+        f"seed {settings.seed}\n"
+        f"run       {trainer.run}",
+        flush=True,
+    )
+
+
+def print_header(trainer) -> None:
+    if not is_silent(trainer):
+        print(f"epoch   train loss  accuracy  {trainer.watched:>8} loss  accuracy   seconds", flush=True)
+
+
+def print_row(trainer, epoch: int, measured: tuple, seconds: float) -> None:
+    """Print a line of the table, for long runs every 20th part of them only.
+
+    measured: loss and accuracy of training, then of the split that is evaluated after each epoch.
+    """
+    epochs = trainer.settings.epochs
+    if is_silent(trainer) or (epochs > 50 and epoch % (epochs // 20) and epoch < epochs):
+        return
+    train_loss, train_accuracy, loss, accuracy = measured
+    first, second = ("-" if value is None else f"{value:.2%}" for value in (train_accuracy, accuracy))
+    losses = f"{train_loss:.4f}", f"{loss:.4f}"
+    line = f"{epoch:5d}   {losses[0]:>10}  {first:>8}  {losses[1]:>13}  {second:>8}  {seconds:8.1f}"
+    print(line, flush=True)
+
+
+def progress_bar(trainer, batches):
+    """The batches of an epoch, with a bar on standard error if it is a terminal."""
+    title = f"epoch {trainer.progress.epoch}/{trainer.settings.epochs}"
+    steps = {"total": trainer.steps_per_epoch, "initial": trainer.progress.steps}
+    return tqdm(batches, title, leave=False, disable=True if is_silent(trainer) else None, **steps)
+
+
+def print_resumed(trainer, epochs_before: int) -> None:
+    """Say where the run continues, and what a raised --epochs does. epochs_before: those it began with."""
+    epochs, progress = trainer.settings.epochs, trainer.progress
+    if not is_silent(trainer):
+        done = f"{count(progress.epoch - 1, 'epoch')} and {count(progress.steps, 'step')}"
+        print(f"resumed   after {done} of the next", flush=True)
+    if epochs_before != epochs:
+        course = f"a course of {epochs} epochs from here on, not of {epochs_before}"
+        say(f"note: the learning rate follows {course}; the next one is {trainer.learning_rate():.3g}")
+
+
+def print_how_to_resume(trainer) -> None:
+    """Say that a stopped run is saved, and the command that continues it."""
+    if trainer.processes.rank == 0:
+        progress = trainer.progress
+        done = f"{count(progress.epoch - 1, 'epoch')} and {count(progress.steps, 'step')}"
+        say(f"stopped and saved after {done}; to continue:")
+        say(f"  {runs.resume_command(trainer.run)}")
+    trainer.processes.wait()  # torchrun ends all processes as soon as one has ended
+
+
+def print_coefficients(network) -> None:
+    """Print what the tensor tutorial ends with: the learned coefficients beside the true ones."""
+    learned = [*network.layer.weight.flatten().tolist(), network.layer.bias.item()]
+    names = [f"x{i}" for i in range(1, len(learned))] + ["bias"]
+    print("          learned     true")
+    for name, ours, true in zip(names, learned, (*data.LINEAR_WEIGHTS, data.LINEAR_BIAS), strict=True):
+        print(f"{name:>6} {ours:10.4f} {true:8.4f}")
+
+
+def count(number: int, noun: str) -> str:
+    """'1 epoch', '2 epochs'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

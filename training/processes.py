@@ -1,0 +1,176 @@
+"""Several processes that train as one under torchrun, the device each of them uses, and the signals that stop
+a run."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from step3_infer import Problem
+from training import cpu
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together: `rank` of `count`, and `local_rank` on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def share(self) -> slice:
+        """Which images of a batch this process takes: every `count`-th."""
+        return slice(self.rank, None, self.count)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, numbers: list[int], device: torch.device) -> list[int]:
+        """The greatest of each number over all processes, so that all of them stop or save at the same
+        step."""
+        if self.count == 1:
+            return numbers
+        tensor = torch.tensor(numbers, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def from_first(self, work: Callable):
+        """Call `work` in the first process only, and return its result in all of them."""
+        results = [work() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(results, 0)
+        return results[0]
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def first_of_each_machine_first(self) -> Iterator[None]:
+        """Run a block in the first process of each machine, then in the others: what it downloads is there by
+        then."""
+        if self.local_rank > 0:
+            self.wait()
+        yield
+        if self.local_rank == 0:
+            self.wait()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that torchrun started, nccl between GPUs and gloo between CPUs; alone without
+    torchrun.
+
+    Only the first process prints. A failure names its process, and a wrong command line is reported once.
+    """
+    numbers = [int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    processes = Processes(numbers[0], max(numbers[1], 1), numbers[2])
+    if processes.count == 1:
+        yield processes
+        return
+    with contextlib.ExitStack() as stack:
+        if processes.rank > 0:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=6))  # decoding the images may take hours
+            stack.callback(dist.destroy_process_group)
+            yield processes
+        except Problem as problem:
+            if processes.rank == 0:
+                raise
+            if problem.code == 2:
+                raise SystemExit(2) from None  # the first process says the same
+            raise Problem(f"process {processes.rank}: {problem}", problem.code) from None
+        except RuntimeError as error:
+            if "memory" in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise Problem(f"process {processes.rank} lost the others: {reason}") from None
+
+
+def choose_device(name: str, processes: Processes) -> torch.device:
+    """The device that `--device` names; auto takes a GPU if there is one.
+
+    Raises Problem if it cannot be used.
+    """
+    chosen = name
+    if name == "auto":
+        chosen = "cpu"
+        if torch.backends.mps.is_available():
+            chosen = "mps"
+        if torch.cuda.is_available():
+            chosen = "cuda"
+    if chosen == "cuda" and processes.count > 1:
+        chosen = f"cuda:{processes.local_rank}"
+    try:
+        device = torch.device(chosen)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        message = f"--device {name} cannot be used here ({reason}); --device cpu always works"
+        raise Problem(message, 2) from None
+    return device
+
+
+def choose_machine(
+    settings, processes: Processes, bf16_pays: bool
+) -> tuple[torch.device, torch.dtype | None]:
+    """The device, and the dtype of autocast or None for fp32. Raises Problem if it cannot be had.
+
+    settings: device, precision, batch_size, sync_batchnorm. bf16_pays: whether the network gains from it.
+    """
+    count = processes.count
+    if count > 1 and settings.batch_size < 2 * count:
+        raise Problem(f"--batch-size {settings.batch_size} is too small for {count} processes", 2)
+    device = choose_device(settings.device, processes)
+    if settings.sync_batchnorm and device.type != "cuda":
+        raise Problem("--sync-batchnorm needs GPUs: torch has none for the CPU", 2)
+    bf16 = settings.precision == "bf16"
+    if settings.precision == "auto" and bf16_pays:
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported()
+        elif device.type == "cpu":
+            bf16 = cpu.supports_bf16()
+    return device, torch.bfloat16 if bf16 else None
+
+
+class Stopped(Exception):
+    """A signal came, and the run was saved. number: the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """Within its block SIGINT and SIGTERM are only noted, in `caught`, so that the current step can be
+    finished.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __enter__(self):
+        self.caught = 0
+        self.handlers = {
+            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def note(self, number, frame) -> None:
+        self.caught = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

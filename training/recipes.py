@@ -1,0 +1,187 @@
+"""What the command line leaves open: the defaults of networks, datasets and optimizers, and what the images
+decide.
+
+`resolve` needs the command line only, `fit_to_images` the dataset as well; both return new settings. This
+module needs no torch, so that step1 can answer a wrong command line at once.
+"""
+
+import argparse
+
+from step3_infer import Problem
+
+SCHEDULES = ("constant", "linear", "cosine", "onecycle")  # see optimizers.rate
+OPTIMIZERS = {
+    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
+    "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine"},
+    "muon": {
+        "lr": 0.12,
+        "momentum": 0.6,
+        "weight_decay": 0.004,
+        "schedule": "linear",
+    },  # after airbench94_muon
+}
+# By network and dataset, "*" being any; of the layers that apply, each overrides those above it.
+RECIPES = {
+    ("*", "*"): {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0},
+    ("torchvision", "*"): {"batch_size": 64},
+    ("mlp", "*"): {"optimizer": "adam", "batch_size": 32},
+    ("mynet", "*"): {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
+    ("resblock", "*"): {"lr": 0.5, "batch_size": 512},
+    ("linear", "*"): {
+        **{"epochs": 300, "batch_size": 100_000},
+        **{"lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
+    },
+    ("airbench", "*"): {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2},
+    ("airbench", "digits"): {
+        **{"width": 0.25, "epochs": 20, "batch_size": 64},
+        **{"lr": 0.08, "label_smoothing": 0.0},
+    },
+    ("airbench", "mnist"): {"width": 0.25, "batch_size": 500, "label_smoothing": 0.1},
+    ("airbench", "fashion-mnist"): {"width": 0.5},
+    ("airbench", "kmnist"): {"width": 0.5},
+    ("mlp", "digits"): {"epochs": 50},
+    ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
+    ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
+    ("pretrained", "*"): {
+        **{"epochs": 10, "batch_size": 64, "optimizer": "sgd", "label_smoothing": 0.0},
+        **{"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
+    },
+}
+NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
+# What may be given with --resume, and differ from what the run began with.
+MAY_CHANGE = ("epochs", "device", "data_dir", "cache_dir", "image_root", "checkpoint_every", "quiet")
+OWN_IMAGES = ("folder", "csv")
+# Options that have an effect under a condition only: what they belong to in words, and the condition.
+BELONGS_TO = {
+    "data_dir": ("datasets other than digits and linear", lambda s: s.dataset not in ("digits", "linear")),
+    "cache_dir": ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES),
+    "strict": ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES),
+    "test_csv": ("--dataset csv", lambda s: s.dataset == "csv"),
+    "image_root": ("--dataset csv", lambda s: s.dataset == "csv"),
+    "image_column": ("--dataset csv", lambda s: s.dataset == "csv"),
+    "label_column": ("--dataset csv", lambda s: s.dataset == "csv"),
+    "image_size": ("images, and --dataset linear has features", lambda s: s.dataset != "linear"),
+    "augment": ("images, and --dataset linear has features", lambda s: s.dataset != "linear"),
+    "class_weights": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
+    "label_smoothing": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
+    "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
+    "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
+}
+
+
+def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
+    """The settings of a run from its command line, all that the images do not decide filled in.
+
+    given: the arguments that the user typed. Raises Problem for an option that would have no effect.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings["model"] = args.model or ("linear" if args.dataset == "linear" else "airbench")
+    if args.dataset == "linear" and settings["model"] not in ("linear", "mlp"):
+        raise Problem(f"--dataset {args.dataset} has features, not images: --model linear or mlp", 2)
+    for name, value in recipe(settings["model"], args.dataset, bool(args.pretrained), args.optimizer).items():
+        if settings[name] is None:
+            settings[name] = value
+    settings = argparse.Namespace(**settings)
+    refuse_without_effect(settings, given)
+    return settings
+
+
+def recipe(network: str, dataset: str, pretrained: bool, optimizer: str | None = None) -> dict:
+    """The defaults for a network on a dataset, by the name of the option.
+
+    optimizer: the one asked for. Another one than the recipe's brings its own rate, momentum, decay and
+    schedule.
+    """
+    kind = network if (network, "*") in RECIPES else "torchvision"
+    layers = [("*", "*"), (kind, "*"), (kind, dataset)]
+    if pretrained:
+        layers.append(("pretrained", "*"))
+    chosen = {}
+    for layer in layers:
+        chosen |= RECIPES.get(layer, {})
+    if optimizer in (None, chosen["optimizer"]):
+        return {**OPTIMIZERS[chosen["optimizer"]], **chosen}
+    return {**chosen, "momentum": None, **OPTIMIZERS[optimizer], "optimizer": optimizer}
+
+
+def refuse_without_effect(settings: argparse.Namespace, given: dict) -> None:
+    """Raise Problem for an option that was typed and would do nothing."""
+    for name, (what, has_effect) in BELONGS_TO.items():
+        if given.get(name) not in (None, False, ["none"]) and not has_effect(settings):
+            raise Problem(f"--{name.replace('_', '-')} belongs to {what}; leave it out", 2)
+
+
+def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) -> argparse.Namespace:
+    """The settings with what the images decide: their size, augmentation, and how many make a batch.
+
+    traits: of the network, see `model.Network`. Raises Problem.
+    """
+    settings = argparse.Namespace(**vars(settings))
+    count = len(dataset.train_images)
+    if dataset.task == "regression":
+        settings.augment, settings.image_size = [], (1, 1)
+        settings.batch_size = min(settings.batch_size, count)
+        return settings
+    _, height, width, channels = dataset.train_images.shape
+    if settings.image_size is None:
+        # Small images grow by a whole factor: every engine then resizes to the very same pixels.
+        factor = -(-traits.min_size // min(height, width))
+        settings.image_size = (height * factor, width * factor)
+    if settings.augment is None:
+        settings.augment = ["flip", "translate"] if channels == 3 else ["translate"]
+    if "none" in settings.augment:
+        if len(settings.augment) > 1:
+            raise Problem("--augment none goes with nothing else", 2)
+        settings.augment = []
+    own = settings.dataset in OWN_IMAGES
+    if own and "epochs" not in given:
+        settings.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
+    if "batch_size" not in given:
+        halvings = batch_halvings(settings, count if own else None, traits.max_batch_pixels)
+        settings.batch_size //= 2**halvings
+        if "lr" not in given:
+            settings.lr /= 2 ** (halvings / 2)
+    settings.batch_size = min(settings.batch_size, count)
+    return settings
+
+
+def batch_halvings(settings: argparse.Namespace, count: int | None, most_pixels: int | None) -> int:
+    """How often to halve the batch, so that few images make 16 steps an epoch and large ones fit into memory.
+
+    count: of images, None if the recipe was made for them. most_pixels: in a batch, None for any.
+    """
+    height, width = settings.image_size
+    batch_size, halvings = settings.batch_size, 0
+    while batch_size > 16:
+        few_steps = count is not None and count < 16 * batch_size
+        too_large = most_pixels is not None and batch_size * height * width > most_pixels
+        if not few_steps and not too_large:
+            break
+        batch_size, halvings = batch_size // 2, halvings + 1
+    return halvings
+
+
+def resumed(
+    args: argparse.Namespace, given: dict, arguments: dict, run: str, finished: bool
+) -> argparse.Namespace:
+    """The settings to resume a run with: its own `arguments`, and of those typed, `given`, what may change.
+
+    args: the whole command line; its defaults stand for options that the run did not know. Raises Problem.
+    """
+    defaults = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    given = {name: [] if value == ["none"] else value for name, value in given.items() if name != "resume"}
+    unlike = [name for name, value in given.items() if value != arguments.get(name)]
+    changed = [name for name in unlike if name not in MAY_CHANGE]
+    if changed:
+        options = [
+            f"--{name.replace('_', '-')} {given[name]} (was {arguments.get(name)})" for name in changed
+        ]
+        reason = "that would alter its course; leave it out, or start a new run"
+        raise Problem(f"{run} cannot go on with {', '.join(options)}: {reason}", 2)
+    epochs = arguments["epochs"]
+    if given.get("epochs", epochs) < epochs:
+        raise Problem(f"{run} was begun for {epochs} epochs, and --epochs can only be raised", 2)
+    if finished and given.get("epochs", 0) <= epochs:
+        raise Problem(f"{run} is finished; --epochs above {epochs} trains it further", 2)
+    return argparse.Namespace(**{**defaults, **arguments, **given})

@@ -1,0 +1,290 @@
+"""What a run directory holds, and the only module that knows it: names, lock, checkpoints, spec, and
+resuming.
+
+    runs/<name>/  config.json    every argument, before the first step
+                  checkpoint.pt  {"schema", "spec", "state_dict", "arguments", "epoch", "training"}; see
+                  `save_checkpoint` metrics.csv    a row for each epoch summary.json   the result; a run
+                  without it is not finished
+
+Every file appears whole or not at all. The checkpoint before the newest one is kept until the run is
+finished.
+"""
+
+import argparse
+import contextlib
+import glob
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+
+import torch
+
+import model
+import step3_infer
+from step3_infer import Problem, replacing, say
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes that resume one run are not kept apart
+    fcntl = None
+
+SCHEMA = 2  # of checkpoints; 1 can be exported, but not resumed
+RUNS, EXPORTS = "runs", "exports"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
+
+
+class CannotWrite(Problem):
+    """The disk is full, or the directory is gone or read-only. The run can go on once that is mended."""
+
+
+# ---------------------------------------------------------------------------------------------- finding a run
+
+
+def claim(dataset: str, network: str, name: str | None) -> str:
+    """Make a run directory that no other run has, and return its path. Raises Problem."""
+    if name and not re.fullmatch(r"[\w.-]*\w", name):
+        raise Problem(f"--name {name!r} is not a plain name of letters, digits, '.', '_' and '-'", 2)
+    base = name or f"{dataset}-{network}"
+    for number in itertools.count(1):
+        run = os.path.join(RUNS, base if number == 1 else f"{base}-{number}")
+        try:
+            os.makedirs(run)
+            return run
+        except FileExistsError:
+            if name:
+                message = f"{run} exists and a run never overwrites another; choose another --name"
+                raise Problem(message, 2) from None
+        except OSError as error:
+            raise Problem(f"cannot make {run}: {error.strerror}") from None
+
+
+def find(name: str | None = None, unfinished: bool = False) -> str:
+    """The directory of a run by its name or path; without one, the newest. Raises Problem.
+
+    The newest is one with a checkpoint, or with `unfinished` one that was begun and not finished. A run that
+    another process is training is never the newest.
+    """
+    if name:
+        for run in (os.path.join(RUNS, name), name):
+            if os.path.isdir(run) and (unfinished or os.path.isfile(os.path.join(run, CHECKPOINT))):
+                return os.path.normpath(run)
+        known = sorted(os.listdir(RUNS)) if os.path.isdir(RUNS) else []
+        wanted = f"no run {name!r}" + ("" if unfinished else f" with a {CHECKPOINT}")
+        raise Problem(f"{wanted} under {RUNS}/; there is: {', '.join(known) or 'none'}", 2)
+    needed = CONFIG if unfinished else CHECKPOINT
+    runs = [entry.path for entry in os.scandir(RUNS) if entry.is_dir()] if os.path.isdir(RUNS) else []
+    runs = [run for run in runs if os.path.isfile(os.path.join(run, needed))]
+    if unfinished:
+        runs = [run for run in runs if not is_finished(run)]
+    free = [run for run in runs if not is_locked(run)]
+    if free:
+        return max(
+            free, key=lambda run: os.path.getmtime(os.path.join(run, needed) if not unfinished else run)
+        )
+    if runs:
+        raise Problem(f"{runs[0]} is being trained by another process, and there is no other run", 1)
+    if unfinished:
+        raise Problem(f"no unfinished run under {RUNS}/ to resume", 2)
+    raise Problem(f"no trained run under {RUNS}/; python step1_train.py makes one", 2)
+
+
+def is_finished(run: str) -> bool:
+    return os.path.exists(os.path.join(run, SUMMARY))
+
+
+def is_locked(run: str) -> bool:
+    """Is another process training this run?"""
+    try:
+        with locked(run):
+            return False
+    except Problem:
+        return True
+
+
+@contextlib.contextmanager
+def locked(run: str) -> Iterator[None]:
+    """Keep the run directory for this process alone. Raises Problem if another process trains in it."""
+    if not fcntl:
+        yield
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"{run} is being trained by another process") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def removed_if_empty(run: str, rank: int) -> Iterator[None]:
+    """Remove the run directory after a failure before its first checkpoint, so that its name is free again.
+
+    After a later failure to write, the error names the command that continues the run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if rank == 0 and not any(os.path.exists(os.path.join(run, name)) for name in (CHECKPOINT, PREVIOUS)):
+            shutil.rmtree(run, ignore_errors=True)
+        elif isinstance(error, CannotWrite):
+            way_out = f"the last checkpoint is whole: {resume_command(run)}"
+            raise Problem(f"{error}; {way_out}", error.code) from None
+        raise
+
+
+def resume_command(run: str) -> str:
+    script = sys.argv[0] if os.path.basename(sys.argv[0]).startswith("step1") else "step1_train.py"
+    return f"python {shlex.quote(script)} --resume {shlex.quote(os.path.relpath(run, RUNS))}"
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+
+
+def read(run: str) -> tuple[dict, dict | None]:
+    """The arguments of a run and its newest whole checkpoint, None if it stopped before the first.
+
+    Raises Problem.
+    """
+    reasons = []
+    for path in (os.path.join(run, CHECKPOINT), os.path.join(run, PREVIOUS)):
+        try:
+            checkpoint = model.load_plain(path)
+            check_schema(path, checkpoint["schema"])
+            arguments, training = checkpoint["arguments"], checkpoint["training"]
+            training["progress"], training["optimizer"]
+        except FileNotFoundError:
+            continue
+        except Problem:
+            raise
+        except Exception as error:  # torch.load fails in a dozen ways on a truncated file
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reasons.append(f"{path} is truncated or cannot be resumed from ({reason})")
+            continue
+        if reasons:
+            say(f"note: {reasons[0]}: going on from the one before")
+        return arguments, checkpoint
+    if reasons:
+        raise Problem(reasons[0])
+    return read_config(run), None
+
+
+def check_schema(path: str, schema: int) -> None:
+    if schema > SCHEMA:
+        raise Problem(f"{path} has schema {schema}, this script knows up to {SCHEMA}: update Threestep")
+    if schema < SCHEMA:
+        way_out = "it can still be exported; start a new run to train further"
+        raise Problem(f"{path} was written by an earlier version and cannot be continued: {way_out}")
+
+
+def read_config(run: str) -> dict:
+    """The arguments in config.json. Raises Problem."""
+    try:
+        with open(os.path.join(run, CONFIG), encoding="utf-8") as file:
+            arguments = json.load(file)
+        return {**arguments, "image_size": tuple(arguments["image_size"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(f"{run} holds neither a checkpoint nor a {CONFIG} ({error}): start it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write(run: str, name: str, content: bytes, previous: str | None = None) -> None:
+    """Write a file of the run directory, whole or not at all. Raises CannotWrite.
+
+    previous: the name under which the file that was there before is kept.
+    """
+    path = os.path.join(run, name)
+    try:
+        with replacing(path) as file:
+            file.write(content)
+            if previous and os.path.exists(path):
+                keep(path, os.path.join(run, previous))
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(run: str, name: str, values: dict) -> None:
+    write(run, name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def write_metrics(run: str, rows: list[dict]) -> None:
+    """Write metrics.csv: a row for each epoch, an empty cell for what was not measured."""
+    names = list(rows[0])
+    lines = [names, *([("" if row[name] is None else row[name]) for name in names] for row in rows)]
+    write(run, METRICS, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+
+
+def save_checkpoint(run: str, spec: dict, state_dict: dict, epoch: int, training: dict) -> None:
+    """Write the checkpoint and keep the one before it. Raises CannotWrite.
+
+    state_dict, epoch: the network that is the result so far, and the epoch it is from. training: all else
+    that `Training.restore` needs to go on.
+    """
+    checkpoint = {"schema": SCHEMA, "spec": spec, "state_dict": state_dict, "arguments": spec["arguments"]}
+    checkpoint |= {"epoch": epoch, "training": training}
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # not to the file: torch turns a full disk into an error of its own
+    write(run, CHECKPOINT, content.getbuffer(), previous=PREVIOUS)
+
+
+def keep(path: str, previous: str) -> None:
+    """Give a file a second name, under which it stays when a new file takes its place."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(previous)
+    try:
+        os.link(path, previous)  # so that at no moment there is no file at `path`
+    except OSError:  # a file system without links
+        os.replace(path, previous)
+
+
+def remove_previous(run: str) -> None:
+    """Remove the checkpoint before the last, which a finished run does not need."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(run, PREVIOUS))
+
+
+def remove_leftovers(run: str) -> None:
+    """Remove the half-written files of a process that was killed."""
+    for path in glob.glob(os.path.join(glob.escape(run), ".*.tmp")):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: float | None) -> dict:
+    """What the exported file will say of itself; deploy/README.md explains the keys."""
+    regression = dataset.task == "regression"
+    return {
+        "schema": step3_infer.SCHEMA,
+        "task": dataset.task,
+        "classes": list(dataset.classes),
+        "channels": dataset.train_images.shape[-1],  # for regression: the number of features
+        "image_size": list(settings.image_size),
+        "resize": None if regression else "bilinear antialias uint8",
+        "mean": deployable.mean.flatten().tolist(),
+        "std": deployable.std.flatten().tolist(),
+        "dataset": settings.dataset,
+        "model": settings.model,
+        "parameters": sum(p.numel() for p in deployable.network.parameters()),
+        "test_accuracy": test_accuracy,
+        "arguments": vars(settings),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
+        },
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,232 @@
+"""A run in progress: what works on it and how far it has come; it counts, seeds, stops, saves and resumes."""
+
+import argparse
+import contextlib
+import copy
+import time
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+
+import data
+from data.split import Split, seed_of
+from step3_infer import Problem
+from training import cpu, optimizers, runs
+from training.processes import Processes, Signals, Stopped
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds these fields. Each step seeds its own random numbers.
+
+    sums: of loss, correct predictions and images over the current epoch's steps. rows: those of metrics.csv.
+    best: with a validation split the `score`, `epoch` and `state_dict` of the best epoch.
+    """
+
+    epoch: int = 1  # the current one
+    steps: int = 0  # done in it
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    seconds: float = 0.0  # spent in it
+    elapsed: float = 0.0  # seconds spent in the epochs before
+    rows: list[dict] = field(default_factory=list)
+    best: dict | None = None
+
+
+class Trainer:
+    """The network of a run with its optimizer, data and progress, in one of `processes` that train together.
+
+    deployable: the network with its preprocessing, on the device that trains. splits: "train", "test", and
+    "val" with --val-fraction. dtype: that of autocast, None for fp32.
+    """
+
+    def __init__(
+        self,
+        settings: argparse.Namespace,
+        run: str,
+        dataset: data.Dataset,
+        splits: dict[str, Split],
+        deployable: torch.nn.Module,
+        dtype: torch.dtype | None,
+        processes: Processes,
+    ):
+        self.settings, self.run, self.dataset, self.splits = settings, run, dataset, splits
+        self.deployable, self.dtype, self.processes = deployable, dtype, processes
+        self.progress, self.device = Progress(), deployable.mean.device
+        self.watched = "val" if "val" in splits else "test"  # measured after each epoch; test never selects
+        self.network = deployable.network
+        if settings.sync_batchnorm:
+            self.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        self.optimizer = optimizers.make_optimizer(self.network, settings)
+        if processes.count > 1 and any(p.requires_grad for p in self.network.parameters()):
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
+        self.class_weights = None
+        if settings.class_weights:
+            self.class_weights = balanced_weights(splits["train"], len(dataset.classes)).to(self.device)
+        self.steps_per_epoch = splits["train"].count_batches(settings.batch_size, processes.count)
+        self.saved_at = time.monotonic()
+
+    def start_epoch(self, signals: Signals) -> None:
+        """Prepare to count: sums on the device, the clock, and memory that the last epoch left in holes."""
+        cpu.give_back_memory()
+        self.signals = signals
+        self.started = time.perf_counter() - self.progress.seconds
+        number = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sums = torch.tensor(self.progress.sums, dtype=number, device=self.device)
+
+    def batches(self):
+        """The rest of the current epoch: this process' (images, labels), and the size of the whole batch."""
+        settings, progress = self.settings, self.progress
+        order = progress.epoch, settings.seed, progress.steps
+        split = self.splits["train"]
+        who = self.processes.rank, self.processes.count
+        return split.shuffled(settings.batch_size, settings.augment, *order, *who)
+
+    def start_step(self) -> None:
+        """Set the learning rate, and seed dropout by the step, so that a run can be resumed at any of them.
+
+        Not by torch.manual_seed, which asks for every possible device and takes a hundred times as long.
+        """
+        optimizers.set_rate(self.optimizer, self.rate())
+        on_cpu = self.device.type == "cpu"
+        generator = torch.default_generator if on_cpu else torch.get_device_module(self.device)
+        at = self.progress.epoch, self.progress.steps
+        generator.manual_seed(seed_of(self.settings.seed, *at, self.processes.rank))
+
+    def autocast(self):
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def rate(self) -> float:
+        """The learning rate of the next step, as a part of the highest."""
+        epochs, steps = self.progress.epoch - 1, min(self.progress.steps, self.steps_per_epoch)
+        done = epochs * self.steps_per_epoch + steps  # as many as a run of settings.epochs has at this point
+        return optimizers.rate(self.settings.schedule, done, self.settings.epochs * self.steps_per_epoch)
+
+    def learning_rate(self) -> float:
+        return self.settings.lr * self.rate()
+
+    def finish_step(self, losses: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a step's losses [n], outputs [n, classes] and labels [n] to the sums; save if due, or stop.
+
+        Raises Stopped once the run is saved, and Problem if the loss is not finite.
+        """
+        losses, outputs = losses.detach(), outputs.detach()
+        correct = torch.zeros_like(losses) if labels.is_floating_point() else outputs.argmax(1) == labels
+        self.sums += torch.stack([losses.sum(), correct.sum(), torch.ones_like(losses).sum()])
+        self.progress.steps += 1
+        # Reading a number from a GPU waits for it, and so is done rarely there.
+        last = self.progress.steps == self.steps_per_epoch
+        if self.device.type == "cpu" or self.progress.steps % 50 == 0 or last:
+            self.check_loss()
+            self.save_or_stop()
+
+    def training_metrics(self) -> tuple[float, float | None]:
+        """Mean loss and accuracy over the epoch as measured while training; a regression has no accuracy."""
+        loss, correct, images = self.processes.sum(self.sums).tolist()
+        self.progress.seconds = time.perf_counter() - self.started
+        return loss / images, None if self.dataset.task == "regression" else correct / images
+
+    def finish_epoch(self, measured: tuple, lr: float, seconds: float) -> None:
+        """Record an epoch for metrics.csv, keep the network if it is the best so far, and save.
+
+        measured: loss and accuracy of training, then of the watched split.
+        """
+        progress, watched = self.progress, self.watched
+        names = ("train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy")
+        row = {"epoch": progress.epoch, **dict(zip(names, measured, strict=True))}
+        row |= {"lr": lr, "seconds": round(seconds, 3)}
+        score = [row[f"{watched}_accuracy"] or 0.0, -row[f"{watched}_loss"]]
+        if watched == "val" and (progress.best is None or score > progress.best["score"]):
+            state = copy.deepcopy(self.deployable.network.state_dict())
+            progress.best = {"score": score, "epoch": progress.epoch, "state_dict": state}
+        progress.rows.append(row)
+        progress.elapsed += row["seconds"]
+        progress.epoch, progress.steps, progress.seconds = progress.epoch + 1, 0, 0.0
+        progress.sums = [0.0, 0.0, 0.0]
+        self.save(row.get("test_accuracy"))
+
+    def check_loss(self) -> None:
+        """Raise Problem if the loss is not finite."""
+        if self.sums[0].isfinite():
+            return
+        at = f"in epoch {self.progress.epoch}, step {self.progress.steps}"
+        lr = self.optimizer.param_groups[0]["lr"]
+        raise Problem(
+            f"the loss became {self.sums[0].item()} {at}, at learning rate {lr:.3g}: "
+            f"try a smaller --lr than {self.settings.lr:g}, or another --optimizer"
+        )
+
+    def save_or_stop(self) -> None:
+        """Save if a checkpoint is due or a signal came to any process; after a signal raise Stopped."""
+        caught, due = self.processes.maximum([self.signals.caught, self.is_due()], self.device)
+        if caught or due:
+            self.progress.sums = self.processes.sum(self.sums.clone()).tolist()
+            self.progress.seconds = time.perf_counter() - self.started
+            self.save()
+        if caught:
+            raise Stopped(caught)
+
+    def is_due(self) -> bool:
+        """Is it time for a checkpoint within the epoch?"""
+        every = self.settings.checkpoint_every
+        if isinstance(every, int):
+            steps = (self.progress.epoch - 1) * self.steps_per_epoch + self.progress.steps
+            return steps % every == 0
+        return bool(every) and time.monotonic() - self.saved_at >= 60 * float(every[:-1])
+
+    def save(self, test_accuracy: float | None = None) -> None:
+        """Write checkpoint and metrics, once for all processes. Raises Problem."""
+        self.saved_at = time.monotonic()
+        if self.processes.rank > 0:
+            return
+        best, state = self.progress.best, self.deployable.network.state_dict()
+        if not all(value.isfinite().all() for value in state.values()):
+            raise Problem(f"the weights are no longer finite: try a smaller --lr than {self.settings.lr:g}")
+        spec = runs.make_spec(self.settings, self.dataset, self.deployable, test_accuracy)
+        training = {
+            "progress": vars(self.progress),
+            "network": state if best else None,  # without a best epoch it is the checkpoint's state_dict
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.data_fingerprint(),
+        }
+        result, epoch = (best["state_dict"], best["epoch"]) if best else (state, self.progress.epoch - 1)
+        runs.save_checkpoint(self.run, spec, result, epoch, training)
+        if self.progress.rows:
+            runs.write_metrics(self.run, self.progress.rows)
+
+    def data_fingerprint(self) -> list[int]:
+        """The number of training images and a checksum of their labels."""
+        labels = self.dataset.train_labels
+        return [len(labels), zlib.crc32(labels.tobytes())]
+
+    def restore(self, training: dict) -> None:
+        """Continue from a checkpoint's `training`. Raises Problem if the dataset is another one."""
+        then, now = training["data"], self.data_fingerprint()
+        if then != now:
+            counts = f"{then[0]:,} images then, {now[0]:,} now"
+            raise Problem(
+                f"the training split is not the one that {self.run} began with ({counts}): start a new run"
+            )
+        self.progress = Progress(**training["progress"])
+        if self.processes.rank > 0:
+            self.progress.sums = [0.0, 0.0, 0.0]  # the first process has those of all
+        self.optimizer.load_state_dict(training["optimizer"])
+
+
+def train_mode(network: torch.nn.Module) -> None:
+    """Training mode, but eval mode for layers that are frozen, such as a backbone's batch norm."""
+    network.train()
+    for module in network.modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def balanced_weights(split: Split, classes: int) -> torch.Tensor:
+    """Weights [classes] of the loss under which every class counts the same: n / (classes * its share of
+    n)."""
+    counts = torch.bincount(split.labels.cpu()[split.members], minlength=classes).float()
+    return len(split) / (classes * counts)
