@@ -1,4 +1,4 @@
-"""Data sets: the bundled digits, torchvision's formats, and what happens when files are missing or damaged."""
+"""Datasets: the bundled digits, torchvision's formats, and files that are missing or damaged."""
 
 import gzip
 import urllib.error

@@ -1,4 +1,4 @@
-"""One's own images: folders and CSV lists, their cache, and what is wrong with them, through the real scripts."""
+"""The `folder` and `csv` datasets: listing, decoding, caching, and their errors, through the real scripts."""
 
 import csv
 import json
@@ -14,6 +14,7 @@ import model
 import step1_train
 import step2_export
 import step3_infer
+from data import files, folders
 from deploy.report import per_class
 
 QUICK = "--model mlp --hidden 16 --epochs 2".split()
@@ -115,8 +116,8 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
 
     # What step 1's evaluation says of the same files, read from its own cache.
     run = step2_export.read_run(str(run_of(here)))
-    classes, train, test = data.files.list_folder(str(mixed))
-    paths = train[0] + test[0]
+    listing = files.hold_out_test(folders.list_folder(str(mixed)), str(mixed))
+    paths, classes = listing.splits["train"].paths + listing.splits["test"].paths, listing.classes
     dataset = data.load("folder", str(mixed), image_size=(64, 64), channels=3, resize=model.resize)
     images = np.concatenate([dataset.train_images, dataset.test_images])
     with torch.inference_mode():
@@ -296,24 +297,36 @@ def test_csv_with_a_test_label_that_training_lacks(call, here, folder, listing):
 
 def test_stratified_takes_the_fraction_of_each_class():
     labels = np.repeat([0, 1, 2, 3], [100, 50, 3, 1])
-    chosen = data.stratified(labels, 0.2, seed=0)
+    chosen = files.stratified(labels, 0.2, seed=0)
     assert np.bincount(labels[chosen], minlength=4).tolist() == [20, 10, 1, 0]
-    assert np.array_equal(chosen, data.stratified(labels, 0.2, seed=0))
-    assert not np.array_equal(chosen, data.stratified(labels, 0.2, seed=1))
+    assert np.array_equal(chosen, files.stratified(labels, 0.2, seed=0))
+    assert not np.array_equal(chosen, files.stratified(labels, 0.2, seed=1))
 
 
-def test_validation_split_selects_and_the_test_split_is_looked_at_once(call, here, folder, monkeypatch):
-    looked_at, evaluate = [], step1_train.evaluate
+@pytest.mark.parametrize("dataset", ["folder", "csv"])
+def test_one_image_a_class_leaves_none_to_test_on(call, here, folder, dataset):
+    for path in sorted(folder.glob("train/*/*.png")):
+        if path.stem != "0":
+            path.unlink()
+    rows = [(path, path.parent.name) for path in folder.glob("train/*/0.png")]
+    listing = write_csv(here / "list.csv", rows)
+    source = {"folder": folder / "train", "csv": listing}[dataset]
+    words = (source, "one image of each class", "two or more")
+    call(step1_train.main, "--dataset", dataset, "--data-dir", source, *QUICK).error(1, *words)
 
-    def watch(deployable, split, *rest):
-        looked_at.append(len(split))
-        return evaluate(deployable, split, *rest)
+
+def test_validation_split_selects_and_the_test_split_is_evaluated_once(call, here, folder, monkeypatch):
+    evaluated, evaluate = [], step1_train.evaluate
+
+    def watch(trainer, split, *rest):
+        evaluated.append(len(split))
+        return evaluate(trainer, split, *rest)
 
     monkeypatch.setattr(step1_train, "evaluate", watch)
     arguments = ["--dataset", "folder", "--data-dir", folder, "--val-fraction", 0.25, *QUICK, "--epochs", 5]
     out = call(step1_train.main, *arguments).done().out
     assert "27 train, 9 val, 12 test" in out
-    assert looked_at == [9] * 5 + [12]
+    assert evaluated == [9] * 5 + [12]
     run = run_of(here)
     summary = json.loads((run / "summary.json").read_text())
     with open(run / "metrics.csv", newline="") as stream:
