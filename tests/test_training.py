@@ -1,15 +1,16 @@
-"""The small functions of step 1: augmentation, optimizers, schedules."""
+"""The small functions of training: augmentation, optimizers, schedules, recipes."""
 
-import csv
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import data
 import model
 import step1_train
 from data import split
+from training import cpu, optimizers, recipes
 
 
 def gather(images, augment, flips=None, seed=0):
@@ -80,136 +81,141 @@ def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
     assert torch.equal(first, ~second) and 600 < first.sum() < 840
 
 
-def test_without_easy_keeps_the_hardest_and_stands_for_all_the_others(images):
-    members = torch.arange(5, 35)
-    whole = split.Split(images, torch.zeros(40, dtype=torch.int64), members, images.numpy())
-    losses = torch.rand(40, generator=torch.Generator().manual_seed(1))
-    hardest = set(members[losses[members].argsort(descending=True)[:6]].tolist())
-    drawn, draws = torch.zeros(40), 400
-    for k in range(draws):
-        part, weights = whole.without_easy(losses, 0.6, k, 0)
-        kept = set(part.members.tolist())
-        assert len(part) == 12 and hardest < kept < set(members.tolist())
-        assert weights[part.members].sum() == len(whole) and all(weights[list(hardest)] == 1)
-        assert part.count_batches(5) == whole.count_batches(5, skip=0.6) == 3
-        drawn[part.members] += weights[part.members]
-    assert (drawn[members] / draws - 1).abs().max() < 0.5  # each counts as one image on the average
+def settings(optimizer, **more):
+    """Settings of one optimizer, at a rate at which it learns in a few steps."""
+    lr = 0.1 if optimizer in ("sgd", "muon") else 0.01
+    defaults = {"optimizer": optimizer, "lr": lr, "momentum": 0.9, "weight_decay": 0.1}
+    return SimpleNamespace(**{**defaults, **more})
 
 
-@pytest.mark.parametrize(("count", "skip"), [(1, 0.9), (2, 0.5), (3, 0.1), (7, 0.9)])
-def test_without_easy_leaves_something_of_tiny_splits(images, count, skip):
-    whole = split.Split(images, torch.zeros(40, dtype=torch.int64), torch.arange(count), images.numpy())
-    part, weights = whole.without_easy(torch.rand(40), skip, 2, 0)
-    assert 1 <= len(part) <= count and weights[part.members].sum() == pytest.approx(count, rel=0.5)
-    assert part.count_batches(2) == whole.count_batches(2, skip=skip)
-
-
-def test_training_figures_are_of_all_images_although_the_easy_ones_are_skipped(call, here):
-    still = "--model mlp --epochs 3 --schedule constant --lr 1e-9 --augment none --device cpu".split()
-    shown = call(step1_train.main, *still, "--skip-easy", 0.6, "--name", "some").done().out
-    assert "leaving out 60% of the images, easy ones" in shown
-    call(step1_train.main, *still, "--name", "all").done()
-    with (
-        open(here / "runs" / "some" / "metrics.csv") as some,
-        open(here / "runs" / "all" / "metrics.csv") as every,
-    ):
-        losses, of_all = (
-            [float(row["train_loss"]) for row in csv.DictReader(file)] for file in (some, every)
-        )
-    assert losses[::2] == pytest.approx(of_all[::2], abs=1e-5)  # the network stands still
-    assert 1e-5 < abs(losses[1] - of_all[1]) < 0.02  # unweighted, the harder half would make it 0.1
-
-
-def arguments(optimizer, schedule, **more):
-    lr = (
-        0.1 if optimizer in ("sgd", "muon") else 0.01
-    )  # of muon, which gives the two layers here to sgd, as well
-    return SimpleNamespace(
-        optimizer=optimizer, schedule=schedule, lr=lr, momentum=0.9, weight_decay=0.1, **more
-    )
-
-
-def learn(optimizer, schedule, steps):
-    """Losses and learning rates of a few steps of a tiny network on one batch."""
+@pytest.mark.parametrize("schedule", recipes.SCHEDULES)
+@pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
+def test_every_optimizer_and_schedule_learns(optimizer, schedule):
     torch.manual_seed(0)
     network = model.build("mlp", channels=1, classes=3, image_size=(4, 4), hidden=(8,))
-    args = arguments(optimizer, schedule)
-    optimizer = step1_train.make_optimizer(network, args)
-    schedule = step1_train.make_schedule(optimizer, args, steps)
-    x, target, losses, rates = torch.randn(12, 1, 4, 4), torch.arange(12) % 3, [], []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
+    optimizer, losses = optimizers.make_optimizer(network, settings(optimizer)), []
+    x, target = torch.randn(12, 1, 4, 4), torch.arange(12) % 3
+    for step in range(12):
+        optimizers.set_rate(optimizer, optimizers.rate(schedule, step, 12))
         loss = torch.nn.functional.cross_entropy(network(x), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
         losses.append(loss.item())
-    return losses, [*rates, optimizer.param_groups[0]["lr"]], args.lr
-
-
-@pytest.mark.parametrize("schedule", step1_train.SCHEDULES)
-@pytest.mark.parametrize("optimizer", step1_train.OPTIMIZERS)
-def test_every_optimizer_and_schedule_learns(optimizer, schedule):
-    losses, _, _ = learn(optimizer, schedule, 12)
     assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "first", "highest", "last"),
-    [("constant", 1, 1, 1), ("linear", 1, 1, 0), ("cosine", 1, 1, 0), ("onecycle", 1 / 25, 1, 0)],
+    ("schedule", "first", "middle", "last"),
+    [("constant", 1, 1, 1), ("linear", 1, 0.5, 0), ("cosine", 1, 0.5, 0), ("onecycle", 1 / 25, 0.81, 0)],
 )
-def test_schedules_at_their_ends(schedule, first, highest, last):
-    _, rates, lr = learn("sgd", schedule, 50)
-    assert rates[0] == pytest.approx(first * lr)
-    assert max(rates) == pytest.approx(highest * lr, rel=0.02)
-    assert rates[-1] == pytest.approx(last * lr, abs=1e-4 * lr)
-    assert rates[-1] >= 0
+def test_schedules_at_their_ends(schedule, first, middle, last):
+    rates = [optimizers.rate(schedule, step, 50) for step in range(51)]
+    assert rates[0] == pytest.approx(first) and rates[25] == pytest.approx(middle, abs=0.01)
+    assert rates[-1] == pytest.approx(last, abs=1e-9)
+    assert max(rates) == pytest.approx(1) and min(rates) >= 0
+    highest = rates.index(max(rates))
+    assert rates[: highest + 1] == sorted(rates[: highest + 1])
+    assert rates[highest:] == sorted(rates[highest:], reverse=True)
+    assert optimizers.rate(schedule, 0, 1) == pytest.approx(first)  # a run of one step
 
 
-def test_weight_decay_spares_biases_and_norms():
+def test_an_unknown_schedule_is_an_error():
+    with pytest.raises(ValueError, match="'polynomial'"):
+        optimizers.rate("polynomial", 0, 10)
+
+
+@pytest.mark.parametrize("name", recipes.OPTIMIZERS)
+def test_weight_decay_spares_biases_and_norms_whatever_the_optimizer(name):
     network = model.build("mynet", channels=1, classes=3, image_size=(8, 8))
-    optimizer = step1_train.make_optimizer(network, arguments("sgd", "constant"))
+    optimizer = optimizers.make_optimizer(network, settings(name))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decays) == len(list(network.parameters()))
     assert all(decays[id(p)] == (0.1 if p.ndim > 1 else 0) for p in network.parameters())
 
 
 def test_frozen_whitening_is_not_optimized():
     network = model.build("airbench", channels=1, classes=3, image_size=(28, 28), width=0.1)
-    optimizer = step1_train.make_optimizer(network, arguments("sgd", "constant"))
+    optimizer = optimizers.make_optimizer(network, settings("sgd"))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert id(network.whitening.weight) not in held and id(network.head.weight) in held
-
-
-@pytest.mark.parametrize(
-    ("epoch", "epochs", "size"),
-    [
-        (1, 10, (20, 20)),
-        (4, 10, (20, 20)),
-        (8, 10, (28, 28)),
-        (10, 10, (32, 32)),
-        (1, 1, (32, 32)),
-        (2, 2, (32, 32)),
-    ],
-)
-def test_image_size_grows_to_the_full_one_in_the_last_epoch(epoch, epochs, size):
-    assert step1_train.size_at(epoch, epochs, (32, 32), 0.625) == size
-
-
-def test_image_size_never_shrinks_and_never_passes_the_full_one():
-    sizes = [step1_train.size_at(epoch, 7, (30, 50), 0.5) for epoch in range(1, 8)]
-    assert sizes == sorted(sizes) and sizes[0] == (12, 24) and sizes[-1] == (30, 50)
 
 
 def test_muon_holds_filters_and_brings_singular_values_near_one():
     torch.manual_seed(0)
     network = model.build("airbench", channels=1, classes=3, image_size=(28, 28), width=0.1)
-    args = arguments("muon", "constant")
-    optimizer = step1_train.make_optimizer(network, args)
+    optimizer = optimizers.make_optimizer(network, settings("muon", weight_decay=0.0))
     filters = network.groups[0][4].weight
     network(torch.randn(4, 1, 28, 28)).sum().backward()
     before = filters.detach() * (len(filters) ** 0.5 / filters.detach().norm())
     optimizer.step()
-    step = (filters.detach() - before).flatten(1) / args.lr
+    step = (filters.detach() - before).flatten(1) / 0.1
     values = torch.linalg.svdvals(step.float())
     assert 0.3 < values.median() < 1.3 and values.max() < 1.5
+
+
+def test_narrow_convolutions_side_by_side_change_no_parameter_and_no_result():
+    torch.manual_seed(0)
+    network = model.build("airbench", channels=1, classes=3, image_size=(28, 28), width=0.1)
+    x, before = torch.randn(4, 1, 28, 28), {key: value.clone() for key, value in network.state_dict().items()}
+    expected = network.eval()(x)
+    cpu.lay_side_by_side(network)
+    assert sum(isinstance(module, cpu.Conv3x3) for module in network.modules()) == 6
+    assert torch.equal(network(x), expected)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------- recipes
+
+COMMON = {"epochs": 10, "label_smoothing": 0.0}
+SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"}
+ADAM = {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"}
+MUON = {"optimizer": "muon", "lr": 0.12, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"}
+# What each network gets on any dataset, and what differs on some.
+EXPECTED = {
+    "airbench": {**COMMON, **MUON, "batch_size": 250, "label_smoothing": 0.2},
+    "linear": {**COMMON, **SGD, "epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0},
+    "mlp": {**COMMON, **ADAM, "batch_size": 32},
+    "mynet": {**COMMON, **MUON, "batch_size": 256, "lr": 0.14},
+    "resblock": {**COMMON, **SGD, "batch_size": 512, "lr": 0.5},
+    "resnet18": {**COMMON, **SGD, "batch_size": 64},
+}
+EXPECTED["linear"]["schedule"] = "constant"
+DIFFERENT = {
+    ("airbench", "digits"): {
+        "epochs": 20,
+        "batch_size": 64,
+        "lr": 0.08,
+        "label_smoothing": 0.0,
+        "width": 0.25,
+    },
+    ("airbench", "mnist"): {"batch_size": 500, "label_smoothing": 0.1, "width": 0.25},
+    ("airbench", "fashion-mnist"): {"width": 0.5},
+    ("airbench", "kmnist"): {"width": 0.5},
+    ("mlp", "digits"): {"epochs": 50},
+    ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
+    ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
+}
+PRETRAINED = {**COMMON, **SGD, "batch_size": 64, "lr": 0.01}
+
+
+@pytest.mark.parametrize("dataset", data.DATASETS)
+@pytest.mark.parametrize("network", EXPECTED)
+def test_recipe_of_every_network_and_dataset(network, dataset):
+    different = DIFFERENT.get((network, dataset), {})
+    assert recipes.recipe(network, dataset, pretrained=False) == {**EXPECTED[network], **different}
+    width = {key: value for key, value in different.items() if key == "width"}
+    assert recipes.recipe(network, dataset, pretrained=True) == {**PRETRAINED, **width}
+
+
+def test_every_network_has_a_recipe_pinned_here():
+    assert set(model.MODELS) <= set(EXPECTED)
+    assert {network for network, _ in recipes.RECIPES} <= {*EXPECTED, "*", "torchvision", "pretrained"}
+
+
+def test_another_optimizer_brings_its_own_rate_and_schedule():
+    adam = recipes.recipe("airbench", "digits", pretrained=False, optimizer="adam")
+    assert adam["width"] == 0.25 and adam["momentum"] is None
+    assert {key: adam[key] for key in ADAM} == ADAM
+    sgd = recipes.recipe("mlp", "cifar10", pretrained=True, optimizer="sgd")
+    assert sgd["lr"] == 0.01  # the recipe's own optimizer keeps the recipe's rate

@@ -1,9 +1,10 @@
-"""Training from a cache larger than the memory allowed, and the rate of decoding. Run by hand, as root, on Linux.
+"""Training from a cache larger than the memory allowed, and the rate of decoding. Run by hand, as root, on
+Linux.
 
     python tests/benchmarks/bench_memory.py DIR --image-size 128 --limit-mb 1200
 
-DIR: class folders. Decodes them into a fresh cache beside a Pillow-only loop over the same files, then trains one
-epoch of MyNet in a memory control group (version 1 or 2) limited to --limit-mb, page cache included.
+DIR: class folders. Decodes them into a fresh cache beside a Pillow-only loop over the same files, then trains
+one epoch of MyNet in a memory control group (version 1 or 2) limited to --limit-mb, page cache included.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """Training: the tutorials' own loops against step1_train.py, in one run on the same data. Run by hand.
 
     python tests/benchmarks/bench_training.py --cifar DIR --mnist DIR   # the full table; an hour on 2 cores
-    python tests/benchmarks/bench_training.py --cifar DIR --short              # minutes: one epoch each, no accuracies
+    python tests/benchmarks/bench_training.py --cifar DIR --short              # minutes: one epoch each, no
+    accuracies
 
---cifar: class folders, train/<class>/* and test/<class>/*; --mnist: what --data-dir takes. The baselines are the
-tutorials' ways, written afresh: a DataLoader over PIL images with ToTensor, batch 10, 2 workers, MyNet, SGD 0.001/0.9;
-and for MNIST the residual network, batch 512, OneCycle up to 0.5. Ours runs as its users run it, through step1, step2
-and step3; accuracy is what step3's code computes from the exported file.
+--cifar: class folders, train/<class>/* and test/<class>/*; --mnist: what --data-dir takes. The baselines are
+the tutorials' ways, written afresh: a DataLoader over PIL images with ToTensor, batch 10, 2 workers, MyNet,
+SGD 0.001/0.9; and for MNIST the residual network, batch 512, OneCycle up to 0.5. Ours runs as its users run
+it, through step1, step2 and step3; accuracy is what step3's code computes from the exported file.
 """
 
 import argparse
@@ -61,7 +62,10 @@ def accuracy_of(network, loader):
 
 
 def tutorial(name, dataset, epochs, batch_size, optimizer, schedule=None, part=1.0):
-    """The tutorial's loop over `part` of the training split. -> (seconds an epoch [epochs], test accuracy)."""
+    """The tutorial's loop over `part` of the training split.
+
+    -> (seconds an epoch [epochs], test accuracy).
+    """
     torch.manual_seed(12)
     *size, channels = dataset.train_images.shape[1:]
     network = model.build(name, channels=channels, classes=len(dataset.classes), image_size=size)
@@ -85,15 +89,18 @@ def tutorial(name, dataset, epochs, batch_size, optimizer, schedule=None, part=1
     return seconds, accuracy_of(network, DataLoader(Pictures(dataset.test_images, dataset.test_labels), 500))
 
 
-# Prints the peak memory of the command that follows. Linux counts what its parent held before exec as its own, so
-# that the parent must be a small process.
+# Prints the peak memory of the command that follows. Linux counts what its parent held before exec as its
+# own, so that the parent must be a small process.
 PEAK = """import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"""
 
 
 def ours(place, dataset, *arguments):
-    """Steps 1 to 3 as processes. -> dict of summary, rows of metrics.csv, peak memory in bytes, exported accuracy."""
+    """Steps 1 to 3 as processes.
+
+    -> dict of summary, rows of metrics.csv, peak memory in bytes, exported accuracy.
+    """
     name = f"run{len(list(place.glob('runs/*')))}"
     command = [
         sys.executable,
@@ -122,7 +129,8 @@ def ours(place, dataset, *arguments):
 
 
 def outside_compute(*arguments):
-    """The share of a training epoch spent outside forward, backward and optimizer step, by timing what is outside."""
+    """The share of a training epoch spent outside forward, backward and optimizer step, by timing what is
+    outside."""
     spent, train_epoch = {"inside": 0.0, "all": 0.0, "training": False}, step1_train.train_epoch
 
     def timed(function):
@@ -136,12 +144,12 @@ def outside_compute(*arguments):
 
         return wrapper
 
-    def epoch(training, *rest):
-        training.network.forward = timed(training.network.forward)
-        training.optimizer.step = timed(training.optimizer.step)
+    def epoch(trainer):
+        trainer.network.forward = timed(trainer.network.forward)
+        trainer.optimizer.step = timed(trainer.optimizer.step)
         started, spent["training"] = time.perf_counter(), True
         try:
-            return train_epoch(training, *rest)
+            return train_epoch(trainer)
         finally:
             spent["all"] += time.perf_counter() - started
             spent["training"] = False  # evaluation is no part of it
@@ -152,7 +160,7 @@ def outside_compute(*arguments):
         here = os.getcwd()
         os.chdir(place)
         try:
-            assert step1_train.main([*map(str, arguments), "--epochs", "1", "--grow", "1"]) == 0
+            assert step1_train.main([*map(str, arguments), "--epochs", "1"]) == 0
         finally:
             os.chdir(here)
             step1_train.train_epoch, torch.Tensor.backward = train_epoch, backward
@@ -174,7 +182,8 @@ def bench_cifar(directory, place, short, seeds):
     seconds, reached = tutorial("mynet", dataset, 1 if short else 10, 10, sgd, part=0.25 if short else 1.0)
     ten = 10 * statistics.mean(seconds)
     print(
-        f"tutorial's loop, MyNet: {ten:.0f} s for 10 epochs{' (from a quarter epoch)' if short else f', {reached:.2%}'}"
+        f"tutorial's loop, MyNet: {ten:.0f} s for 10 epochs"
+        f"{' (from a quarter epoch)' if short else f', {reached:.2%}'}"
     )
     share = outside_compute(*folder)
     print(f"default network: {share:.1%} of an epoch outside forward, backward and step")
@@ -182,7 +191,8 @@ def bench_cifar(directory, place, short, seeds):
     took = [run["summary"]["train_seconds"] for run in runs]
     allowed = dataset.train_images.nbytes + dataset.test_images.nbytes + 1.2e9
     print(
-        f"default network: {[round(s) for s in took]} s, / tutorial's 10 epochs {statistics.median(took) / ten:.2f}"
+        f"default network: {[round(s) for s in took]} s, "
+        f"/ tutorial's 10 epochs {statistics.median(took) / ten:.2f}"
     )
     print(f"default network: exported accuracy {mean_and_spread([run['accuracy'] for run in runs])}")
     peak = max(run["peak"] for run in runs)
@@ -191,7 +201,8 @@ def bench_cifar(directory, place, short, seeds):
         three = ours(place, dataset, *folder, "--epochs", 3)
         part = three["summary"]["train_seconds"] / ten
         print(
-            f"default network, 3 epochs: exported accuracy {three['accuracy']:.2%}, / tutorial's 10 epochs {part:.2f}"
+            f"default network, 3 epochs: exported accuracy {three['accuracy']:.2%}, "
+            f"/ tutorial's 10 epochs {part:.2f}"
         )
     small = ours(
         place,
@@ -234,7 +245,8 @@ def bench_mnist(directory, place, short, seeds):
     runs = [ours(place, dataset, *mnist, "--epochs", 1 if short else 10, "--seed", seed) for seed in seeds]
     took = [run["summary"]["train_seconds"] for run in runs]
     print(
-        f"default network on MNIST: {[round(s) for s in took]} s, / tutorial's {statistics.median(took) / ten:.2f}"
+        f"default network on MNIST: {[round(s) for s in took]} s, "
+        f"/ tutorial's {statistics.median(took) / ten:.2f}"
     )
     print(f"default network on MNIST: exported accuracy {mean_and_spread([run['accuracy'] for run in runs])}")
 
@@ -250,7 +262,8 @@ def main():
     args = parser.parse_args()
     seeds = range(1 if args.short else args.seeds)
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
     )
     with tempfile.TemporaryDirectory() as place:
         if args.cifar:

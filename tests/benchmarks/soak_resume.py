@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Kill a small training run again and again, with SIGKILL at random moments, resume it, and look what was lost.
+"""Kill a small training run again and again, with SIGKILL at random moments, resume it, and look what was
+lost.
 
     python tests/benchmarks/soak_resume.py --kills 100     # 10 minutes or so
 
-Prints the checkpoints that could not be read, the completed epochs that were lost, and whether the weights and metrics
-at the end are those of a run that nobody disturbed. Exit code 0 when nothing was lost.
+Prints the checkpoints that could not be read, the completed epochs that were lost, and whether the weights
+and metrics at the end are those of a run that nobody disturbed. Exit code 0 when nothing was lost.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import torch
 
 STEP1 = Path(__file__).resolve().parents[2] / "step1_train.py"
 # Dropout, augmentation, momentum and a schedule: everything that could come out differently.
-RUN = "--model mynet --epochs 8 --batch-size 64 --augment translate cutout --device cpu --precision fp32".split()
+RUN = "--model mynet --epochs 8 --batch-size 64 --augment translate cutout".split()
+RUN += "--device cpu --precision fp32".split()
 
 
 def start(place, *arguments):
@@ -92,7 +94,7 @@ def soak(kills, seed, place):
         if known or (run / "checkpoint.pt").exists():
             try:
                 checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-                counts["lost"] += checkpoint["training"]["epoch"] - 1 < known
+                counts["lost"] += checkpoint["training"]["progress"]["epoch"] - 1 < known
             except Exception as error:  # whatever torch.load makes of a broken file
                 counts["unreadable"] += 1
                 print(f"unreadable: {error}")
@@ -117,8 +119,8 @@ def main():
     counts = soak(args.kills, args.seed, place)
     shutil.rmtree(place)
     print(
-        f"{counts['killed']} kills: {counts['unreadable']} unreadable checkpoints, {counts['lost']} lost completed "
-        f"epochs; {counts['finished']} runs ended, {counts['different']} with other weights or metrics"
+        f"{counts['killed']} kills: {counts['unreadable']} unreadable checkpoints, "
+        f"{counts['lost']} lost completed epochs; {counts['finished']} runs ended, {counts['different']} with other weights or metrics"
     )
     return 1 if counts["unreadable"] or counts["lost"] or counts["different"] else 0
 
