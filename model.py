@@ -8,11 +8,8 @@ every program that runs the file would otherwise have to repeat: resizing, scali
 Names outside the registry are those of torchvision's classification networks.
 """
 
-import contextlib
 import difflib
 import itertools
-import os
-import sys
 import warnings
 
 import torch
@@ -81,15 +78,9 @@ class MyNet(Network):
             convolution = nn.Conv2d(n_in, n_out, 3, padding=1)
             blocks += [convolution, nn.BatchNorm2d(n_out), nn.MaxPool2d(2), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(24 * (height // 8) * (width // 8), 192),
-            nn.ReLU(),
-            nn.Linear(192, 96),
-            nn.ReLU(),
-            nn.Linear(96, classes),
-        )
+        features = 24 * (height // 8) * (width // 8)
+        layers = [nn.Flatten(), nn.Dropout(dropout), nn.Linear(features, 192), nn.ReLU()]
+        self.head = nn.Sequential(*layers, nn.Linear(192, 96), nn.ReLU(), nn.Linear(96, classes))
 
     def forward(self, x):
         return self.head(self.blocks(x.contiguous()))
@@ -297,60 +288,19 @@ def usual_size(name: str) -> int:
 
 
 def load_plain(source) -> dict:
-    """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says enough
-        return torch.load(source, map_location="cpu", weights_only=True)
+    """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it.
 
-
-def read_state(path: str) -> dict:
-    """A state_dict, or a checkpoint with one in it. Raises ValueError."""
-    try:
-        state = load_plain(path)
-    except FileNotFoundError:
-        raise ValueError("no such file") from None
-    except Exception as error:  # torch.load fails in many ways on a foreign file or a pickle with code
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot be loaded as plain weights ({reason})") from None
-    inner = state.get("state_dict", state) if isinstance(state, dict) else None
-    inner = inner if isinstance(inner, dict) else {}
-    if not inner or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in inner.items()):
-        raise ValueError("is not a state_dict: it holds other things than tensors")
-    return state
-
-
-class DownloadError(ValueError):
-    """Weights that could not be fetched."""
-
-
-def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None, list | None]:
-    """The (state_dict, mean, std) to start a network from; mean and std are None if they are not known.
-
-    source: "default" for torchvision's default weights, else the path of a state_dict or checkpoint. mean,
-    std: what the weights were trained with, [channels]; grey takes the middle of the three. Raises
-    ValueError.
+    Raises OSError, and ValueError if the content is anything else. torch's own message is not passed on: it
+    advises to load the file with weights_only=False, which runs any code in it.
     """
-    weights, mean, std = torchvision_weights(name), None, None
-    if weights is not None:
-        usual = weights.transforms().mean, weights.transforms().std
-        mean, std = ([sum(x) / 3] * channels if channels != 3 else list(x) for x in usual)
-    if source != "default":
-        state = read_state(source)
-        spec = state.get("spec")
-        if isinstance(spec, dict) and len(spec.get("mean", ())) == channels:  # a checkpoint of ours
-            mean, std = spec["mean"], spec["std"]
-        return state.get("state_dict", state), mean, std
-    if weights is None:
-        raise ValueError(f"{name} has no default weights; --pretrained FILE takes a local state_dict")
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return weights.get_state_dict(progress=True, check_hash=True), mean, std
-    except (OSError, RuntimeError) as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-        raise DownloadError(
-            f"cannot download the weights of {name} ({error}): put {weights.url} at {place}, "
-            f"or give --pretrained FILE, or train from scratch without --pretrained"
-        ) from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # torch.load fails in a dozen ways
+        raise ValueError("it is damaged, or holds other things than tensors and plain values") from None
 
 
 def head_keys(network: nn.Module) -> list[str]:
@@ -359,31 +309,6 @@ def head_keys(network: nn.Module) -> list[str]:
     last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
     keys = list(network.state_dict())
     return keys[keys.index(f"{last}.weight") :]
-
-
-def load_pretrained(network: nn.Module, state: dict) -> None:
-    """Load a state_dict trained on other classes or channels: a head of another size is left as initialised.
-
-    A first convolution for another number of channels gets the mean over them, scaled to the same response to
-    grey. Raises ValueError naming the first key that does not fit, the sign of another architecture.
-    """
-    own, head = network.state_dict(), set(head_keys(network))
-    auxiliary = [key for key in state if key not in own and key.startswith(("aux", "AuxLogits"))]
-    state = {key: value for key, value in state.items() if key not in auxiliary}
-    first = next((key for key, value in own.items() if value.ndim == 4), None)
-    if first in state and state[first].ndim == 4 and state[first].shape[1] != own[first].shape[1]:
-        n_from, n_to = state[first].shape[1], own[first].shape[1]
-        state[first] = state[first].mean(1, keepdim=True).repeat(1, n_to, 1, 1) * (n_from / n_to)
-    wrong = [key for key in own.keys() ^ state.keys() if key not in head]
-    wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
-    if wrong:
-        raise ValueError(
-            f"does not fit this architecture: {len(wrong)} entries differ, such as {min(wrong)!r}"
-        )
-    fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
-    if head - fitting.keys():
-        fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
-    network.load_state_dict(fitting, strict=False)
 
 
 class Deployable(nn.Module):

@@ -157,7 +157,7 @@ import torch.nn.functional as F
 import model
 from data.split import make_splits
 from deploy import report
-from training import console, cpu, optimizers, processes, runs
+from training import console, cpu, optimizers, processes, runs, weights
 from training.trainer import Trainer, train_mode
 
 # --------------------------------------------------------------------------------------------------- training
@@ -270,9 +270,9 @@ def build(settings, dataset, checkpoint):
     shape = {"channels": channels, "classes": len(dataset.classes), "image_size": settings.image_size}
     try:
         network = model.build(settings.model, **shape, **options)
-        mean, std = load_weights(network, settings, dataset, checkpoint)
+        mean, std = weights.load(network, settings, channels, checkpoint)
     except ValueError as error:
-        code = 1 if isinstance(error, model.DownloadError) else 2
+        code = 1 if isinstance(error, weights.DownloadError) else 2
         source = "" if settings.pretrained in (None, "default") else f"--pretrained {settings.pretrained}: "
         raise Problem(f"{source}{error}", code) from None
     norms = torch.nn.modules.batchnorm._BatchNorm
@@ -280,6 +280,10 @@ def build(settings, dataset, checkpoint):
         raise Problem(f"{settings.model} has batch norm, which needs --batch-size 2 or more", 2)
     if settings.freeze_backbone:
         optimizers.freeze_backbone(network)
+    if mean is None and regression:
+        mean, std = [0.0] * channels, [1.0] * channels
+    elif mean is None:
+        mean, std = data.mean_and_std(dataset.train_images)
     cls = model.Regressor if regression else model.Deployable
     deployable = cls(network, settings.image_size, mean, std)
     fresh = not settings.pretrained and not checkpoint
@@ -287,26 +291,6 @@ def build(settings, dataset, checkpoint):
         some = torch.from_numpy(dataset.train_images[:: max(1, len(dataset.train_images) // 2000)])
         network.prepare(deployable.normalise(model.resize(some, settings.image_size)))
     return deployable
-
-
-def load_weights(network, settings, dataset, checkpoint):
-    """Load the weights of the checkpoint or of --pretrained. -> (mean, std) of the inputs, [channels] each.
-
-    Raises ValueError.
-    """
-    channels = dataset.train_images.shape[-1]
-    if checkpoint:
-        network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
-        return checkpoint["spec"]["mean"], checkpoint["spec"]["std"]
-    mean = std = None
-    if settings.pretrained:
-        state, mean, std = model.pretrained(settings.model, settings.pretrained, channels)
-        model.load_pretrained(network, state)
-    if mean is not None:
-        return mean, std
-    if dataset.task == "regression":
-        return [0.0] * channels, [1.0] * channels
-    return data.mean_and_std(dataset.train_images)
 
 
 # ----------------------------------------------------------------------------------------------------- result

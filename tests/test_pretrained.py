@@ -13,6 +13,7 @@ from PIL import Image
 import model
 import step1_train
 import step2_export
+from training import weights as starting_weights
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +102,31 @@ def test_local_weights_keep_the_backbone_and_replace_the_head(call, here, photos
     call(step2_export.main).done()
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": state},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
+    ],
+    ids=["torchvision", "timm", "DataParallel", "both"],
+)
+def test_weights_as_other_programs_write_them(call, here, photos, weights, wrap):
+    state = torch.load(weights, weights_only=True)
+    torch.save(wrap(state), here / "theirs.pth")
+    call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", "theirs.pth")).done()
+    loaded, spec = starting_weights.read_weights(str(here / "theirs.pth"))
+    assert spec == {} and loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
 def test_weights_for_colour_start_a_grey_network(weights):
     network = model.build("mobilenet_v3_small", channels=1, classes=5, image_size=(96, 96)).eval()
     colour = model.build("mobilenet_v3_small", channels=3, classes=5, image_size=(96, 96)).eval()
     state = torch.load(weights, weights_only=True)
-    model.load_pretrained(network, dict(state))
-    model.load_pretrained(colour, dict(state))
+    starting_weights.load_pretrained(network, dict(state))
+    starting_weights.load_pretrained(colour, dict(state))
     grey = torch.rand(2, 1, 96, 96)
     with torch.inference_mode():
         assert torch.allclose(network(grey), colour(grey.expand(-1, 3, -1, -1)), atol=1e-5)
@@ -135,9 +155,9 @@ def test_wrong_weights_are_refused_by_name(call, here, photos, weights):
         ("text.pth", "cannot be loaded"),
         ("absent.pth", "no such file"),
     ]:
-        call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", name)).error(
-            2, name, word
-        )
+        refused = call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", name))
+        line = refused.error(2, name, word)
+        assert "weights_only" not in line and "\x1b" not in refused.err and "\\x1b" not in refused.err
     assert not (here / "executed").exists() and not (here / "runs").exists()
 
 

@@ -120,7 +120,8 @@ def main():
     shutil.rmtree(place)
     print(
         f"{counts['killed']} kills: {counts['unreadable']} unreadable checkpoints, "
-        f"{counts['lost']} lost completed epochs; {counts['finished']} runs ended, {counts['different']} with other weights or metrics"
+        f"{counts['lost']} lost completed epochs; {counts['finished']} runs ended, "
+        f"{counts['different']} with other weights or metrics"
     )
     return 1 if counts["unreadable"] or counts["lost"] or counts["different"] else 0
 

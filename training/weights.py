@@ -1,0 +1,109 @@
+"""Weights to start from: torchvision's, or a file's, fitted to other classes and channels."""
+
+import argparse
+import contextlib
+import os
+import sys
+
+import torch
+
+import model
+
+
+class DownloadError(ValueError):
+    """Weights that could not be fetched."""
+
+
+def load(
+    network: torch.nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None
+) -> tuple[list | None, list | None]:
+    """Load the weights of a checkpoint to resume, or else of --pretrained, into a network.
+
+    Returns the (mean, std) of the inputs, [channels] each, which belong to the weights; None if they are not
+    known. Raises ValueError.
+    """
+    if checkpoint:
+        network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
+        return checkpoint["spec"]["mean"], checkpoint["spec"]["std"]
+    if not settings.pretrained:
+        return None, None
+    state, mean, std = pretrained(settings.model, settings.pretrained, channels)
+    load_pretrained(network, state)
+    return mean, std
+
+
+def read_weights(path: str) -> tuple[dict, dict]:
+    """The (state_dict, spec) in a file of weights; the spec is empty unless it is a checkpoint of step1.
+
+    Takes a state_dict, or a dict with one under `state_dict` or `model`, as torchvision and timm write them,
+    with or without DataParallel's prefix `module.`. Raises ValueError.
+    """
+    try:
+        content = model.load_plain(path)
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be loaded as plain weights: {error}") from None
+    state, spec = content, {}
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            state, spec = content[name], content.get("spec", {})
+    names = state.keys() if isinstance(state, dict) else ()
+    if not names or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise ValueError("is not a state_dict: it holds other things than tensors")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state, spec if isinstance(spec, dict) else {}
+
+
+def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None, list | None]:
+    """The (state_dict, mean, std) to start a network from; mean and std are None if they are not known.
+
+    source: "default" for torchvision's default weights, else the path of a state_dict or checkpoint. mean,
+    std: what the weights were trained with, [channels]; grey takes the middle of the three. Raises
+    ValueError.
+    """
+    weights, mean, std = model.torchvision_weights(name), None, None
+    if weights is not None:
+        usual = weights.transforms().mean, weights.transforms().std
+        mean, std = ([sum(x) / 3] * channels if channels != 3 else list(x) for x in usual)
+    if source != "default":
+        state, spec = read_weights(source)
+        if len(spec.get("mean", ())) == channels:
+            mean, std = spec["mean"], spec["std"]
+        return state, mean, std
+    if weights is None:
+        raise ValueError(f"{name} has no default weights; --pretrained FILE takes a local state_dict")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return weights.get_state_dict(progress=True, check_hash=True), mean, std
+    except (OSError, RuntimeError) as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        raise DownloadError(
+            f"cannot download the weights of {name} ({error}): put {weights.url} at {place}, "
+            f"or give --pretrained FILE, or train from scratch without --pretrained"
+        ) from None
+
+
+def load_pretrained(network: torch.nn.Module, state: dict) -> None:
+    """Load a state_dict trained on other classes or channels: a head of another size is left as initialised.
+
+    A first convolution for another number of channels gets the mean over them, scaled to the same response to
+    grey. Raises ValueError naming the first key that does not fit, the sign of another architecture.
+    """
+    own, head = network.state_dict(), set(model.head_keys(network))
+    auxiliary = [key for key in state if key not in own and key.startswith(("aux", "AuxLogits"))]
+    state = {key: value for key, value in state.items() if key not in auxiliary}
+    first = next((key for key, value in own.items() if value.ndim == 4), None)
+    if first in state and state[first].ndim == 4 and state[first].shape[1] != own[first].shape[1]:
+        n_from, n_to = state[first].shape[1], own[first].shape[1]
+        state[first] = state[first].mean(1, keepdim=True).repeat(1, n_to, 1, 1) * (n_from / n_to)
+    wrong = [key for key in own.keys() ^ state.keys() if key not in head]
+    wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
+    if wrong:
+        raise ValueError(
+            f"does not fit this architecture: {len(wrong)} entries differ, such as {min(wrong)!r}"
+        )
+    fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
+    if head - fitting.keys():
+        fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
+    network.load_state_dict(fitting, strict=False)
