@@ -158,7 +158,7 @@ import model
 from data.split import make_splits
 from deploy import report
 from training import console, cpu, optimizers, processes, runs, weights
-from training.trainer import Trainer, train_mode
+from training.trainer import Trainer, make_spec, train_mode
 
 # --------------------------------------------------------------------------------------------------- training
 
@@ -335,7 +335,7 @@ def write_result(trainer, evaluated):
 def write_pictures(trainer, deployable, accuracy, outputs):
     """Draw a finished run's pictures and write its report.html. outputs: those of the test split."""
     settings, dataset, images = trainer.settings, trainer.dataset, {}
-    spec = runs.make_spec(settings, dataset, deployable, accuracy)
+    spec = make_spec(settings, dataset, deployable, accuracy)
     cpu.give_back_memory()
     if dataset.task == "classification":
         augmented, labels, _ = next(trainer.splits["train"].shuffled(25, settings.augment, 1, settings.seed))
@@ -375,10 +375,7 @@ def run(args, given):
             cpu.lay_side_by_side(deployable.network)
         splits = make_splits(dataset, settings, device, model.resize)
         if directory is None:
-            names = settings.dataset, settings.model, settings.name
-            directory = group.from_first(lambda: runs.claim(*names))
-            if group.rank == 0:
-                stack.enter_context(runs.locked(directory))
+            directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
         trainer = Trainer(settings, directory, dataset, splits, deployable, dtype, group)
         announce(trainer, checkpoint)

@@ -125,7 +125,7 @@ def test_a_name_that_is_taken_is_refused(call, here):
 
 def test_runs_that_cannot_be_written(call, here):
     (here / "runs").write_text("not a directory")
-    call(step1_train.main, *TINY).error(1, "cannot make runs/digits-mlp")
+    call(step1_train.main, *TINY).error(1, "cannot make a run in runs/")
 
 
 @pytest.mark.parametrize(

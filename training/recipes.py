@@ -184,4 +184,5 @@ def resumed(
         raise Problem(f"{run} was begun for {epochs} epochs, and --epochs can only be raised", 2)
     if finished and given.get("epochs", 0) <= epochs:
         raise Problem(f"{run} is finished; --epochs above {epochs} trains it further", 2)
-    return argparse.Namespace(**{**defaults, **arguments, **given})
+    settings = {name: arguments.get(name, default) for name, default in defaults.items()}
+    return argparse.Namespace(**{**settings, **given})

@@ -1,36 +1,31 @@
-"""What a run directory holds, and the only module that knows it: names, lock, checkpoints, spec, and
-resuming.
+"""What a run directory holds, and the only module that knows it: names, lock, checkpoints, and resuming.
 
-    runs/<name>/  config.json    every argument, before the first step
-                  checkpoint.pt  {"schema", "spec", "state_dict", "arguments", "epoch", "training"}; see
-                  `save_checkpoint` metrics.csv    a row for each epoch summary.json   the result; a run
-                  without it is not finished
+    config.json    every argument, before the first step
+    checkpoint.pt  see `save_checkpoint`; until the run is finished, checkpoint.previous.pt is the one before it
+    metrics.csv    a row for each epoch
+    summary.json   the result; a run without it is not finished
 
-Every file appears whole or not at all. The checkpoint before the newest one is kept until the run is
-finished.
+Every file appears whole or not at all.
 """
 
 import argparse
 import contextlib
 import glob
-import importlib.metadata
 import io
 import itertools
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timezone
 
 import torch
 
 import model
-import step3_infer
 from step3_infer import Problem, replacing, say
+from training.recipes import OWN_IMAGES
 
 try:
     import fcntl
@@ -50,49 +45,86 @@ class CannotWrite(Problem):
 # ---------------------------------------------------------------------------------------------- finding a run
 
 
-def claim(dataset: str, network: str, name: str | None) -> str:
-    """Make a run directory that no other run has, and return its path. Raises Problem."""
-    if name and not re.fullmatch(r"[\w.-]*\w", name):
-        raise Problem(f"--name {name!r} is not a plain name of letters, digits, '.', '_' and '-'", 2)
-    base = name or f"{dataset}-{network}"
+def name_of(settings: argparse.Namespace) -> str:
+    """The default name of a run: <dataset>-<model>, or <directory or file>-<model> for your own images."""
+    name = settings.dataset
+    if name in OWN_IMAGES:
+        stem = os.path.basename(os.path.abspath(settings.data_dir)).removesuffix(".csv")
+        name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name
+    return f"{name}-{settings.model}"
+
+
+@contextlib.contextmanager
+def claimed(settings: argparse.Namespace) -> Iterator[str]:
+    """Make a run directory that no other run has, with its config.json, and keep it locked. Raises Problem.
+
+    It appears under its name with the config inside, so that a run killed at any moment can be resumed.
+    """
+    if settings.name and not re.fullmatch(r"\w([\w.-]*\w)?", settings.name):
+        raise Problem(f"--name {settings.name!r} is not a plain name of letters, digits, '.', '_' and '-'", 2)
+    new = os.path.join(RUNS, f".new-{os.urandom(4).hex()}")
+    try:
+        os.makedirs(new)
+    except OSError as error:
+        raise Problem(f"cannot make a run in {RUNS}/: {error.strerror}") from None
+    with locked(new):
+        try:
+            write_json(new, CONFIG, vars(settings))
+            run = rename(new, settings.name or name_of(settings), unique=bool(settings.name))
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        yield run
+
+
+def rename(new: str, base: str, unique: bool) -> str:
+    """Give a new directory the name `base` under runs/, or base-2, base-3, ... if it is taken. Raises
+    Problem.
+
+    unique: refuse a name that is taken.
+    """
     for number in itertools.count(1):
         run = os.path.join(RUNS, base if number == 1 else f"{base}-{number}")
-        try:
-            os.makedirs(run)
-            return run
-        except FileExistsError:
-            if name:
-                message = f"{run} exists and a run never overwrites another; choose another --name"
-                raise Problem(message, 2) from None
-        except OSError as error:
-            raise Problem(f"cannot make {run}: {error.strerror}") from None
+        if not os.path.lexists(run):
+            with contextlib.suppress(OSError):  # another run has taken the name since
+                os.rename(new, run)
+                return run
+        if unique:
+            raise Problem(f"{run} exists and a run never overwrites another; choose another --name", 2)
 
 
 def find(name: str | None = None, unfinished: bool = False) -> str:
     """The directory of a run by its name or path; without one, the newest. Raises Problem.
 
-    The newest is one with a checkpoint, or with `unfinished` one that was begun and not finished. A run that
-    another process is training is never the newest.
+    A run has a checkpoint; with `unfinished`, it has only been begun.
     """
-    if name:
-        for run in (os.path.join(RUNS, name), name):
-            if os.path.isdir(run) and (unfinished or os.path.isfile(os.path.join(run, CHECKPOINT))):
-                return os.path.normpath(run)
-        known = sorted(os.listdir(RUNS)) if os.path.isdir(RUNS) else []
-        wanted = f"no run {name!r}" + ("" if unfinished else f" with a {CHECKPOINT}")
-        raise Problem(f"{wanted} under {RUNS}/; there is: {', '.join(known) or 'none'}", 2)
+    if not name:
+        return find_newest(unfinished)
+    for run in (os.path.join(RUNS, name), name):
+        if os.path.isdir(run) and (unfinished or os.path.isfile(os.path.join(run, CHECKPOINT))):
+            return os.path.normpath(run)
+    known = sorted(entry for entry in os.listdir(RUNS) if entry[0] != ".") if os.path.isdir(RUNS) else []
+    wanted = f"no run {name!r}" + ("" if unfinished else f" with a {CHECKPOINT}")
+    raise Problem(f"{wanted} under {RUNS}/; there is: {', '.join(known) or 'none'}", 2)
+
+
+def find_newest(unfinished: bool) -> str:
+    """The newest run that has a checkpoint, or with `unfinished` that is not finished. Raises Problem.
+
+    A run that another process is training is passed over.
+    """
     needed = CONFIG if unfinished else CHECKPOINT
-    runs = [entry.path for entry in os.scandir(RUNS) if entry.is_dir()] if os.path.isdir(RUNS) else []
-    runs = [run for run in runs if os.path.isfile(os.path.join(run, needed))]
-    if unfinished:
-        runs = [run for run in runs if not is_finished(run)]
-    free = [run for run in runs if not is_locked(run)]
+    changed = {}
+    for run in glob.glob(os.path.join(RUNS, "*")):
+        if os.path.isfile(os.path.join(run, needed)) and not (unfinished and is_finished(run)):
+            changed[run] = os.path.getmtime(run if unfinished else os.path.join(run, CHECKPOINT))
+    free = [run for run in changed if not is_locked(run)]
     if free:
-        return max(
-            free, key=lambda run: os.path.getmtime(os.path.join(run, needed) if not unfinished else run)
+        return max(free, key=changed.get)
+    if changed:
+        raise Problem(
+            f"{max(changed, key=changed.get)} is being trained by another process; wait, or name a run"
         )
-    if runs:
-        raise Problem(f"{runs[0]} is being trained by another process, and there is no other run", 1)
     if unfinished:
         raise Problem(f"no unfinished run under {RUNS}/ to resume", 2)
     raise Problem(f"no trained run under {RUNS}/; python step1_train.py makes one", 2)
@@ -117,7 +149,10 @@ def locked(run: str) -> Iterator[None]:
     if not fcntl:
         yield
         return
-    handle = os.open(run, os.O_RDONLY)
+    try:
+        handle = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise Problem(f"cannot read {run}: {error.strerror}") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,9 +204,8 @@ def read(run: str) -> tuple[dict, dict | None]:
             continue
         except Problem:
             raise
-        except Exception as error:  # torch.load fails in a dozen ways on a truncated file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            reasons.append(f"{path} is truncated or cannot be resumed from ({reason})")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reasons.append(f"{path} is truncated or cannot be resumed from ({error})")
             continue
         if reasons:
             say(f"note: {reasons[0]}: going on from the one before")
@@ -232,7 +266,7 @@ def save_checkpoint(run: str, spec: dict, state_dict: dict, epoch: int, training
     """Write the checkpoint and keep the one before it. Raises CannotWrite.
 
     state_dict, epoch: the network that is the result so far, and the epoch it is from. training: all else
-    that `Training.restore` needs to go on.
+    that `Trainer.restore` needs to go on.
     """
     checkpoint = {"schema": SCHEMA, "spec": spec, "state_dict": state_dict, "arguments": spec["arguments"]}
     checkpoint |= {"epoch": epoch, "training": training}
@@ -262,29 +296,3 @@ def remove_leftovers(run: str) -> None:
     for path in glob.glob(os.path.join(glob.escape(run), ".*.tmp")):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-
-
-def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: float | None) -> dict:
-    """What the exported file will say of itself; deploy/README.md explains the keys."""
-    regression = dataset.task == "regression"
-    return {
-        "schema": step3_infer.SCHEMA,
-        "task": dataset.task,
-        "classes": list(dataset.classes),
-        "channels": dataset.train_images.shape[-1],  # for regression: the number of features
-        "image_size": list(settings.image_size),
-        "resize": None if regression else "bilinear antialias uint8",
-        "mean": deployable.mean.flatten().tolist(),
-        "std": deployable.std.flatten().tolist(),
-        "dataset": settings.dataset,
-        "model": settings.model,
-        "parameters": sum(p.numel() for p in deployable.network.parameters()),
-        "test_accuracy": test_accuracy,
-        "arguments": vars(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
-        },
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }

@@ -3,15 +3,18 @@
 import argparse
 import contextlib
 import copy
+import importlib.metadata
+import platform
 import time
 import zlib
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 
 import torch
 
 import data
 from data.split import Split, seed_of
-from step3_infer import Problem
+from step3_infer import SCHEMA, Problem
 from training import cpu, optimizers, runs
 from training.processes import Processes, Signals, Stopped
 
@@ -185,7 +188,7 @@ class Trainer:
         best, state = self.progress.best, self.deployable.network.state_dict()
         if not all(value.isfinite().all() for value in state.values()):
             raise Problem(f"the weights are no longer finite: try a smaller --lr than {self.settings.lr:g}")
-        spec = runs.make_spec(self.settings, self.dataset, self.deployable, test_accuracy)
+        spec = make_spec(self.settings, self.dataset, self.deployable, test_accuracy)
         training = {
             "progress": vars(self.progress),
             "network": state if best else None,  # without a best epoch it is the checkpoint's state_dict
@@ -214,6 +217,32 @@ class Trainer:
         if self.processes.rank > 0:
             self.progress.sums = [0.0, 0.0, 0.0]  # the first process has those of all
         self.optimizer.load_state_dict(training["optimizer"])
+
+
+def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: float | None) -> dict:
+    """What the exported file will say of itself; deploy/README.md explains the keys."""
+    regression = dataset.task == "regression"
+    return {
+        "schema": SCHEMA,
+        "task": dataset.task,
+        "classes": list(dataset.classes),
+        "channels": dataset.train_images.shape[-1],  # for regression: the number of features
+        "image_size": list(settings.image_size),
+        "resize": None if regression else "bilinear antialias uint8",
+        "mean": deployable.mean.flatten().tolist(),
+        "std": deployable.std.flatten().tolist(),
+        "dataset": settings.dataset,
+        "model": settings.model,
+        "parameters": sum(p.numel() for p in deployable.network.parameters()),
+        "test_accuracy": test_accuracy,
+        "arguments": vars(settings),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
+        },
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def train_mode(network: torch.nn.Module) -> None:
