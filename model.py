@@ -20,13 +20,12 @@ from torch import nn
 class Network(nn.Module):
     """What training asks of a network; torchvision's networks have the values given here.
 
-    about: for --list-models; options: the command-line options it takes; min_size: the smallest image side in
+    options: the command-line options it takes; min_size: the smallest image side in
     pixels. bf16: whether it gains from bf16, being large enough. memory_format: of its weights while it is
     trained. max_batch_pixels: the pixels in a batch, all its images together, that fit into a laptop's
     memory; None for any.
     """
 
-    about = ""
     options = ()
     min_size = 1
     bf16 = True
@@ -44,7 +43,6 @@ class MLP(Network):
     784-512-512-10 of PyTorch's own quickstart on Fashion-MNIST.
     """
 
-    about = "fully connected: --hidden sizes (default 128), --dropout"
     options = ("hidden", "dropout")
     bf16 = False
 
@@ -64,7 +62,6 @@ class MLP(Network):
 class MyNet(Network):
     """The CIFAR-10 tutorial's network: conv-bn-pool-relu of 6, 12 and 24 channels, then 192-96-classes."""
 
-    about = "the CIFAR tutorial's small convolutional network; --dropout (0.1)"
     options = ("dropout",)
     min_size = 8  # three poolings by two
     memory_format = torch.contiguous_format  # channels-last is 4 times slower with 6 and 12 channels
@@ -89,7 +86,6 @@ class MyNet(Network):
 class Linear(Network):
     """One linear layer: the tensor tutorial's regression, or softmax regression on the pixels."""
 
-    about = "one linear layer, the default for --dataset linear"
     bf16 = False
 
     def __init__(self, channels, classes, image_size):
@@ -123,7 +119,6 @@ class ResBlock(Network):
     A residual block follows each of the first three. 28x28 shrinks to 1x1; larger images are averaged there.
     """
 
-    about = "the MNIST tutorial's residual network of stride-2 convolutions"
     bf16 = False
 
     def __init__(self, channels, classes, image_size):
@@ -147,7 +142,6 @@ class Airbench(Network):
     channels (times `width`), a global max and one linear layer.
     """
 
-    about = "the default, after airbench94 (2024); --width scales its channels"
     options = ("width",)
     min_size = 28
     max_batch_pixels = 640_000

@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import copy
 import math
+import os
 import re
 import time
 from datetime import datetime, timezone
@@ -98,6 +99,7 @@ def add_data_options(parser):
     fraction = number(float, 0, 0.9, above=True)
     text = "hold out this part of the training split and keep the epoch that does best on it"
     add("--val-fraction", type=fraction, metavar="X", help=text)
+    add("--patience", type=number(int, 1), metavar="N", help="stop after N epochs that bring no better one")
     add("--class-weights", choices=("balanced",), help="weight the loss by the rarity of each class")
     add("--list-datasets", action="store_true", help="list the datasets and exit")
     add = parser.add_argument_group("your own images (folder, csv)").add_argument
@@ -147,8 +149,19 @@ def parse(argv):
     return args, {name: value for name, value in typed.items() if value is not absent}
 
 
-if __name__ == "__main__":
-    build_parser().parse_args()  # --help and wrong options end here, before seconds of imports
+def answer_at_once(args, given):
+    """Do what needs no torch, whose import takes seconds. -> the exit code, None to go on. Raises Problem."""
+    if args.list_models or args.list_datasets:
+        return recipes.list_names(args)
+    if args.resume is None:
+        recipes.resolve(args, given)
+    return None
+
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # torchrun: one process is enough
+    code = guarded(answer_at_once, *parse(None), closed_pipe=0)
+    if code is not None:
+        sys.exit(code)
 
 # ruff: noqa: E402
 import torch
@@ -173,6 +186,8 @@ def fit(trainer):
     console.print_header(trainer)
     with processes.Signals() as signals:
         for epoch in range(progress.epoch, settings.epochs + 1):
+            if trainer.out_of_patience():
+                break
             last, lr = epoch == settings.epochs, trainer.learning_rate()
             trainer.start_epoch(signals)
             measured = train_epoch(trainer)
@@ -183,7 +198,7 @@ def fit(trainer):
             if not math.isfinite(evaluated[0]):
                 raise Problem(f"the loss on the {watched} split became {evaluated[0]}: try a smaller --lr")
             seconds = time.perf_counter() - trainer.started
-            trainer.finish_epoch(measured, lr, seconds)
+            trainer.finish_epoch(measured, evaluated[2], lr, seconds)
             console.print_row(trainer, epoch, measured, seconds)
             (caught,) = trainer.processes.maximum([signals.caught], trainer.device)
             if caught and not last:
@@ -198,7 +213,7 @@ def train_epoch(trainer):
         trainer.start_step()
         with trainer.autocast():
             outputs = trainer.network(trainer.deployable.normalise(images))
-        losses = criterion(outputs, labels, trainer.settings.label_smoothing, trainer.class_weights)
+        losses = criterion(outputs, labels, trainer.settings.label_smoothing, trainer.log_priors)
         # The mean over the whole batch: DistributedDataParallel averages the gradients of the processes.
         loss = losses.sum() * trainer.processes.count / batch_size
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -208,15 +223,17 @@ def train_epoch(trainer):
     return trainer.training_metrics()
 
 
-def criterion(outputs, targets, label_smoothing=0.0, class_weights=None):
+def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
     """The cross entropy [batch] of logits [batch, classes] and int64 labels [batch].
 
-    If targets are floats [batch, n]: the squared error, averaged over n.
+    log_priors [classes]: the logarithms of the classes' shares, added to the logits so that the network
+    itself learns to ignore them (logit adjustment, Menon et al. 2021). If targets are floats [batch, n]: the
+    squared error, averaged over n.
     """
     if targets.is_floating_point():
         return F.mse_loss(outputs.float(), targets, reduction="none").mean(1)
-    options = {"weight": class_weights, "label_smoothing": label_smoothing, "reduction": "none"}
-    return F.cross_entropy(outputs.float(), targets, **options)
+    logits = outputs.float() if log_priors is None else outputs.float() + log_priors
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
 
 
 @torch.inference_mode()
@@ -361,6 +378,8 @@ def run(args, given):
         directory = checkpoint = None
         if args.resume is None:
             settings = recipes.resolve(args, given)
+            if settings.dataset != args.dataset and group.rank == 0:
+                say(f"note: taking {settings.data_dir} as --dataset {settings.dataset}")
         else:
             settings, directory, checkpoint = resume(args, given, group, stack)
         with group.first_of_each_machine_first():
@@ -413,7 +432,7 @@ def announce(trainer, checkpoint):
 def main(argv=None):
     args, given = parse(argv)
     if args.list_models or args.list_datasets:
-        return guarded(console.list_names, args, closed_pipe=0)
+        return guarded(recipes.list_names, args, closed_pipe=0)
     return guarded(run, args, given)
 
 

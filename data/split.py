@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from data.augment import gather
 from data.cache import prefetch
 from data.files import stratified
 from step3_infer import Problem
@@ -93,14 +94,16 @@ def with_next(indices):
 
 
 def make_splits(dataset, settings, device: torch.device, resize: Callable) -> dict[str, Split]:
-    """The splits of a `data.Dataset` by name: "train", "test", and "val" if settings.val_fraction asks for
-    it.
+    """The splits of a `data.Dataset` by name: "train", "test", and "val" from the dataset or by --val-
+    fraction.
 
     settings: image_size, val_fraction and seed. Raises Problem if a split would be empty.
     """
     images = settings.image_size, device, resize
     splits = {"train": make_split(dataset.train_images, dataset.train_labels, *images)}
-    if settings.val_fraction:
+    if dataset.val_images is not None:
+        splits["val"] = make_split(dataset.val_images, dataset.val_labels, *images)
+    elif settings.val_fraction:
         labels = dataset.train_labels
         if dataset.task == "regression":
             labels = np.zeros(len(labels), np.int64)
@@ -126,43 +129,3 @@ def make_split(
     if device.type != "cuda" or tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         tensor = tensor.to(device)
     return Split(tensor, torch.from_numpy(labels).to(device), torch.arange(len(labels)), images)
-
-
-def gather(images, index, augment, flips, generator, share=slice(None)):
-    """The share of one batch, augmented: uint8 [share, H, W, C] from `images` [N, H, W, C] by `index`
-    [batch].
-
-    translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where
-    `flips` [N] is true; cutout (DeVries and Taylor 2017) greys a square of 3/8 of the size.
-    """
-    n, device = len(index), images.device  # everybody draws for the whole batch and takes what is theirs
-    index = index[share]
-    flips, index = flips[index].to(device), index.to(device)
-    if not augment:
-        return images[index]
-    _, height, width, _ = images.shape
-    rows = torch.arange(height, device=device).expand(len(index), -1)
-    columns = torch.arange(width, device=device).expand(len(index), -1)
-    keep = None
-    if "cutout" in augment:
-        middles = (
-            (torch.rand(n, 2, generator=generator) * torch.tensor([height, width])).int()[share].to(device)
-        )
-        away = [
-            (rows - middles[:, :1]).abs() < height * 3 // 16,
-            (columns - middles[:, 1:]).abs() < width * 3 // 16,
-        ]
-        keep = ~(away[0][:, :, None] & away[1][:, None, :])[..., None]
-    if "translate" in augment:
-        shift = [max(1, size // 16) for size in (height, width)]
-        dy, dx = (torch.randint(-s, s + 1, (n, 1), generator=generator)[share].to(device) for s in shift)
-        rows, columns = mirror(rows + dy, height), mirror(columns + dx, width)
-    if "flip" in augment:
-        columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return batch if keep is None else torch.where(keep, batch, 128)
-
-
-def mirror(position, size):
-    """Positions outside 0..size-1 reflected back inside, the edge itself not repeated."""
-    return (size - 1 - (size - 1 - position.abs()).abs()).clamp(0, size - 1)

@@ -9,14 +9,14 @@ import torch
 import data
 import model
 import step1_train
-from data import split
+from data import augment, split
 from training import cpu, optimizers, recipes
 
 
-def gather(images, augment, flips=None, seed=0):
+def gather(images, names, flips=None, seed=0):
     n = len(images)
     flips = torch.zeros(n, dtype=torch.bool) if flips is None else flips
-    return split.gather(images, torch.arange(n), augment, flips, torch.Generator().manual_seed(seed))
+    return augment.gather(images, torch.arange(n), names, flips, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -32,18 +32,18 @@ def images():
     ids=lambda value: str(value),
 )
 def test_mirror_reflects_at_the_ends_without_repeating_the_edge(position, inside):
-    assert split.mirror(torch.tensor(position), 8) == inside
+    assert augment.mirror(torch.tensor(position), 8) == inside
 
 
 def test_mirror_stays_inside_the_smallest_images():
     for size in (1, 2):
-        positions = split.mirror(torch.arange(-1, size + 1), size)
+        positions = augment.mirror(torch.arange(-1, size + 1), size)
         assert positions.min() >= 0 and positions.max() < size
 
 
 def test_no_augmentation_is_the_images_in_the_order_asked_for(images):
     index = torch.tensor([3, 0, 3])
-    got = split.gather(images, index, [], torch.zeros(len(images), dtype=torch.bool), torch.Generator())
+    got = augment.gather(images, index, [], torch.zeros(len(images), dtype=torch.bool), torch.Generator())
     assert torch.equal(got, images[index])
 
 
@@ -63,6 +63,32 @@ def test_translate_shifts_by_a_sixteenth_and_mirrors_at_the_edge(images):
         assert len(fitting) == 1
         seen.update(fitting)
     assert {dy for dy, _ in seen} == {0, 1, 2} and {dx for _, dx in seen} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["crop", "rotate", "color"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photo_augmentations_change_images_repeatably_and_within_bounds(name, channels):
+    smooth = torch.linspace(60, 180, 36).round().byte().view(1, 1, 36, 1).expand(40, 20, 36, channels).clone()
+    got = gather(smooth, [name])
+    assert got.shape == smooth.shape and got.dtype == torch.uint8
+    assert torch.equal(got, gather(smooth, [name])) and not torch.equal(got, gather(smooth, [name], seed=1))
+    changed = (got != smooth).flatten(1).any(1)
+    assert changed.float().mean() > 0.9
+    if name != "color":  # resampling makes no new values
+        assert got.min() >= 60 and got.max() <= 180
+    constant = torch.full((8, 20, 36, channels), 77, dtype=torch.uint8)
+    if name != "color":
+        assert torch.equal(gather(constant, [name]), constant)
+
+
+def test_rotation_turns_by_the_angle_in_pixels_also_of_wide_images():
+    image = torch.zeros(1, 41, 81, 1, dtype=torch.uint8)
+    image[:, 20, :] = 255  # a horizontal line through the centre
+    random = torch.tensor([[0.5, 0.5, 0.5, 0.5, 1.0]])  # the largest angle
+    turned = augment.warp(image, random, crop=False, rotate=True)[0, :, :, 0].float()
+    rows = (turned * torch.arange(41)[:, None]).sum(0) / turned.sum(0)
+    slope = (rows[60] - rows[20]) / 40
+    assert abs(abs(slope.item()) - 0.268) < 0.02  # tan 15 degrees
 
 
 def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):

@@ -1,7 +1,5 @@
 """What step1 prints: the settings, a table of the epochs, how to resume. Only the first process prints."""
 
-import textwrap
-
 import torch
 from tqdm import tqdm
 
@@ -9,18 +7,6 @@ import data
 import model
 from step3_infer import say
 from training import runs
-
-
-def list_names(args) -> int:
-    """Print what --list-datasets and --list-models ask for, and return the exit code."""
-    if args.list_datasets:
-        for name, about in data.DATASETS.items():
-            print(f"{name:14} {about}")
-    if args.list_models:
-        for name, cls in model.MODELS.items():
-            print(f"{name:14} {cls.about}")
-        print(textwrap.fill("and torchvision's: " + " ".join(model.torchvision_names()), 79))
-    return 0
 
 
 def is_silent(trainer) -> bool:

@@ -6,7 +6,13 @@ module needs no torch, so that step1 can answer a wrong command line at once.
 """
 
 import argparse
+import glob
+import importlib.util
+import os
+import re
+import textwrap
 
+import data
 from step3_infer import Problem
 
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")  # see optimizers.rate
@@ -48,6 +54,13 @@ RECIPES = {
         **{"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
     },
 }
+NETWORKS = {  # model.MODELS, described for --list-models
+    "airbench": "the default, after airbench94 (2024); --width scales its channels",
+    "linear": "one linear layer, the default for --dataset linear",
+    "mlp": "fully connected: --hidden sizes (default 128), --dropout",
+    "mynet": "the CIFAR tutorial's small convolutional network; --dropout (0.1)",
+    "resblock": "the MNIST tutorial's residual network of stride-2 convolutions",
+}
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
 MAY_CHANGE = ("epochs", "device", "data_dir", "cache_dir", "image_root", "checkpoint_every", "quiet")
@@ -65,6 +78,10 @@ BELONGS_TO = {
     "augment": ("images, and --dataset linear has features", lambda s: s.dataset != "linear"),
     "class_weights": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
     "label_smoothing": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
+    "patience": (
+        "a validation split: give --val-fraction as well",
+        lambda s: s.val_fraction or s.dataset in OWN_IMAGES,
+    ),
     "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
     "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
 }
@@ -76,10 +93,14 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     given: the arguments that the user typed. Raises Problem for an option that would have no effect.
     """
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings["model"] = args.model or ("linear" if args.dataset == "linear" else "airbench")
-    if args.dataset == "linear" and settings["model"] not in ("linear", "mlp"):
-        raise Problem(f"--dataset {args.dataset} has features, not images: --model linear or mlp", 2)
-    for name, value in recipe(settings["model"], args.dataset, bool(args.pretrained), args.optimizer).items():
+    dataset = args.dataset
+    if args.data_dir and "dataset" not in given:
+        dataset = data.guess(args.data_dir) or dataset
+    network = args.model or ("linear" if dataset == "linear" else "airbench")
+    if dataset == "linear" and network not in ("linear", "mlp"):
+        raise Problem(f"--dataset {dataset} has features, not images: --model linear or mlp", 2)
+    settings |= {"dataset": dataset, "model": network}
+    for name, value in recipe(network, dataset, bool(args.pretrained), args.optimizer).items():
         if settings[name] is None:
             settings[name] = value
     settings = argparse.Namespace(**settings)
@@ -134,6 +155,7 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         if len(settings.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)
         settings.augment = []
+    check_validation(settings, dataset.val_images is not None)
     own = settings.dataset in OWN_IMAGES
     if own and "epochs" not in given:
         settings.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
@@ -144,6 +166,14 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
             settings.lr /= 2 ** (halvings / 2)
     settings.batch_size = min(settings.batch_size, count)
     return settings
+
+
+def check_validation(settings: argparse.Namespace, has_val: bool) -> None:
+    """Raise Problem for options that do not fit data with or without a validation split of its own."""
+    if has_val and settings.val_fraction:
+        raise Problem("--val-fraction does not go with data that has a validation split of its own", 2)
+    if settings.patience and not has_val and not settings.val_fraction:
+        raise Problem("--patience needs a validation split: give --val-fraction as well", 2)
 
 
 def batch_halvings(settings: argparse.Namespace, count: int | None, most_pixels: int | None) -> int:
@@ -186,3 +216,28 @@ def resumed(
         raise Problem(f"{run} is finished; --epochs above {epochs} trains it further", 2)
     settings = {name: arguments.get(name, default) for name, default in defaults.items()}
     return argparse.Namespace(**{**settings, **given})
+
+
+def list_names(args: argparse.Namespace) -> int:
+    """Print what --list-datasets and --list-models ask for, and return the exit code."""
+    if args.list_datasets:
+        for name, about in data.DATASETS.items():
+            print(f"{name:14} {about}")
+    if args.list_models:
+        for name, about in NETWORKS.items():
+            print(f"{name:14} {about}")
+        print(textwrap.fill("and torchvision's: " + " ".join(torchvision_names()), 79))
+    return 0
+
+
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification networks, read from its source: importing it takes
+    seconds."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        raise Problem("torchvision is not installed: pip install -r requirements.txt")
+    names = []
+    for path in glob.glob(os.path.join(os.path.dirname(spec.origin), "models", "*.py")):
+        with open(path, encoding="utf-8") as file:
+            names += re.findall(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", file.read(), re.MULTILINE)
+    return sorted(names)

@@ -1,9 +1,8 @@
 """What a run directory holds, and the only module that knows it: names, lock, checkpoints, and resuming.
 
-    config.json    every argument, before the first step
-    checkpoint.pt  see `save_checkpoint`; until the run is finished, checkpoint.previous.pt is the one before it
-    metrics.csv    a row for each epoch
-    summary.json   the result; a run without it is not finished
+    config.json    every argument, before the first step checkpoint.pt  see `save_checkpoint`; until the run
+    is finished, checkpoint.previous.pt is the one before it metrics.csv    a row for each epoch summary.json
+    the result; a run without it is not finished
 
 Every file appears whole or not at all.
 """

@@ -6,7 +6,6 @@ import copy
 import importlib.metadata
 import platform
 import time
-import zlib
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -17,6 +16,10 @@ from data.split import Split, seed_of
 from step3_infer import SCHEMA, Problem
 from training import cpu, optimizers, runs
 from training.processes import Processes, Signals, Stopped
+
+UNEQUAL = (
+    3  # times as many images in one class as in another: plain accuracy then says little of small classes
+)
 
 
 @dataclass
@@ -64,9 +67,12 @@ class Trainer:
         if processes.count > 1 and any(p.requires_grad for p in self.network.parameters()):
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
-        self.class_weights = None
-        if settings.class_weights:
-            self.class_weights = balanced_weights(splits["train"], len(dataset.classes)).to(self.device)
+        self.log_priors = None
+        if dataset.task == "classification":
+            shares = class_shares(splits["train"], len(dataset.classes))
+            self.unequal = bool(shares.max() > UNEQUAL * shares.min())
+            if settings.class_weights:
+                self.log_priors = shares.log().to(self.device)
         self.steps_per_epoch = splits["train"].count_batches(settings.batch_size, processes.count)
         self.saved_at = time.monotonic()
 
@@ -132,24 +138,44 @@ class Trainer:
         self.progress.seconds = time.perf_counter() - self.started
         return loss / images, None if self.dataset.task == "regression" else correct / images
 
-    def finish_epoch(self, measured: tuple, lr: float, seconds: float) -> None:
+    def finish_epoch(self, measured: tuple, outputs, lr: float, seconds: float) -> None:
         """Record an epoch for metrics.csv, keep the network if it is the best so far, and save.
 
-        measured: loss and accuracy of training, then of the watched split.
+        measured: loss and accuracy of training, then of the watched split; outputs: of the watched split.
         """
         progress, watched = self.progress, self.watched
         names = ("train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy")
         row = {"epoch": progress.epoch, **dict(zip(names, measured, strict=True))}
         row |= {"lr": lr, "seconds": round(seconds, 3)}
-        score = [row[f"{watched}_accuracy"] or 0.0, -row[f"{watched}_loss"]]
-        if watched == "val" and (progress.best is None or score > progress.best["score"]):
-            state = copy.deepcopy(self.deployable.network.state_dict())
-            progress.best = {"score": score, "epoch": progress.epoch, "state_dict": state}
+        if watched == "val":
+            self.keep_best([self.score(outputs), -row["val_loss"]])
         progress.rows.append(row)
         progress.elapsed += row["seconds"]
         progress.epoch, progress.steps, progress.seconds = progress.epoch + 1, 0, 0.0
         progress.sums = [0.0, 0.0, 0.0]
         self.save(row.get("test_accuracy"))
+
+    def score(self, outputs) -> float:
+        """What the epoch is chosen by: accuracy on the validation split, balanced if classes are unequal."""
+        if self.dataset.task == "regression":
+            return 0.0
+        split, predicted = self.splits["val"], torch.from_numpy(outputs.argmax(1))
+        labels = split.labels.cpu()[split.members]
+        if self.unequal:
+            return balanced_accuracy(labels, predicted)
+        return (labels == predicted).double().mean().item()
+
+    def keep_best(self, score: list[float]) -> None:
+        """Keep a copy of the network if its score is the best so far."""
+        progress = self.progress
+        if progress.best is None or score > progress.best["score"]:
+            state = copy.deepcopy(self.deployable.network.state_dict())
+            progress.best = {"score": score, "epoch": progress.epoch, "state_dict": state}
+
+    def out_of_patience(self) -> bool:
+        """Has the validation split seen no better epoch for --patience epochs?"""
+        best, patience = self.progress.best, self.settings.patience
+        return bool(patience and best) and self.progress.epoch - 1 - best["epoch"] >= patience
 
     def check_loss(self) -> None:
         """Raise Problem if the loss is not finite."""
@@ -193,25 +219,19 @@ class Trainer:
             "progress": vars(self.progress),
             "network": state if best else None,  # without a best epoch it is the checkpoint's state_dict
             "optimizer": self.optimizer.state_dict(),
-            "data": self.data_fingerprint(),
+            "data": self.dataset.fingerprint,
         }
         result, epoch = (best["state_dict"], best["epoch"]) if best else (state, self.progress.epoch - 1)
         runs.save_checkpoint(self.run, spec, result, epoch, training)
         if self.progress.rows:
             runs.write_metrics(self.run, self.progress.rows)
 
-    def data_fingerprint(self) -> list[int]:
-        """The number of training images and a checksum of their labels."""
-        labels = self.dataset.train_labels
-        return [len(labels), zlib.crc32(labels.tobytes())]
-
     def restore(self, training: dict) -> None:
-        """Continue from a checkpoint's `training`. Raises Problem if the dataset is another one."""
-        then, now = training["data"], self.data_fingerprint()
-        if then != now:
-            counts = f"{then[0]:,} images then, {now[0]:,} now"
+        """Continue from a checkpoint's `training`. Raises Problem if the dataset has changed."""
+        changes = data.differences(training["data"], self.dataset.fingerprint)
+        if changes:
             raise Problem(
-                f"the training split is not the one that {self.run} began with ({counts}): start a new run"
+                f"the data is not what {self.run} began with: {'; '.join(changes)}; start a new run"
             )
         self.progress = Progress(**training["progress"])
         if self.processes.rank > 0:
@@ -241,6 +261,7 @@ def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: 
             "torch": str(torch.__version__),
             "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
         },
+        "white": dataset.white,  # the level of 16-bit pixels that becomes 255
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -254,8 +275,16 @@ def train_mode(network: torch.nn.Module) -> None:
             module.eval()
 
 
-def balanced_weights(split: Split, classes: int) -> torch.Tensor:
-    """Weights [classes] of the loss under which every class counts the same: n / (classes * its share of
-    n)."""
-    counts = torch.bincount(split.labels.cpu()[split.members], minlength=classes).float()
-    return len(split) / (classes * counts)
+def class_shares(split: Split, classes: int) -> torch.Tensor:
+    """The share of each class in a split: float32 [classes]."""
+    counts = torch.bincount(split.labels.cpu()[split.members], minlength=classes)
+    return counts / len(split)
+
+
+def balanced_accuracy(labels: torch.Tensor, predicted: torch.Tensor) -> float:
+    """The mean over the classes of the share of their images that is predicted correctly; labels [n],
+    predicted [n]."""
+    correct = (labels == predicted).double()
+    counts = torch.bincount(labels).clamp(min=1)
+    recalls = torch.bincount(labels, weights=correct) / counts
+    return recalls[torch.bincount(labels) > 0].mean().item()
