@@ -28,6 +28,7 @@ if (STARTED := time.perf_counter()) and __name__ == "__main__":
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -69,11 +70,11 @@ class Problem(Exception):
 # --------------------------------------------------------------------------------------------------------- images
 
 
-def decode_image(source, channels):
+def decode_image(source, channels, white=65535):
     """Decode one image file to uint8 [height, width, channels]; channels is 1 (grey) or 3 (RGB).
 
     source: a path or a binary file object. EXIF orientation is applied, of an animation the first frame is taken,
-    16-bit greys are scaled to 8 bits, and palette, CMYK and alpha go through Pillow's convert("RGB" or "L").
+    16-bit greys are scaled to 8 bits, `white` becoming 255, and palette, CMYK and alpha go through Pillow's convert("RGB" or "L").
     Raises Problem with the reason (the caller knows the name).
     """
     try:
@@ -90,7 +91,7 @@ def decode_image(source, channels):
 
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # I;16 and its byte orders, or I where Pillow widened them
-                image = scale_to_8_bits(image)
+                image = scale_to_8_bits(image, white)
             return to_array(image, channels)
     except UnidentifiedImageError:
         size = source.seek(0, os.SEEK_END) if hasattr(source, "read") else os.path.getsize(source)
@@ -114,8 +115,34 @@ def open_image(source):
     try:
         return Image.open(source)
     except UnidentifiedImageError:
-        Image.init()
+        image_suffixes()
         return Image.open(source)
+
+
+@functools.cache
+def image_suffixes():
+    """The suffixes of all formats that Pillow opens, with pillow-heif those of HEIC too, after loading them all."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    formats = {*Image.OPEN, "MPO"}  # the last is opened as a JPEG
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+def is_image(path):
+    """Is a file an image by its suffix, or if it has none, by its content?"""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix:
+        return suffix in IMAGE_SUFFIXES or suffix in image_suffixes()  # which takes a while to load
+    try:
+        if not os.path.isfile(path):  # a named pipe would be waited for
+            return False
+        with open_image(path):
+            return True
+    except Exception:  # Pillow's plugins raise anything at all on broken files
+        return False
 
 
 def to_array(image, channels):
@@ -137,12 +164,12 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-def scale_to_8_bits(image):
-    """A 16-bit (or 32-bit, if its values fit 16) grey image -> mode L, 65535 becoming 255."""
+def scale_to_8_bits(image, white):
+    """A 16-bit (or 32-bit, if its values fit 16) grey image -> mode L; `white` and above become 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(((np.minimum(values, white) * 255 + white // 2) // white).astype(np.uint8))
 
 
 def find_images(paths):
@@ -159,7 +186,7 @@ def find_images(paths):
             yield from find_images(files or matches)
         elif os.path.isdir(path):
             found = walk(path)
-            nothing = path, Problem(f"no images in this directory (looked for {' '.join(IMAGE_SUFFIXES)})")
+            nothing = path, Problem("no images in this directory")
             yield next(found, nothing)
             yield from found
         else:
@@ -174,9 +201,11 @@ def walk(directory):
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
+                    if entry.name.startswith("."):  # hidden, such as macOS' ._photo.jpg
+                        continue
                     if entry.is_dir(follow_symlinks=False):
                         below.append(entry.path)
-                    elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    elif is_image(entry.path):
                         files.append(entry.name)
         except OSError as error:
             yield directory, Problem(f"cannot be read: {error.strerror}")
@@ -250,7 +279,7 @@ def predict(path_or_array, model, top_k=3):
             raise Problem(f"the array is {shape}, the model takes uint8 [height, width, {channels}]")
     else:
         try:
-            image = decode_image(path_or_array, channels)
+            image = decode_image(path_or_array, channels, model.spec.get("white", 65535))
         except Problem as problem:
             raise Problem(f"{path_or_array} {problem}") from None
     (answer,) = rank(model.predict(np.ascontiguousarray(image[None])), model.spec["classes"], top_k)
@@ -391,6 +420,8 @@ def read_spec(text, path):
             raise ValueError("classes are not a list of names")
         if not isinstance(spec["channels"], int) or not (regression or spec["channels"] in (1, 3)):
             raise ValueError("channels make no sense")
+        if not isinstance(spec.get("white", 65535), int) or not 0 < spec.get("white", 65535) <= 65535:
+            raise ValueError("white makes no sense")
         if not regression and [
             isinstance(side, int) and 0 < side < 1 << 15 for side in spec["image_size"]
         ] != [True, True]:
@@ -559,13 +590,14 @@ def predict_files(model, found, workers, batch_size, top_k, keep=False):
 def predict_chunk(model, chunk, top_k, keep, stop):
     """The work of one thread: [(path, Problem or None)] -> [(path, pixels or None, Problem or [(label, p)])]."""
     results, held, size = [], {}, 0
+    channels, white = model.spec["channels"], model.spec.get("white", 65535)
     for path, problem in chunk:
         if stop.is_set():
             return []
         try:
             if problem:
                 raise problem
-            pixels = decode_image(standard_input() if path == "-" else path, model.spec["channels"])
+            pixels = decode_image(standard_input() if path == "-" else path, channels, white)
         except Problem as error:
             results.append((path, None, error))
             continue
