@@ -10,11 +10,11 @@ import os
 
 import numpy as np
 
-from data.dataset import Dataset, mean_and_std  # noqa: F401  for those who import data
+from data.dataset import Dataset, differences, mean_and_std, with_fingerprint  # noqa: F401  for callers
 from step3_infer import Problem
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-AUGMENTATIONS = ("flip", "translate", "cutout")  # data.split.gather applies them
+AUGMENTATIONS = ("flip", "translate", "crop", "rotate", "color", "cutout")  # augment.gather applies them
 # The options of `load` that the command line of step1 has, besides the dataset, --data-dir and --image-size.
 OPTIONS = ("strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
 DATASETS = {
@@ -24,7 +24,7 @@ DATASETS = {
     "kmnist": "Kuzushiji-MNIST cursive Japanese, 28x28 grey, 60,000 + 10,000",
     "cifar10": "CIFAR-10 photos, 32x32 colour, 10 classes, 50,000 + 10,000",
     "cifar100": "CIFAR-100 photos, 32x32 colour, 100 classes, 50,000 + 10,000",
-    "folder": "your images: --data-dir DIR with DIR/[train|test/]<class>/*",
+    "folder": "your images: --data-dir DIR with DIR/[train|val|test/]<class>/*",
     "csv": "your images: --data-dir FILE.csv, a path and a label a row",
     "linear": "the tensor tutorial's regression, 5 features, 20 + 20 rows",
 }
@@ -42,19 +42,29 @@ def load(name: str, data_dir: str | None = None, *, seed: int = 0, **options) ->
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}."
         raise Problem(f"unknown dataset {name!r}; {hint} (--list-datasets shows all)", 2)
     if name == "digits":
-        return load_digits()
+        return with_fingerprint(load_digits())
     if name == "linear":
-        return generate_linear(seed)
+        return with_fingerprint(generate_linear(seed))
     # What the other datasets need is imported here: `--help` imports this package, too.
     if name not in ("folder", "csv"):
         from data.downloads import load_torchvision
 
-        return load_torchvision(name, data_dir or HERE)
+        return with_fingerprint(load_torchvision(name, data_dir or HERE))
     if data_dir is None:
         raise Problem(f"--dataset {name} needs --data-dir: {DATASETS[name]}", 2)
-    from data.own import Options, load_own
+    from data.files import Options
+    from data.own import load_own
 
     return load_own(name, data_dir, Options(**options))
+
+
+def guess(data_dir: str) -> str | None:
+    """The dataset that --data-dir alone names: "csv" for a CSV file, "folder" for class folders, or None."""
+    if os.path.isfile(data_dir):
+        return "csv" if data_dir.lower().endswith((".csv", ".tsv")) else None
+    from data.folders import has_classes
+
+    return "folder" if os.path.isdir(data_dir) and has_classes(data_dir) else None
 
 
 def load_digits() -> Dataset:

@@ -6,7 +6,6 @@ and times and of the options. A changed folder therefore gets a new cache, and t
 """
 
 import contextlib
-import hashlib
 import json
 import mmap
 import os
@@ -16,18 +15,22 @@ from collections.abc import Callable
 import numpy as np
 import PIL
 
-from data.decoding import chunks, decode_chunk, probe, run_parallel
+from data.dataset import digest
+from data.decoding import WHITES, Target, chunks, decode_chunk, probe, run_parallel
 from data.files import Options
 from step3_infer import Problem, replacing, say
 
 STALE = 24 * 3600  # seconds after which the temporary file of a killed build is removed
 
 
-def load_images(paths: list[str], source: str, options: Options) -> tuple[np.ndarray, np.ndarray]:
+def load_images(
+    paths: list[str], train: int, source: str, options: Options
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Decode every file, or reuse the cache of an earlier run. Raises Problem.
 
-    source: the directory or the CSV file that lists the files. Returns a uint8 memory map
-    [kept, height, width, channels] and bool [len(paths)], which files were kept.
+    train: how many of the files, from the first on, are the training split. source: the directory or the CSV
+    file that lists them. Returns a uint8 memory map [kept, height, width, channels], bool [len(paths)] that
+    says which files were kept, and the level of 16-bit pixels that became 255.
     """
     source = os.path.abspath(source)
     beside = source if os.path.isdir(source) else os.path.dirname(source)
@@ -35,12 +38,12 @@ def load_images(paths: list[str], source: str, options: Options) -> tuple[np.nda
     try:
         os.makedirs(directory, exist_ok=True)
         state = state_of(paths)
-        image_size, channels = choose_shape(paths, os.path.join(directory, f"probe-{state}.json"), options)
-        key = digest(json.dumps([source, *image_size, channels, PIL.__version__]))
+        target = choose_target(paths, train, os.path.join(directory, f"probe-{state}-{train}.json"), options)
+        key = digest(json.dumps([source, *target, PIL.__version__]).encode())
         base = os.path.join(directory, f"{key}-{state}")
         if not is_whole(base):
             remove_outdated(directory, key, os.path.basename(base))
-            build(paths, base, image_size, channels, options.resize)
+            build(paths, base, target, options.resize)
         about = read_json(base + ".json")
         report_unreadable(paths, about["unreadable"], options.strict)
         pixels = np.memmap(base + ".u8", np.uint8, "c", shape=tuple(about["shape"]))
@@ -50,7 +53,7 @@ def load_images(paths: list[str], source: str, options: Options) -> tuple[np.nda
         raise Problem(message) from None
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
-    return pixels, kept
+    return pixels, kept, target.white
 
 
 def prefetch(images: np.ndarray, index: np.ndarray) -> None:
@@ -72,10 +75,6 @@ def prefetch(images: np.ndarray, index: np.ndarray) -> None:
         pages.madvise(mmap.MADV_WILLNEED, start, end - start)
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
 def read_json(path: str):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
@@ -95,24 +94,26 @@ def state_of(paths: list[str]) -> str:
             lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
         except (OSError, ValueError):  # ValueError: a NUL in the path
             lines.append(f"{path}\0missing")
-    return digest("\n".join(lines))
+    return digest("\n".join(lines).encode("utf-8", "surrogateescape"))
 
 
-def choose_shape(paths: list[str], file: str, options: Options) -> tuple[tuple[int, int], int]:
-    """The image size (height, width) and the channels: the given ones, or what suits the images.
+def choose_target(paths: list[str], train: int, file: str, options: Options) -> Target:
+    """What to decode to: as the options say, or else as it suits the images.
 
     file: where what was found in the images is kept for later runs.
     """
-    if options.image_size is not None and options.channels is not None:
-        return options.image_size, options.channels
-    own_size, channels = None, None
+    if None not in (options.image_size, options.channels, options.white):
+        return Target(tuple(options.image_size), options.channels, options.white)
+    size, channels, white = None, None, None
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-        own_size, channels = read_json(file)
-    if channels not in (1, 3) or not isinstance(own_size, list | None):
-        own_size, channels = probe(paths)
-        write_json(file, [own_size, channels])
-    usual_size = (options.usual_size, options.usual_size)
-    return options.image_size or tuple(own_size or usual_size), options.channels or channels
+        size, channels, white = read_json(file)
+    if channels not in (1, 3) or white not in WHITES or not isinstance(size, list | None):
+        size, channels, white = probe(paths, train)
+        write_json(file, [size, channels, white])
+    if options.white is None and white != WHITES[-1]:
+        say(f"note: the 16-bit images use {white.bit_length()} bits only: {white} is taken as white")
+    size = size or (options.usual_size, options.usual_size)
+    return Target(tuple(options.image_size or size), options.channels or channels, options.white or white)
 
 
 def is_whole(base: str) -> bool:
@@ -126,21 +127,19 @@ def is_whole(base: str) -> bool:
         return False
 
 
-def build(
-    paths: list[str], base: str, image_size: tuple[int, int], channels: int, resize: Callable | None
-) -> None:
+def build(paths: list[str], base: str, target: Target, resize: Callable | None) -> None:
     """Decode all files into <base>.u8 and describe it in <base>.json. Raises Problem or OSError.
 
     Each build writes to a file of its own and swaps it in, so that two at once do no harm.
     """
-    row_bytes = image_size[0] * image_size[1] * channels
+    row_bytes = target.row_bytes()
     temporary = f"{base}.{os.getpid()}.tmp"
     unreadable, started = [], time.perf_counter()
     try:
         with open(temporary, "w+b") as file:
             if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in an hour
                 os.posix_fallocate(file.fileno(), 0, row_bytes * len(paths))
-            jobs = [(*chunk, temporary, image_size, channels, resize) for chunk in chunks(paths, row_bytes)]
+            jobs = [(*chunk, temporary, target, resize) for chunk in chunks(paths, row_bytes)]
             for failures in run_parallel(decode_chunk, jobs, len(paths), "decoding"):
                 unreadable += failures
             unreadable.sort()
@@ -148,9 +147,10 @@ def build(
             kept = close_gaps(file, {index for index, _ in unreadable}, len(paths), row_bytes)
             file.truncate(kept * row_bytes)
             os.fsync(file.fileno())
-        os.replace(temporary, base + ".u8")
-        about = {"shape": [kept, *image_size, channels], "unreadable": unreadable}
-        write_json(base + ".json", about)
+        if not is_whole(base):  # another run may have been faster, and Windows replaces no file in use
+            os.replace(temporary, base + ".u8")
+            about = {"shape": [kept, *target.image_size, target.channels], "unreadable": unreadable}
+            write_json(base + ".json", about)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -200,5 +200,5 @@ def remove_outdated(directory: str, key: str, current: str) -> None:
         stale = entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > STALE
         cached = entry.name.startswith(key) and entry.name.endswith((".u8", ".json"))
         if stale or (cached and not entry.name.startswith(current)):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # another run removes it, too, or on Windows still uses it
                 os.unlink(entry.path)

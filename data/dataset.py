@@ -1,14 +1,20 @@
-"""What a dataset is, and the statistics that its images are normalised with."""
+"""What a dataset is, its statistics, and the fingerprint by which a later run recognises it."""
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+SAMPLED = 100  # of a split's images go into its fingerprint with their content
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Images as uint8 [N, height, width, channels], labels as int64 [N] indexing `classes`.
+
+    val_images and val_labels are None unless the data has a validation split of its own. white is the level
+    of 16-bit pixels that became 255. fingerprint: see `differences`.
 
     For task "regression", features as float32 [N, n] take the place of the images and targets as float32
     [N, 1] that of the labels, and `classes` names the target.
@@ -21,6 +27,53 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     task: str = "classification"
+    val_images: np.ndarray | None = None
+    val_labels: np.ndarray | None = None
+    white: int = 65535
+    fingerprint: dict = field(default_factory=dict)
+
+
+def with_fingerprint(dataset: Dataset) -> Dataset:
+    """The dataset with the fingerprint of its arrays: of all labels and the content of some images."""
+    splits = {
+        "train": (dataset.train_images, dataset.train_labels),
+        "test": (dataset.test_images, dataset.test_labels),
+    }
+    fingerprint = {"classes": list(dataset.classes)}
+    for split, (images, labels) in splits.items():
+        some = images[:: max(1, len(images) // SAMPLED)]
+        content = (str(images.shape).encode(), labels.tobytes(), some.tobytes())
+        fingerprint[split] = {"images": len(images), "hash": digest(*content)}
+    return replace(dataset, fingerprint=fingerprint)
+
+
+def digest(*contents: bytes) -> str:
+    """A short hash, in hexadecimal."""
+    total = hashlib.sha256()
+    for content in contents:
+        total.update(content)
+    return total.hexdigest()[:16]
+
+
+def differences(old: dict, new: dict, splits: tuple[str, ...] = ("train", "val", "test")) -> list[str]:
+    """What has changed between two fingerprints of a dataset, in words; empty if nothing has.
+
+    A fingerprint is {"classes": names, split: {"images": their number, "hash": of them}}, which JSON can
+    hold. It does not depend on where the data is, nor on file times, so that a copy has the same.
+    """
+    changes = [f"class {name!r} is gone" for name in old["classes"] if name not in new["classes"]]
+    changes += [f"class {name!r} is new" for name in new["classes"] if name not in old["classes"]]
+    for split in splits:
+        before, now = old.get(split), new.get(split)
+        if before == now:
+            continue
+        if before is None or now is None:
+            changes.append(f"the {split} split is {'new' if before is None else 'gone'}")
+        elif before["images"] != now["images"]:
+            changes.append(f"the {split} split has {now['images']:,} images, it had {before['images']:,}")
+        else:
+            changes.append(f"the {split} split has other images, or the same with other labels")
+    return changes
 
 
 def mean_and_std(images: np.ndarray) -> tuple[list[float], list[float]]:

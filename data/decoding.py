@@ -4,20 +4,24 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from step3_infer import ORIENTATION, Problem, decode_image, usable_cpus
+from step3_infer import ORIENTATION, Problem, decode_image, open_image, usable_cpus
 
 CHUNK = 256  # files a worker takes at a time
 CHUNK_BYTES = 64 << 20  # of decoded pixels that a worker holds
+# Forked workers start at once and share what is imported; only Linux' libraries all survive being forked.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 LARGEST_OWN_SIZE = 64  # images that are all of one size up to this keep it
+WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 
 
 def run_parallel(function: Callable, jobs: list[tuple], total: int, title: str) -> Iterator:
@@ -26,15 +30,14 @@ def run_parallel(function: Callable, jobs: list[tuple], total: int, title: str) 
     The first item of a job is its list of files, which the progress bar counts; `total` is their number.
     Raises Problem.
     """
-    workers = usable_cpus()
+    workers = min(usable_cpus(), len(jobs), 61)  # Windows has no pool of more
     with tqdm(total=total, desc=title, unit="file", leave=False, disable=None) as bar:
-        if workers == 1 or len(jobs) == 1:
+        if workers <= 1:
             for job in jobs:
                 yield function(*job)
                 bar.update(len(job[0]))
             return
-        forking = "fork" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("fork" if forking else "spawn")
+        context = multiprocessing.get_context(START_METHOD)
         # The workers ignore SIGINT: the parent alone answers Ctrl-C.
         ignore = (signal.SIGINT, signal.SIG_IGN)
         with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
@@ -55,55 +58,86 @@ def chunks(paths: list[str], row_bytes: int = 1) -> list[tuple[list[str], int]]:
     return [(paths[start : start + size], start) for start in range(0, len(paths), size)]
 
 
-def probe(paths: list[str]) -> tuple[tuple[int, int] | None, int]:
-    """The size (height, width) and the number of channels that suit the files, from their headers.
+class Found(NamedTuple):
+    """What the headers of some files say, and the brightest of the 16-bit pixels, 0 without any."""
+
+    sizes: set[tuple[int, int]]  # (height, width)
+    modes: set[str]  # Pillow's
+    brightest: int
+
+
+def probe(paths: list[str], train: int) -> tuple[tuple[int, int] | None, int, int]:
+    """The size (height, width), the channels and the white level that suit the files.
 
     The size is None if the files differ in size or are larger than 64 pixels; the images are grey (1 channel)
-    if all files are.
+    if all files are. The white level is the smallest of WHITES that holds the pixels of the
+    16-bit files, of which only those of the training split count, the first `train` files.
     """
-    sizes, modes = set(), set()
-    for chunk_sizes, chunk_modes in run_parallel(probe_chunk, chunks(paths), len(paths), "reading headers"):
-        sizes |= chunk_sizes
-        modes |= chunk_modes
+    sizes, modes, brightest = set(), set(), 0
+    jobs = [(*chunk, train) for chunk in chunks(paths)]
+    for found in run_parallel(probe_chunk, jobs, len(paths), "reading headers"):
+        sizes |= found.sizes
+        modes |= found.modes
+        brightest = max(brightest, found.brightest)
     size = sizes.pop() if len(sizes) == 1 else None
     own = size if size and max(size) <= LARGEST_OWN_SIZE else None
-    return own, 1 if modes and modes <= GREY_MODES else 3
+    white = next(white for white in WHITES if brightest <= white) if brightest else WHITES[-1]
+    return own, 1 if modes and modes <= GREY_MODES else 3, white
 
 
-def probe_chunk(paths: list[str], start: int) -> tuple[set, set]:
-    """The sizes and the modes in the headers of some files; decoding reports those that cannot be read."""
-    sizes, modes = set(), set()
-    for path in paths:
+def probe_chunk(paths: list[str], start: int, train: int) -> Found:
+    """What is found in some files, the first of which is number `start`.
+
+    Files that cannot be read are passed over: decoding reports them.
+    """
+    sizes, modes, brightest = set(), set(), 0
+    for number, path in enumerate(paths, start):
         if not os.path.isfile(path):  # opening a named pipe would block for ever
             continue
-        with contextlib.suppress(Exception), Image.open(path) as image:
+        with contextlib.suppress(Exception), open_image(path) as image:
             width, height = image.size
-            on_its_side = image.getexif().get(ORIENTATION, 1) >= 5
+            # Pillow decodes a whole PNG for its EXIF; only small images keep their size.
+            on_its_side = max(image.size) <= LARGEST_OWN_SIZE and image.getexif().get(ORIENTATION, 1) >= 5
             sizes.add((width, height) if on_its_side else (height, width))
             modes.add(image.mode)
-    return sizes, modes
+            if image.mode.startswith("I") and number < train:
+                pixels = np.asarray(image)
+                if pixels.min() >= 0 and pixels.max() <= WHITES[-1]:
+                    brightest = max(brightest, int(pixels.max()))
+    return Found(sizes, modes, brightest)
+
+
+class Target(NamedTuple):
+    """What every file is decoded to: uint8 [*image_size, channels], 16-bit `white` becoming 255."""
+
+    image_size: tuple[int, int]  # height, width
+    channels: int
+    white: int
+
+    def row_bytes(self) -> int:
+        return self.image_size[0] * self.image_size[1] * self.channels
 
 
 def decode_chunk(
-    paths: list[str], start: int, file: str, image_size: tuple[int, int], channels: int, resize: Callable
+    paths: list[str], start: int, file: str, target: Target, resize: Callable | None
 ) -> list[tuple[int, str]]:
     """Decode some files and write them to the rows from `start` on of `file`.
 
     Returns (index, reason) of those that cannot be read.
     """
-    block = np.zeros((len(paths), *image_size, channels), dtype=np.uint8)
+    block = np.zeros((len(paths), *target.image_size, target.channels), dtype=np.uint8)
     failures = []
     for row, path in enumerate(paths):
         try:
-            image = decode_image(path, channels)
+            image = decode_image(path, target.channels, target.white)
         except Problem as problem:
             failures.append((start + row, str(problem)))
             continue
-        if image.shape[:2] != tuple(image_size):
-            image = resize_one(image, image_size, resize)
+        if image.shape[:2] != target.image_size:
+            image = resize_one(image, target.image_size, resize)
         block[row] = image
     with open(file, "r+b") as stream:
-        stream.seek(start * block[0].nbytes)
+        stream.seek(start * target.row_bytes())
         stream.write(block)
     return failures
 

@@ -1,26 +1,38 @@
 """The image files of a dataset by split, whichever list they come from, and the options to read them with."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from step3_infer import Problem, say
+from data.dataset import SAMPLED, digest
+from step3_infer import Problem
 
-TEST_FRACTION = 0.2  # held out where the data comes without a test split
+TEST_FRACTION = 0.2  # held out if the data comes without a test split
+SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+
+NAMED = 3  # of many files or classes, how many a message names
 
 
 @dataclass(frozen=True)
 class Options:
     """How `folder` and `csv` are read; most fields are command line options of the same name.
 
-    image_size (height, width) and channels are derived from the images if None. usual_size is the image size
-    if the images differ in size or are large. resize is the exported graph's own function, from a uint8
-    tensor [1, height, width, channels] and a size to the resized tensor.
+    image_size (height, width), channels and white (the level of 16-bit pixels that becomes 255) are derived
+    from the images if None. usual_size is the image size if the images differ in size or are large. resize is
+    the exported graph's own function, from a uint8 tensor [1, height, width, channels] and a size to the
+    resized tensor.
     """
 
     image_size: tuple[int, int] | None = None
     channels: int | None = None
+    white: int | None = None
     usual_size: int = 64
     resize: Callable | None = None
     strict: bool = False
@@ -33,8 +45,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one split: their paths, and their labels as int64 [n]."""
+    """The files of one split: paths, most of them below `root`, and labels, int64 [n]."""
 
+    root: str
     paths: list[str]
     labels: np.ndarray
 
@@ -43,7 +56,26 @@ class Files:
 
     def part(self, chosen: np.ndarray) -> "Files":
         """The files that bool [n] chooses."""
-        return Files([self.paths[i] for i in np.flatnonzero(chosen)], self.labels[chosen])
+        return Files(self.root, [self.paths[i] for i in np.flatnonzero(chosen)], self.labels[chosen])
+
+    def fingerprint(self) -> dict:
+        """{"images": number, "hash": of names below the root, sizes, labels, and the content of some}.
+
+        Raises Problem.
+        """
+        root = os.path.join(self.root, "")
+        lines, contents, path = [], [], ""
+        try:
+            for path, label in zip(self.paths, self.labels, strict=True):
+                name = path.removeprefix(root).replace(os.sep, "/")
+                lines.append(f"{name}\0{os.path.getsize(path)}\0{label}")
+            for path in self.paths[:: max(1, len(self.paths) // SAMPLED)]:
+                with open(path, "rb") as file:
+                    contents.append(file.read(1 << 16))
+        except OSError as error:
+            raise Problem(f"{path} can no longer be read: {error.strerror}") from None
+        names = "\n".join(lines).encode("utf-8", "surrogateescape")
+        return {"images": len(self), "hash": digest(names, *contents)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,21 @@ class Listing:
 
     classes: list[str]
     splits: dict[str, Files]
+
+
+def split_called(name: str) -> str | None:
+    """The split that goes by this name, in any case: "train", "val", "test", or None."""
+    for split, spellings in SPELLINGS.items():
+        if name.lower() in spellings:
+            return split
+    return None
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many there are besides."""
+    names = list(names)
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -79,9 +126,5 @@ def hold_out_test(listing: Listing, source: str) -> Listing:
             f"{source} has one image of each class, which leaves none to test on: "
             "each class needs two or more images"
         )
-    say(
-        f"note: no test split given: {held.sum():,} of {len(train):,} images held out for it, "
-        f"{TEST_FRACTION:.0%} of each class (at least one)"
-    )
     splits = {**listing.splits, "train": train.part(~held), "test": train.part(held)}
     return Listing(listing.classes, splits)

@@ -1,51 +1,69 @@
-"""Class folders: DIR/<class>/*, or DIR/train/<class>/* and DIR/test/<class>/*."""
+"""Class folders: DIR/<class>/*, or such folders below DIR/train, DIR/val and DIR/test."""
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
-from data.files import Files, Listing
-from step3_infer import IMAGE_SUFFIXES, Problem, say
+from data.files import SPELLINGS, Files, Listing, name_some, split_called
+from step3_infer import Problem, is_image, say
+
+WORDS = {"train": "training", "val": "validation", "test": "test"}
+CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # as hidden files, not worth a word
+PLUGINS = dict.fromkeys((".heic", ".heics", ".heif", ".heifs"), "pillow-heif")
 
 
 def list_folder(directory: str) -> Listing:
-    """The images of DIR/train/<class>/* and DIR/test (or val)/<class>/*, or of DIR/<class>/* alone.
-
-    Raises Problem.
-    """
+    """The images of DIR/<class>/*, or of DIR/train/<class>/* and the like. Raises Problem."""
     if not os.path.isdir(directory):
         raise Problem(
             f"no directory {directory}: --dataset folder reads DIR/train/<class>/* or DIR/<class>/*", 2
         )
-    if not os.path.isdir(os.path.join(directory, "train")):
-        classes, train = list_classes(directory)
-        return Listing(classes, {"train": train})
-    classes, train = list_classes(os.path.join(directory, "train"))
-    held_out = [name for name in ("test", "val") if os.path.isdir(os.path.join(directory, name))]
-    if not held_out:
-        return Listing(classes, {"train": train})
-    if len(held_out) == 2:
-        say(
-            f"note: {directory} has test/ and val/; "
-            "test/ is the test split, val/ is not used (see --val-fraction)"
-        )
-    test = list_split(os.path.join(directory, held_out[0]), classes)
-    return Listing(classes, {"train": train, "test": test})
+    folders, skipped = find_splits(directory), []
+    classes, paths, labels = list_classes(folders.get("train", directory), skipped)
+    splits = {"train": Files(directory, paths, labels)}
+    for split in ("val", "test"):
+        if split in folders:
+            names, paths, labels = list_classes(folders[split], skipped, least=1)
+            unknown = [name for name in names if name not in classes]
+            if unknown:
+                raise Problem(f"{folders[split]} has a class {unknown[0]!r}, {folders['train']} does not")
+            index = np.array([classes.index(name) for name in names], dtype=np.int64)
+            splits[split] = Files(directory, paths, index[labels])
+    if skipped:
+        count = f"{len(skipped):,} file{'s' if len(skipped) > 1 else ''}"
+        names = name_some(os.path.relpath(path, directory) for path in skipped)
+        hint = plugin_hint(skipped)
+        say(f"note: left out {count} of {directory} that Pillow does not know as images: {names}{hint}")
+    return Listing(classes, splits)
 
 
-def list_split(directory: str, classes: list[str]) -> Files:
-    """The images below a split's class folders, labelled by the classes of the training split."""
-    names, files = list_classes(directory)
-    unknown = [name for name in names if name not in classes]
-    if unknown:
-        raise Problem(f"{directory} has a class {unknown[0]!r} that the training split does not have")
-    index = np.array([classes.index(name) for name in names], dtype=np.int64)
-    return Files(files.paths, index[files.labels])
+def find_splits(directory: str) -> dict[str, str]:
+    """The paths of a directory's split folders by split; empty if its folders are classes. Raises Problem."""
+    names, found = subfolders(directory), {}
+    for name in filter(split_called, names):
+        split = split_called(name)
+        if split in found:
+            both = f"{os.path.basename(found[split])}/ and {name}/"
+            raise Problem(f"{directory} has {both}, both of which are its {WORDS[split]} split: keep one")
+        found[split] = os.path.join(directory, name)
+    others = [name for name in names if not split_called(name)]
+    if "train" not in found:
+        # A class may be called "valid", but it then has images in it and not folders, and there are others.
+        if found and (not others or any(map(subfolders, found.values()))):
+            spellings = "/ or ".join(SPELLINGS["train"])
+            raise Problem(f"{directory} has a {WORDS[min(found)]} split, but no folder {spellings}/")
+        return {}
+    if others:
+        used = ", ".join(f"{name}/" for name in names if split_called(name))
+        say(f"note: {directory} is split into {used}; not used: {name_some(others)}")
+    return found
 
 
-def list_classes(directory: str) -> tuple[list[str], Files]:
-    """The class folders of a directory in the order of their names, and the images below them.
+def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[list[str], list, np.ndarray]:
+    """The class folders of a directory, the paths of the images in them, and their labels, int64 [n].
 
+    Classes are sorted by name; there are `least` or more. Files that are not images are added to `skipped`.
     Raises Problem.
     """
     classes = subfolders(directory)
@@ -53,37 +71,87 @@ def list_classes(directory: str) -> tuple[list[str], Files]:
         raise Problem(
             f"{directory} has no class folders: put the images of each class into a folder of its name"
         )
-    if len(classes) == 1:
-        raise Problem(f"{directory} has only one class folder, {classes[0]!r}: classification needs two")
+    if len(classes) < least:
+        inner = os.path.join(directory, classes[0])
+        way_out = f"give --data-dir {inner}" if has_classes(inner) else "classification needs two"
+        raise Problem(f"{directory} has only one class folder, {classes[0]!r}: {way_out}")
+    refuse_undecodable(directory, classes)
+    loose = [entry.path for entry in os.scandir(directory) if entry.is_file() and is_visible(entry.name)]
+    loose = sorted(filter(is_image, loose))
+    if loose:
+        names = name_some(map(os.path.basename, loose))
+        say(f"note: images beside the class folders of {directory} are not used: {names}")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = list_images(os.path.join(directory, name))
+        folder, before = os.path.join(directory, name), len(skipped)
+        found = []
+        for path in files_below(folder):
+            (found if is_image(path) else skipped).append(path)
         if not found:
-            raise Problem(f"class folder {os.path.join(directory, name)} has no images: fill it or remove it")
+            hint = plugin_hint(skipped[before:])
+            raise Problem(f"class folder {folder} has no images{hint}: fill it or remove it")
         paths += found
         labels += [label] * len(found)
-    return classes, Files(paths, np.array(labels, dtype=np.int64))
+    return classes, paths, np.array(labels, dtype=np.int64)
+
+
+def has_classes(directory: str) -> bool:
+    """Are there two or more class folders with images in them? Only names are read, for speed."""
+    names = subfolders(directory)
+    train = [name for name in names if split_called(name) == "train"]
+    if train:
+        directory = os.path.join(directory, train[0])
+        names = subfolders(directory)
+    filled = 0
+    for name in names:
+        paths = files_below(os.path.join(directory, name))
+        filled += any(os.path.splitext(path)[1] and is_image(path) for path in paths)
+        if filled == 2:
+            return True
+    return False
 
 
 def subfolders(directory: str) -> list[str]:
     """The names of the folders in a directory that are not hidden, sorted. Raises Problem."""
     try:
         with os.scandir(directory) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+            return sorted(entry.name for entry in entries if is_visible(entry.name) and entry.is_dir())
     except OSError as error:
         refuse(error)
 
 
-def list_images(directory: str) -> list[str]:
-    """The paths of the images below a directory, the files of a folder before those of its subfolders."""
-    paths = []
-    for folder, subdirectories, names in os.walk(directory, onerror=refuse):
-        subdirectories.sort()
-        images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-        paths += [os.path.join(folder, name) for name in images]
-    return paths
+def files_below(directory: str) -> Iterator[str]:
+    """The files below a directory that are not hidden, those of a folder before those of its subfolders.
+
+    Raises Problem.
+    """
+    for folder, below, names in os.walk(directory, onerror=refuse):
+        below[:] = sorted(filter(is_visible, below))  # which os.walk descends into
+        yield from (os.path.join(folder, name) for name in sorted(filter(is_visible, names)))
+
+
+def is_visible(name: str) -> bool:
+    """Neither hidden, as .DS_Store and macOS' ._photo.jpg are, nor left by the system."""
+    return not name.startswith(".") and name.lower() not in CLUTTER
 
 
 def refuse(error: OSError) -> None:
     """Stop at a directory that cannot be read, which os.walk would pass over in silence. Raises Problem."""
     raise Problem(f"cannot read {error.filename}: {error.strerror}")
+
+
+def refuse_undecodable(directory: str, names: list[str]) -> None:
+    """Raise Problem if the name of a class is not text, which no exported file could hold."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            folder = os.path.join(directory, name)
+            raise Problem(f"the name of the class folder {folder} is not UTF-8: rename it") from None
+
+
+def plugin_hint(paths: list[str]) -> str:
+    """What would let Pillow read some of these files, in brackets; empty if nothing is known."""
+    suffixes = {os.path.splitext(path)[1].lower() for path in paths}
+    hints = sorted(f"pip install {PLUGINS[suffix]} to read {suffix}" for suffix in suffixes & set(PLUGINS))
+    return f" ({', '.join(hints)})" if hints else ""

@@ -4,29 +4,57 @@ import numpy as np
 
 from data.cache import load_images
 from data.dataset import Dataset
-from data.files import Options, hold_out_test
+from data.files import TEST_FRACTION, Listing, Options, hold_out_test, name_some
 from data.folders import list_folder
 from data.tables import list_csv
-from step3_infer import Problem
+from step3_infer import Problem, say
+
+FEW = 5  # training images of a class, below which step1 says so
 
 
 def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     """Load `folder` or `csv`. Raises Problem."""
     listing = list_folder(data_dir) if name == "folder" else list_csv(data_dir, options)
-    if "test" not in listing.splits:
+    held_out = "test" not in listing.splits
+    if held_out:
         listing = hold_out_test(listing, data_dir)
     paths = [path for files in listing.splits.values() for path in files.paths]
-    images, readable = load_images(paths, data_dir, options)
-    arrays, kept_before, listed_before = {}, 0, 0
+    images, readable, white = load_images(paths, len(listing.splits["train"]), data_dir, options)
+    arrays, kept_listing = {}, {}
+    first, first_kept = 0, 0
     for split, files in listing.splits.items():
-        kept = readable[listed_before : listed_before + len(files)]
-        count = int(kept.sum())
-        arrays[f"{split}_images"] = images[kept_before : kept_before + count]
-        arrays[f"{split}_labels"] = files.labels[kept]
-        kept_before, listed_before = kept_before + count, listed_before + len(files)
-    counts = np.bincount(arrays["train_labels"], minlength=len(listing.classes))
-    if counts.min() == 0:
-        raise Problem(f"class {listing.classes[counts.argmin()]!r} of {data_dir} has no readable image left")
-    if not len(arrays["test_labels"]):
-        raise Problem(f"the test split of {data_dir} has no readable image left")
-    return Dataset(name, listing.classes, **arrays)
+        kept = readable[first : first + len(files)]
+        kept_listing[split] = files.part(kept)
+        arrays[f"{split}_images"] = images[first_kept : first_kept + kept.sum()]
+        arrays[f"{split}_labels"] = kept_listing[split].labels
+        first, first_kept = first + len(files), first_kept + int(kept.sum())
+    check_splits(data_dir, listing, Listing(listing.classes, kept_listing), held_out)
+    prints = {split: files.fingerprint() for split, files in kept_listing.items()}
+    fingerprint = {"classes": listing.classes, **prints}
+    return Dataset(name, listing.classes, **arrays, white=white, fingerprint=fingerprint)
+
+
+def check_splits(data_dir: str, listed: Listing, kept: Listing, held_out: bool) -> None:
+    """Say how the readable images were split. Raises Problem if some are missing altogether."""
+    counts = {
+        split: np.bincount(files.labels, minlength=len(kept.classes)) for split, files in kept.splits.items()
+    }
+    train, test = counts["train"], counts["test"]
+    if train.min() == 0:
+        label = int(train.argmin())
+        were = int((listed.splits["train"].labels == label).sum())
+        name = f"class {kept.classes[label]!r} of {data_dir}"
+        raise Problem(f"{name} has no readable image left to train on, of {were} listed")
+    for split, files in kept.splits.items():
+        if not len(files):
+            were = len(listed.splits[split])
+            raise Problem(f"the {split} split of {data_dir} has no readable image left, of {were} listed")
+    if held_out:
+        reason = "no test split given"
+        if "val" in counts:
+            reason = f"{data_dir} has a validation split, which chooses the epoch, but no test split"
+        share = f"{test.sum():,} of {test.sum() + train.sum():,} training images held out for it"
+        say(f"note: {reason}: {share}, {TEST_FRACTION:.0%} of each class (at least one)")
+    few = [f"{name!r} {n} (and {m})" for name, n, m in zip(kept.classes, train, test, strict=True) if n < FEW]
+    if few:
+        say(f"note: few images to train on (and to test on): {name_some(few)}")

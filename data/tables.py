@@ -1,30 +1,54 @@
-"""CSV lists: the path of an image and its label in each row."""
+"""CSV lists: the path of an image, its label, and perhaps its split in each row."""
 
 import csv
 import os
+from typing import NamedTuple
 
 import numpy as np
 
-from data.files import Files, Listing, Options
-from step3_infer import Problem
+from data.files import Files, Listing, Options, split_called
+from step3_infer import Problem, say
 
 IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
 LABEL_COLUMNS = ("label", "class", "target")
+SPLIT_COLUMN = "split"
+
+
+class Row(NamedTuple):
+    path: str
+    label: str
+
+
+class Columns(NamedTuple):
+    """The positions of the columns; split is None if there is no such column."""
+
+    image: int
+    label: int
+    split: int | None
 
 
 def list_csv(file: str, options: Options) -> Listing:
-    """The images that a CSV file lists; those of `options.test_csv` are the test split. Raises Problem."""
-    paths, names = read_images(file, options)
-    classes = sort_classes(set(names))
+    """The images of a CSV file by the splits that it names, else for training. Raises Problem.
+
+    Those of `options.test_csv` are the test split.
+    """
+    rows, sources = read_images(file, options, "train"), {}
+    if "train" not in rows:
+        raise Problem(f"{file} has no row whose {SPLIT_COLUMN} is train")
+    if options.test_csv is not None:
+        if "test" in rows:
+            raise Problem(f"{file} has rows whose {SPLIT_COLUMN} is test: leave out --test-csv", 2)
+        tested = read_images(options.test_csv, options, "test")
+        if set(tested) != {"test"}:
+            raise Problem(f"{options.test_csv} has rows whose {SPLIT_COLUMN} is not test", 2)
+        rows, sources = rows | tested, {"test": options.test_csv}
+    classes = sort_classes({row.label for row in rows["train"]})
     if len(classes) < 2:
         raise Problem(f"{file} has one class only, {classes[0]!r}: classification needs two or more")
-    splits = {"train": Files(paths, to_labels(names, classes))}
-    if options.test_csv is not None:
-        paths, names = read_images(options.test_csv, options)
-        unknown = [name for name in names if name not in classes]
-        if unknown:
-            raise Problem(f"{options.test_csv} has a label {unknown[0]!r} that {file} does not have")
-        splits["test"] = Files(paths, to_labels(names, classes))
+    splits = {}
+    for split in ("train", "val", "test"):
+        if split in rows:
+            splits[split] = to_files(rows[split], classes, sources.get(split, file), options)
     return Listing(classes, splits)
 
 
@@ -34,43 +58,80 @@ def sort_classes(names: set[str]) -> list[str]:
     return sorted(names, key=int if numbers else None)
 
 
-def to_labels(names: list[str], classes: list[str]) -> np.ndarray:
+def to_files(rows: list[Row], classes: list[str], file: str, options: Options) -> Files:
+    """The files of one split, labelled by the classes of the training split. Raises Problem."""
     index = {name: label for label, name in enumerate(classes)}
-    return np.array([index[name] for name in names], dtype=np.int64)
+    unknown = [row.label for row in rows if row.label not in index]
+    if unknown:
+        raise Problem(f"{file} has a label {unknown[0]!r} that no training image has")
+    labels = np.array([index[row.label] for row in rows], dtype=np.int64)
+    return Files(root_of(file, options), [row.path for row in rows], labels)
 
 
-def read_images(file: str, options: Options) -> tuple[list[str], list[str]]:
-    """The paths of the images and their labels as text. Raises Problem."""
-    root = options.image_root or os.path.dirname(file)
-    rows = read_rows(file)
-    header = [name.strip() for name in rows[0]]
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise Problem(f"{file} names the column {twice!r} twice in its first line")
-    image_at = find_column(file, header, options.image_column, IMAGE_COLUMNS, "--image-column")
-    label_at = find_column(file, header, options.label_column, LABEL_COLUMNS, "--label-column")
-    paths, labels = [], []
-    for line, row in enumerate(rows[1:], start=2):
-        if not any(row):
+def root_of(file: str, options: Options) -> str:
+    """The directory that the paths in a CSV file are relative to."""
+    return options.image_root or os.path.dirname(file)
+
+
+def read_images(file: str, options: Options, default: str) -> dict[str, list[Row]]:
+    """The rows by split, that of all being `default` if the file does not say. Raises Problem."""
+    lines = read_lines(file)
+    header = [name.strip() for name in lines[0]]
+    columns = find_columns(file, header, options)
+    rows, incomplete = {}, []
+    for number, cells in enumerate(lines[1:], start=2):
+        if not any(cells):
             continue
-        if len(row) != len(header) or not row[image_at].strip() or not row[label_at].strip():
+        if len(cells) != len(header):
             wanted = f"expected {len(header)} fields with an image and a label"
-            raise Problem(f"{file}, row {line}: {wanted}, got {row}")
-        paths.append(os.path.join(root, row[image_at].strip()))
-        labels.append(row[label_at].strip())
-    if not paths:
+            raise Problem(f"{file}, row {number}: {wanted}, got {cells}")
+        cells = [cell.strip() for cell in cells]
+        if not all(cells[column] for column in columns if column is not None):
+            incomplete.append(number)
+            continue
+        split = default if columns.split is None else split_called(cells[columns.split])
+        if split is None:
+            found = f"{SPLIT_COLUMN} {cells[columns.split]!r}"
+            raise Problem(f"{file}, row {number}: {found} is none of train, val and test")
+        path = locate(root_of(file, options), cells[columns.image])
+        rows.setdefault(split, []).append(Row(path, cells[columns.label]))
+    report_incomplete(file, incomplete, options.strict)
+    if not rows:
         raise Problem(f"{file} lists no images below its first line")
-    return paths, labels
+    if columns.split is not None:
+        counts = ", ".join(
+            f"{len(rows[split]):,} {split}" for split in ("train", "val", "test") if split in rows
+        )
+        say(f"note: the column {header[columns.split]!r} of {file} says which split a row is in: {counts}")
+    return rows
 
 
-def read_rows(file: str) -> list[list[str]]:
-    """The rows of a UTF-8 file separated by commas, semicolons or tabs; at least one. Raises Problem."""
+def report_incomplete(file: str, incomplete: list[int], strict: bool) -> None:
+    """Say which rows were skipped because a cell is empty. Raises Problem if `strict`."""
+    if incomplete:
+        count = f"{len(incomplete):,} row{'s' if len(incomplete) > 1 else ''} of {file}"
+        reason = f"without an image, a label or a split, the first: row {incomplete[0]}"
+        if strict:
+            raise Problem(f"{count} {reason}; --strict was given: fill in or remove them")
+        say(f"left out: {count} {reason}")
+
+
+def locate(root: str, text: str) -> str:
+    """The path of an image below `root`; backslashes separate folders here, too, if no file is called so."""
+    path = os.path.join(root, text)
+    if "\\" in text and not os.path.lexists(path):
+        path = os.path.join(root, text.replace("\\", "/"))
+    return path
+
+
+def read_lines(file: str) -> list[list[str]]:
+    """The lines of a UTF-8 file separated by commas, semicolons or tabs; at least one. Raises Problem."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             first = stream.readline()
             delimiter = max(",;\t", key=first.count)
             stream.seek(0)
-            rows = list(csv.reader(stream, delimiter=delimiter, strict=True))
+            lines = list(csv.reader(stream, delimiter=delimiter, strict=True))
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise Problem(f"{file} is not UTF-8 text ({reason}): save it as CSV UTF-8") from None
@@ -79,9 +140,20 @@ def read_rows(file: str) -> list[list[str]]:
     except OSError as error:
         hint = "--dataset csv takes --data-dir FILE.csv"
         raise Problem(f"cannot read {file}: {error.strerror}; {hint}", 2) from None
-    if not rows:
+    if not lines:
         raise Problem(f"{file} is empty: its first line must name the columns, path and label")
-    return rows
+    return lines
+
+
+def find_columns(file: str, header: list[str], options: Options) -> Columns:
+    """Where the image, the label and the split are. Raises Problem."""
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise Problem(f"{file} names the column {twice!r} twice in its first line")
+    image = find_column(file, header, options.image_column, IMAGE_COLUMNS, "--image-column")
+    label = find_column(file, header, options.label_column, LABEL_COLUMNS, "--label-column")
+    splits = [i for i, name in enumerate(header) if name.lower() == SPLIT_COLUMN and i not in (image, label)]
+    return Columns(image, label, splits[0] if splits else None)
 
 
 def find_column(file: str, header: list[str], given: str | None, usual: tuple[str, ...], option: str) -> int:

@@ -106,7 +106,7 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
     trained = call(step1_train.main, *arguments).done()
     for name in BROKEN:
         assert sum(name in line and line.startswith("left out: ") for line in trained.err.splitlines()) == 1
-    assert "64x64 colour" in trained.out and "40 of 200 images" in trained.err
+    assert "64x64 colour" in trained.out and " of 196 training images held out" in trained.err
     call(step2_export.main).done()
 
     predicted = call(step3_infer.main, "--format", "json", mixed)
@@ -248,7 +248,7 @@ def test_csv_with_numbers_a_root_and_named_columns(call, here, folder):
     arguments = ["--dataset", "csv", "--data-dir", file, "--image-root", folder / "train", *QUICK]
     call(step1_train.main, *arguments).error(1, "filepath", "which file", "--image-column")
     arguments += ["--image-column", "which file", "--label-column", "kind"]
-    assert "36 images" in call(step1_train.main, *arguments).done().err
+    assert "of 36 training images" in call(step1_train.main, *arguments).done().err
     assert torch.load(run_of(here) / "checkpoint.pt", weights_only=True)["spec"]["classes"] == [
         "10",
         "11",
