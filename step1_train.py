@@ -31,6 +31,7 @@ import copy
 import math
 import os
 import re
+import statistics
 import time
 from datetime import datetime, timezone
 
@@ -339,14 +340,15 @@ def write_result(trainer, evaluated):
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if dataset.task == "classification":
-        summary["per_class"] = report.per_class(dataset.test_labels, outputs.argmax(1), dataset.classes)
+        per_class = report.per_class(dataset.test_labels, outputs.argmax(1), dataset.classes)
+        seen = [row for row in per_class.values() if row["support"]]
+        summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
+        summary["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
+        summary["per_class"] = per_class
     runs.write_json(trainer.run, runs.SUMMARY, summary)
     write_pictures(trainer, deployable, accuracy, outputs)
     runs.remove_previous(trainer.run)
-    if settings.dataset == "linear" and settings.model == "linear":
-        console.print_coefficients(deployable.network)
-    result = f"test loss {loss:.4g}" if accuracy is None else f"test accuracy {accuracy:.2%}"
-    print(f"{trainer.run}: {result} in {summary['train_seconds']:.0f} s")
+    console.print_result(trainer, deployable.network, summary)
 
 
 def write_pictures(trainer, deployable, accuracy, outputs):

@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import step1_train
+from data.dataset import with_fingerprint
 from training import runs
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -231,14 +233,11 @@ def test_nothing_to_resume_is_said(call, here, undisturbed):
 
 def test_another_dataset_is_noticed(call, here, monkeypatch):
     stopped_run(call, here, monkeypatch)
-    load = step1_train.data.load
-
-    def other(*args, **options):
-        dataset = load(*args, **options)
-        return dataclasses.replace(dataset, train_labels=dataset.train_labels[::-1].copy())
-
-    monkeypatch.setattr(step1_train.data, "load", other)
-    call(step1_train.main, "--resume", "a").error(1, "is not the one", "start a new run")
+    digits = data.load("digits")
+    changed = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy(), fingerprint={})
+    monkeypatch.setattr(data, "load", lambda *_, **__: with_fingerprint(changed))
+    line = call(step1_train.main, "--resume", "a").error(1, "not what runs/a began with", "start a new run")
+    assert "the train split has other images, or the same with other labels" in line
 
 
 def test_two_processes_do_not_resume_the_same_run(call, here, monkeypatch):

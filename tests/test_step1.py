@@ -2,20 +2,24 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import data
 import model
 import step1_train
-from training import recipes
+import step2_export
+from training import recipes, runs, trainer
 
 TINY = "--model mlp --hidden 16 --epochs 2".split()
 
@@ -294,6 +298,10 @@ def slow_torch(tmp_path):
 @pytest.mark.parametrize("script", ["step1_train.py", "step2_export.py"])
 def test_help_and_wrong_options_do_not_wait_for_torch(execute, here, slow_torch, script):
     assert "usage: " in execute(ROOT / script, "--help", cwd=here, env=slow_torch).done().out
+    if script == "step1_train.py":
+        assert "resnet18" in execute(ROOT / script, "--list-models", cwd=here, env=slow_torch).done().out
+        useless = execute(ROOT / script, "--model", "mlp", "--momentum", 0.9, cwd=here, env=slow_torch)
+        useless.error(2, "--momentum")
     execute(ROOT / script, "--no-such-option", cwd=here, env=slow_torch).error(2, "--no-such-option")
 
 
@@ -311,3 +319,90 @@ def test_an_interrupt_while_torch_is_imported_has_no_traceback(here, slow_torch,
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT and err == ""
+
+
+def test_the_networks_listed_without_torch_are_those_there_are():
+    assert recipes.NETWORKS.keys() == model.MODELS.keys()
+    assert set(recipes.torchvision_names()) == set(model.torchvision_names())
+
+
+@pytest.fixture
+def photos(here):
+    """Class folders in the working directory, with four times as many dark images as bright ones."""
+    rng = np.random.default_rng(0)
+    for split, name, low, count in [
+        ("train", "dark", 0, 40),
+        ("train", "bright", 100, 10),
+        ("test", "dark", 0, 8),
+        ("test", "bright", 100, 2),
+    ]:
+        (here / "my photos" / split / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            pixels = rng.integers(low, low + 150, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(here / "my photos" / split / name / f"{index}.png")
+    return here / "my photos"
+
+
+def test_a_directory_of_classes_needs_no_dataset_and_names_the_run(call, here, photos):
+    result = call(step1_train.main, "--data-dir", "my photos", *TINY).done()
+    assert "note: taking my photos as --dataset folder" in result.err
+    assert "50 train, 10 test; 2 classes" in result.out and (here / "runs" / "my-photos-mlp").is_dir()
+    summary = json.loads((here / "runs" / "my-photos-mlp" / "summary.json").read_text())
+    recalls = [row["recall"] for row in summary["per_class"].values()]
+    assert summary["balanced_accuracy"] == pytest.approx(sum(recalls) / 2)
+    f1 = [row["f1"] for row in summary["per_class"].values()]
+    assert summary["macro_f1"] == pytest.approx(sum(f1) / 2)
+    assert "balanced" in result.out.splitlines()[-1] and "10 images" in result.out.splitlines()[-1]
+
+
+def test_unequal_classes_are_adjusted_for_while_training_only(call, here, photos, monkeypatch):
+    seen, criterion = [], step1_train.criterion
+
+    def watch(outputs, targets, smoothing=0.0, log_priors=None):
+        seen.append((outputs.requires_grad, log_priors))
+        return criterion(outputs, targets, smoothing, log_priors)
+
+    monkeypatch.setattr(step1_train, "criterion", watch)
+    call(step1_train.main, "--data-dir", "my photos", "--class-weights", "balanced", *TINY).done()
+    assert all(adjust is None for training, adjust in seen if not training)
+    assert all(adjust.exp().tolist() == pytest.approx([0.2, 0.8]) for training, adjust in seen if training)
+    logits, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
+    adjusted = criterion(logits, labels, 0.0, torch.tensor([0.2, 0.8]).log())
+    assert adjusted.item() == pytest.approx(-math.log(0.2))
+
+
+def test_the_epoch_is_chosen_by_balanced_accuracy_where_classes_are_unequal():
+    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 3]), torch.tensor([0, 0, 0, 0, 0, 3])
+    assert trainer.balanced_accuracy(labels, predicted) == pytest.approx((1 + 0 + 1) / 3)
+
+
+def test_patience_stops_a_run_that_no_longer_improves(call, here):
+    still = "--model linear --lr 1e-12 --epochs 20 --augment none".split()
+    result = call(step1_train.main, *still, "--val-fraction", 0.2, "--patience", 3, "--name", "a").done()
+    rows = rows_of(here / "runs" / "a")
+    best = json.loads((here / "runs" / "a" / "summary.json").read_text())["epoch_kept"]
+    assert len(rows) == best + 3 < 20 and f"epoch {best} did best" in result.out
+    call(step1_train.main, *still, "--patience", 3).error(2, "--patience", "--val-fraction")
+
+
+def test_a_run_killed_before_its_first_step_can_be_resumed(call, here):
+    args, given = step1_train.parse([*TINY, "--name", "a"])
+    settings = recipes.resolve(args, given)
+    settings = recipes.fit_to_images(settings, given, data.load("digits"), model.traits("mlp"))
+    with runs.claimed(settings) as run:
+        assert run == os.path.join("runs", "a") and os.listdir(run) == ["config.json"]
+    call(step1_train.main, "--resume").done()
+    call(step1_train.main, *TINY, "--name", "b").done()
+    states = [load(here / "runs" / name)["state_dict"] for name in "ab"]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert sorted(os.listdir("runs")) == ["a", "b"]
+
+
+def test_a_run_in_progress_is_not_the_newest(call, here):
+    for name in ("older", "newer"):
+        call(step1_train.main, *TINY, "--epochs", 1, "--name", name).done()
+    assert runs.find() == os.path.join("runs", "newer")
+    with runs.locked("runs/newer"):
+        assert runs.find() == os.path.join("runs", "older")
+        with runs.locked("runs/older"):
+            call(step2_export.main).error(1, "runs/newer is being trained by another process")

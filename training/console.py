@@ -8,6 +8,8 @@ import model
 from step3_infer import say
 from training import runs
 
+FEW = 100  # test images: the result then says how many they were
+
 
 def is_silent(trainer) -> bool:
     return trainer.settings.quiet or trainer.processes.rank > 0
@@ -32,10 +34,11 @@ def print_settings(trainer) -> None:
     augment = " ".join(settings.augment) or "none"
     several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
     precision = "bf16" if trainer.dtype else "fp32"
+    epochs = count_of(settings.epochs, "epoch")
     print(
         f"dataset   {settings.dataset}: {sizes}; {kind}\n"
         f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
-        f"training  {count(settings.epochs, 'epoch')} of batch {settings.batch_size}, {settings.optimizer} "
+        f"training  {epochs} of batch {settings.batch_size}, {settings.optimizer} "
         f"lr {settings.lr:g} {settings.schedule}, weight decay {settings.weight_decay:g},\n"
         f"          label smoothing {settings.label_smoothing:g}, augment {augment}\n"
         f"machine   {trainer.device.type}, {several}{torch.get_num_threads()} threads, {precision}, "
@@ -76,7 +79,7 @@ def print_resumed(trainer, epochs_before: int) -> None:
     """Say where the run continues, and what a raised --epochs does. epochs_before: those it began with."""
     epochs, progress = trainer.settings.epochs, trainer.progress
     if not is_silent(trainer):
-        done = f"{count(progress.epoch - 1, 'epoch')} and {count(progress.steps, 'step')}"
+        done = f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
         print(f"resumed   after {done} of the next", flush=True)
     if epochs_before != epochs:
         course = f"a course of {epochs} epochs from here on, not of {epochs_before}"
@@ -87,10 +90,28 @@ def print_how_to_resume(trainer) -> None:
     """Say that a stopped run is saved, and the command that continues it."""
     if trainer.processes.rank == 0:
         progress = trainer.progress
-        done = f"{count(progress.epoch - 1, 'epoch')} and {count(progress.steps, 'step')}"
+        done = f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
         say(f"stopped and saved after {done}; to continue:")
         say(f"  {runs.resume_command(trainer.run)}")
     trainer.processes.wait()  # torchrun ends all processes as soon as one has ended
+
+
+def print_result(trainer, network, summary: dict) -> None:
+    """Print the result in one line; the linear regression prints its coefficients first.
+
+    network: the one that is the result; summary: what summary.json holds.
+    """
+    settings, count = trainer.settings, len(trainer.splits["test"])
+    result = f"test loss {summary['test_loss']:.4g}"
+    if trainer.dataset.task == "classification":
+        result = f"test accuracy {summary['test_accuracy']:.2%}"
+        if trainer.unequal:
+            result += f", balanced {summary['balanced_accuracy']:.2%}"
+        if count < FEW:
+            result += f", on only {count_of(count, 'image')}"
+    if settings.dataset == "linear" and settings.model == "linear":
+        print_coefficients(network)
+    print(f"{trainer.run}: {result} in {summary['train_seconds']:.0f} s")
 
 
 def print_coefficients(network) -> None:
@@ -102,6 +123,6 @@ def print_coefficients(network) -> None:
         print(f"{name:>6} {ours:10.4f} {true:8.4f}")
 
 
-def count(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
     """'1 epoch', '2 epochs'."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
