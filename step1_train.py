@@ -140,8 +140,8 @@ def add_training_options(parser):
     add("--label-smoothing", type=smoothing, metavar="X", help="in the training loss")
 
 
-def parse(argv):
-    """The command line -> (all arguments, those that were typed as a dict)."""
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """All arguments of the command line, and by name those that were typed."""
     parser = build_parser()
     args = parser.parse_args(argv)
     absent = object()
@@ -150,8 +150,11 @@ def parse(argv):
     return args, {name: value for name, value in typed.items() if value is not absent}
 
 
-def answer_at_once(args, given):
-    """Do what needs no torch, whose import takes seconds. -> the exit code, None to go on. Raises Problem."""
+def answer_at_once(args: argparse.Namespace, given: dict) -> int | None:
+    """Do what needs no torch, whose import takes seconds.
+
+    Returns the exit code, None to go on; raises Problem.
+    """
     if args.list_models or args.list_datasets:
         return recipes.list_names(args)
     if args.resume is None:
@@ -169,46 +172,44 @@ import torch
 import torch.nn.functional as F
 
 import model
-from data.split import make_splits
+from data.split import Split, make_splits
 from deploy import report
 from training import console, cpu, optimizers, processes, runs, weights
-from training.trainer import Trainer, make_spec, train_mode
+from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
 # --------------------------------------------------------------------------------------------------- training
 
 
-def fit(trainer):
-    """Train until the last epoch, and return its `evaluate` of the test split; with a validation split, None.
+def fit(trainer: Trainer) -> Evaluation | None:
+    """Train until the last epoch, and return how it does on the test split; None with a validation split.
 
     Raises Problem, and Stopped after a signal.
     """
-    settings, progress, watched = trainer.settings, trainer.progress, trainer.watched
-    evaluated = None
+    settings, watched, evaluated = trainer.settings, trainer.watched, None
     console.print_header(trainer)
     with processes.Signals() as signals:
-        for epoch in range(progress.epoch, settings.epochs + 1):
+        for epoch in range(trainer.progress.epoch, settings.epochs + 1):
             if trainer.out_of_patience():
                 break
             last, lr = epoch == settings.epochs, trainer.learning_rate()
             trainer.start_epoch(signals)
-            measured = train_epoch(trainer)
+            trained = train_epoch(trainer)
             # Epochs before the last are evaluated at the training precision; the result is measured in fp32.
             with contextlib.nullcontext() if last else trainer.autocast():
                 evaluated = evaluate(trainer, trainer.splits[watched])
-            measured = (*measured, *evaluated[:2])
-            if not math.isfinite(evaluated[0]):
-                raise Problem(f"the loss on the {watched} split became {evaluated[0]}: try a smaller --lr")
+            if not math.isfinite(evaluated.loss):
+                raise Problem(f"the loss on the {watched} split became {evaluated.loss}: try a smaller --lr")
             seconds = time.perf_counter() - trainer.started
-            trainer.finish_epoch(measured, evaluated[2], lr, seconds)
-            console.print_row(trainer, epoch, measured, seconds)
+            trainer.finish_epoch(trained, evaluated, lr, seconds)
+            console.print_row(trainer, epoch, (*trained, *evaluated[:2]), seconds)
             (caught,) = trainer.processes.maximum([signals.caught], trainer.device)
             if caught and not last:
                 raise processes.Stopped(caught)
     return evaluated if watched == "test" else None
 
 
-def train_epoch(trainer):
-    """Train for an epoch, or what a resumed run has left of it. -> (mean loss, accuracy) while training."""
+def train_epoch(trainer: Trainer) -> tuple[float, float | None]:
+    """Train for an epoch, or what a resumed run has left of it; returns loss and accuracy while training."""
     train_mode(trainer.deployable.network)
     for images, labels, batch_size in console.progress_bar(trainer, trainer.batches()):
         trainer.start_step()
@@ -238,11 +239,12 @@ def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
 
 
 @torch.inference_mode()
-def evaluate(trainer, split, deployable=None, most_images=125):
-    """The network in eval mode over a whole split. -> (mean loss without smoothing, accuracy, outputs).
+def evaluate(
+    trainer: Trainer, split: Split, deployable: torch.nn.Module | None = None, most_images: int = 125
+) -> Evaluation:
+    """The network in eval mode over a whole split, in batches of `most_images`.
 
-    accuracy is None for regression; outputs are numpy's: probabilities [N, classes], or predictions [N, 1].
-    Each process takes its share of the images, and all get the whole result. most_images: in a batch.
+    Each process takes its share of the images, and all get the whole result.
     """
     deployable = deployable or trainer.deployable
     network, share = deployable.network.eval(), trainer.processes.share
@@ -258,15 +260,15 @@ def evaluate(trainer, split, deployable=None, most_images=125):
     outputs = trainer.processes.sum(outputs)  # zero for the images of other processes
     loss = trainer.processes.sum(torch.tensor(loss, device=trainer.device)).item() / len(split)
     if trainer.dataset.task == "regression":
-        return loss, None, outputs.cpu().numpy()
+        return Evaluation(loss, None, outputs.cpu().numpy())
     accuracy = (outputs.argmax(1) == labels).sum().item() / len(split)
-    return loss, accuracy, outputs.cpu().numpy()
+    return Evaluation(loss, accuracy, outputs.cpu().numpy())
 
 
 # ------------------------------------------------------------------------------------------- data and network
 
 
-def load_dataset(settings):
+def load_dataset(settings: argparse.Namespace) -> data.Dataset:
     """Load the dataset of the settings. Raises Problem, also for an unknown network."""
     try:
         usual_size = model.usual_size(settings.model)
@@ -277,8 +279,8 @@ def load_dataset(settings):
     return data.load(settings.dataset, settings.data_dir, **sizes, **options)
 
 
-def build(settings, dataset, checkpoint):
-    """The network to train with its preprocessing; its weights are those of the checkpoint if there is one.
+def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict | None) -> model.Deployable:
+    """The network to train with its preprocessing, its weights those of the checkpoint if there is one.
 
     Raises Problem.
     """
@@ -314,8 +316,8 @@ def build(settings, dataset, checkpoint):
 # ----------------------------------------------------------------------------------------------------- result
 
 
-def write_result(trainer, evaluated):
-    """Measure the network that is the result, and write summary.json and report.html. evaluated: by `fit`."""
+def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
+    """Measure the network that is the result, unless `fit` has, and write summary.json and report.html."""
     settings, dataset, best = trainer.settings, trainer.dataset, trainer.progress.best
     deployable = trainer.deployable
     if best:
@@ -351,7 +353,7 @@ def write_result(trainer, evaluated):
     console.print_result(trainer, deployable.network, summary)
 
 
-def write_pictures(trainer, deployable, accuracy, outputs):
+def write_pictures(trainer, deployable, accuracy, outputs) -> None:
     """Draw a finished run's pictures and write its report.html. outputs: those of the test split."""
     settings, dataset, images = trainer.settings, trainer.dataset, {}
     spec = make_spec(settings, dataset, deployable, accuracy)
@@ -373,7 +375,7 @@ def write_pictures(trainer, deployable, accuracy, outputs):
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def run(args, given):
+def run(args: argparse.Namespace, given: dict) -> int:
     """Step 1 in this process, or in each of torchrun's. Returns the exit code; raises Problem."""
     cpu.keep_freed_memory()
     with processes.joined() as group, contextlib.ExitStack() as stack:
@@ -409,7 +411,7 @@ def run(args, given):
 
 
 def resume(args, given, group, stack):
-    """Lock and read the run to resume. -> (its settings, directory, checkpoint or None). Raises Problem."""
+    """Lock and read the run to resume; returns its settings, directory and checkpoint. Raises Problem."""
     directory = group.from_first(lambda: runs.find(args.resume, unfinished=True))
     if group.rank == 0:
         stack.enter_context(runs.locked(directory))

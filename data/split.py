@@ -33,6 +33,10 @@ class Split:
         """The split of the members that bool [n] chooses."""
         return Split(self.images, self.labels, self.members[torch.as_tensor(chosen)], self.source)
 
+    def class_shares(self, classes: int) -> torch.Tensor:
+        """The share of each class: float32 [classes]."""
+        return torch.bincount(self.labels.cpu()[self.members], minlength=classes) / len(self)
+
     def in_order(self, batch_size: int, share: slice = slice(None)) -> Iterator[tuple]:
         """Yield (images, labels) of the members in one process' share, each once and not augmented."""
         for index, following in with_next(self.members[share].split(batch_size)):

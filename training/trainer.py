@@ -8,7 +8,9 @@ import platform
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import data
@@ -37,6 +39,17 @@ class Progress:
     elapsed: float = 0.0  # seconds spent in the epochs before
     rows: list[dict] = field(default_factory=list)
     best: dict | None = None
+
+
+class Evaluation(NamedTuple):
+    """A network over a split: mean loss without smoothing; accuracy, None for a regression; and its outputs.
+
+    outputs: numpy's float32, probabilities [n, classes], or predictions [n, 1] of a regression.
+    """
+
+    loss: float
+    accuracy: float | None
+    outputs: np.ndarray
 
 
 class Trainer:
@@ -69,7 +82,7 @@ class Trainer:
             self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
         self.log_priors = None
         if dataset.task == "classification":
-            shares = class_shares(splits["train"], len(dataset.classes))
+            shares = splits["train"].class_shares(len(dataset.classes))
             self.unequal = bool(shares.max() > UNEQUAL * shares.min())
             if settings.class_weights:
                 self.log_priors = shares.log().to(self.device)
@@ -138,24 +151,25 @@ class Trainer:
         self.progress.seconds = time.perf_counter() - self.started
         return loss / images, None if self.dataset.task == "regression" else correct / images
 
-    def finish_epoch(self, measured: tuple, outputs, lr: float, seconds: float) -> None:
+    def finish_epoch(self, trained: tuple, evaluated: Evaluation, lr: float, seconds: float) -> None:
         """Record an epoch for metrics.csv, keep the network if it is the best so far, and save.
 
-        measured: loss and accuracy of training, then of the watched split; outputs: of the watched split.
+        trained: the loss and accuracy while training; evaluated: those of the watched split; lr: at its
+        start.
         """
         progress, watched = self.progress, self.watched
         names = ("train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy")
-        row = {"epoch": progress.epoch, **dict(zip(names, measured, strict=True))}
+        row = {"epoch": progress.epoch, **dict(zip(names, (*trained, *evaluated[:2]), strict=True))}
         row |= {"lr": lr, "seconds": round(seconds, 3)}
         if watched == "val":
-            self.keep_best([self.score(outputs), -row["val_loss"]])
+            self.keep_best([self.score(evaluated.outputs), -evaluated.loss])
         progress.rows.append(row)
         progress.elapsed += row["seconds"]
         progress.epoch, progress.steps, progress.seconds = progress.epoch + 1, 0, 0.0
         progress.sums = [0.0, 0.0, 0.0]
         self.save(row.get("test_accuracy"))
 
-    def score(self, outputs) -> float:
+    def score(self, outputs: np.ndarray) -> float:
         """What the epoch is chosen by: accuracy on the validation split, balanced if classes are unequal."""
         if self.dataset.task == "regression":
             return 0.0
@@ -273,12 +287,6 @@ def train_mode(network: torch.nn.Module) -> None:
         parameters = list(module.parameters(recurse=False))
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
-
-
-def class_shares(split: Split, classes: int) -> torch.Tensor:
-    """The share of each class in a split: float32 [classes]."""
-    counts = torch.bincount(split.labels.cpu()[split.members], minlength=classes)
-    return counts / len(split)
 
 
 def balanced_accuracy(labels: torch.Tensor, predicted: torch.Tensor) -> float:
