@@ -298,8 +298,7 @@ def load_plain(source) -> dict:
 
 
 def head_keys(network: nn.Module) -> list[str]:
-    """The state_dict keys of the last linear or convolutional layer and its norm, which depend on the
-    classes."""
+    """The state_dict keys of the last linear or convolutional layer and its norm: what classes decide."""
     last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
     keys = list(network.state_dict())
     return keys[keys.index(f"{last}.weight") :]

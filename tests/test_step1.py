@@ -153,7 +153,7 @@ def test_runs_that_cannot_be_written(call, here):
         ("--momentum 1", ["--momentum"]),
         ("--label-smoothing 1.5", ["--label-smoothing"]),
         ("--augment none flip", ["--augment none"]),
-        ("--augment rotate", ["--augment", "rotate"]),
+        ("--augment shear", ["--augment", "shear"]),
         ("--optimizer sdg", ["--optimizer", "sgd"]),
         ("--name ../elsewhere", ["--name", "elsewhere"]),
         ("--no-such-option", ["--no-such-option", "--help"]),

@@ -68,7 +68,8 @@ def test_translate_shifts_by_a_sixteenth_and_mirrors_at_the_edge(images):
 @pytest.mark.parametrize("name", ["crop", "rotate", "color"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_photo_augmentations_change_images_repeatably_and_within_bounds(name, channels):
-    smooth = torch.linspace(60, 180, 36).round().byte().view(1, 1, 36, 1).expand(40, 20, 36, channels).clone()
+    rows, columns = torch.linspace(30, 90, 20)[:, None], torch.linspace(30, 90, 36)
+    smooth = (rows + columns).round().byte()[None, :, :, None].expand(40, -1, -1, channels).clone()
     got = gather(smooth, [name])
     assert got.shape == smooth.shape and got.dtype == torch.uint8
     assert torch.equal(got, gather(smooth, [name])) and not torch.equal(got, gather(smooth, [name], seed=1))

@@ -35,8 +35,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Give the kernel what `keep_freed_memory` kept: holes in the heap that fit no buffer of the next
-    epoch."""
+    """Give the kernel what `keep_freed_memory` kept in holes of the heap."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -68,8 +67,10 @@ class SideBySide(torch.autograd.Function):
 
 
 def side_by_side(images: torch.Tensor, width: int = 48) -> torch.Tensor:
-    """Images [n, c, h, w] in rows up to `width` pixels wide, a zero column after each: [n / k, c, h, k * (w +
-    1)]."""
+    """Images [n, c, h, w] in rows up to `width` pixels wide: [n / k, c, h, k * (w + 1)].
+
+    A zero column follows each image.
+    """
     n, c, h, w = images.shape
     k = max(k for k in range(1, max(width // (w + 1), 1) + 1) if n % k == 0)
     rows = images.new_zeros(n // k, h, k, w + 1, c)

@@ -35,8 +35,7 @@ class Processes:
         return tensor
 
     def maximum(self, numbers: list[int], device: torch.device) -> list[int]:
-        """The greatest of each number over all processes, so that all of them stop or save at the same
-        step."""
+        """The greatest of each number over all processes: all of them then stop or save at the same step."""
         if self.count == 1:
             return numbers
         tensor = torch.tensor(numbers, device=device)
@@ -57,8 +56,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first_of_each_machine_first(self) -> Iterator[None]:
-        """Run a block in the first process of each machine, then in the others: what it downloads is there by
-        then."""
+        """Run a block in the first process of each machine, then in the others, which find its downloads."""
         if self.local_rank > 0:
             self.wait()
         yield

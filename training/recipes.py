@@ -231,8 +231,7 @@ def list_names(args: argparse.Namespace) -> int:
 
 
 def torchvision_names() -> list[str]:
-    """The names of torchvision's classification networks, read from its source: importing it takes
-    seconds."""
+    """The names of torchvision's classification networks, read from its source without importing it."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None:
         raise Problem("torchvision is not installed: pip install -r requirements.txt")

@@ -290,8 +290,7 @@ def train_mode(network: torch.nn.Module) -> None:
 
 
 def balanced_accuracy(labels: torch.Tensor, predicted: torch.Tensor) -> float:
-    """The mean over the classes of the share of their images that is predicted correctly; labels [n],
-    predicted [n]."""
+    """The mean recall of the classes that occur; labels and predicted: whole numbers [n]."""
     correct = (labels == predicted).double()
     counts = torch.bincount(labels).clamp(min=1)
     recalls = torch.bincount(labels, weights=correct) / counts
