@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -23,21 +24,25 @@ from step3_infer import Problem, replacing, say
 STALE = 24 * 3600  # seconds after which the temporary file of a killed build is removed
 
 
-def load_images(
-    paths: list[str], train: int, source: str, options: Options
-) -> tuple[np.ndarray, np.ndarray, int]:
+class Loaded(NamedTuple):
+    pixels: np.ndarray  # a uint8 memory map [kept files, height, width, channels]
+    kept: np.ndarray  # bool [files]: which could be read
+    sizes: np.ndarray  # int64 [files], in bytes
+    white: int  # the level of 16-bit pixels that became 255
+
+
+def load_images(paths: list[str], train: int, source: str, options: Options) -> Loaded:
     """Decode every file, or reuse the cache of an earlier run. Raises Problem.
 
     train: how many of the files, from the first on, are the training split. source: the directory or the CSV
-    file that lists them. Returns a uint8 memory map [kept, height, width, channels], bool [len(paths)] that
-    says which files were kept, and the level of 16-bit pixels that became 255.
+    file that lists them.
     """
     source = os.path.abspath(source)
     beside = source if os.path.isdir(source) else os.path.dirname(source)
     directory = options.cache_dir or os.path.join(beside, ".threestep")
     try:
         os.makedirs(directory, exist_ok=True)
-        state = state_of(paths)
+        state, sizes = state_of(paths)
         target = choose_target(paths, train, os.path.join(directory, f"probe-{state}-{train}.json"), options)
         key = digest(json.dumps([source, *target, PIL.__version__]).encode())
         base = os.path.join(directory, f"{key}-{state}")
@@ -53,7 +58,7 @@ def load_images(
         raise Problem(message) from None
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
-    return pixels, kept, target.white
+    return Loaded(pixels, kept, sizes, target.white)
 
 
 def prefetch(images: np.ndarray, index: np.ndarray) -> None:
@@ -85,16 +90,17 @@ def write_json(path: str, content) -> None:
         file.write(json.dumps(content).encode())
 
 
-def state_of(paths: list[str]) -> str:
-    """A hash of the files' paths, sizes and modification times; a missing file counts as such."""
-    lines = []
-    for path in paths:
+def state_of(paths: list[str]) -> tuple[str, np.ndarray]:
+    """A hash of the files' paths, sizes and modification times, and the sizes, 0 for a missing file."""
+    lines, sizes = [], np.zeros(len(paths), dtype=np.int64)
+    for index, path in enumerate(paths):
         try:
             status = os.stat(path)
+            sizes[index] = status.st_size
             lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
         except (OSError, ValueError):  # ValueError: a NUL in the path
             lines.append(f"{path}\0missing")
-    return digest("\n".join(lines).encode("utf-8", "surrogateescape"))
+    return digest("\n".join(lines).encode("utf-8", "surrogateescape")), sizes
 
 
 def choose_target(paths: list[str], train: int, file: str, options: Options) -> Target:

@@ -58,24 +58,21 @@ class Files:
         """The files that bool [n] chooses."""
         return Files(self.root, [self.paths[i] for i in np.flatnonzero(chosen)], self.labels[chosen])
 
-    def fingerprint(self) -> dict:
-        """{"images": number, "hash": of names below the root, sizes, labels, and the content of some}.
+    def fingerprint(self, sizes: np.ndarray) -> dict:
+        """{"images": number, "hash": of names below the root, sizes [n], labels, and the content of some}.
 
         Raises Problem.
         """
         root = os.path.join(self.root, "")
-        lines, contents, path = [], [], ""
-        try:
-            for path, label in zip(self.paths, self.labels, strict=True):
-                name = path.removeprefix(root).replace(os.sep, "/")
-                lines.append(f"{name}\0{os.path.getsize(path)}\0{label}")
-            for path in self.paths[:: max(1, len(self.paths) // SAMPLED)]:
+        names = "\n".join(path.removeprefix(root) for path in self.paths).replace(os.sep, "/")
+        contents = [names.encode("utf-8", "surrogateescape"), sizes.tobytes(), self.labels.tobytes()]
+        for path in self.paths[:: max(1, len(self.paths) // SAMPLED)]:
+            try:
                 with open(path, "rb") as file:
                     contents.append(file.read(1 << 16))
-        except OSError as error:
-            raise Problem(f"{path} can no longer be read: {error.strerror}") from None
-        names = "\n".join(lines).encode("utf-8", "surrogateescape")
-        return {"images": len(self), "hash": digest(names, *contents)}
+            except OSError as error:
+                raise Problem(f"{path} can no longer be read: {error.strerror}") from None
+        return {"images": len(self), "hash": digest(*contents)}
 
 
 @dataclass(frozen=True)

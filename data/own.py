@@ -19,19 +19,19 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     if held_out:
         listing = hold_out_test(listing, data_dir)
     paths = [path for files in listing.splits.values() for path in files.paths]
-    images, readable, white = load_images(paths, len(listing.splits["train"]), data_dir, options)
-    arrays, kept_listing = {}, {}
+    loaded = load_images(paths, len(listing.splits["train"]), data_dir, options)
+    arrays, kept_splits, fingerprint = {}, {}, {"classes": listing.classes}
     first, first_kept = 0, 0
     for split, files in listing.splits.items():
-        kept = readable[first : first + len(files)]
-        kept_listing[split] = files.part(kept)
-        arrays[f"{split}_images"] = images[first_kept : first_kept + kept.sum()]
-        arrays[f"{split}_labels"] = kept_listing[split].labels
+        kept = loaded.kept[first : first + len(files)]
+        sizes = loaded.sizes[first : first + len(files)]
+        kept_splits[split] = files.part(kept)
+        fingerprint[split] = kept_splits[split].fingerprint(sizes[kept])
+        arrays[f"{split}_images"] = loaded.pixels[first_kept : first_kept + int(kept.sum())]
+        arrays[f"{split}_labels"] = kept_splits[split].labels
         first, first_kept = first + len(files), first_kept + int(kept.sum())
-    check_splits(data_dir, listing, Listing(listing.classes, kept_listing), held_out)
-    prints = {split: files.fingerprint() for split, files in kept_listing.items()}
-    fingerprint = {"classes": listing.classes, **prints}
-    return Dataset(name, listing.classes, **arrays, white=white, fingerprint=fingerprint)
+    check_splits(data_dir, listing, Listing(listing.classes, kept_splits), held_out)
+    return Dataset(name, listing.classes, **arrays, white=loaded.white, fingerprint=fingerprint)
 
 
 def check_splits(data_dir: str, listed: Listing, kept: Listing, held_out: bool) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import pickle
 import shutil
 import sys
 import types
@@ -20,6 +21,7 @@ from step3_infer import Problem, find_images
 @pytest.fixture(autouse=True)
 def forget_plugins():
     """Pillow's formats as they are without what a test registers."""
+    Image.init()
     step3_infer.image_suffixes.cache_clear()
     kept = [dict(table) for table in (Image.EXTENSION, Image.OPEN)], list(Image.ID)
     yield
@@ -424,9 +426,9 @@ def test_changed_images_are_described(tmp_path, change, expected):
 
 def swap(path):
     """Another image under the same name, of the same size in bytes."""
-    content = bytearray(path.read_bytes())
-    content[60] ^= 1
-    path.write_bytes(content)
+    size = path.stat().st_size
+    Image.new("RGB", (8, 8)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
 
 
 def test_differences_of_one_split_only():
@@ -495,15 +497,16 @@ def test_workers_start_where_processes_cannot_be_forked(tmp_path, monkeypatch):
     import model
     from data import decoding
 
+    folder = tmp_path / "photos"
     for name in "ab":
-        fill(tmp_path / name, 8, size=(9, 11))
+        fill(folder / name, 8)
     monkeypatch.setattr(decoding, "CHUNK", 4)
     monkeypatch.setattr(decoding, "usable_cpus", lambda: 2)
-    options = {"image_size": (8, 8), "resize": model.resize}
-    forked = data.load("folder", str(tmp_path), cache_dir=str(tmp_path / "first"), **options)
+    forked = data.load("folder", str(folder), cache_dir=str(tmp_path / "first"))
     monkeypatch.setattr(decoding, "START_METHOD", "spawn")
-    spawned = data.load("folder", str(tmp_path), cache_dir=str(tmp_path / "second"), **options)
+    spawned = data.load("folder", str(folder), cache_dir=str(tmp_path / "second"))
     assert np.array_equal(forked.train_images, spawned.train_images) and len(spawned.train_images) == 12
+    assert pickle.loads(pickle.dumps(model.resize)) is model.resize  # which workers get where sizes differ
 
 
 # ---------------------------------------------------------------------------------- 10, 12 and 14 bits in 16

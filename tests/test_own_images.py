@@ -182,7 +182,7 @@ def test_two_runs_at_once_build_one_whole_cache(here, folder, tmp_path):
     command = [sys.executable, ROOT / "step1_train.py", "--dataset", "folder", "--data-dir", folder, *QUICK]
     running = [subprocess.Popen(command, cwd=here, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(100) for process in running] == [0, 0]
-    assert sorted(path.name for path in (here / "runs").iterdir()) == ["folder-mlp", "folder-mlp-2"]
+    assert sorted(path.name for path in (here / "runs").iterdir()) == ["plain-mlp", "plain-mlp-2"]
     assert len(list((folder / ".threestep").glob("*.u8"))) == 1
     assert not list((folder / ".threestep").glob("*.tmp"))
     dataset = data.load("folder", str(folder))
@@ -336,19 +336,19 @@ def test_validation_split_selects_and_the_test_split_is_evaluated_once(call, her
     call(step2_export.main).done()
 
 
-def test_class_weights_balanced_weigh_a_rare_class_up(call, here, folder, monkeypatch):
+def test_class_weights_balanced_adjusts_by_the_shares_of_the_classes(call, here, folder, monkeypatch):
     for path in sorted((folder / "train" / "a").iterdir())[:9]:
         path.unlink()
     seen, criterion = [], step1_train.criterion
 
-    def watch(outputs, targets, smoothing=0.0, class_weights=None):
-        seen.append(class_weights)
-        return criterion(outputs, targets, smoothing, class_weights)
+    def watch(outputs, targets, smoothing=0.0, log_priors=None):
+        seen.append(log_priors)
+        return criterion(outputs, targets, smoothing, log_priors)
 
     monkeypatch.setattr(step1_train, "criterion", watch)
     arguments = ["--dataset", "folder", "--data-dir", folder, "--class-weights", "balanced", *QUICK]
     call(step1_train.main, *arguments).done()
-    assert seen[0].tolist() == pytest.approx([27 / (3 * 3), 27 / (3 * 12), 27 / (3 * 12)])
+    assert seen[0].exp().tolist() == pytest.approx([3 / 27, 12 / 27, 12 / 27])
 
 
 def test_per_class_figures_follow_their_definitions():
