@@ -191,7 +191,7 @@ def fit(trainer: Trainer) -> Evaluation | None:
         for epoch in range(trainer.progress.epoch, settings.epochs + 1):
             if trainer.out_of_patience():
                 break
-            last, lr = epoch == settings.epochs, trainer.learning_rate()
+            last = epoch == settings.epochs
             trainer.start_epoch(signals)
             trained = train_epoch(trainer)
             # Epochs before the last are evaluated at the training precision; the result is measured in fp32.
@@ -200,7 +200,7 @@ def fit(trainer: Trainer) -> Evaluation | None:
             if not math.isfinite(evaluated.loss):
                 raise Problem(f"the loss on the {watched} split became {evaluated.loss}: try a smaller --lr")
             seconds = time.perf_counter() - trainer.started
-            trainer.finish_epoch(trained, evaluated, lr, seconds)
+            trainer.finish_epoch(trained, evaluated, seconds)
             console.print_row(trainer, epoch, (*trained, *evaluated[:2]), seconds)
             (caught,) = trainer.processes.maximum([signals.caught], trainer.device)
             if caught and not last:

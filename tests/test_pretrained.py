@@ -188,7 +188,7 @@ def test_our_own_checkpoint_starts_another_run(call, here, photos):
     ]
     call(step1_train.main, *command, "--name", "first").done()
     call(step1_train.main, *command, "--pretrained", "runs/first/checkpoint.pt", "--freeze-backbone").done()
-    files = (here / "runs" / name / "checkpoint.pt" for name in ("first", "folder-mynet"))
+    files = (here / "runs" / name / "checkpoint.pt" for name in ("first", f"{photos.name}-mynet"))
     first, second = (torch.load(file, weights_only=True)["state_dict"] for file in files)
     assert torch.equal(first["blocks.0.weight"], second["blocks.0.weight"])
     assert not torch.equal(first["head.6.weight"], second["head.6.weight"])

@@ -79,14 +79,15 @@ def test_wrong_inputs(call, here, linear, trained, samples):
 
 
 def test_gate_catches_a_changed_coefficient(call, here, linear, monkeypatch):
-    export, name = step2_export.FORMATS["torchscript"][1], "model.pt"
+    torchscript = step2_export.FORMATS["torchscript"]
 
     def perturbed(deployable, *rest):
         deployable.network.layer.bias.data += 0.01
-        export(deployable, *rest)
+        figures = torchscript.export(deployable, *rest)
         deployable.network.layer.bias.data -= 0.01
+        return figures
 
-    monkeypatch.setitem(step2_export.FORMATS, "torchscript", (name, perturbed))
+    monkeypatch.setitem(step2_export.FORMATS, "torchscript", torchscript._replace(export=perturbed))
     arguments = ["--run", linear.run, "--format", "torchscript", "--out", here / "out"]
     call(step2_export.main, *arguments).error(1, "torchscript", "differ")
-    assert not (here / "out" / name).exists()
+    assert not (here / "out" / "model.pt").exists()

@@ -83,7 +83,8 @@ def print_resumed(trainer, epochs_before: int) -> None:
         print(f"resumed   after {done} of the next", flush=True)
     if epochs_before != epochs:
         course = f"a course of {epochs} epochs from here on, not of {epochs_before}"
-        say(f"note: the learning rate follows {course}; the next one is {trainer.learning_rate():.3g}")
+        rate = trainer.settings.lr * trainer.rate(progress.steps)
+        say(f"note: the learning rate follows {course}; the next one is {rate:.3g}")
 
 
 def print_how_to_resume(trainer) -> None:

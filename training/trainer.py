@@ -110,7 +110,7 @@ class Trainer:
 
         Not by torch.manual_seed, which asks for every possible device and takes a hundred times as long.
         """
-        optimizers.set_rate(self.optimizer, self.rate())
+        optimizers.set_rate(self.optimizer, self.rate(self.progress.steps))
         on_cpu = self.device.type == "cpu"
         generator = torch.default_generator if on_cpu else torch.get_device_module(self.device)
         at = self.progress.epoch, self.progress.steps
@@ -121,14 +121,10 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def rate(self) -> float:
-        """The learning rate of the next step, as a part of the highest."""
-        epochs, steps = self.progress.epoch - 1, min(self.progress.steps, self.steps_per_epoch)
-        done = epochs * self.steps_per_epoch + steps  # as many as a run of settings.epochs has at this point
+    def rate(self, steps: int) -> float:
+        """The learning rate after so many steps of the current epoch, as a part of the highest."""
+        done = (self.progress.epoch - 1) * self.steps_per_epoch + min(steps, self.steps_per_epoch)
         return optimizers.rate(self.settings.schedule, done, self.settings.epochs * self.steps_per_epoch)
-
-    def learning_rate(self) -> float:
-        return self.settings.lr * self.rate()
 
     def finish_step(self, losses: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a step's losses [n], outputs [n, classes] and labels [n] to the sums; save if due, or stop.
@@ -151,7 +147,7 @@ class Trainer:
         self.progress.seconds = time.perf_counter() - self.started
         return loss / images, None if self.dataset.task == "regression" else correct / images
 
-    def finish_epoch(self, trained: tuple, evaluated: Evaluation, lr: float, seconds: float) -> None:
+    def finish_epoch(self, trained: tuple, evaluated: Evaluation, seconds: float) -> None:
         """Record an epoch for metrics.csv, keep the network if it is the best so far, and save.
 
         trained: the loss and accuracy while training; evaluated: those of the watched split; lr: at its
@@ -160,7 +156,7 @@ class Trainer:
         progress, watched = self.progress, self.watched
         names = ("train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy")
         row = {"epoch": progress.epoch, **dict(zip(names, (*trained, *evaluated[:2]), strict=True))}
-        row |= {"lr": lr, "seconds": round(seconds, 3)}
+        row |= {"lr": self.settings.lr * self.rate(0), "seconds": round(seconds, 3)}
         if watched == "val":
             self.keep_best([self.score(evaluated.outputs), -evaluated.loss])
         progress.rows.append(row)
