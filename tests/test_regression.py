@@ -81,9 +81,9 @@ def test_wrong_inputs(call, here, linear, trained, samples):
 def test_gate_catches_a_changed_coefficient(call, here, linear, monkeypatch):
     torchscript = step2_export.FORMATS["torchscript"]
 
-    def perturbed(deployable, *rest):
+    def perturbed(deployable, *rest, **more):
         deployable.network.layer.bias.data += 0.01
-        figures = torchscript.export(deployable, *rest)
+        figures = torchscript.export(deployable, *rest, **more)
         deployable.network.layer.bias.data -= 0.01
         return figures
 
