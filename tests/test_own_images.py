@@ -127,6 +127,32 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
     assert [answers[path]["label"] for path in readable] == [classes[i] for i in expected.argmax(1)]
 
 
+def test_12_bit_images_are_predicted_as_evaluated(call, here, tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "scope"
+    for label, name in enumerate("ab"):
+        (folder / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = rng.integers(0, 2000, (16, 16)) + 2000 * label
+            Image.fromarray(pixels.astype(np.uint16)).save(folder / name / f"{index}.tif")
+    trained = call(
+        step1_train.main, "--dataset", "folder", "--data-dir", folder, *QUICK, "--epochs", 4
+    ).done()
+    assert "12 bits only: 4095 is taken as white" in trained.err
+    run = step2_export.read_run(str(run_of(here)))
+    assert run.spec["white"] == 4095
+    dataset = data.load("folder", str(folder))
+    with torch.inference_mode():
+        images = run.deployable().normalise(torch.from_numpy(dataset.test_images))
+        expected = run.network(images).softmax(1).max(1).values
+    call(step2_export.main, "--format", "onnx").done()
+    predicted = call(step3_infer.main, "--format", "json", folder).done()
+    answers = {row["path"]: row for row in map(json.loads, predicted.out.splitlines())}
+    assert all(row["label"] == path.split("/")[-2] for path, row in answers.items()) and len(answers) == 40
+    listing = files.hold_out_test(folders.list_folder(str(folder)), str(folder))
+    exported = [answers[path]["probability"] for path in listing.splits["test"].paths]
+    assert exported == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_strict_refuses_what_is_otherwise_left_out(call, here, mixed):
     refused = call(step1_train.main, "--dataset", "folder", "--data-dir", mixed, *QUICK, "--strict")
     refused.error(1, "4 of 200", "--strict")
@@ -334,6 +360,14 @@ def test_validation_split_selects_and_the_test_split_is_evaluated_once(call, her
     best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
     assert summary["epoch_kept"] == int(best["epoch"]) and "test_accuracy" not in rows[0]
     call(step2_export.main).done()
+
+
+def test_validation_folder_chooses_the_epoch(call, here, folder):
+    (folder / "test").rename(folder / "Valid")
+    out = call(step1_train.main, "--dataset", "folder", "--data-dir", folder, *QUICK).done().out
+    assert "30 train, 12 val, 6 test" in out
+    header = (run_of(here) / "metrics.csv").read_text().splitlines()[0]
+    assert "val_accuracy" in header and "test_accuracy" not in header
 
 
 def test_class_weights_balanced_adjusts_by_the_shares_of_the_classes(call, here, folder, monkeypatch):
