@@ -1,37 +1,37 @@
-"""What is said of a model in words and figures: MODEL_CARD.md, and precision and recall of each class."""
+"""A model in words and figures: MODEL_CARD.md, precision and recall of each class, the confusion matrix."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-FILES = {"onnx": "model.onnx", "torchscript": "model.pt", "onnx-int8": "model.int8.onnx", "pt2": "model.pt2"}
-MOST_CLASSES = 100  # that are listed by name
+from step3_infer import MODEL_NAMES, printable
+
+CLASSES_LISTED = 100  # by name; a card names no more
 
 
-def printable(text):
-    """Text from strangers with its control characters and line breaks made visible."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text)
-    )
-
-
-def shown(value, form, unit=""):
-    """A number in this format; a dash for what is none."""
+def formatted(value: object, style: str, unit: str = "") -> str:
+    """A number in this format, with its unit; a dash for anything that is not a number."""
     try:
-        return format(value, form) + unit
+        return format(value, style) + unit
     except (TypeError, ValueError, OverflowError):
         return "-"
 
 
-def count_pairs(labels, predicted, n):
-    """How often each of n classes was taken for which, [true, predicted], from whole numbers [N] and [N]."""
-    pairs = np.asarray(labels, np.int64) * n + np.asarray(predicted, np.int64)
-    return np.bincount(pairs, minlength=n * n).reshape(n, n)
+def counted(number: int, noun: str) -> str:
+    """A number with its noun in the singular or plural: 1 epoch, 1,000 epochs."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def per_class(labels, predicted, classes):
+def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
+    """Counts [true, predicted] of whole numbers [N] and [N] below `classes`."""
+    pairs = np.asarray(labels, np.int64) * classes + np.asarray(predicted, np.int64)
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def per_class(labels: Sequence[int], predicted: Sequence[int], classes: Sequence[str]) -> dict[str, dict]:
     """Precision, recall, F1 and support of each class, from whole numbers [N] and [N] (0 where undefined)."""
-    counts = count_pairs(labels, predicted, len(classes))
+    counts = confusion_matrix(labels, predicted, len(classes))
     hits, truths, guesses = counts.diagonal(), counts.sum(1), counts.sum(0)
     columns = {
         "precision": hits / np.maximum(guesses, 1),
@@ -44,119 +44,139 @@ def per_class(labels, predicted, classes):
     }
 
 
-def model_card(spec, parity):
-    """MODEL_CARD.md of an export, as text.
+# ------------------------------------------------------------------------------------------------- model card
 
-    spec: what the files carry, and with it `per_class` where the figures of each class are known. parity: the contents
-    of parity.json, figures by format. What is missing leaves its line out.
+
+def model_card(spec: dict, parity: dict[str, dict]) -> str:
+    """MODEL_CARD.md of an export.
+
+    spec: what the files contain, with `per_class` if the figures of each class are known. parity: the
+    contents of parity.json, figures by format. A line whose figure is missing is left out.
     """
-    kind = card_regression if spec["task"] == "regression" else card_classification
-    title = f"# Model card: {markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"
-    return "\n\n".join([title, *kind(spec), card_origin(spec), card_proof(parity)]) + "\n"
+    sections = [f"# Model card: {markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"]
+    if spec["task"] == "regression":
+        sections += describe_regression(spec)
+    else:
+        sections += [*describe_classes(spec), *describe_images(spec)]
+    return "\n\n".join([*sections, provenance_section(spec), parity_section(parity)]) + "\n"
 
 
-def markdown(text):
-    """Text from strangers that Markdown takes as it stands."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", printable(text))
+def markdown(text: object) -> str:
+    """Untrusted text with the characters escaped that mean something to Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", printable(str(text)))
 
 
-def without_empty(head, rows):
-    """The head and rows of a table without the columns that hold nothing but dashes."""
+def without_empty_columns(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The head and rows of a table without the columns that contain only dashes."""
     keep = [k for k in range(len(head)) if any(row[k] != "-" for row in rows)]
     return [head[k] for k in keep], [[row[k] for k in keep] for row in rows]
 
 
-def table(head, rows):
+def markdown_table(head, rows):
     """A Markdown table; the columns after the first are aligned to the right."""
-    head, rows = without_empty(head, rows)
+    head, rows = without_empty_columns(head, rows)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def card_classification(spec):
+def describe_classes(spec):
+    """The classes, the accuracy, and the figures of each class."""
     classes, accuracy = spec["classes"], spec.get("test_accuracy")
-    names, more = ", ".join(map(markdown, classes[:MOST_CLASSES])), len(classes) - MOST_CLASSES
-    names += f", and {more:,} more, which the file names" if more > 0 else ""
-    yield f"It tells which of {len(classes):,} classes an image shows: {names}"
+    names, more = ", ".join(map(markdown, classes[:CLASSES_LISTED])), len(classes) - CLASSES_LISTED
+    names += f", and {more:,} more, which the model file lists" if more > 0 else ""
+    yield f"An image classifier with {len(classes):,} classes: {names}"
     if accuracy is not None:
-        data = markdown(spec["dataset"])
-        yield f"## How good it is\n\nIt answers {accuracy:.2%} of the test split of {data} rightly."
-    if figures := spec.get("per_class"):
-        rows = [
-            [
-                markdown(name),
-                *(shown(row[key], ".1%") for key in ("precision", "recall", "f1")),
-                f"{row['support']:,}",
-            ]
-            for name, row in list(figures.items())[:MOST_CLASSES]
-        ]
-        yield table(["class", "precision", "recall", "F1", "test images"], rows)
+        dataset = markdown(spec["dataset"])
+        yield f"## Accuracy\n\nThe top-1 accuracy on the test split of {dataset} is {accuracy:.2%}."
+    rows = []
+    for name, figures in list(spec.get("per_class", {}).items())[:CLASSES_LISTED]:
+        shares = [formatted(figures[key], ".1%") for key in ("precision", "recall", "f1")]
+        rows.append([markdown(name), *shares, f"{figures['support']:,}"])
+    if rows:
+        yield markdown_table(["class", "precision", "recall", "F1", "test images"], rows)
+
+
+def describe_images(spec):
+    """Input and output of a classifier, and its limits."""
     size = "x".join(map(str, spec["image_size"]))
-    channels = "3 (red, green, blue)" if spec["channels"] == 3 else "1 (grey)"
+    channels = "3 channels (red, green, blue)" if spec["channels"] == 3 else "1 channel (grey)"
     yield (
         "## Input and output\n\n"
-        f"- Input `image`: uint8 `[batch, height, width, channels]`, channels {channels}, values 0 to 255, any height\n"
-        f"  and width. The graph resizes to {size} (bilinear, antialiased, without keeping the shape) and normalises.\n"
-        f"- Output `probabilities`: float32 `[batch, {len(classes)}]`, in the order of the classes.\n"
-        "- Files are decoded before: EXIF orientation applied, 16 bits scaled to 8, as `step3_infer.py` does it."
+        f"- Input `image`: uint8 `[batch, height, width, channels]`, {channels}, values 0 to 255,\n"
+        f"  any height and width. The graph resizes images to {size} (bilinear with antialiasing, without\n"
+        "  keeping the aspect ratio) and normalises them.\n"
+        f"- Output `probabilities`: float32 `[batch, {len(spec['classes'])}]`, in the order of the classes.\n"
+        "- Image files must be decoded as `step3_infer.py` does it: the EXIF orientation is applied, and\n"
+        "  16-bit images are scaled to 8 bits."
     )
     yield (
         "## Limits\n\n"
-        "- It knows these classes only and always answers with one of them, whatever the image shows.\n"
-        "- Probabilities are the network's softmax and not calibrated: 0.9 does not mean right nine times in ten.\n"
-        "- The accuracy was measured on images like those it learned from. Other cameras, light and surroundings,\n"
-        "  fairness towards groups of people, and images made to deceive were not measured.\n"
-        f"- What is too small to be seen at {size} is not seen."
+        "- The model always predicts one of these classes, whatever the image contains.\n"
+        "- The probabilities are softmax outputs and are not calibrated: 0.9 does not mean that 90% of such\n"
+        "  predictions are correct.\n"
+        "- The accuracy was measured on images that resemble the training data. It was not measured for\n"
+        "  other cameras, lighting or surroundings, across groups of people, or on adversarial images.\n"
+        f"- Details too small to survive the resizing to {size} are lost."
     )
 
 
-def card_regression(spec):
-    yield f"It predicts one number, {markdown(spec['classes'][0])}, from {spec['channels']} features."
+def describe_regression(spec):
+    """Input and output of a regression, and its limits."""
+    features = counted(spec["channels"], "feature")
+    yield f"A regression model that predicts one number, {markdown(spec['classes'][0])}, from {features}."
     yield (
         f"## Input and output\n\n- Input `features`: float32 `[batch, {spec['channels']}]`.\n"
         "- Output `prediction`: float32 `[batch, 1]`."
     )
-    yield "## Limits\n\n- It was measured on features like those of its test split only, and never says how sure it is."
+    yield (
+        "## Limits\n\n- The error was measured only on features that resemble the training data.\n"
+        "- The model does not estimate its uncertainty."
+    )
 
 
-def card_origin(spec):
-    started, checkpoint = spec.get("arguments", {}).get("pretrained"), spec.get("checkpoint_sha256")
-    lines = {
-        "Network": f"{markdown(spec['model'])}, {spec['parameters']:,} parameters",
-        "Data": markdown(spec["dataset"]),
-        "Started from": markdown(f"pretrained weights ({started})") if started else None,
+def provenance_section(spec):
+    pretrained, checkpoint = spec.get("arguments", {}).get("pretrained"), spec.get("checkpoint_sha256")
+    versions = [f"{markdown(name)} {markdown(value)}" for name, value in spec["versions"].items()]
+    facts = {
+        "Network": f"{markdown(spec['model'])}, {counted(spec['parameters'], 'parameter')}",
+        "Dataset": markdown(spec["dataset"]),
+        "Initial weights": markdown(f"pretrained ({pretrained})") if pretrained else None,
         "Trained": spec.get("created"),
-        "Exported": spec.get("exported"),
-        "Versions": ", ".join(
-            f"{markdown(name)} {markdown(value)}" for name, value in spec["versions"].items()
-        ),
+        "Versions": ", ".join(versions),
         "Checkpoint": f"SHA-256 `{checkpoint}`" if checkpoint else None,
     }
-    lines = [f"- {name}: {value}" for name, value in lines.items() if value]
-    lines.append("- Licences of the data and of weights started from are not recorded here.")
-    return "## Where it comes from\n\n" + "\n".join(lines)
+    lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact]
+    lines.append("- The licences of the dataset and of pretrained weights are not recorded here.")
+    return "## Provenance\n\n" + "\n".join(lines)
 
 
-def card_proof(parity):
-    """The proof's figures for each format that passed, and how to repeat it."""
-    passed = {form: figures for form, figures in parity.items() if figures.get("passed")}
-    rows = []
-    for form, figures in passed.items():
-        row = [
-            FILES.get(form, form),
-            shown(figures.get("samples"), ","),
-            shown(figures.get("max_abs_diff"), ".1e"),
-        ]
-        row += [shown(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
-        rows.append([*row, shown(figures.get("mean_squared_error"), ".3g")])
-    head = ["file", "test samples", "largest difference", "same answer", "accuracy", "squared error"]
-    notes = ""
-    if int8 := passed.get("onnx-int8"):
-        method, drop = markdown(int8.get("quantization")), shown(int8.get("drop"), ".2f")
-        notes = f"{FILES['onnx-int8']} is quantized ({method}): as good, not equal; it loses {drop} points of accuracy.\n\n"
-    name = next((name for form, name in FILES.items() if form in passed), "model.onnx")
+def parity_section(parity):
+    """The figures of each format that passed the gate, and how to repeat the comparison."""
+    passed = {name: figures for name, figures in parity.items() if figures.get("passed")}
+    files, rows = [figures.get("file", name) for name, figures in passed.items()], []
+    for file, figures in zip(files, passed.values(), strict=True):
+        row = [file, formatted(figures.get("samples"), ","), formatted(figures.get("max_abs_diff"), ".1e")]
+        row += [formatted(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
+        rows.append([*row, formatted(figures.get("mean_squared_error"), ".3g")])
+    head = "file,test samples,largest difference,top-1 agreement,accuracy,mean squared error".split(",")
+    notes = [f"{int8_note(figures)}\n\n" for figures in passed.values() if figures.get("quantization")]
+    file = next((name for name in MODEL_NAMES if name in files), "model.onnx")
     return (
-        "## Proof\n\nBefore it was let out, each file was run against the trained network over all test samples:\n\n"
-        f"{table(head, rows)}\n\n{notes}A few samples with the answers expected are in the file. To see whether a\n"
-        f"machine computes what the training machine did:\n\n    python step3_infer.py --model {name} --self-test"
+        "## Parity with the trained network\n\n"
+        "Before it was published, each file was compared with the trained network on all test samples:\n\n"
+        f"{markdown_table(head, rows)}\n\n{''.join(notes)}"
+        "Each file contains a few golden samples with their expected outputs. To test whether another\n"
+        f"machine computes the same outputs, run:\n\n    python step3_infer.py --model {file} --self-test"
     )
+
+
+def int8_note(figures):
+    """What quantization costs in accuracy and gains in speed."""
+    note = (
+        f"The int8 file is quantized ({markdown(figures['quantization'])}): its outputs are close to those\n"
+        f"of the network, not equal. The accuracy drop is {formatted(figures.get('drop'), '.2f')} points."
+    )
+    speeds = [f"{times:.1f} at batch size {batch}" for batch, times in figures.get("speedup", {}).items()]
+    if speeds:
+        note += f"\nThe speedup over float32 on the exporting machine was {' and '.join(speeds)}."
+    return note
