@@ -1,13 +1,11 @@
-"""What a person looks at of a run: its pictures, and report.html.
+"""report.html of a run, and the pictures inside it.
 
-`draw_run` and `write_report` are called by step1 after training, `write_report` once more by step2 after an export:
-it reads all it shows back from the files of the run. Everything here is handed plain values and paths.
+step1 calls `draw_run` and `write_report` after training; step2 calls `write_report` again after an export.
+The report is written from the files of the run alone, so it can be written again at any time.
 """
 
 import base64
-import contextlib
 import csv
-import hashlib
 import html
 import json
 import os
@@ -16,81 +14,69 @@ import struct
 
 import numpy as np
 
-from deploy.card import FILES, count_pairs, model_card, per_class, printable, shown, without_empty
-
-__all__ = ["draw_run", "model_card", "per_class", "write_report"]
+from deploy.card import confusion_matrix, formatted, without_empty_columns
+from deploy.card import per_class as per_class  # for step1, which imports this module only
+from step3_infer import printable, replacing, sha256
 
 CAPTIONS = {
-    "curves.png": "By epoch. The training figures are taken while training, with its augmentation and label smoothing: "
-    "they may look worse than those of the test split.",
-    "predicted.png": "Predictions over the test split; on the line they equal the truth.",
-    "confusion.png": "Rows are the truth, columns the answers: how many test images, and their share of the row.",
-    "mistakes.png": "The wrong answers that the network was surest of: its answer, how sure it was, and the truth.",
-    "samples.png": "Images of the training split as the network sees them, with their labels.",
+    "curves.png": "Training figures are averages of an epoch, with augmentation and label smoothing if any.",
+    "predicted.png": "Predictions on the test split against the true values; points on the line are exact.",
+    "confusion.png": "Confusion matrix of the test split, coloured by the share of the true class (row).",
+    "mistakes.png": "Wrong predictions on the test split: predicted class, its probability, and true class.",
+    "samples.png": "Training images with their labels, after augmentation, as the network receives them.",
 }
+PASSED, FAILED = "<span class=good>passed</span>", "<span class=bad>FAILED</span>"
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+def draw_run(
+    run_dir: str,
+    spec: dict,
+    rows: list[dict],
+    labels: np.ndarray,
+    outputs: np.ndarray,
+    images=None,
+    augmented: np.ndarray | None = None,
+    augmented_labels: np.ndarray | None = None,
+) -> list[str]:
+    """Draw the pictures of a finished run into its directory and return their paths.
 
-
-def draw_run(run_dir, spec, rows, labels, outputs, images=None, augmented=None, augmented_labels=None):
-    """Draw the pictures of a finished run into its directory. -> their paths.
-
-    spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N]; outputs, the
-    probabilities [N, classes]; images, uint8 by index, of which only the wrongly answered are read. augmented: uint8
-    [n, H, W, C] of the training split with their labels [n]. For a regression: labels and outputs are [N, 1], and there
-    are no images. Raises ImportError without matplotlib, OSError where a file cannot be written.
+    spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N];
+    outputs, the probabilities [N, classes]; images, uint8 [H, W, C] by index, read only if they are drawn.
+    augmented: uint8 [n, H, W, C] of the training split with their labels [n]. For a regression, labels and
+    outputs are [N, 1], and there are no images. Raises ImportError without matplotlib, or OSError.
     """
     from deploy import pictures  # importing matplotlib takes a second, and it may be missing
 
-    labels, outputs = np.asarray(labels), np.asarray(outputs)
-    run = printable(os.path.basename(os.path.normpath(run_dir)))
-    drawn = {}
+    run, date, drawn = printable(os.path.basename(os.path.normpath(run_dir))), spec["created"][:10], {}
     if spec["task"] == "regression":
-        about = f"{run} · test loss {((labels - outputs) ** 2).mean():.4g} · {spec['created'][:10]}"
-        drawn["predicted.png"] = pictures.predicted(about, labels[:, 0], outputs[:, 0])
+        subtitle = f"{run} · test loss {((labels - outputs) ** 2).mean():.4g} · {date}"
+        drawn["predicted.png"] = pictures.predicted(subtitle, labels[:, 0], outputs[:, 0])
     else:
-        about = f"{run} · test accuracy {spec['test_accuracy']:.2%} · {spec['created'][:10]}"
+        subtitle = f"{run} · test accuracy {spec['test_accuracy']:.2%} · {date}"
         names = [printable(name) for name in spec["classes"]]
-        drawn["confusion.png"] = pictures.confusion(
-            about, count_pairs(labels, outputs.argmax(1), len(names)), names
-        )
-        drawn["mistakes.png"] = pictures.mistakes(about, images, labels, outputs, names)
+        counts = confusion_matrix(labels, outputs.argmax(1), len(names))
+        drawn["confusion.png"] = pictures.confusion(subtitle, counts, names)
+        drawn["mistakes.png"] = pictures.mistakes(subtitle, images, labels, outputs, names)
         if augmented is not None and len(augmented):
-            drawn["samples.png"] = pictures.samples(about, augmented, np.asarray(augmented_labels), names)
-    drawn["curves.png"] = pictures.curves(about, rows)
+            drawn["samples.png"] = pictures.samples(subtitle, augmented, augmented_labels, names)
+    drawn["curves.png"] = pictures.curves(subtitle, rows)
     for name, content in drawn.items():
-        write_whole(os.path.join(run_dir, name), content)
+        with replacing(os.path.join(run_dir, name)) as file:
+            file.write(content)
     return [os.path.join(run_dir, name) for name in drawn]
 
 
-def write_whole(path, content):
-    """Write bytes beside `path`, then swap them in."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(content)
-        os.replace(path + ".tmp", path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(path + ".tmp")
-        raise
+def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str | None = None) -> str:
+    """Write report.html into the run's directory, one file with its pictures inside, and return its path.
 
-
-# --------------------------------------------------------------------------------------------------------- report
-
-
-def write_report(run_dir, runs_dir, exports_dir, export_dir=None):
-    """Write report.html into the run's directory: one file with its pictures inside. -> its path.
-
-    It shows what lies there: config.json, summary.json, metrics.csv and the pictures; the export of this very
-    checkpoint in `export_dir` (by default the run's name under exports_dir); and all runs of the same data under
-    runs_dir side by side. What is missing, broken or another program's is left out. Raises OSError where the report
-    cannot be written.
+    It is built from the run's config.json, summary.json, metrics.csv and pictures; from the export of its
+    current checkpoint in `export_dir` (default: the run's name under exports_dir); and from all runs on the
+    same data under runs_dir. Missing or malformed files are left out. Raises OSError if it cannot be written.
     """
     run = os.path.basename(os.path.normpath(run_dir))
     config, summary = read_run(run_dir)
     sections = [
-        *pictures_of(run_dir),
+        *picture_sections(run_dir),
         classes_section(summary.get("per_class", {})),
         export_section(run, read_export(run_dir, export_dir or os.path.join(exports_dir, run))),
         configuration_section(config),
@@ -99,14 +85,15 @@ def write_report(run_dir, runs_dir, exports_dir, export_dir=None):
     ]
     with open(os.path.join(os.path.dirname(__file__), "report.html.template"), encoding="utf-8") as file:
         template = string.Template(file.read())
-    parts = {"run": text(run), "about": about(config, summary), "tiles": tiles(summary)}
+    parts = {"run": text(run), "about": header(config, summary), "tiles": tiles(summary)}
     path = os.path.join(run_dir, "report.html")
-    write_whole(path, template.substitute(parts, sections="\n".join(sections)).encode())
+    with replacing(path) as file:
+        file.write(template.substitute(parts, sections="\n".join(sections)).encode())
     return path
 
 
 def read_json(path):
-    """The dict in a JSON file, an empty one where there is none."""
+    """The dict in a JSON file; an empty one if there is none."""
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
@@ -116,58 +103,55 @@ def read_json(path):
 
 
 def read_run(run_dir):
-    """(config, summary) of a run's directory: empty where it is none, or is not finished."""
+    """(config, summary) of a run's directory, each an empty dict if its file is missing or malformed."""
     return tuple(read_json(os.path.join(run_dir, name)) for name in ("config.json", "summary.json"))
 
 
 def read_export(run_dir, export_dir):
-    """{format: (path, its figures in parity.json)} of what was exported from this run's checkpoint as it is now."""
+    """{format: its figures in parity.json, and its path} of the exports of the run's current checkpoint."""
     try:
-        with open(os.path.join(run_dir, "checkpoint.pt"), "rb") as file:
-            checkpoint = hashlib.sha256(file.read()).hexdigest()
+        checkpoint = sha256(os.path.join(run_dir, "checkpoint.pt"))
     except OSError:
         return {}
-    parity, found = read_json(os.path.join(export_dir, "parity.json")), {}
-    for form, name in FILES.items():
-        figures = parity.get(form)
+    found = {}
+    for name, figures in read_json(os.path.join(export_dir, "parity.json")).items():
         if isinstance(figures, dict) and figures.get("checkpoint_sha256") == checkpoint:
-            found[form] = os.path.join(export_dir, name), figures
+            found[name] = {**figures, "path": os.path.join(export_dir, str(figures.get("file", "")))}
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- HTML parts
-
-
 def text(value):
-    """Anything at all as text for HTML."""
-    return html.escape(printable(value))
+    """Any value as text for HTML."""
+    return html.escape(printable(str(value)))
 
 
 def duration(seconds):
     if not isinstance(seconds, (int, float)) or seconds < 60:
-        return shown(seconds, ".3g", " s")
+        return formatted(seconds, ".3g", " s")
     return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
 
 
 def file_size(path):
-    return shown(os.path.getsize(path) / 1e6, ".2f", " MB") if os.path.isfile(path) else "-"
+    if not os.path.isfile(path):
+        return "-"
+    size = os.path.getsize(path)
+    return f"{size:,} bytes" if size < 1e5 else f"{size / 1e6:.2f} MB"
 
 
 def table(head, rows, marked=None):
-    """An HTML table that scrolls by itself where it is wide; cells are HTML, `marked` is the number of a row."""
-    head, rows = without_empty(head, rows)
-    lines = ["".join(f"<th scope=col>{cell}</th>" for cell in head)]
+    """An HTML table that scrolls if it is wide; cells are HTML, `marked` is the index of the row to mark."""
+    head, rows = without_empty_columns(head, rows)
+    head = "".join(f"<th scope=col>{cell}</th>" for cell in head)
+    lines = []
     for number, (first, *cells) in enumerate(rows):
         cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in cells)
         mark = " class=mark aria-current=true" if number == marked else ""
-        lines.append(f"<tr{mark}><th scope=row>{first}</th>{cells}</tr>")
-    body = "\n".join(lines[1:])
-    return (
-        f"<div class=scroll><table><thead><tr>{lines[0]}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
-    )
+        lines.append(f"<tr{mark}><th scope=row>{first}</th>{cells}</tr>\n")
+    body = f"<thead><tr>{head}</tr></thead><tbody>\n{''.join(lines)}</tbody>"
+    return f"<div class=scroll><table>{body}</table></div>"
 
 
-def about(config, summary):
+def header(config, summary):
     """The line under the title."""
     data = text(config.get("dataset")) + (f" ({text(config['data_dir'])})" if config.get("data_dir") else "")
     parts = [f"{text(config.get('model'))} trained on {data}", text(str(summary.get("created", ""))[:10])]
@@ -176,24 +160,22 @@ def about(config, summary):
 
 
 def tiles(summary):
-    """The figures that one looks for first."""
-    kept, epochs = summary.get("epoch_kept"), summary.get("epochs")
-    values = {
-        "test accuracy": shown(summary.get("test_accuracy"), ".2%"),
-        "test loss": shown(summary.get("test_loss"), ".4g"),
-        "training": duration(summary.get("train_seconds")),
-        "epochs": shown(epochs, ",") + ("" if kept in (None, epochs) else f", best {shown(kept, ',')}"),
-        "parameters": shown(summary.get("parameters"), ","),
+    """The main figures, one tile each, without those that are missing: a regression has no accuracy."""
+    epochs, best = summary.get("epochs"), summary.get("epoch_kept")
+    figures = {
+        "test accuracy": formatted(summary.get("test_accuracy"), ".2%"),
+        "test loss": formatted(summary.get("test_loss"), ".4g"),
+        "training time": duration(summary.get("train_seconds")),
+        "epochs": formatted(epochs, ","),
+        "best epoch": "-" if best == epochs else formatted(best, ","),
+        "parameters": formatted(summary.get("parameters"), ","),
     }
-    if summary and summary.get("test_accuracy") is None:  # a regression
-        del values["test accuracy"]
-    return "".join(
-        f"<div><span class=soft>{name}</span><b>{value}</b></div>" for name, value in values.items()
-    )
+    tile = "<div><span class=soft>{}</span><b>{}</b></div>"
+    return "".join(tile.format(name, figure) for name, figure in figures.items() if figure != "-")
 
 
-def pictures_of(run_dir):
-    """The pictures that lie in the run: small ones side by side, then each wide one by itself."""
+def picture_sections(run_dir):
+    """The pictures in the run's directory: small ones side by side, then each wide one by itself."""
     small, wide = [], []
     for name, caption in CAPTIONS.items():
         try:
@@ -211,54 +193,56 @@ def pictures_of(run_dir):
 
 
 def classes_section(figures):
+    """Precision, recall and F1 of each class as bars, after the classes with the lowest recall."""
     rows, recalls = [], []
     for number, (name, row) in enumerate(figures.items()):
-        bars = [shown(row[key], ".1%") for key in ("precision", "recall", "f1")]
-        bars = [f'<td class=bar style="--part: {bar}">{bar}</td>' for bar in bars]
+        shares = [formatted(row[key], ".1%") for key in ("precision", "recall", "f1")]
+        bars = [f'<td class=bar style="--part: {share}">{share}</td>' for share in shares]
         number = "" if name == str(number) else f"<span class=soft>{number}</span> "
         name = f"<bdi>{text(name)}</bdi>"
-        rows.append([number + name, *bars, shown(row["support"], ",")])
+        rows.append([number + name, *bars, formatted(row["support"], ",")])
         recalls.append((row["recall"], name))
     if not rows:
         return ""
-    missed = ", ".join(f"{name} ({recall:.1%} found)" for recall, name in sorted(recalls)[:3] if recall < 1)
-    missed = f"<p>Most often missed: {missed}.</p>" if missed else ""
-    head = ["class", "precision", "recall", "F1", "images"]
-    return f"<section><h2>Each class</h2>{missed}{table(head, rows)}</section>"
+    lowest = [f"{name} ({recall:.1%})" for recall, name in sorted(recalls)[:3] if recall < 1]
+    lowest = f"<p>Lowest recall: {', '.join(lowest)}.</p>" if lowest else ""
+    inner = table(["class", "precision", "recall", "F1", "test images"], rows)
+    return f"<section><h2>Classes</h2>{lowest}{inner}</section>"
 
 
 def export_section(run, export):
-    rows, failures = [], []
-    for form, (path, figures) in export.items():
-        odd = [probe["max_abs_diff"] for probe in figures.get("probes", {}).values()]
-        odd = max(odd) if odd and None not in odd else None
-        proof = "<span class=good>passed</span>" if figures.get("passed") else "<span class=bad>FAILED</span>"
-        row = [form, os.path.basename(path), file_size(path), proof]
-        row += [shown(value, ".1e") for value in (figures.get("max_abs_diff"), odd)]
-        row += [shown(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
-        row += [", ".join(f"{times}x" for times in figures.get("speedup", {}).values()) or "-"]
-        rows.append([*row, shown(figures.get("latency_ms"), ".3g", " ms")])
-        said = filter(None, [*figures.get("failures", ()), figures.get("warning")])
-        failures += [f"<li>{form}: {text(line)}</li>" for line in said]
+    """The figures of each exported file, its failures and its warning."""
+    rows, remarks = [], []
+    for name, figures in export.items():
+        probes = [probe["max_abs_diff"] for probe in figures.get("probes", {}).values()]
+        on_probes = max(probes) if probes and None not in probes else None
+        speedup = ", ".join(f"{times:.2f}x" for times in figures.get("speedup", {}).values())
+        verdict = PASSED if figures.get("passed") else FAILED
+        row = [text(name), text(figures.get("file", "-")), file_size(figures["path"]), verdict]
+        row += [formatted(value, ".1e") for value in (figures.get("max_abs_diff"), on_probes)]
+        row += [formatted(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
+        rows.append([*row, speedup or "-", formatted(figures.get("latency_ms"), ".3g", " ms")])
+        lines = filter(None, [*figures.get("failures", ()), figures.get("warning")])
+        remarks += [f"<li>{text(name)}: {text(line)}</li>" for line in lines]
     if not rows:
         command = f"<code>python step2_export.py --run {text(run)}</code>"
         return f"<section><h2>Export</h2><p>Not exported yet: {command}</p></section>"
-    head = "format,file,size,proof,largest difference,on probes,same answer,accuracy,times as fast (batch 1; 64),one image"
+    head = "format,file,size,parity,largest difference,on probes,top-1 agreement,accuracy"
+    inner = table([*head.split(","), "speedup (batch 1; 64)", "latency (batch 1)"], rows)
     return (
-        "<section><h2>Export</h2><p>Each file was run against the trained network: over the whole test split, and on "
-        f"probes, random, black and white inputs of several sizes.</p>{table(head.split(','), rows)}"
-        f"<ul class=bad>{''.join(failures)}</ul></section>"
+        "<section><h2>Export</h2><p>Each file was compared with the trained network on the test split and on "
+        f"synthetic probes.</p>{inner}<ul class=bad>{''.join(remarks)}</ul></section>"
     )
 
 
 def configuration_section(config):
+    """The arguments of step1 that say something."""
     lines = []
     for key, value in config.items():
-        if key in ("name", "run") or value in (None, False, []):
+        if key in ("name", "run") or value is None or value is False or value == []:
             continue
-        value = (
-            ("x" if key == "image_size" else " ").join(map(str, value)) if isinstance(value, list) else value
-        )
+        if isinstance(value, list):
+            value = ("x" if key == "image_size" else " ").join(map(str, value))
         value = f"{value:.6g}" if isinstance(value, float) else value
         lines.append(f"<div><dt>{text(key).replace('_', ' ')}</dt><dd>{text(value)}</dd></div>")
     return f"<section><h2>Configuration</h2><dl>{''.join(lines)}</dl></section>"
@@ -268,43 +252,48 @@ def epochs_section(run_dir):
     try:
         with open(os.path.join(run_dir, "metrics.csv"), newline="", encoding="utf-8") as file:
             head, *rows = csv.reader(file)
-            rows = [[shown(float(cell), ".5g") if cell else "-" for cell in row] for row in rows]
+            rows = [[formatted(float(cell), ".5g") if cell else "-" for cell in row] for row in rows]
     except (OSError, ValueError, csv.Error):
         return ""
     inner = table([text(name).replace("_", " ") for name in head], rows)
-    return f"<section><details><summary>The figures of every epoch</summary>{inner}</details></section>"
+    return f"<section><details><summary>Metrics of every epoch</summary>{inner}</details></section>"
 
 
 def runs_section(run, config, runs_dir, exports_dir):
-    """All runs of the same data side by side, the best first."""
+    """All runs on the same data side by side, the best first."""
     found = []
-    for name in sorted(os.listdir(runs_dir)) if os.path.isdir(runs_dir) else ():
-        theirs, summary = read_run(os.path.join(runs_dir, name))
-        if not theirs or data_of(theirs) != data_of(config):
-            continue
-        export = read_export(os.path.join(runs_dir, name), os.path.join(exports_dir, name))
-        path, figures = next(iter(export.values()), ("", {}))
-        accuracy, loss = summary.get("test_accuracy"), summary.get("test_loss")
-        better = [
-            -accuracy if isinstance(accuracy, float) else 0,
-            loss if isinstance(loss, float) else float("inf"),
-        ]
-        cells = [f"<bdi>{text(name)}</bdi>" + ("" if summary else " <span class=soft>(not finished)</span>")]
-        cells += [text(theirs.get("model", "-")), shown(accuracy, ".2%"), shown(loss, ".4g")]
-        cells += [duration(summary.get("train_seconds"))]
-        cells += [shown(summary.get(key), ",") for key in ("epochs", "parameters")]
-        cells += [file_size(path), shown(figures.get("latency_ms"), ".3g", " ms")]
-        cells += [text(str(summary.get("created", "-"))[:10])]
-        found.append((not summary, better, name, cells))
+    for name in os.listdir(runs_dir) if os.path.isdir(runs_dir) else ():
+        run_dir = os.path.join(runs_dir, name)
+        other, summary = read_run(run_dir)
+        if other and data_key(other) == data_key(config):
+            export = read_export(run_dir, os.path.join(exports_dir, name))
+            found.append((rank(summary), name, run_cells(name, other, summary, export)))
     found.sort()
-    mark = next((number for number, (*_, name, _) in enumerate(found) if name == run), None)
-    head = "run,network,test accuracy,test loss,training,epochs,parameters,file size,one image,date".split(
-        ","
-    )
-    return f"<section><h2>All runs of this data</h2>{table(head, [row for *_, row in found], mark)}</section>"
+    names, rows = [name for _, name, _ in found], [cells for _, _, cells in found]
+    marked = names.index(run) if run in names else None
+    head = "run,network,test accuracy,test loss,training time,epochs,parameters,file size,latency,date"
+    return f"<section><h2>Runs on this dataset</h2>{table(head.split(','), rows, marked)}</section>"
 
 
-def data_of(config):
-    """What makes two runs comparable: the dataset, and for one's own images where they lie."""
+def data_key(config):
+    """What two comparable runs have in common: the dataset, and the directory of a user's own images."""
     own = config.get("dataset") in ("folder", "csv")
     return config.get("dataset"), os.path.abspath(str(config.get("data_dir"))) if own else None
+
+
+def rank(summary):
+    """A sort key: finished runs first, then by accuracy, then by loss."""
+    accuracy, loss = summary.get("test_accuracy"), summary.get("test_loss")
+    accuracy = accuracy if isinstance(accuracy, float) else 0.0
+    return not summary, -accuracy, loss if isinstance(loss, float) else float("inf")
+
+
+def run_cells(name, config, summary, export):
+    """The cells of one run; file size and latency are those of its ONNX file, or else of its first file."""
+    figures = export.get("onnx") or next(iter(export.values()), {"path": ""})
+    cells = [f"<bdi>{text(name)}</bdi>" + ("" if summary else " <span class=soft>(not finished)</span>")]
+    cells += [text(config.get("model", "-")), formatted(summary.get("test_accuracy"), ".2%")]
+    cells += [formatted(summary.get("test_loss"), ".4g"), duration(summary.get("train_seconds"))]
+    cells += [formatted(summary.get(key), ",") for key in ("epochs", "parameters")]
+    cells += [file_size(figures["path"]), formatted(figures.get("latency_ms"), ".3g", " ms")]
+    return [*cells, text(str(summary.get("created", "-"))[:10])]

@@ -1,8 +1,10 @@
-"""What a person looks at: the pictures of a run, report.html and the model card."""
+"""The pictures of a run, report.html and the model card."""
 
 import base64
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 
 import deploy
-from deploy import report
+import step3_infer
+from deploy import card, report
 
 pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
 pytestmark = pytest.mark.pictures
@@ -52,8 +55,8 @@ class Recorder:
         return np.full(self.shape, index % 256, np.uint8)
 
 
-def made_up(n, classes=None, wrong=7, shape=(8, 8, 1)):
-    """Arguments of draw_run after the run's directory, for n classes; the `wrong` first of the answers are wrong."""
+def draw_arguments(n, classes=None, wrong=7, shape=(8, 8, 1)):
+    """Arguments of draw_run after the directory, for n classes; the first `wrong` predictions are wrong."""
     classes, count = classes or [f"class {i}" for i in range(n)], max(60, 2 * n)
     labels = np.arange(count) % n
     outputs = np.full((count, n), 0.1 / n)
@@ -65,9 +68,9 @@ def made_up(n, classes=None, wrong=7, shape=(8, 8, 1)):
 
 @pytest.fixture
 def run(tmp_path):
-    """An empty run's directory, beside which others may lie."""
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    return tmp_path / "runs" / "mine"
+    """The empty directory of a run."""
+    (tmp_path / "runs" / "this").mkdir(parents=True)
+    return tmp_path / "runs" / "this"
 
 
 def check_pictures(run, *names):
@@ -82,17 +85,17 @@ def check_pictures(run, *names):
 
 @pytest.mark.parametrize("n", [2, 100])
 def test_pictures_of_a_run(run, n):
-    arguments = made_up(n)
+    arguments = draw_arguments(n)
     paths = report.draw_run(run, *arguments)
     check_pictures(run, "curves.png", "confusion.png", "samples.png", "mistakes.png")
     assert sorted(paths) == sorted(str(path) for path in run.iterdir())
-    assert arguments[4].read == set(range(7))  # of the test images the mistakes only
+    assert arguments[4].read == set(range(7))  # of the test images only the wrong predictions
 
 
 def test_hostile_class_names_are_drawn_without_a_warning(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report.draw_run(run, *made_up(6, HOSTILE, shape=(30, 10, 3)))
+        report.draw_run(run, *draw_arguments(6, HOSTILE, shape=(30, 10, 3)))
     check_pictures(run, "curves.png", "confusion.png", "samples.png", "mistakes.png")
 
 
@@ -100,27 +103,46 @@ def test_pictures_repeat_and_leave_matplotlib_as_it_was(run):
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 30, "font.size": 30}):
-        report.draw_run(run, *made_up(3))
+        report.draw_run(run, *draw_arguments(3))
         first = {path.name: path.read_bytes() for path in run.iterdir()}
         assert matplotlib.rcParams["text.usetex"] and matplotlib.rcParams["font.size"] == 30
-    report.draw_run(run, *made_up(3))
+    report.draw_run(run, *draw_arguments(3))
     assert {path.name: path.read_bytes() for path in run.iterdir()} == first
 
 
-def test_no_mistake_is_said(run):
-    arguments = made_up(3, wrong=0)
+def test_a_run_without_wrong_predictions(run):
+    arguments = draw_arguments(3, wrong=0)
     report.draw_run(run, *arguments)
     assert arguments[4].read == set()
     with Image.open(run / "mistakes.png") as image:
         assert image.height < 400  # a sentence, no grid
 
 
-def test_pictures_of_a_regression_and_of_a_single_epoch(run):
-    row = {**ROWS[0], "train_accuracy": None, "test_accuracy": ""}  # "" is what metrics.csv has
-    truths = np.arange(5.0)[:, None]
-    report.draw_run(
-        run, {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, [row], truths, truths + 1
+def drawn_texts(monkeypatch):
+    """The list into which all text is put that pictures write into figures."""
+    from matplotlib.figure import Figure
+
+    texts, write = [], Figure.text
+    monkeypatch.setattr(
+        Figure, "text", lambda self, x, y, s, **more: texts.append(s) or write(self, x, y, s, **more)
     )
+    return texts
+
+
+def test_titles_use_the_singular_for_one(run, monkeypatch):
+    texts, arguments = drawn_texts(monkeypatch), draw_arguments(3, wrong=1)
+    arguments[1] = ROWS[:1]
+    report.draw_run(run, *arguments)
+    assert "Training curves, 1 epoch" in texts
+    report.draw_run(run, *draw_arguments(3, wrong=40))
+    assert {"Training curves, 3 epochs", "Most confident wrong predictions, 25 of 40"} <= set(texts)
+    assert {"Confusion matrix, 3 classes", "Most confident wrong predictions"} <= set(texts)
+
+
+def test_pictures_of_a_regression_and_of_a_single_epoch(run):
+    row = {**ROWS[0], "train_accuracy": None, "test_accuracy": ""}  # metrics.csv has ""
+    spec, truths = {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, np.arange(5.0)[:, None]
+    report.draw_run(run, spec, [row], truths, truths + 1)
     check_pictures(run, "curves.png", "predicted.png")
 
 
@@ -129,7 +151,7 @@ def test_without_matplotlib_it_is_an_import_error(run, monkeypatch):
     monkeypatch.delitem(sys.modules, "deploy.pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="matplotlib"):
-        report.draw_run(run, *made_up(3))
+        report.draw_run(run, *draw_arguments(3))
     assert not list(run.iterdir())
 
 
@@ -141,7 +163,7 @@ def test_figures_of_each_class():
     assert json.dumps(figures)  # plain numbers
 
 
-# --------------------------------------------------------------------------------------------------- report.html
+# ------------------------------------------------------------------------------------------------ report.html
 
 
 class Page(HTMLParser):
@@ -203,7 +225,7 @@ def read_report(run, **more):
 
 def test_report_is_one_file_with_the_pictures_inside(run):
     write_run(run)
-    report.draw_run(run, *made_up(3))
+    report.draw_run(run, *draw_arguments(3))
     page = read_report(run)
     assert len(page.addresses) == page.tags.count("img") == 4
     for address in page.addresses:
@@ -213,14 +235,14 @@ def test_report_is_one_file_with_the_pictures_inside(run):
     text = (run / "report.html").read_text()
     assert "script" not in page.tags and not re.search(r"https?:|url\(|@import", text)
     for words in (
-        "mine",
+        "this",
         "90.00%",
         "1 min 15 s",
         "12,345",
         "2026-01-02",
         "1.25e-05",
         "3 4",
-        "step2_export.py --run mine",
+        "step2_export.py --run this",
     ):
         assert words in page.text
     first = text
@@ -239,22 +261,32 @@ def test_hostile_texts_are_text_in_the_report(run):
         assert name in page.text
 
 
-def test_runs_of_the_same_data_stand_side_by_side_the_best_first(run):
+def test_best_epoch_and_zero_are_in_the_report(run):
+    write_run(run, seed=0, momentum=0.0)
+    text = read_report(run).text
+    assert "seed0" in text and "momentum0" in text and "strict" not in text  # False says nothing
+    assert "best epoch" not in text  # the last one
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "epoch_kept": 2}))
+    assert "best epoch2" in read_report(run).text
+
+
+def test_runs_of_the_same_data_are_listed_the_best_first(run):
     write_run(run)
     write_run(run.parent / "better", 0.95)
     write_run(run.parent / "other-data", 0.99, dataset="mnist")
     write_run(run.parent / "going-on", finished=False)
-    rows = read_report(run).text.split("All runs of this data")[1]
-    places = [rows.index(name) for name in ("better", "mine", "going-on (not finished)")]
-    assert places == sorted(places) and "other-data" not in rows
+    rows = read_report(run).text.split("Runs on this dataset")[1]
+    positions = [rows.index(name) for name in ("better", "this", "going-on (not finished)")]
+    assert positions == sorted(positions) and "other-data" not in rows
     assert len(re.findall("class=mark", (run / "report.html").read_text())) == 1
 
 
-def test_ones_own_images_are_compared_by_where_they_lie(run):
+def test_runs_on_own_images_are_compared_if_the_directory_is_the_same(run):
     write_run(run, dataset="folder", data_dir="cats")
     write_run(run.parent / "same", dataset="folder", data_dir="./cats")
     write_run(run.parent / "dogs", dataset="folder", data_dir="elsewhere\0")
-    rows = read_report(run).text.split("All runs of this data")[1]
+    rows = read_report(run).text.split("Runs on this dataset")[1]
     assert "same" in rows and "dogs" not in rows
 
 
@@ -277,16 +309,18 @@ def test_broken_neighbours_do_not_break_the_table(run, file, content):
     }
     write_run(run.parent / "wrong")
     (run.parent / "wrong" / "summary.json").write_text(json.dumps(wrong))
-    rows = read_report(run).text.split("All runs of this data")[1]
+    rows = read_report(run).text.split("Runs on this dataset")[1]
     assert "90.00%" in rows and "wrong" in rows and "a-file" not in rows and "empty" not in rows
 
 
 def test_a_full_disk_leaves_no_half_file(run, monkeypatch):
     write_run(run)
     before = read_report(run).text
-    monkeypatch.setattr(
-        report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         read_report(run)
     monkeypatch.undo()
@@ -297,22 +331,26 @@ def test_report_of_a_directory_with_nothing_in_it(run):
     assert "not finished" in read_report(run).text
 
 
-def test_export_is_shown_while_it_is_this_checkpoints(small, tmp_path):
+def test_report_has_the_export_of_the_current_checkpoint(small, tmp_path):
     run, export = tmp_path / "runs" / "small", tmp_path / "exports" / "small"
     shutil.copytree(small.run, run)
     assert "Not exported yet" in read_report(run).text
     shutil.copytree(small.export, export)
     page = read_report(run)
-    size = f"{(export / 'model.onnx').stat().st_size / 1e6:.2f} MB"
-    assert (
-        "Not exported yet" not in page.text and page.text.count("passed") == 2 and page.text.count(size) >= 2
-    )
+    size = f"{(export / 'model.onnx').stat().st_size:,} bytes"
+    assert "Not exported yet" not in page.text and page.text.count("passed") == 2
+    assert page.text.count(size) == page.text.count("model.onnx") + 1  # in the table of runs too
     assert page.text.split("Export")[1].split("Configuration")[0].count(" ms") == 2  # each file's latency
     parity = json.loads((export / "parity.json").read_text())
     parity["onnx"].update(latency_ms=1.234, passed=False, failures=["<b>differs</b>"], max_abs_diff=None)
     (export / "parity.json").write_text(json.dumps(parity))
     page = read_report(run)
     assert page.text.count("1.23 ms") == 2 and "FAILED" in page.text and "onnx: <b>differs</b>" in page.text
+    for figures in parity.values():  # as parity.json was before it had file names
+        del figures["file"]
+    (export / "parity.json").write_text(json.dumps(parity))
+    page = read_report(run)
+    assert "onnx" in page.text and "model.onnx" not in page.text and size not in page.text
     shutil.move(export, tmp_path / "elsewhere")
     assert "Not exported yet" in read_report(run).text
     assert "FAILED" in read_report(run, export_dir=str(tmp_path / "elsewhere")).text
@@ -320,30 +358,28 @@ def test_export_is_shown_while_it_is_this_checkpoints(small, tmp_path):
     assert "Not exported yet" in read_report(run, export_dir=str(tmp_path / "elsewhere")).text
 
 
-# ---------------------------------------------------------------------------------------------------- model card
+# ------------------------------------------------------------------------------------------------- model card
 
 
 @pytest.fixture
-def card(small):
+def facts(small):
     """The spec and the parity figures of a real export."""
-    import step3_infer
-
     spec = step3_infer.Model(str(small.export / "model.onnx")).spec
     return spec, json.loads((small.export / "parity.json").read_text())
 
 
-def test_model_card(card, small):
-    spec, parity = card
-    text = report.model_card(spec, parity)
+def test_model_card(facts, small):
+    spec, parity = facts
+    text = card.model_card(spec, parity)
     checkpoint = hashlib.sha256((small.run / "checkpoint.pt").read_bytes()).hexdigest()
     for words in (
         "mlp, trained on digits",
-        "10 classes an image shows: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n",
-        f"{spec['test_accuracy']:.2%} of the test split",
-        "uint8 `[batch, height, width, channels]`, channels 1 (grey)",
-        "resizes to 8x8",
+        "with 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n",
+        f"top-1 accuracy on the test split of digits is {spec['test_accuracy']:.2%}.",
+        "uint8 `[batch, height, width, channels]`, 1 channel (grey)",
+        "resizes images to 8x8",
         "float32 `[batch, 10]`",
-        "always answers with one of them",
+        "always predicts one of these classes",
         "not calibrated",
         f"{spec['parameters']:,} parameters",
         f"torch {spec['versions']['torch']}",
@@ -352,59 +388,60 @@ def test_model_card(card, small):
         "--model model.onnx --self-test",
     ):
         assert words in text, words
-    assert "precision" not in text and "pretrained" not in text  # not known, not so
+    assert "precision" not in text and "pretrained (" not in text
     figures = json.loads((small.run / "summary.json").read_text())["per_class"]
-    assert f"| 3 | {figures['3']['precision']:.1%} |" in report.model_card(
-        {**spec, "per_class": figures}, parity
-    )
+    text = card.model_card({**spec, "per_class": figures}, parity)
+    assert f"| 3 | {figures['3']['precision']:.1%} |" in text
 
 
-def test_model_card_shows_no_format_that_failed(card):
-    spec, parity = card
+def test_model_card_lists_no_format_that_failed(facts):
+    spec, parity = facts
     parity["onnx"]["passed"] = False
-    text = report.model_card({**spec, "arguments": {"pretrained": "default"}}, parity)
+    text = card.model_card({**spec, "arguments": {"pretrained": "default"}}, parity)
     assert "| model.onnx |" not in text and "--model model.pt --self-test" in text
-    assert "pretrained weights \\(default\\)" in text
+    assert "Initial weights: pretrained \\(default\\)" in text
 
 
-def test_int8_is_shown_as_what_it_is(card, run):
-    spec, parity = card
-    figures = {
-        **parity["onnx"],
-        "quantization": "per channel",
-        "speedup": {"1": 2.61, "64": 2.1},
-        "drop": -0.05,
-    }
-    text = report.model_card(spec, {**parity, "onnx-int8": {**figures, "max_abs_diff": 0.04}})
-    assert (
-        "quantized (per channel): as good, not equal; it loses -0.05 points" in text and "| 4.0e-02 |" in text
-    )
-    assert "quantized" not in report.model_card(spec, parity)
+def test_model_card_of_figures_without_file_names(facts):
+    spec, parity = facts
+    for figures in parity.values():
+        del figures["file"]
+    text = card.model_card(spec, parity)
+    assert "| onnx | 360 |" in text and "--model model.onnx --self-test" in text
+
+
+def test_quantization_is_in_card_and_report(facts, run):
+    spec, parity = facts
+    speedup = {"1": 2.61, "64": 2.1}
+    figures = {**parity["onnx"], "file": "model.int8.onnx", "max_abs_diff": 0.04}
+    figures |= {"quantization": "per channel", "speedup": speedup, "drop": -0.05}
+    text = card.model_card(spec, {**parity, "onnx-int8": figures})
+    assert "| model.int8.onnx | 360 | 4.0e-02 |" in text and "quantized (per channel)" in text
+    assert "accuracy drop is -0.05 points" in text and "2.6 at batch size 1 and 2.1 at batch size 64" in text
+    assert "quantized" not in card.model_card(spec, parity)
     write_run(run)
     figures["checkpoint_sha256"] = hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()
-    export = run.parent.parent / "exports" / "mine"
+    export = run.parent.parent / "exports" / "this"
     export.mkdir(parents=True)
     (export / "parity.json").write_text(json.dumps({"onnx-int8": {**figures, "warning": "<slow>"}}))
     page = read_report(run)
-    assert "2.61x, 2.1x" in page.text and "onnx-int8: <slow>" in page.text
+    assert "2.61x, 2.10x" in page.text and "onnx-int8: <slow>" in page.text
 
 
-def test_model_card_escapes_and_abbreviates_class_names(card):
-    spec, parity = card
-    text = report.model_card({**spec, "classes": HOSTILE + [f"c{i}" for i in range(200)]}, parity)
-    assert (
-        "\\<script\\>" in text
-        and "a\\|b\\*\\_\\`\\[c\\]\\(d\\)" in text
-        and "tab\\\\tline\\\\n\\\\x1b" in text
-    )
+def test_model_card_escapes_and_abbreviates_class_names(facts):
+    spec, parity = facts
+    text = card.model_card({**spec, "classes": HOSTILE + [f"c{i}" for i in range(200)]}, parity)
+    for words in ("\\<script\\>", "a\\|b\\*\\_\\`\\[c\\]\\(d\\)", "tab\\\\tline\\\\n\\\\x1b"):
+        assert words in text
     assert "<script>" not in text and "\t" not in text and "\x1b" not in text
     assert "206 classes" in text and "c93, and 106 more" in text and "c94" not in text
 
 
-def test_model_card_of_a_regression():
-    spec = {"task": "regression", "classes": ["y"], "channels": 5, "dataset": "linear", "model": "linear"}
-    spec |= {"parameters": 6, "versions": {"torch": "2"}, "test_accuracy": None}
+@pytest.mark.parametrize(("features", "words"), [(5, "from 5 features"), (1, "from 1 feature.")])
+def test_model_card_of_a_regression(features, words):
+    spec = {"task": "regression", "classes": ["y"], "channels": features, "dataset": "linear"}
+    spec |= {"model": "linear", "parameters": 6, "versions": {"torch": "2"}, "test_accuracy": None}
     parity = {"onnx": {"passed": True, "samples": 20, "max_abs_diff": 1e-6, "mean_squared_error": 0.25}}
-    text = report.model_card(spec, parity)
-    assert "from 5 features" in text and "float32 `[batch, 1]`" in text and "| 0.25 |" in text
+    text = card.model_card(spec, parity)
+    assert words in text and "float32 `[batch, 1]`" in text and "| 0.25 |" in text
     assert "calibrated" not in text and "accuracy" not in text
