@@ -1,1 +1,1 @@
-"""What travels with a model or makes it travel: int8, the bundle, the model card, pictures, C++ and a web page."""
+"""What proves and accompanies an exported model: gate, int8, bundle, card, report, C++, web page and Ray."""

@@ -1,123 +1,135 @@
-"""The deployment bundle: one folder, and one archive of it, that an edge machine needs nothing beside.
+"""The deployment bundle: one folder, and a zip archive of it, with everything that an edge machine needs.
 
-The run alone decides every byte of both, dates and modes included: made again from the same run, they are the same.
+Two bundles of the same run are equal to the last byte, dates and modes included. The one exception is the
+model card of an int8 file, which quotes the speedup measured at export.
 """
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 
-from deploy.report import model_card
+from deploy.card import model_card
+from step3_infer import replacing, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-DIRECTORIES = ("cpp", "web")  # of this folder, copied as they are
-NOT_COPIED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # what lies there on one machine only
+DIRECTORIES = ("cpp", "web")  # subdirectories of this one that a bundle includes
+EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # files in them that belong to one machine only
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
-TIMINGS = ("speedup", "tried", "latency_ms")  # figures that differ from time to time
+TIMINGS = ("speedup", "tried", "latency_ms")  # figures that vary between exports of the same run
 SUMS = "SHA256SUMS"
 
 
-def publish(out, place, models, parity, **facts):
-    """Make out/bundle/ and out/<name>-bundle.zip in the directory `place`, and swap them in whole. -> the zip's path.
+def publish(
+    out: str,
+    workspace: str,
+    models: Sequence[str],
+    parity: dict[str, dict],
+    *,
+    script: str,
+    onnxruntime: str,
+    spec: dict,
+    samples: Sequence[tuple[bytes | None, dict]],
+) -> str:
+    """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
-    models, parity and facts: see write_bundle. Raises OSError.
+    workspace: an empty directory in the same file system, where the folder is built. models: paths of
+    exported files; parity: the contents of parity.json for them; script: path of step3_infer.py; onnxruntime:
+    the oldest version that runs the models; spec: what they contain, and `per_class`; samples: (bytes of a
+    PNG, None for a regression; the prediction as step3's --format json has it, without its path).
+    Raises OSError.
     """
-    new, final, packed = os.path.join(place, "bundle"), os.path.join(out, "bundle"), archive_of(out)
-    write_bundle(new, models=models, parity=parity, **facts)
-    archive(new, f"{new}.zip", os.path.basename(packed).removesuffix(".zip"))
-    os.replace(f"{new}.zip", packed)
-    swap_in(new, final, os.path.join(place, "aside"))
-    return packed
+    folder, path = os.path.join(workspace, "bundle"), archive_path(out)
+    os.makedirs(os.path.join(folder, "samples"))
+    copy_files(folder, [*models, script])
+    write_samples(folder, samples)
+    requirements = f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n"
+    write_text(folder, "requirements.txt", requirements)
+    write_text(folder, "MODEL_CARD.md", model_card(spec, parity))
+    write_text(folder, "parity.json", json.dumps(without_timings(parity), indent=2, allow_nan=False) + "\n")
+    sums = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in contents(folder)]
+    write_text(folder, SUMS, "".join(sums))
+    for name in contents(folder):  # whatever the umask and the clone say
+        os.chmod(os.path.join(folder, name), mode(name))
+    write_archive(folder, path)
+    swap_in(folder, os.path.join(out, "bundle"), os.path.join(workspace, "earlier"))
+    return path
 
 
-def archive_of(out):
+def archive_path(out: str) -> str:
+    """The path of the archive in the directory of an export."""
     return os.path.join(out, f"{os.path.basename(os.path.abspath(out))}-bundle.zip")
 
 
-def remove(out):
-    """Take away what an earlier export put there."""
+def remove(out: str) -> None:
+    """Remove the bundle of an earlier export."""
     shutil.rmtree(os.path.join(out, "bundle"), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(archive_of(out))
+        os.unlink(archive_path(out))
 
 
-def write_bundle(folder, *, models, script, onnxruntime, spec, parity, samples):
-    """Fill `folder`, which does not exist yet. Raises OSError.
-
-    models: paths of exported files; script: path of step3_infer.py; onnxruntime: the oldest version that runs them.
-    spec: what the files carry, with `per_class` beside. parity: the contents of parity.json for these files. samples:
-    (bytes of a PNG, or None for a regression; the answer as a line of step3's --format json, without its path).
-    """
-    os.makedirs(os.path.join(folder, "samples"))
-    for path in (*models, script):
+def copy_files(folder, paths):
+    """Copy files, the C++ program and the web page into the folder."""
+    for path in paths:
         shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
     for name in DIRECTORIES:
         if os.path.isdir(os.path.join(HERE, name)):
-            ignored = shutil.ignore_patterns(*NOT_COPIED)
-            shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=ignored)
-    parity = {
-        form: {key: figures[key] for key in figures if key not in TIMINGS} for form, figures in parity.items()
-    }
+            excluded = shutil.ignore_patterns(*EXCLUDED)
+            shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=excluded)
+
+
+def write_samples(folder, samples):
+    """Write the images, and expected.jsonl with their predictions."""
     lines = []
-    for index, (png, answer) in enumerate(samples):
+    for index, (png, expected) in enumerate(samples):
         if png is not None:
             name = f"samples/{index:02}.png"
-            write(folder, name, png)
-            answer = {"path": name, **answer}
-        lines.append(json.dumps(answer) + "\n")
-    write(folder, "samples/expected.jsonl", "".join(lines))
-    write(folder, "requirements.txt", f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n")
-    write(folder, "parity.json", json.dumps(parity, indent=2, allow_nan=False) + "\n")
-    write(folder, "MODEL_CARD.md", model_card(spec, parity))
-    sums = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in contents(folder)]
-    write(folder, SUMS, "".join(sums))
-    for name in contents(folder):  # whatever the umask and the clone say
-        os.chmod(os.path.join(folder, name), mode(name))
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(png)
+            expected = {"path": name, **expected}
+        lines.append(json.dumps(expected) + "\n")
+    write_text(folder, "samples/expected.jsonl", "".join(lines))
 
 
-def write(folder, name, content):
-    """Write text or bytes to a file of the bundle."""
-    with open(os.path.join(folder, name), "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+def write_text(folder, name, content):
+    with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
+        file.write(content)
+
+
+def without_timings(parity):
+    return {
+        name: {key: figures[key] for key in figures if key not in TIMINGS} for name, figures in parity.items()
+    }
 
 
 def mode(name):
     return 0o755 if name.endswith(".sh") else 0o644
 
 
-def contents(folder):
-    """The paths of all files below `folder`, relative to it, with slashes, in one order everywhere."""
-    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+def contents(folder: str) -> list[str]:
+    """The paths of all files below `folder`, relative to it, with slashes, in the same order everywhere."""
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
     return sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in paths)
 
 
-def sha256(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            total.update(part)
-    return total.hexdigest()
-
-
-def archive(folder, path, top):
-    """Write the zip archive `path` of a bundle, its files below the directory `top`. Raises OSError."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+def write_archive(folder, path):
+    """Write the zip archive of a folder, its files below a directory named like the archive."""
+    top = os.path.basename(path).removesuffix(".zip")
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in contents(folder):
             entry = zipfile.ZipInfo(f"{top}/{name}", date_time=(1980, 1, 1, 0, 0, 0))  # zip's oldest
             entry.create_system = 3  # Unix: the modes count
             entry.external_attr = (0o100000 | mode(name)) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             with open(os.path.join(folder, name), "rb") as source:
-                target.writestr(entry, source.read())
+                archive.writestr(entry, source.read())
 
 
-def swap_in(new, final, aside):
-    """Put the directory `new` in the place of `final`, whole; what was there goes to `aside`. Raises OSError.
+def swap_in(new: str, final: str, aside: str) -> None:
+    """Replace the directory `final` by `new` as a whole, after moving it to `aside`. Raises OSError.
 
     Of two processes that do so at once, the later one's stays.
     """
@@ -126,6 +138,6 @@ def swap_in(new, final, aside):
             os.replace(final, f"{aside}-{attempt}")
         try:
             return os.replace(new, final)
-        except OSError as error:  # where another process has put its own there since: once more
+        except OSError as error:  # another process has put its own there since: try again
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 99:
                 raise

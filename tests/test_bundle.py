@@ -1,4 +1,4 @@
-"""The bundle: all that an edge machine needs, the same bytes from the same run, and whole or not there."""
+"""The bundle: everything an edge machine needs, equal bytes from equal runs, written whole or not at all."""
 
 import errno
 import json
@@ -17,20 +17,20 @@ from conftest import ROOT
 import step1_train
 import step2_export
 import step3_infer
-from deploy import bundle
+from deploy import bundle, gate
 
 FORMATS = "--format", "onnx", "torchscript", "pt2"
 
 
 @pytest.fixture(scope="module")
 def bundled(small, tmp_path_factory):
-    """The directory of an export with a bundle, and what a process that made it printed. Read only."""
+    """The directory of an export with a bundle, and what step 2 printed. Read only."""
     out = tmp_path_factory.mktemp("bundled") / "small"
     return out, export(small, out, *FORMATS)
 
 
 def export(small, out, *options):
-    """Step 2 with --bundle in a process of its own. -> its standard output."""
+    """Run step 2 with --bundle in a process of its own; -> its standard output."""
     command = [
         sys.executable,
         ROOT / "step2_export.py",
@@ -48,7 +48,7 @@ def export(small, out, *options):
 
 @pytest.fixture
 def edge(bundled, tmp_path):
-    """The archive of the bundle, unpacked where nothing else lies."""
+    """The archive of the bundle, unpacked into an empty directory."""
     with zipfile.ZipFile(bundled[0] / "small-bundle.zip") as archive:
         archive.extractall(tmp_path)
     return tmp_path / "small-bundle"
@@ -65,7 +65,7 @@ def test_folder_and_archive_hold_the_same(bundled, edge):
     assert not [name for name in os.listdir(out) if name.startswith(".")]
 
 
-def test_it_holds_what_was_promised(edge):
+def test_contents(edge):
     names = contents(edge).keys()
     wanted = (
         "model.onnx model.pt model.pt2 step3_infer.py requirements.txt MODEL_CARD.md parity.json SHA256SUMS"
@@ -82,7 +82,7 @@ def test_it_holds_what_was_promised(edge):
     assert "precision" in (edge / "MODEL_CARD.md").read_text()
 
 
-def test_sha256sum_agrees(edge):
+def test_sha256sum_accepts_it(edge):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
     done = subprocess.run(
@@ -107,8 +107,8 @@ def test_unpacked_it_verifies_tests_itself_and_predicts(edge, execute):
 def test_a_flipped_byte_in_any_file_is_found(edge, call):
     script = edge / "step3_infer.py"
     for name, content in contents(edge).items():
-        place = len(content) // 2
-        changed = bytes([*content[:place], content[place] ^ 1, *content[place + 1 :]])
+        changed = bytearray(content)
+        changed[len(changed) // 2] ^= 1
         (edge / name).write_bytes(changed)
         result = call(step3_infer.main, "--verify", "--model", script)
         assert result.code == 1 and "error: " in result.err, name
@@ -117,7 +117,7 @@ def test_a_flipped_byte_in_any_file_is_found(edge, call):
 
 
 def test_same_run_same_bytes(bundled, small, tmp_path):
-    umask = os.umask(0o077)  # another one than most people's
+    umask = os.umask(0o077)  # not the usual one
     try:
         export(small, tmp_path / "small", *FORMATS)
     finally:
@@ -134,12 +134,12 @@ def test_dates_and_modes_are_fixed(bundled):
     assert [entry.filename for entry in entries] == sorted(entry.filename for entry in entries)
 
 
-def test_nothing_in_it_tells_this_machines_paths(small, edge):
+def test_no_file_names_a_path_of_this_machine(small, edge):
     for path in (ROOT, small.place, os.path.dirname(torch.__file__)):
         assert not [name for name, content in contents(edge).items() if os.fsencode(path) in content]
 
 
-def test_made_again_it_replaces_the_earlier_one(call, small, small_run, here, in_process):
+def test_a_second_export_replaces_it(call, small, small_run, here, in_process):
     arguments = ["--format", "onnx", "--bundle"]
     call(step2_export.main, *arguments).done()
     (here / "exports" / "small" / "bundle" / "old").write_text("old")
@@ -151,7 +151,7 @@ def test_made_again_it_replaces_the_earlier_one(call, small, small_run, here, in
 
 def test_no_bundle_where_a_format_fails(call, small, small_run, here, in_process, monkeypatch):
     call(step2_export.main, "--format", "onnx", "--bundle").done()
-    monkeypatch.setattr(step2_export, "gate", lambda *_: ({**step2_export.NOTHING}, ["planted"]))
+    monkeypatch.setattr(gate, "prove", lambda *_: ({**gate.NO_FIGURES}, ["planted"]))
     result = call(step2_export.main, "--format", "onnx", "--bundle")
     result.error(1, "onnx", "planted")
     assert "no bundle" in result.err and os.listdir(here / "exports" / "small") == ["parity.json"]
@@ -185,7 +185,7 @@ def test_two_at_once_leave_one_whole(bundled, small, tmp_path):
     assert step3_infer.main(["--verify", "--model", str(out / "bundle" / "model.onnx")]) == 0
 
 
-def test_swapping_in_while_others_do(tmp_path):
+def test_swapping_in_while_others_swap_in(tmp_path):
     def swap(k):
         for n in range(30):
             new = tmp_path / f"new-{k}-{n}"
@@ -202,7 +202,7 @@ def test_swapping_in_while_others_do(tmp_path):
 
 
 def test_disk_full(small, small_run, here, execute):
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
     limit += (
         f"sys.path.insert(0, {str(ROOT)!r}); import step2_export; sys.exit(step2_export.main(sys.argv[1:]))"
     )
@@ -214,7 +214,7 @@ def test_disk_full_at_the_bundle(call, small_run, here, in_process, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(bundle, "archive", full)
+    monkeypatch.setattr(bundle, "write_archive", full)
     call(step2_export.main, "--format", "onnx", "--bundle").error(
         1, "bundle in exports/small", "No space left"
     )
