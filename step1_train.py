@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
 """Step 1 of 3: train a network on a dataset.
 
-    python step1_train.py                                  # the bundled digits, a minute on a laptop python
-    step1_train.py --dataset cifar10 --epochs 10 python step1_train.py --dataset folder --data-dir photos
-    --model mobilenet_v3_small --pretrained python step1_train.py --dataset linear                 # a
-    regression, no images at all python step1_train.py --resume                         # continue the last
-    unfinished run torchrun --nproc-per-node=4 step1_train.py ...         # four processes, each on a GPU of
-    its own if there are any
+    python step1_train.py                                  # the bundled digits, a minute on a laptop
+    python step1_train.py --dataset cifar10 --epochs 10
+    python step1_train.py --data-dir photos --model mobilenet_v3_small --pretrained
+    python step1_train.py --dataset linear                 # a regression, no images at all
+    python step1_train.py --resume                         # continue the last unfinished run
+    torchrun --nproc-per-node=4 step1_train.py ...         # four processes, each on a GPU if there are any
 
 Writes runs/<name>/ and never over an earlier run:
 
-    checkpoint.pt    the network, its spec, and the state for --resume; torch.load(..., weights_only=True)
-    reads it config.json      every argument, derived ones included, before the first step metrics.csv      a
-    row for each epoch: loss and accuracy on both splits, learning rate, seconds summary.json     the result;
-    report.html shows it with its pictures
+    checkpoint.pt    the network, its spec, and the state for --resume; plain data that torch.load reads
+    config.json      every argument, derived ones included, before the first step
+    metrics.csv      a row for each epoch: loss and accuracy on both splits, learning rate, seconds
+    summary.json     the result; report.html shows it with its pictures
 
 What the command line leaves open is derived from the dataset and the network, and printed before work starts.
 Next: python step2_export.py

@@ -40,12 +40,7 @@ def gather(
     _, height, width, _ = images.shape
     rows = torch.arange(height, device=device).expand(len(index), -1)
     columns = torch.arange(width, device=device).expand(len(index), -1)
-    holes = None
-    if "cutout" in augment:
-        centres = (draw(2) * torch.tensor([height, width], device=device)).int()
-        near_rows = (rows - centres[:, :1]).abs() < height * 3 // 16
-        near_columns = (columns - centres[:, 1:]).abs() < width * 3 // 16
-        holes = (near_rows[:, :, None] & near_columns[:, None, :])[..., None]
+    holes = holes_around(rows, columns, draw(2)) if "cutout" in augment else None
     if "translate" in augment:
         most = [max(1, size // 16) for size in (height, width)]
         dy, dx = (torch.randint(-m, m + 1, (n, 1), generator=generator)[share].to(device) for m in most)
@@ -58,6 +53,18 @@ def gather(
     if "color" in augment:
         batch = change_colours(batch, draw(3))
     return batch if holes is None else torch.where(holes, 128, batch)
+
+
+def holes_around(rows: torch.Tensor, columns: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """Where cutout greys: bool [n, H, W, 1] from rows [n, H] and columns [n, W].
+
+    random: the centres, uniform in 0..1, [n, 2].
+    """
+    height, width = rows.shape[1], columns.shape[1]
+    centres = (random * torch.tensor([height, width], device=random.device)).int()
+    near_rows = (rows - centres[:, :1]).abs() < height * 3 // 16
+    near_columns = (columns - centres[:, 1:]).abs() < width * 3 // 16
+    return (near_rows[:, :, None] & near_columns[:, None, :])[..., None]
 
 
 def mirror(position: torch.Tensor, size: int) -> torch.Tensor:
