@@ -57,9 +57,7 @@ def test_threads_change_neither_order_nor_answers(predict, many):
 
 def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypatch):
     decoded, decode = [], step3_infer.decode_image
-    monkeypatch.setattr(
-        step3_infer, "decode_image", lambda path, channels: decoded.append(path) or decode(path, 1)
-    )
+    monkeypatch.setattr(step3_infer, "decode_image", lambda path, *_: decoded.append(path) or decode(path, 1))
     model = step3_infer.Model(small.export / "model.onnx", 1)
     results = step3_infer.predict_files(model, step3_infer.find_images([str(many)]), 3, 4, 1)
     assert len(next(results)) == 4 and len(decoded) < 60
@@ -71,10 +69,10 @@ def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypa
 def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
     decoded, decode = [], step3_infer.decode_image
 
-    def slow(path, channels):
+    def slow(path, *options):
         time.sleep(0.01)
         decoded.append(path)
-        return decode(path, channels)
+        return decode(path, *options)
 
     monkeypatch.setattr(step3_infer, "decode_image", slow)
     model = step3_infer.Model(small.export / "model.onnx", 1)
@@ -245,6 +243,7 @@ def test_a_format_that_another_thread_is_just_loading(samples, monkeypatch):
             raise UnidentifiedImageError
         return opened(source)
 
+    step3_infer.image_suffixes.cache_clear()
     monkeypatch.setattr(Image, "open", not_yet)
     monkeypatch.setattr(Image, "init", lambda: initialised.append(1))
     assert step3_infer.decode_image(samples[0], 1).shape == (8, 8, 1)
