@@ -1,5 +1,7 @@
-"""The C++ program: built here, it says what step 3 says of the same files, and fails as it does."""
+"""The C++ program, built here: it prints what step 3 prints for the same files, and fails as it does."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -53,7 +55,7 @@ def run(*command, **options):
 
 @pytest.fixture
 def compare(program, call):
-    """compare(model, *arguments) -> both Results, having asserted that their answers agree."""
+    """compare(model, *arguments) -> both Results, after asserting that their predictions are equal."""
 
     def compare(file, *arguments):
         ours = run(program, "--model", file, "--format", "json", "--top-k", 9, *arguments)
@@ -75,26 +77,21 @@ def compare(program, call):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """channels -> path of a model.pt whose answers change with every pixel: a linear layer of large weights."""
-    place = tmp_path_factory.mktemp("tiny")
+    """channels -> path of a model.pt, a linear layer whose large weights react to every pixel."""
+    folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     for channels in (1, 3):
         network = model.build("linear", channels=channels, classes=len(CLASSES), image_size=(8, 8))
         torch.nn.init.normal_(network.layer.weight, std=0.2)
         deployable = model.Deployable(network, (8, 8), [0.5] * channels, [0.2] * channels).eval()
-        spec = {
-            "schema": 1,
-            "task": "classification",
-            "classes": CLASSES,
-            "channels": channels,
-            "image_size": [8, 8],
-        }
-        step2_export.export_torchscript(deployable, spec, place / f"{channels}.pt", None)
-    return {channels: place / f"{channels}.pt" for channels in (1, 3)}
+        spec = {"schema": 1, "task": "classification", "classes": CLASSES}
+        spec |= {"channels": channels, "image_size": [8, 8]}
+        step2_export.export_torchscript(deployable, spec, folder / f"{channels}.pt", None)
+    return {channels: folder / f"{channels}.pt" for channels in (1, 3)}
 
 
 def with_spec(source, target, text=None, **changes):
-    """Copy a model.pt, its spec changed by key, or replaced by `text` (None with no changes: taken out)."""
+    """Copy a model.pt, its spec changed by key, or replaced by `text` (None with no changes: removed)."""
     extra = {"spec.json": ""}
     with warnings.catch_warnings():  # torch calls TorchScript deprecated
         warnings.simplefilter("ignore")
@@ -120,52 +117,38 @@ def png(depth, colour, width, height, *chunks, pixels=None):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A directory of what decodes exactly: PNGs of every kind and several sizes, BMP, GIF, flat JPEGs, turned ones."""
-    place = tmp_path_factory.mktemp("pictures")
-    for depth, colour in [
-        (1, 0),
-        (2, 0),
-        (4, 0),
-        (8, 0),
-        (16, 0),
-        (8, 2),
-        (16, 2),
-        (8, 4),
-        (16, 4),
-        (8, 6),
-        (16, 6),
-    ]:
+    """A directory of images that decode exactly: PNGs of every kind, BMP, GIF, flat JPEGs, rotated ones."""
+    folder = tmp_path_factory.mktemp("pictures")
+    kinds = [(depth, 0) for depth in (1, 2, 4, 8, 16)]
+    kinds += [(depth, colour) for colour in (2, 4, 6) for depth in (8, 16)]
+    for depth, colour in kinds:
         for width, height in [(8, 8), (13, 29)]:
-            (place / f"depth{depth}-colour{colour}-{width}.png").write_bytes(
-                png(depth, colour, width, height)
-            )
-    palette, alpha = (
-        chunk(b"PLTE", np.random.default_rng(1).bytes(3 * 16)),
-        chunk(b"tRNS", bytes([0, 128, 7])),
-    )
-    (place / "palette.png").write_bytes(png(4, 3, 20, 10, palette))
-    (place / "palette-alpha.png").write_bytes(png(4, 3, 20, 10, palette, alpha))
+            content = png(depth, colour, width, height)
+            (folder / f"depth{depth}-colour{colour}-{width}.png").write_bytes(content)
+    palette = chunk(b"PLTE", np.random.default_rng(1).bytes(3 * 16))
+    alpha = chunk(b"tRNS", bytes([0, 128, 7]))
+    (folder / "palette.png").write_bytes(png(4, 3, 20, 10, palette))
+    (folder / "palette-alpha.png").write_bytes(png(4, 3, 20, 10, palette, alpha))
     photo = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 40, 3), dtype=np.uint8))
-    photo.save(place / "colour.bmp")
-    photo.quantize(64).save(place / "palette.gif")
+    photo.save(folder / "colour.bmp")
+    photo.quantize(64).save(folder / "palette.gif")
     blocks = np.random.default_rng(3).integers(0, 256, (3, 5), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     for turn in range(1, 9):
         exif = Image.Exif()
         exif[step3_infer.ORIENTATION] = turn
-        photo.save(place / f"turned{turn}.png", exif=exif)
-        Image.fromarray(blocks).save(
-            place / f"turned{turn}.jpg", exif=exif, quality=100
-        )  # flat: every decoder agrees
-    return place
+        photo.save(folder / f"turned{turn}.png", exif=exif)
+        flat = Image.fromarray(blocks)  # every decoder gives the same pixels
+        flat.save(folder / f"turned{turn}.jpg", exif=exif, quality=100)
+    return folder
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_it_sees_the_pixels_that_step3_sees(compare, tiny, pictures, channels):
+def test_it_decodes_the_pixels_that_step3_decodes(compare, tiny, pictures, channels):
     ours, _ = compare(tiny[channels], pictures)
-    answers = [json.loads(line) for line in ours.done().out.splitlines()]
-    assert len(answers) == 2 * 11 + 4 + 16
-    by_name = {os.path.basename(answer["path"]): answer["top"] for answer in answers}
-    assert by_name["turned1.png"] != by_name["turned6.png"]  # so that a lost orientation would show
+    lines = [json.loads(line) for line in ours.done().out.splitlines()]
+    assert len(lines) == 2 * 11 + 4 + 16
+    by_name = {os.path.basename(line["path"]): line["top"] for line in lines}
+    assert by_name["turned1.png"] != by_name["turned6.png"]  # a lost orientation would be noticed
 
 
 def test_a_trained_network_gives_the_same_lines(program, compare, call, trained, samples, tmp_path):
@@ -176,16 +159,19 @@ def test_a_trained_network_gives_the_same_lines(program, compare, call, trained,
     assert re.sub(r"[\d.]+%", "%", ours) == re.sub(r"[\d.]+%", "%", theirs)
     percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
     assert percents[0] == pytest.approx(percents[1], abs=0.011)
-    for path in samples:  # libjpeg and stb_image differ by a few grey levels
-        Image.open(path).resize((64, 48), Image.BICUBIC).convert("RGB").save(
-            tmp_path / f"{path.stem}.jpg", quality=95
-        )
-    photos = run(program, "--model", file, "--format", "json", tmp_path).done().out.splitlines()
-    for line, expected in zip(map(json.loads, photos), sorted(tmp_path.glob("*.jpg")), strict=True):
-        answer = step3_infer.predict(expected, step3_infer.Model(file))
-        assert line["label"] == answer["label"] and line["probability"] == pytest.approx(
-            answer["probability"], abs=0.02
-        )
+
+
+def test_jpegs_are_predicted_like_step3_does(program, trained, samples, tmp_path):
+    """libjpeg and stb_image differ by a few grey levels."""
+    file = trained.export / "model.pt"
+    for path in samples:
+        photo = Image.open(path).resize((64, 48), Image.BICUBIC).convert("RGB")
+        photo.save(tmp_path / f"{path.stem}.jpg", quality=95)
+    lines = run(program, "--model", file, "--format", "json", tmp_path).done().out.splitlines()
+    for line, path in zip(map(json.loads, lines), sorted(tmp_path.glob("*.jpg")), strict=True):
+        expected = step3_infer.predict(path, step3_infer.Model(file))
+        assert line["label"] == expected["label"]
+        assert line["probability"] == pytest.approx(expected["probability"], abs=0.02)
 
 
 def test_names_are_escaped(program, compare, call, tiny, pictures, here):
@@ -217,7 +203,7 @@ def test_directories_and_globs(compare, tiny, pictures, here):
 
 @pytest.fixture
 def bad(here, pictures):
-    """Inputs that cannot be used: name -> what is said of it."""
+    """Inputs that cannot be used: name -> words of its error."""
     for name in ("turned1.jpg", "turned1.png", "colour.bmp", "palette.gif"):
         whole = (pictures / name).read_bytes()
         (here / f"cut-{name}").write_bytes(whole[: len(whole) * 2 // 3])
@@ -244,12 +230,11 @@ def bad(here, pictures):
     }
 
 
-def test_what_cannot_be_used_is_one_line_and_the_rest_is_predicted(compare, tiny, pictures, bad):
+def test_bad_inputs_are_one_error_line_each_and_the_others_are_predicted(compare, tiny, pictures, bad):
     good = pictures / "palette.png"
     ours, theirs = compare(tiny[3], good, *bad, good)
-    assert ours.code == 1 and ours.err.count("\n") == theirs.err.count("\n") - 1 == len(
-        bad
-    )  # step 3 adds a note
+    assert ours.code == 1 and len(ours.err.splitlines()) == len(bad)
+    assert len(theirs.err.splitlines()) == len(bad) + 1  # step 3 adds a note
     lines = [json.loads(line) for line in ours.out.splitlines()]
     assert lines[0] == lines[-1] and lines[0]["label"] in CLASSES
     for line, error, (name, reason) in zip(lines[1:-1], ours.err.splitlines(), bad.items(), strict=True):
@@ -262,7 +247,7 @@ def test_what_cannot_be_used_is_one_line_and_the_rest_is_predicted(compare, tiny
         ("", 2, ["PATH", "--help"]),
         ("--top-k 0 x.png", 2, ["--top-k", "'0'", "1 to 999999"]),
         ("--threads 1e3 x.png", 2, ["--threads", "'1e3'"]),
-        ("--format csv x.png", 2, ["--format", "text, json"]),
+        ("--format csv x.png", 2, ["--format", "'csv'", "text nor json"]),
         ("x.png --model", 2, ["--model", "expected one argument"]),
         ("--topk=3 x.png", 2, ["--topk=3"]),
         ("x.png", 2, ["no model.pt", "--model"]),
@@ -270,7 +255,7 @@ def test_what_cannot_be_used_is_one_line_and_the_rest_is_predicted(compare, tiny
         ("--model text.pt x.png", 1, ["text.pt", "not a TorchScript file"]),
     ],
 )
-def test_usage_and_models_that_are_none(program, here, arguments, code, words):
+def test_usage_errors_and_files_that_are_not_models(program, here, arguments, code, words):
     (here / "text.pt").write_text("no model")
     result = run(program, *arguments.split())
     result.error(code, *words)
@@ -283,7 +268,7 @@ def test_usage_and_models_that_are_none(program, here, arguments, code, words):
         ({}, 1, ["carries no spec"]),
         ({"text": "{"}, 1, ["malformed spec"]),
         ({"text": "[1]"}, 1, ["malformed spec"]),
-        ({"schema": 2}, 1, ["schema 2", "Threestep that made it"]),
+        ({"schema": 2}, 1, ["schema 2", "up to 1", "Threestep version that exported it"]),
         ({"classes": [1, 2]}, 1, ["malformed spec"]),
         ({"classes": ["a", "b"]}, 1, ["2 classes", "5 outputs"]),
         ({"channels": 3}, 1, ["cannot run", "spec"]),
@@ -291,7 +276,7 @@ def test_usage_and_models_that_are_none(program, here, arguments, code, words):
         ({"task": "regression"}, 2, ["step3_infer.py --values"]),
     ],
 )
-def test_specs_that_are_wrong(program, here, tiny, pictures, change, code, words):
+def test_invalid_specs(program, here, tiny, pictures, change, code, words):
     file = with_spec(tiny[1], here / "model.pt", **change)
     run(program, "--model", file, pictures / "palette.png").error(code, *words)
 
@@ -305,11 +290,66 @@ def test_self_test(program, here, trained):
     golden[2]["probabilities"][0] += 0.001
     changed = run(program, "--self-test", "--model", with_spec("model.pt", "changed.pt", golden=golden))
     assert changed.code == 1 and changed.out == "self-test FAILED: 4 golden samples, max difference 1.0e-03\n"
+    one = with_spec("model.pt", "one.pt", golden=golden[:1])
+    assert ": 1 golden sample, max" in run(program, "--self-test", "--model", one).done().out
     golden[0]["image"] = "no base64!"
     file = with_spec("model.pt", "broken.pt", golden=golden)
     run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
     run(program, "--self-test", "--model", with_spec("model.pt", "none.pt", golden=[])).error(
         1, "no golden samples"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, {1e-5: True, 1e-3: False}),
+        ({"quantization": "int8, per channel"}, {5e-3: True, 1.5e-2: True, 3e-2: False}),
+        ({"self_test_tolerance": 2e-3}, {1e-3: True, 5e-3: False}),
+        ({"self_test_tolerance": 1e-4, "quantization": "int8"}, {5e-3: False}),
+    ],
+)
+def test_self_test_tolerance_is_that_of_step3(program, call, here, trained, changes, passes):
+    source = trained.export / "model.pt"
+    spec = step3_infer.Model(source).spec
+    spec.pop("self_test_tolerance", None)
+    for difference, passed in passes.items():
+        golden = json.loads(json.dumps(spec["golden"]))
+        golden[1]["probabilities"][3] += difference
+        text = json.dumps({**spec, "golden": golden, **changes})
+        file = with_spec(source, "changed.pt", text)
+        ours = run(program, "--self-test", "--model", file)
+        theirs = call(step3_infer.main, "--self-test", "--model", file)
+        assert ours.code == theirs.code == (0 if passed else 1), (ours, theirs)
+        assert ("passed" in ours.out) == passed and ("FAILED" in ours.out) != passed
+
+
+def test_self_test_tolerance_that_is_no_number(program, here, trained):
+    file = with_spec(trained.export / "model.pt", "changed.pt", self_test_tolerance="much")
+    run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
+
+
+class NanForBlack(torch.nn.Module):
+    """Equal probabilities for two classes, NaN for a black image."""
+
+    def forward(self, images):
+        mean = images.float().mean((1, 2, 3))[:, None]
+        return torch.full((1, 2), 0.5) * mean / mean
+
+
+def test_self_test_fails_if_any_output_is_nan(program, here):
+    golden = []
+    for level in (0, 255):  # NaN first: a later number must not replace it
+        content = io.BytesIO()
+        Image.new("L", (8, 8), level).save(content, "PNG")
+        image = base64.b64encode(content.getvalue()).decode()
+        golden.append({"image": image, "probabilities": [0.5, 0.5]})
+    spec = {"schema": 1, "task": "classification", "classes": ["a", "b"], "channels": 1}
+    spec |= {"image_size": [8, 8], "golden": golden}
+    step2_export.export_torchscript(NanForBlack(), spec, here / "nan.pt", None)
+    result = run(program, "--self-test", "--model", "nan.pt")
+    assert result.code == 1 and "FAILED: 2 golden samples, max difference nan" in result.out.replace(
+        "-nan", "nan"
     )
 
 

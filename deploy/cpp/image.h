@@ -1,4 +1,4 @@
-// Finds image files and decodes them, as step3_infer.py does. To be included once: it holds stb_image itself.
+// Finds and decodes image files, as step3_infer.py does. Include it once: it defines stb_image's functions.
 
 #include <glob.h>
 
@@ -24,12 +24,12 @@
 namespace fs = std::filesystem;
 using std::string;
 
-constexpr int64_t MAX_PIXELS = 2 * 89478485;  // where Pillow refuses too
+constexpr int64_t MAX_PIXELS = 2 * 89478485;  // Pillow's limit
 
-// As in step3_infer.py: one of a kind that stb_image cannot read is an error rather than passed over.
+// As in step3_infer.py: a file of a kind that stb_image cannot read is an error, it is not skipped.
 inline const string IMAGE_SUFFIXES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2";
 
-// A failure its user can mend: shown as one `error:` line.
+// A failure that the user can correct: it is printed as one `error:` line.
 struct Problem : std::runtime_error {
   int code;
   explicit Problem(const string& message, int code = 1) : std::runtime_error(message), code(code) {}
@@ -40,7 +40,7 @@ struct Image {
   std::vector<uint8_t> pixels;  // [height, width, channels]
 };
 
-// What stb_image reads from. It takes what is missing for zeros, so `ended` notes whether it wanted more.
+// What stb_image reads from. It reads zeros beyond the end, so `ended` records whether it read that far.
 struct Source {
   const string& bytes;
   size_t at = 0;
@@ -64,8 +64,8 @@ inline const stbi_io_callbacks READER = {
       return int(source.at == source.bytes.size());
     }};
 
-// The EXIF orientation of a JPEG or PNG, 1 (upright) to 8: how the camera was held.
-inline int orientation(const string& bytes) {
+// The EXIF orientation of a JPEG or PNG, from 1 (upright) to 8.
+inline int exif_orientation(const string& bytes) {
   const auto number = [&](size_t i, int count, bool little = false) {  // beyond the end there are zeros
     size_t value = 0;
     for (int k = 0; k < count; k++) {
@@ -91,19 +91,22 @@ inline int orientation(const string& bytes) {
   return 1;
 }
 
-// 8-bit pixels of `parts` bytes each (grey, grey + alpha, RGB, RGB + alpha) -> upright Image of 1 or 3 channels.
-inline Image upright(const uint8_t* pixels, int height, int width, int parts, int channels, int turn) {
-  const bool swap = turn >= 5, from_below = turn == 3 || turn == 4 || turn == 6 || turn == 7;
-  const bool from_right = turn == 2 || turn == 3 || turn == 7 || turn == 8;
+// Pixels of `components` bytes (grey, grey + alpha, RGB, RGB + alpha) -> upright Image of 1 or 3 channels;
+// orientation: that of EXIF.
+inline Image upright(const uint8_t* pixels, int height, int width, int components, int channels,
+                     int orientation) {
+  const bool swap = orientation >= 5;
+  const bool from_below = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
+  const bool from_right = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
   Image image{swap ? width : height, swap ? height : width, {}};
   image.pixels.resize(size_t(height) * width * channels);
   uint8_t* out = image.pixels.data();
-  const int step = parts < 3 ? 0 : 1;  // of a grey, red, green and blue are the same byte
+  const int step = components < 3 ? 0 : 1;  // red, green and blue of a grey pixel are the same byte
   for (int y = 0; y < image.height; y++)
     for (int x = 0; x < image.width; x++, out += channels) {
       const size_t row = from_below ? height - 1 - (swap ? x : y) : swap ? x : y;
       const size_t column = from_right ? width - 1 - (swap ? y : x) : swap ? y : x;
-      const uint8_t* p = pixels + (row * width + column) * parts;
+      const uint8_t* p = pixels + (row * width + column) * components;
       if (channels == 3)
         for (int k = 0; k < 3; k++) out[k] = p[k * step];
       else  // ITU-R 601-2 luma in Pillow's fixed point
@@ -116,27 +119,29 @@ inline Image upright(const uint8_t* pixels, int height, int width, int parts, in
 // Throws Problem with the reason (the caller knows the name).
 inline Image decode(const string& bytes, int channels) {
   if (bytes.empty()) throw Problem("is empty");
-  int width, height, parts;
+  int width, height, components;
   Source header{bytes}, depth{bytes}, source{bytes};
-  if (!stbi_info_from_callbacks(&READER, &header, &width, &height, &parts) || width < 1 || height < 1)
+  if (!stbi_info_from_callbacks(&READER, &header, &width, &height, &components) || width < 1 || height < 1)
     throw Problem("is damaged, too large or not a PNG, JPEG, BMP or GIF image that stb_image can read");
   if (int64_t(width) * height > MAX_PIXELS)
     throw Problem("refused as a decompression bomb: " + std::to_string(int64_t(width) * height) + " pixels");
-  // As with Pillow and step3: greys of 16 bits are scaled, of 16-bit colours the high byte is taken.
-  const bool scale = stbi_is_16_bit_from_callbacks(&READER, &depth) && parts == 1;
-  const std::unique_ptr<void, decltype(&stbi_image_free)> data(
-      scale ? static_cast<void*>(stbi_load_16_from_callbacks(&READER, &source, &width, &height, &parts, 1))
-            : static_cast<void*>(stbi_load_from_callbacks(&READER, &source, &width, &height, &parts, 0)),
-      stbi_image_free);
+  // As with Pillow and step3: 16-bit greys are scaled, and 16-bit colours are reduced to their high byte.
+  const bool scale = stbi_is_16_bit_from_callbacks(&READER, &depth) && components == 1;
+  void* loaded = nullptr;
+  if (scale)
+    loaded = stbi_load_16_from_callbacks(&READER, &source, &width, &height, &components, 1);
+  else
+    loaded = stbi_load_from_callbacks(&READER, &source, &width, &height, &components, 0);
+  const std::unique_ptr<void, decltype(&stbi_image_free)> data(loaded, stbi_image_free);
   if (!data) throw Problem(string("is corrupt or truncated: ") + stbi_failure_reason());
   if (source.ended) throw Problem("is truncated");
   auto* pixels = static_cast<uint8_t*>(data.get());
   if (scale) {
     const auto* wide = static_cast<const uint16_t*>(data.get());
     for (size_t k = 0; k < size_t(width) * height; k++) pixels[k] = (wide[k] * 255u + 32767) / 65535;
-    parts = 1;
+    components = 1;
   }
-  return upright(pixels, height, width, parts, channels, orientation(bytes));
+  return upright(pixels, height, width, components, channels, exif_orientation(bytes));
 }
 
 inline string read_file(const string& path) {
@@ -148,22 +153,24 @@ inline string read_file(const string& path) {
   if (size > INT32_MAX) throw Problem("is larger than 2 GB");
   std::ifstream file(path, std::ios::binary);
   string bytes(file ? size : 0, '\0');
-  if (!file.read(bytes.data(), bytes.size())) throw Problem(string("cannot be read: ") + std::strerror(errno));
+  if (!file.read(bytes.data(), bytes.size()))
+    throw Problem(string("cannot be read: ") + std::strerror(errno));
   return bytes;
 }
 
-// Adds the images below a directory, in name order, its own before those of its subdirectories; a directory that
-// cannot be read is added itself, for read_file to refuse.
+// Adds the images below a directory in name order, its own before those of its subdirectories. A directory
+// that cannot be read is added itself, so that read_file reports it.
 inline void walk(const fs::path& directory, std::vector<string>& found) {
   std::vector<fs::path> files, subdirectories;
   std::error_code error;
   for (fs::directory_iterator entry(directory, error), end; entry != end; entry.increment(error)) {
     string suffix = entry->path().extension().string() + " ";
     for (char& c : suffix) c = std::tolower(static_cast<unsigned char>(c));
-    std::error_code unknown;  // of a dangling link, say
-    if (!entry->is_directory(unknown)) {
-      if (suffix[0] == '.' && (IMAGE_SUFFIXES + " ").find(suffix) != string::npos) files.push_back(entry->path());
-    } else if (!entry->is_symlink(unknown)) {  // a link may lead back up
+    const bool image = suffix[0] == '.' && (IMAGE_SUFFIXES + " ").find(suffix) != string::npos;
+    std::error_code ignored;  // for example of a dangling link
+    if (!entry->is_directory(ignored)) {
+      if (image) files.push_back(entry->path());
+    } else if (!entry->is_symlink(ignored)) {  // a link may lead back up
       subdirectories.push_back(entry->path());
     }
   }

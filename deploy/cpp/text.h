@@ -1,4 +1,4 @@
-// Text to and from the outside: paths and class names made harmless for terminals and JSON readers, base64.
+// Untrusted text (paths, class names) made safe for terminals and JSON readers, and base64.
 
 #include <cstdint>
 #include <cstdio>
@@ -7,7 +7,7 @@
 
 using std::string;
 
-// The code point of UTF-8 `text` at `i`, which moves on; a byte that is not UTF-8 gives 0xDC00 + byte, as in Python.
+// The code point of UTF-8 `text` at `i`, which advances; an invalid byte gives 0xDC00 + byte, as in Python.
 inline char32_t next_point(const string& text, size_t& i) {
   const uint8_t first = text[i];
   const size_t length =
@@ -30,7 +30,7 @@ inline string hex(const char* prefix, int digits, char32_t point) {
   return text;
 }
 
-// Text from strangers (paths, class names) for a terminal: control characters and invisible ones are escaped.
+// Untrusted text for a terminal: control characters and invisible characters are escaped.
 inline string printable(const string& text) {
   static const char32_t invisible[][2] = {
       {0, 0x1F},        {0x7F, 0xA0},     {0xAD, 0xAD},     {0x600, 0x605},   {0x61C, 0x61C},
@@ -40,9 +40,9 @@ inline string printable(const string& text) {
   for (size_t i = 0; i < text.size();) {
     const size_t start = i;
     const char32_t c = next_point(text, i);
-    bool shown = true;
-    for (const auto& range : invisible) shown = shown && (c < range[0] || c > range[1]);
-    if (shown)
+    bool visible = true;
+    for (const auto& range : invisible) visible = visible && (c < range[0] || c > range[1]);
+    if (visible)
       out += text.substr(start, i - start);
     else if (c == '\n' || c == '\r' || c == '\t')
       out += c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t";
@@ -69,17 +69,21 @@ inline string quoted(const string& text) {
   return out + '"';
 }
 
-// The bytes that base64 text stands for. Throws std::invalid_argument.
+// Decodes base64 text. Throws std::invalid_argument.
 inline string base64_bytes(const string& text) {
   static const string digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   string bytes;
   uint32_t bits = 0;
-  int held = 0;
+  int count = 0;  // of bits that are not in `bytes` yet
   for (const char c : text.substr(0, text.find('='))) {
     const size_t digit = digits.find(c);
     if (digit == string::npos) throw std::invalid_argument("not base64");
     bits = bits << 6 | uint32_t(digit);
-    if ((held += 6) >= 8) bytes += char(bits >> (held -= 8));
+    count += 6;
+    if (count >= 8) {
+      count -= 8;
+      bytes += char(bits >> count);
+    }
   }
   return bytes;
 }
