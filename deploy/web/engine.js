@@ -1,22 +1,26 @@
-// An exported model.onnx in a browser: read its spec, decode images as step3_infer.py does, predict, self-test.
-// Nothing here touches the page; page.js does, with the globals of this file.
+// An exported model.onnx in a browser: this file reads its spec, decodes images as step3_infer.py does,
+// predicts and runs the self-test. It does not touch the page: page.js does, with the globals of this file.
 "use strict";
 
-const SCHEMA = 1; // the newest spec this page understands
+const SCHEMA = 1; // the newest spec that this page understands
 const RUNTIME = ["ort/ort.wasm.bundle.min.js", "ort/ort-wasm-simd-threaded.wasm"];
-const TILE = 512; // pixels read from a canvas at once; phones limit the size of a canvas, not that of an image
+const TILE = 512; // pixels read from a canvas at once: phones limit the size of a canvas, not of an image
 const MEGAPIXELS = 100; // of one image
-const TOLERANCE = { float: 1e-3, int8: 5e-2 }; // of the self-test; int8 is rounded differently on every processor
+const FLOAT_TOLERANCE = 1e-4; // of the self-test, for a file whose spec has no self_test_tolerance
+const INT8_TOLERANCE = 2e-2; // processors round int8 products differently
 
 let ort = null; // the runtime's module
 let model = null; // {session, spec, source, bytes}
 
-// A failure that its user can mend: the text is the whole message.
+// A number with its noun in the singular or plural: 1 sample, 2 samples.
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
+// A failure that the user can correct: the text is the whole message.
 class Problem extends Error {}
 
-// ------------------------------------------------------------------------------------------------------------ model
+// ----------------------------------------------------------------------------------------------------- model
 
-// The [field number, bytes or null] of a protobuf message; length-delimited fields alone have bytes here.
+// The [field number, bytes or null] of a protobuf message; only length-delimited fields have bytes here.
 function* fields(bytes) {
   let at = 0;
   const varint = () => {
@@ -30,7 +34,7 @@ function* fields(bytes) {
   while (at < bytes.length) {
     const tag = varint();
     const wire = tag % 8;
-    if (![0, 1, 2, 5].includes(wire)) throw new RangeError("it is no protobuf");
+    if (![0, 1, 2, 5].includes(wire)) throw new RangeError("it is not a protobuf message");
     if (wire === 0) varint();
     const length = { 0: 0, 1: 8, 5: 4 }[wire] ?? varint();
     if (at + length > bytes.length) throw new RangeError("it ends early");
@@ -39,14 +43,14 @@ function* fields(bytes) {
   }
 }
 
-// ModelProto.metadata_props (field 14, entries of key 1 and value 2) as a Map: the runtime does not give them.
+// ModelProto.metadata_props (field 14, entries of key 1 and value 2) as a Map: the runtime hides it.
 function readMetadata(bytes) {
   const metadata = new Map();
   for (const [field, entry] of fields(bytes)) {
     if (field !== 14 || !entry) continue;
     const pair = new Map(fields(entry));
-    const [key, value] = [1, 2].map((number) => new TextDecoder().decode(pair.get(number) ?? new Uint8Array()));
-    metadata.set(key, value);
+    const text = (number) => new TextDecoder().decode(pair.get(number) ?? new Uint8Array());
+    metadata.set(text(1), text(2));
   }
   return metadata;
 }
@@ -58,7 +62,7 @@ function readSpec(bytes, source) {
   try {
     text = readMetadata(bytes).get("spec");
   } catch (error) {
-    throw new Problem(`${source} is not an ONNX file, or is damaged: ${error.message}.`);
+    throw new Problem(`${source} is not an ONNX file or is damaged: ${error.message}.`);
   }
   if (!text) throw new Problem(`${source} carries no spec: it was not made by step2_export.py.`);
   try {
@@ -67,44 +71,46 @@ function readSpec(bytes, source) {
     throw new Problem(`${source} has a malformed spec: ${error.message}.`);
   }
   if (spec?.schema > SCHEMA) {
-    const newest = `has a spec of schema ${spec.schema}, this page knows up to ${SCHEMA}`;
-    throw new Problem(`${source} ${newest}: use the page of the Threestep that made it.`);
+    const newest = `has a spec of schema ${spec.schema}, and this page understands schemas up to ${SCHEMA}`;
+    throw new Problem(`${source} ${newest}. Use the page of the Threestep version that exported it.`);
   }
   const regression = spec?.task === "regression";
   const names = Array.isArray(spec?.classes) ? spec.classes : [];
   const named = names.length > (regression ? 0 : 1) && names.every((name) => typeof name === "string");
   const shaped = regression ? spec.channels > 0 : [1, 3].includes(spec?.channels);
   if (!(regression || spec?.task === "classification") || !named || !shaped) {
-    throw new Problem(`${source} has a malformed spec: its task, classes or channels make no sense.`);
+    throw new Problem(`${source} has a malformed spec: its task, classes or channels are invalid.`);
   }
   return spec;
 }
 
-// {bytes, source} of the first address that answers. Throws Problem.
+// {bytes, source} of the first address with a model. Throws Problem.
 async function fetchModel(addresses) {
   for (const address of addresses) {
-    const answer = await fetch(address, { cache: "no-cache" }).catch(() => null);
-    // Some servers send their start page for whatever is missing.
-    if (answer?.ok && !answer.headers.get("content-type")?.startsWith("text/html")) {
-      return { bytes: new Uint8Array(await answer.arrayBuffer()), source: address };
+    const response = await fetch(address, { cache: "no-cache" }).catch(() => null);
+    // Some servers send their start page for a missing file.
+    if (response?.ok && !response.headers.get("content-type")?.startsWith("text/html")) {
+      return { bytes: new Uint8Array(await response.arrayBuffer()), source: address };
     }
   }
-  throw new Problem(`There is no model at ${addresses.join(" or ")}. Put it there, or choose it here.`);
+  throw new Problem(`There is no model at ${addresses.join(" or ")}. Put one there, or choose a file here.`);
 }
 
-function missing(path) {
-  return new Problem(`The runtime is missing: ${path} cannot be loaded. In this page's folder, run: sh get-ort.sh`);
+function runtimeProblem(path) {
+  const remedy = "In the page's folder, run: sh get-ort.sh";
+  return new Problem(`The runtime is missing: ${path} cannot be loaded. ${remedy}`);
 }
 
 async function loadRuntime() {
   const [script, binary] = RUNTIME.map((path) => new URL(path, document.baseURI).href);
   const runtime = await import(script).catch(() => {
-    throw missing(RUNTIME[0]);
+    throw runtimeProblem(RUNTIME[0]);
   });
   runtime.env.logLevel = "error";
   runtime.env.wasm.wasmPaths = { wasm: binary };
-  // More threads need shared memory, which browsers give only to pages that a server declares isolated.
-  runtime.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+  // Threads need shared memory, which browsers grant only to cross-origin isolated pages.
+  const cores = navigator.hardwareConcurrency || 1;
+  runtime.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, cores) : 1;
   return runtime;
 }
 
@@ -117,8 +123,9 @@ async function useModel({ bytes, source }) {
     session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
   } catch (error) {
     if (error instanceof Problem) throw error;
-    const there = await fetch(RUNTIME[1], { method: "HEAD" }).then((answer) => answer.ok, () => false);
-    throw there ? new Problem(`${source} cannot be run by this browser: ${error.message}`) : missing(RUNTIME[1]);
+    const response = await fetch(RUNTIME[1], { method: "HEAD" }).catch(() => null);
+    if (!response?.ok) throw runtimeProblem(RUNTIME[1]);
+    throw new Problem(`This browser cannot run ${source}: ${error.message}`);
   }
   await model?.session.release();
   model = { session, spec, source, bytes: bytes.length };
@@ -134,22 +141,23 @@ async function run(tensor) {
     throw new Problem(`the model cannot run on ${tensor.dims.join("x")} input: ${error.message ?? error}`);
   }
   if (outputs.length === spec.classes.length) return outputs;
-  throw new Problem(`the file's spec is wrong: ${spec.classes.length} classes, ${outputs.length} outputs`);
+  const found = `${spec.classes.length} classes, ${outputs.length} outputs`;
+  throw new Problem(`the spec does not match the model: ${found}`);
 }
 
-// ----------------------------------------------------------------------------------------------------------- images
+// ---------------------------------------------------------------------------------------------------- images
 
 // An image file -> ImageBitmap, EXIF orientation applied, colours as stored. Throws Problem.
 async function decode(file) {
   if (file.size === 0) throw new Problem("empty file");
-  const options = { imageOrientation: "from-image", premultiplyAlpha: "none", colorSpaceConversion: "none" };
-  const bitmap = await createImageBitmap(file, options)
-    .catch((error) => (error instanceof TypeError ? createImageBitmap(file) : null)) // an older browser lacks an option
+  const asStored = { premultiplyAlpha: "none", colorSpaceConversion: "none" };
+  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image", ...asStored })
+    .catch((error) => (error instanceof TypeError ? createImageBitmap(file) : null)) // an older browser
     .catch(() => null);
   if (!bitmap) throw new Problem("not an image that this browser can decode");
   const size = (bitmap.width * bitmap.height) / 1e6;
   if (size <= MEGAPIXELS) return bitmap;
-  throw new Problem(`${size.toFixed()} megapixels, and this page takes ${MEGAPIXELS}`);
+  throw new Problem(`the image has ${size.toFixed()} megapixels; this page accepts up to ${MEGAPIXELS}`);
 }
 
 // Copy the RGBA bytes from..end to `pixels` at `to` without alpha; 1 channel is Pillow's convert("L").
@@ -170,7 +178,7 @@ function pack(rgba, from, end, pixels, to, channels) {
   return alpha === 255;
 }
 
-// ImageBitmap -> {pixels: uint8 [height x width x channels], exact: false where colours under alpha were lost}.
+// ImageBitmap -> {pixels: uint8 [height x width x channels], exact: whether all colours are as stored}.
 function readPixels(bitmap, channels) {
   const { width, height } = bitmap;
   const pixels = new Uint8Array(width * height * channels);
@@ -195,8 +203,8 @@ function readPixels(bitmap, channels) {
   return { pixels, exact: opaque || rgba !== null };
 }
 
-// ImageBitmap -> its RGBA bytes as stored, or null where this device cannot. A 2D canvas multiplies colours by alpha
-// and has lost what lies under transparent pixels, which Pillow shows; a WebGL texture keeps it.
+// ImageBitmap -> its RGBA bytes as stored, or null if this device cannot read them. A 2D canvas multiplies
+// colours by alpha and so loses those of transparent pixels, which Pillow keeps, and so does a WebGL texture.
 function readUnderAlpha(bitmap) {
   const { width, height } = bitmap;
   const gl = document.createElement("canvas").getContext("webgl");
@@ -213,18 +221,22 @@ function readUnderAlpha(bitmap) {
   return failed ? null : rgba;
 }
 
-// An image file -> {bitmap (to be closed), probabilities, exact, decoding and network in milliseconds}. Throws Problem.
+// An image file -> {bitmap (to be closed), probabilities, exact, decoding and network in milliseconds}.
+// Throws Problem.
 async function predict(file) {
   const start = performance.now(), { channels } = model.spec;
   const bitmap = await decode(file);
   try {
     const { pixels, exact } = readPixels(bitmap, channels);
     const decoded = performance.now();
-    const probabilities = await run(new ort.Tensor("uint8", pixels, [1, bitmap.height, bitmap.width, channels]));
-    return { bitmap, probabilities, exact, decoding: decoded - start, network: performance.now() - decoded };
+    const shape = [1, bitmap.height, bitmap.width, channels];
+    const probabilities = await run(new ort.Tensor("uint8", pixels, shape));
+    const decoding = decoded - start, network = performance.now() - decoded;
+    return { bitmap, probabilities, exact, decoding, network };
   } catch (error) {
     bitmap.close();
-    throw error instanceof Problem ? error : new Problem(`too large for this device: ${error.message}`);
+    if (error instanceof Problem) throw error;
+    throw new Problem(`the image is too large for this device: ${error.message}`);
   }
 }
 
@@ -232,15 +244,15 @@ async function predict(file) {
 async function predictValues(values) {
   const count = model.spec.channels;
   if (values.length !== count || !values.every(Number.isFinite)) {
-    throw new Problem(`This model takes ${count} numbers, separated by commas.`);
+    throw new Problem(`This model takes ${counted(count, "number")}, separated by commas.`);
   }
   const [prediction] = await run(new ort.Tensor("float32", Float32Array.from(values), [1, count]));
   return Number(prediction.toPrecision(7)); // what float32 holds
 }
 
-// -------------------------------------------------------------------------------------------------------- self-test
+// ------------------------------------------------------------------------------------------------- self-test
 
-// The samples inside the file, which hold an input and what the network said on the training machine.
+// The golden samples in the file: each an input, and the outputs computed for it on the training machine.
 function goldenSamples() {
   return Array.isArray(model.spec.golden) ? model.spec.golden : [];
 }
@@ -250,18 +262,24 @@ function goldenFile(sample, name) {
   return new File([Uint8Array.from(atob(sample.image), (character) => character.charCodeAt(0))], name);
 }
 
-// Run the golden samples -> {count, difference: the largest from what the training machine said, passed}.
+// The largest difference that the self-test accepts: the rule of step3_infer.py and of the C++ program.
+function selfTestTolerance(spec) {
+  return spec.self_test_tolerance ?? ("quantization" in spec ? INT8_TOLERANCE : FLOAT_TOLERANCE);
+}
+
+// Run the golden samples -> {count, difference (the largest of any output), tolerance, passed}.
+// Throws Problem.
 async function selfTest() {
   let count = 0, difference = 0;
   for (const sample of goldenSamples()) {
     difference = Math.max(difference, await sampleDifference(sample)); // which keeps NaN
     count += 1;
   }
-  const tolerance = model.spec.quantization ? TOLERANCE.int8 : TOLERANCE.float;
-  return { count, difference, passed: difference <= tolerance };
+  const tolerance = selfTestTolerance(model.spec);
+  return { count, difference, tolerance, passed: difference <= tolerance };
 }
 
-// One golden sample -> the largest difference of its outputs from the expected ones, relative to those above 1.
+// One golden sample -> the largest difference of its outputs from the expected ones, relative above 1.
 async function sampleDifference(sample) {
   let outputs, expected;
   if (model.spec.task === "regression") {
@@ -271,6 +289,7 @@ async function sampleDifference(sample) {
     bitmap.close();
     [outputs, expected] = [Array.from(probabilities), sample.probabilities];
   }
-  if (expected.length !== outputs.length) throw new Problem("the golden samples do not fit the model");
-  return Math.max(...outputs.map((output, i) => Math.abs(output - expected[i]) / Math.max(1, Math.abs(expected[i]))));
+  if (expected.length !== outputs.length) throw new Problem("the golden samples do not match the model");
+  const difference = (output, i) => Math.abs(output - expected[i]) / Math.max(1, Math.abs(expected[i]));
+  return Math.max(...outputs.map(difference));
 }

@@ -1,18 +1,19 @@
-// What the page shows and how it is used; engine.js does the work. Class names, file names and the spec's texts are
-// strangers' data: they reach the page through textContent only.
+// What the page displays and how it reacts; engine.js does the work. Class names, file names and the texts of
+// the spec are untrusted: they reach the page through textContent only.
 "use strict";
 
-const TOP = 5; // classes shown for an image
+const TOP = 5; // classes displayed for an image
 const CARDS = 200; // results kept on the page
 const THUMBNAIL = 192; // pixels, two for each of the screen's
 const $ = (id) => document.getElementById(id);
 const percent = (probability) => `${(100 * probability).toFixed(2)} %`;
+const scientific = (value) => value === 0 ? "0" : value.toExponential(1);
 const milliseconds = (time) => `${time.toFixed(time < 10 ? 1 : 0)} ms`;
 
 // Names in a sentence must not turn the writing direction of what follows them.
 const isolate = (name) => `\u2068${name}\u2069`;
 
-let queue = Promise.resolve(); // work is done in the order in which it was asked for
+let queue = Promise.resolve(); // work is done in the order of the requests
 
 // A new element below `parent`, with this class and text.
 function add(parent, tag, className = "", text = "") {
@@ -31,8 +32,8 @@ function warn(text) {
   $("problem").hidden = false;
 }
 
-// Do `work` after all that was asked for before; show its Problem as the page's own.
-function later(work) {
+// Do `work` after everything requested before; display its Problem.
+function enqueue(work) {
   queue = queue.then(work).catch((error) => {
     if (!(error instanceof Problem)) console.error(error);
     warn(error.message);
@@ -41,22 +42,23 @@ function later(work) {
   });
 }
 
-// ------------------------------------------------------------------------------------------------------------ model
+// ----------------------------------------------------------------------------------------------------- model
 
-// Load a model from `find`'s {bytes, source}, describe it and test it.
-async function start(find) {
+// Load the model that `find` resolves to as {bytes, source}, describe it and test it.
+async function startModel(find) {
   if (location.protocol === "file:") {
-    const way = "In its folder, run python3 -m http.server, and open http://localhost:8000";
-    throw new Problem(`A page that is opened as a file cannot load its model. ${way}`);
+    const remedy = "Run python3 -m http.server in its folder, and open http://localhost:8000";
+    throw new Problem(`A page that is opened as a file cannot load its model. ${remedy}`);
   }
   if (typeof WebAssembly === "undefined") {
-    throw new Problem("This browser has no WebAssembly, or it is switched off (as in lockdown mode): use another one.");
+    const cause = "This browser has no WebAssembly, or it is disabled, for example by lockdown mode.";
+    throw new Problem(`${cause} Use another browser.`);
   }
   $("problem").hidden = true;
   say("Loading the model and the runtime …");
   await useModel(await find());
   describe(model.spec);
-  await showSelfTest();
+  await runSelfTest();
   say("Ready.");
 }
 
@@ -66,8 +68,9 @@ function describe(spec) {
   $("title").textContent = document.title = regression ? "Regression" : "Image classifier";
   const count = spec.classes.length, isolated = spec.classes.map(isolate);
   const names = isolated.slice(0, 12).join(", ") + (count > 12 ? ", …" : ".");
-  const knows = regression ? `From ${spec.channels} numbers predicts: ${names}` : `Knows ${count} classes: ${names}`;
-  $("summary").textContent = knows + (accuracy ? ` Right for ${accuracy} of its test images.` : "");
+  $("summary").textContent = regression
+    ? `Predicts from ${counted(spec.channels, "number")}: ${names}`
+    : `Predicts one of ${count} classes: ${names}` + (accuracy ? ` Test accuracy: ${accuracy}.` : "");
   $("tools").hidden = regression;
   $("numbers").hidden = !regression;
   $("files").accept = "image/*";
@@ -75,7 +78,7 @@ function describe(spec) {
   $("shoot").hidden = false;
   $("samples").hidden = regression || !goldenSamples().length;
   const { numThreads } = ort.env.wasm;
-  const size = Array.isArray(spec.image_size) ? spec.image_size.join(" × ") : "?"; // height first, as in the spec
+  const size = Array.isArray(spec.image_size) ? spec.image_size.join(" × ") : "?"; // height first
   const input = `${spec.channels === 1 ? "grey" : "colour"}, any size, resized to ${size} inside the model`;
   const facts = [
     [regression ? "Output" : "Classes", isolated.join(", ")],
@@ -84,10 +87,10 @@ function describe(spec) {
     ["Parameters", spec.parameters?.toLocaleString?.("en")],
     ["Test accuracy", accuracy],
     ["Input", regression ? null : input],
-    ["Exported", spec.exported],
+    ["Trained", spec.created],
     ["Checkpoint SHA-256", spec.checkpoint_sha256],
     ["File", `${model.source}, ${(model.bytes / 1e6).toFixed(2)} MB`],
-    ["Runtime", `onnxruntime-web ${ort.env.versions.web}, ${numThreads} thread${numThreads > 1 ? "s" : ""}`],
+    ["Runtime", `onnxruntime-web ${ort.env.versions.web}, ${counted(numThreads, "thread")}`],
   ];
   const list = $("about").querySelector("dl");
   list.replaceChildren();
@@ -99,32 +102,32 @@ function describe(spec) {
   $("footer").hidden = false;
 }
 
-async function showSelfTest() {
+async function runSelfTest() {
   let text, passed = false;
   try {
-    const { count, difference, ...result } = await selfTest();
-    passed = result.passed || !count;
-    const samples = `${count} sample${count > 1 ? "s" : ""} inside the file`;
-    const differ = `largest difference from the training machine ${difference ? difference.toExponential(1) : 0}`;
-    text = `${passed ? "passed" : "FAILED"}: ${samples}, ${differ}`;
-    if (!count) text = "not possible: the file holds no samples";
+    const { count, difference, tolerance, ...result } = await selfTest();
+    passed = result.passed;
+    const measured = `largest difference ${scientific(difference)}, tolerance ${scientific(tolerance)}`;
+    text = `${passed ? "passed" : "FAILED"}: ${counted(count, "golden sample")}, ${measured}`;
+    if (!count) text = "not run: the file contains no golden samples";
   } catch (error) {
     text = `FAILED: ${error.message}`;
   }
   $("selftest").textContent = `Self-test ${text}.`;
-  if (!passed) warn(`Do not trust this page's answers. Self-test ${text}.`);
+  if (!passed) warn(`Do not trust the predictions of this page. Self-test ${text}.`);
 }
 
-// ---------------------------------------------------------------------------------------------------------- results
+// --------------------------------------------------------------------------------------------------- results
 
-// Predict the images among `files`, in order, newest batch on top; an .onnx file among them becomes the model.
-function take(files) {
+// Predict the images among `files`, in order, newest batch on top; an .onnx file becomes the model.
+function acceptFiles(files) {
   const images = Array.from(files).filter((file) => !/\.onnx$/i.test(file.name));
   for (const file of files) {
     if (images.includes(file)) continue;
-    later(() => start(async () => ({ bytes: new Uint8Array(await file.arrayBuffer()), source: file.name })));
+    const read = async () => ({ bytes: new Uint8Array(await file.arrayBuffer()), source: file.name });
+    enqueue(() => startModel(read));
   }
-  if (images.length) later(() => classify(images));
+  if (images.length) enqueue(() => classify(images));
 }
 
 async function classify(files) {
@@ -135,31 +138,32 @@ async function classify(files) {
   for (const [index, file] of files.entries()) {
     const name = file.name || "pasted image", card = document.createElement("article");
     say(`${files.length > 1 ? `${index + 1} of ${files.length}: ` : ""}${name} …`);
-    let answer;
+    let summary;
     try {
-      answer = await predict(file).then((result) => showResult(card, name, result));
+      summary = fillCard(card, name, await predict(file));
     } catch (error) {
       failed += 1;
       card.className = "bad";
-      answer = `${name}: ${error.message}.`;
-      add(card, "p", "", answer);
+      summary = `${name}: ${error.message}.`;
+      add(card, "p", "", summary);
     }
     results.insertBefore(card, newest);
     while (results.children.length > CARDS) results.lastElementChild.remove();
-    if (files.length === 1) say(answer);
+    if (files.length === 1) say(summary);
   }
-  if (files.length > 1) say(`${files.length} images done${failed ? `, ${failed} of them could not be used` : ""}.`);
+  if (files.length > 1) say(`${files.length - failed} of ${files.length} images predicted.`);
 }
 
-// Fill a card; -> the answer in words.
-function showResult(card, name, { bitmap, probabilities, exact, decoding, network }) {
+// Fill a card; -> the prediction in words.
+function fillCard(card, name, { bitmap, probabilities, exact, decoding, network }) {
   const picture = thumbnail(bitmap, name), { width, height } = bitmap;
   bitmap.close();
   card.append(picture);
   const text = add(card, "div");
   add(text, "h2", "", name);
   const list = add(text, "ol");
-  const best = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]).slice(0, TOP);
+  const ranked = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]);
+  const best = ranked.slice(0, TOP);
   for (const index of best) {
     const row = add(list, "li");
     add(row, "bdi", "", model.spec.classes[index]);
@@ -168,11 +172,12 @@ function showResult(card, name, { bitmap, probabilities, exact, decoding, networ
   }
   add(text, "p", "quiet", `${width} × ${height} pixels · ${milliseconds(decoding + network)}`);
   add(text, "p", "quiet", `decoding ${milliseconds(decoding)}, network ${milliseconds(network)}`);
-  if (!exact) add(text, "p", "quiet", "It has transparent pixels, whose colours this browser does not give exactly.");
+  const caveat = "The image has transparent pixels, whose exact colours this browser does not expose.";
+  if (!exact) add(text, "p", "quiet", caveat);
   return `${isolate(name)}: ${isolate(model.spec.classes[best[0]])}, ${percent(probabilities[best[0]])}`;
 }
 
-// A canvas with the image: small ones as they are (to be shown in large pixels), others shrunk.
+// A canvas with the image: small images keep their pixels, which the page enlarges; others are shrunk.
 function thumbnail(bitmap, name) {
   const canvas = document.createElement("canvas");
   const scale = Math.min(1, THUMBNAIL / Math.max(bitmap.width, bitmap.height));
@@ -187,43 +192,43 @@ function thumbnail(bitmap, name) {
   return canvas;
 }
 
-// ----------------------------------------------------------------------------------------------------------- events
+// ---------------------------------------------------------------------------------------------------- events
 
 for (const [button, input] of [["drop", "files"], ["shoot", "camera"]]) {
   $(button).addEventListener("click", () => $(input).click());
   $(input).addEventListener("change", () => {
-    take(Array.from($(input).files));
+    acceptFiles(Array.from($(input).files));
     $(input).value = ""; // the same file may be chosen again
   });
 }
 
-// The whole page takes drops: one beside the button would otherwise replace the page by the image.
+// The whole page accepts drops: one beside the button would otherwise replace the page by the image.
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     document.body.classList.toggle("over", kind === "dragenter" || kind === "dragover");
-    if (kind === "drop") take(Array.from(event.dataTransfer.files));
+    if (kind === "drop") acceptFiles(Array.from(event.dataTransfer.files));
   });
 }
 
 document.addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length) take(Array.from(event.clipboardData.files));
+  if (event.clipboardData.files.length) acceptFiles(Array.from(event.clipboardData.files));
 });
 
 $("numbers").addEventListener("submit", (event) => {
   event.preventDefault();
-  later(async () => {
+  enqueue(async () => {
     const values = $("values").value.split(",").map((text) => (text.trim() ? Number(text) : NaN));
-    const answer = predictValues(values).then((value) => `${isolate(model.spec.classes[0])}: ${value}`);
-    say(await answer.catch((error) => error.message));
+    const text = predictValues(values).then((value) => `${isolate(model.spec.classes[0])}: ${value}`);
+    say(await text.catch((error) => error.message));
   });
 });
 
-$("again").addEventListener("click", () => later(showSelfTest));
+$("again").addEventListener("click", () => enqueue(runSelfTest));
 
 $("samples").addEventListener("click", () => {
-  take(goldenSamples().map((sample, index) => goldenFile(sample, `sample ${index + 1}`)));
+  acceptFiles(goldenSamples().map((sample, index) => goldenFile(sample, `sample ${index + 1}`)));
 });
 
-const asked = new URLSearchParams(location.search).get("model");
-later(() => start(() => fetchModel(asked ? [asked] : ["model.onnx", "../model.onnx"])));
+const requested = new URLSearchParams(location.search).get("model");
+enqueue(() => startModel(() => fetchModel(requested ? [requested] : ["model.onnx", "../model.onnx"])));
