@@ -1,4 +1,4 @@
-"""The Ray script, on this machine alone: over files, and over HTTP. RAY_PYTHON names a Python that has ray."""
+"""The Ray script on a single machine: over files, and over HTTP. RAY_PYTHON names a Python that has ray."""
 
 import contextlib
 import importlib.util
@@ -26,11 +26,11 @@ needs_ray = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def edge(small, tmp_path_factory):
     """An unpacked bundle."""
-    place = tmp_path_factory.mktemp("serving")
-    export(small, place / "small", "--format", "onnx")
-    with zipfile.ZipFile(place / "small" / "small-bundle.zip") as archive:
-        archive.extractall(place)
-    return place / "small-bundle"
+    folder = tmp_path_factory.mktemp("serving")
+    export(small, folder / "small", "--format", "onnx")
+    with zipfile.ZipFile(folder / "small" / "small-bundle.zip") as archive:
+        archive.extractall(folder)
+    return folder / "small-bundle"
 
 
 @needs_ray
@@ -77,7 +77,16 @@ def test_http(edge, samples):
 
 
 @needs_ray
-@pytest.mark.parametrize(("arguments", "words"), [(["serve", "nowhere"], "no model.onnx in nowhere")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "nowhere"], "no model.onnx in nowhere"),
+        (["files", "here", "source"], "files needs a source and a target"),
+        (["serve", "here", "source"], "serve takes neither"),
+    ],
+)
 def test_wrong_use(arguments, words, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model.onnx").touch()
     done = subprocess.run([PYTHON, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and f"error: {words}" in done.stderr and "Traceback" not in done.stderr
