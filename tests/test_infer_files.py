@@ -1,6 +1,8 @@
 """Step 3 and what is put in front of it: many files, standard input, odd names, large photos, Ctrl-C."""
 
+import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -17,7 +19,7 @@ from conftest import ROOT, onnx_with
 from PIL import Image, UnidentifiedImageError
 
 import step3_infer
-from step3_infer import Problem
+from step3_infer import Problem, number, replacing, sha256
 
 SCRIPT = ROOT / "step3_infer.py"
 
@@ -393,3 +395,90 @@ def test_mode_of_output_files_is_the_usual_one(predict, samples, here):
     predict("--output", "out.txt", samples[0]).done()
     (here / "usual").touch()
     assert stat.S_IMODE(os.stat("out.txt").st_mode) == stat.S_IMODE(os.stat("usual").st_mode)
+
+
+def test_replacing_is_whole_or_not_at_all(here):
+    for text in ("first", "second"):
+        with replacing("a.txt", "w", encoding="utf-8") as file:
+            file.write(text)
+            assert not (here / "a.txt").exists() or (here / "a.txt").read_text() == "first"
+        assert (here / "a.txt").read_text() == text and os.listdir() == ["a.txt"]
+    with replacing(here / "b.bin") as file:
+        file.write(b"bytes")
+    assert (here / "b.bin").read_bytes() == b"bytes"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), Problem("x")])
+def test_replacing_leaves_nothing_after_an_error(here, error):
+    (here / "a.txt").write_text("before")
+    with pytest.raises(type(error)) as caught, replacing("a.txt") as file:
+        file.write(b"half of it")
+        raise error
+    assert caught.value is error
+    assert os.listdir() == ["a.txt"] and (here / "a.txt").read_text() == "before"
+
+
+def test_replacing_is_on_the_disk_before_the_name_changes(here, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append("fsync") or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    with replacing("a.txt") as file:
+        file.write(b"content")
+    assert done == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("path", ["folder", "missing/a.txt", "file/a.txt"])
+def test_replacing_where_nothing_can_be_written(here, path):
+    (here / "folder").mkdir()
+    (here / "file").touch()
+    with pytest.raises(OSError), replacing(path) as file:
+        file.write(b"content")
+    assert sorted(os.listdir()) == ["file", "folder"]
+
+
+def test_replacing_follows_a_link_and_writes_to_a_device(here):
+    (here / "real.txt").write_text("before")
+    os.symlink("real.txt", "link.txt")
+    with replacing("link.txt", "w") as file:
+        file.write("after")
+    assert os.path.islink("link.txt") and (here / "real.txt").read_text() == "after"
+    with replacing(os.devnull) as file:
+        file.write(b"content")
+    assert not os.path.isfile(os.devnull)
+
+
+def test_sha256_of_a_file(here):
+    content = bytes(range(256)) * 5000  # more than one block
+    (here / "a").write_bytes(content)
+    assert sha256("a") == sha256(here / "a") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(OSError):
+        sha256("missing")
+
+
+@pytest.mark.parametrize(
+    ("parse", "accepted", "refused", "limit"),
+    [
+        (
+            number(int, 1, 9),
+            {"1": 1, "9": 9},
+            ["0", "10", "-1", "1.5", "", "x", "1e3"],
+            "a whole number from 1 to 9",
+        ),
+        (number(int, 0), {"0": 0, "123456": 123456}, ["-1", "inf", "nan"], "a whole number from 0"),
+        (
+            number(float, 0, above=True),
+            {"1e-9": 1e-9, "2": 2.0},
+            ["0", "inf", "nan", "-1"],
+            "a number above 0",
+        ),
+        (number(float, 0, 1), {"0": 0.0, "1": 1.0}, ["1.01", "-0.01", "nan"], "a number from 0 to 1"),
+    ],
+)
+def test_numbers_of_the_command_line(parse, accepted, refused, limit):
+    for text, value in accepted.items():
+        assert parse(text) == value and type(parse(text)) is type(value)
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError) as caught:
+            parse(text)
+        assert str(caught.value) == f"{text!r} is not {limit}"

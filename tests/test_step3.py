@@ -1,5 +1,6 @@
 """Step 3: predictions in every format, in order, and whole; and inputs that cannot be used."""
 
+import ast
 import csv
 import json
 import os
@@ -196,3 +197,16 @@ def test_standard_output_that_takes_nothing(execute, trained, samples, here, clo
 )
 def test_wrong_command_line(call, here, arguments, word):
     call(step3_infer.main, *arguments).error(2, word)
+
+
+@pytest.mark.parametrize("arguments", [["image.png"], ["--verify"], ["--self-test"], ["--help"]])
+def test_an_older_python_is_told_in_one_line(execute, here, arguments):
+    older = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); sys.version = '3.9.18 (main)'; "
+    older += "script = sys.argv[1]; sys.argv = sys.argv[1:]; runpy.run_path(script, run_name='__main__')"
+    result = execute("-c", older, ROOT / "step3_infer.py", *arguments, cwd=here)
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "error: Python 3.10 or newer is needed, this is Python 3.9.18\n"
+
+
+def test_an_older_python_can_parse_the_script():
+    ast.parse((ROOT / "step3_infer.py").read_text(), feature_version=(3, 7))
