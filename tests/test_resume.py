@@ -236,7 +236,7 @@ def test_another_dataset_is_noticed(call, here, monkeypatch):
     digits = data.load("digits")
     changed = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy(), fingerprint={})
     monkeypatch.setattr(data, "load", lambda *_, **__: with_fingerprint(changed))
-    line = call(step1_train.main, "--resume", "a").error(1, "not what runs/a began with", "start a new run")
+    line = call(step1_train.main, "--resume", "a").error(1, "not what runs/a was trained with")
     assert "the train split has other images, or the same with other labels" in line
 
 

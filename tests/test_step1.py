@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,3 +407,12 @@ def test_a_run_in_progress_is_not_the_newest(call, here):
         assert runs.find() == os.path.join("runs", "older")
         with runs.locked("runs/older"):
             call(step2_export.main).error(1, "runs/newer is being trained by another process")
+
+
+def test_a_class_that_is_gone_is_said_on_resuming(call, here, photos):
+    for split in ("train", "test"):
+        shutil.copytree(photos / split / "dark", photos / split / "grey")
+    call(step1_train.main, "--data-dir", photos, *TINY, "--name", "a").done()
+    for split in ("train", "test"):
+        shutil.rmtree(photos / split / "grey")
+    call(step1_train.main, "--resume", "a", "--epochs", 3).error(1, "class 'grey' is gone")

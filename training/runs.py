@@ -1,8 +1,9 @@
 """What a run directory holds, and the only module that knows it: names, lock, checkpoints, and resuming.
 
-    config.json    every argument, before the first step checkpoint.pt  see `save_checkpoint`; until the run
-    is finished, checkpoint.previous.pt is the one before it metrics.csv    a row for each epoch summary.json
-    the result; a run without it is not finished
+    config.json    every argument, before the first step
+    checkpoint.pt  see `save_checkpoint`; checkpoint.previous.pt is the one before it, until the run ends
+    metrics.csv    a row for each epoch
+    summary.json   the result; a run without it is not finished
 
 Every file appears whole or not at all.
 """
@@ -121,9 +122,7 @@ def find_newest(unfinished: bool) -> str:
     if free:
         return max(free, key=changed.get)
     if changed:
-        raise Problem(
-            f"{max(changed, key=changed.get)} is being trained by another process; wait, or name a run"
-        )
+        raise Problem(f"{max(changed, key=changed.get)} is being trained by another process; name a run")
     if unfinished:
         raise Problem(f"no unfinished run under {RUNS}/ to resume", 2)
     raise Problem(f"no trained run under {RUNS}/; python step1_train.py makes one", 2)

@@ -237,12 +237,7 @@ class Trainer:
             runs.write_metrics(self.run, self.progress.rows)
 
     def restore(self, training: dict) -> None:
-        """Continue from a checkpoint's `training`. Raises Problem if the dataset has changed."""
-        changes = data.differences(training["data"], self.dataset.fingerprint)
-        if changes:
-            raise Problem(
-                f"the data is not what {self.run} began with: {'; '.join(changes)}; start a new run"
-            )
+        """Continue from a checkpoint's `training`."""
         self.progress = Progress(**training["progress"])
         if self.processes.rank > 0:
             self.progress.sums = [0.0, 0.0, 0.0]  # the first process has those of all
@@ -274,6 +269,13 @@ def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: 
         "white": dataset.white,  # the level of 16-bit pixels that becomes 255
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def check_data(run: str, checkpoint: dict, now: dict, splits=("train", "val", "test")) -> None:
+    """Raise Problem if splits have changed since the run began; now: the dataset's fingerprint."""
+    changes = data.differences(checkpoint["training"]["data"], now, splits)
+    if changes:
+        raise Problem(f"the data is not what {run} was trained with: {'; '.join(changes)}")
 
 
 def train_mode(network: torch.nn.Module) -> None:
