@@ -211,7 +211,7 @@ def cards(browser):
     script = """return Array.from(document.querySelectorAll("article"), (card) => Array.from(
         card.querySelectorAll("li"), (row) => Array.from(row.children, (part) => part.textContent)))"""
     rows = browser.run(script)
-    return [{name: float(text.removesuffix(" %")) / 100 for name, text, _ in card} for card in rows]
+    return [{name: float(text.removesuffix("%")) / 100 for name, text, _ in card} for card in rows]
 
 
 def assert_as_step3(browser, file, paths):

@@ -6,7 +6,7 @@ const TOP = 5; // classes displayed for an image
 const CARDS = 200; // results kept on the page
 const THUMBNAIL = 192; // pixels, two for each of the screen's
 const $ = (id) => document.getElementById(id);
-const percent = (probability) => `${(100 * probability).toFixed(2)} %`;
+const percent = (probability) => `${(100 * probability).toFixed(2)}%`;
 const scientific = (value) => value === 0 ? "0" : value.toExponential(1);
 const milliseconds = (time) => `${time.toFixed(time < 10 ? 1 : 0)} ms`;
 
@@ -82,7 +82,7 @@ function describe(spec) {
   const input = `${spec.channels === 1 ? "grey" : "colour"}, any size, resized to ${size} inside the model`;
   const facts = [
     [regression ? "Output" : "Classes", isolated.join(", ")],
-    ["Trained on", spec.dataset],
+    ["Dataset", spec.dataset],
     ["Network", spec.model],
     ["Parameters", spec.parameters?.toLocaleString?.("en")],
     ["Test accuracy", accuracy],
