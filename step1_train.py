@@ -30,7 +30,6 @@ import contextlib
 import copy
 import math
 import os
-import re
 import statistics
 import time
 from datetime import datetime, timezone
@@ -38,27 +37,6 @@ from datetime import datetime, timezone
 import data
 from step3_infer import Parser, Problem, guarded, number, say
 from training import recipes
-
-
-def image_size(text):
-    """'32' or '48x64' -> (height, width)."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    size = match and (int(match[1]), int(match[2] or match[1]))
-    if not size or not 1 <= min(size) <= max(size) <= 4096:
-        message = f"{text!r} is not a size such as 32 or 48x64 (height x width, 1 to 4096)"
-        raise argparse.ArgumentTypeError(message)
-    return size
-
-
-def checkpoint_interval(text):
-    """'500' -> 500 steps; '10m' -> '10m', minutes."""
-    minutes = re.fullmatch(r"(\d{1,6}(\.\d+)?)m", text)
-    if minutes and float(minutes[1]) > 0:
-        return text
-    if re.fullmatch(r"[1-9]\d{0,8}", text):
-        return int(text)
-    message = f"{text!r} is neither a number of steps such as 500 nor of minutes such as 10m"
-    raise argparse.ArgumentTypeError(message)
 
 
 def build_parser():
@@ -75,13 +53,19 @@ def build_parser():
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
     )
     seed = number(int, 0, 2**31)
+    add(
+        "--threads",
+        type=number(int, 1, 1024),
+        metavar="N",
+        help="CPU threads (default: the CPUs that are free)",
+    )
     add("--seed", type=seed, default=0, metavar="N", help="on the CPU a seed repeats bit for bit")
     add("--sync-batchnorm", action="store_true", help="torchrun on GPUs: batch norm over all processes")
     add("--name", help="of the run (default: <dataset>-<model>, with -2, -3, ... if taken)")
     text = "continue a run to the very same result (default: the newest unfinished); --epochs may be raised"
     add("--resume", nargs="?", const="", metavar="RUN", help=text)
     text = "also within an epoch: every N steps, or every N minutes"
-    add("--checkpoint-every", type=checkpoint_interval, metavar="N|Nm", help=text)
+    add("--checkpoint-every", type=recipes.checkpoint_interval, metavar="N|Nm", help=text)
     add("--quiet", action="store_true", help="print the result only")
     return parser
 
@@ -94,7 +78,12 @@ def add_data_options(parser):
         metavar="PATH",
         help="of the files, or to download them to (default: data/); the CSV file",
     )
-    add("--image-size", type=image_size, metavar="N|HxW", help="of the network (default: see data/README.md)")
+    add(
+        "--image-size",
+        type=recipes.image_size,
+        metavar="N|HxW",
+        help="of the network (default: see data/README.md)",
+    )
     text = f"{', '.join(data.AUGMENTATIONS)}, or none (default: translate, and flip for colour)"
     add("--augment", nargs="+", choices=(*data.AUGMENTATIONS, "none"), metavar="A", help=text)
     fraction = number(float, 0, 0.9, above=True)
@@ -392,6 +381,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
             check_data(directory, checkpoint, dataset.fingerprint)
         if directory is None:
             settings = recipes.fit_to_images(settings, given, dataset, model.traits(settings.model))
+        threads = cpu.set_threads(settings.threads)
         device, dtype = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
         torch.manual_seed(settings.seed)
         deployable = build(settings, dataset, checkpoint)
@@ -403,7 +393,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
         trainer = Trainer(settings, directory, dataset, splits, deployable, dtype, group)
-        announce(trainer, checkpoint)
+        announce(trainer, checkpoint, threads)
         try:
             write_result(trainer, fit(trainer))
         except processes.Stopped as stop:
@@ -423,14 +413,14 @@ def resume(args, given, group, stack):
     return settings, directory, checkpoint
 
 
-def announce(trainer, checkpoint):
+def announce(trainer, checkpoint, threads):
     """Restore the checkpoint, write config.json, and print what is about to be done."""
     if checkpoint:
         trainer.restore(checkpoint["training"])
     if trainer.processes.rank == 0:
         used = {"device_used": str(trainer.device), "precision_used": "bf16" if trainer.dtype else "fp32"}
         runs.write_json(trainer.run, runs.CONFIG, {**vars(trainer.settings), "run": trainer.run, **used})
-    console.print_settings(trainer)
+    console.print_settings(trainer, threads)
     if checkpoint:
         console.print_resumed(trainer, checkpoint["arguments"]["epochs"])
 

@@ -15,8 +15,8 @@ def is_silent(trainer) -> bool:
     return trainer.settings.quiet or trainer.processes.rank > 0
 
 
-def print_settings(trainer) -> None:
-    """Print the resolved settings before work starts."""
+def print_settings(trainer, threads: str = "") -> None:
+    """Print the resolved settings before work starts; threads: why there are fewer than usual, in words."""
     if is_silent(trainer):
         return
     settings, dataset, network = trainer.settings, trainer.dataset, trainer.deployable.network
@@ -35,14 +35,16 @@ def print_settings(trainer) -> None:
     several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
     precision = "bf16" if trainer.dtype else "fp32"
     epochs = count_of(settings.epochs, "epoch")
+    machine = f"{trainer.device.type}, {several}{count_of(torch.get_num_threads(), 'thread')}"
+    note = f"          ({threads})\n" if threads else ""
     print(
         f"dataset   {settings.dataset}: {sizes}; {kind}\n"
         f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
         f"training  {epochs} of batch {settings.batch_size}, {settings.optimizer} "
         f"lr {settings.lr:g} {settings.schedule}, weight decay {settings.weight_decay:g},\n"
         f"          label smoothing {settings.label_smoothing:g}, augment {augment}\n"
-        f"machine   {trainer.device.type}, {several}{torch.get_num_threads()} threads, {precision}, "
-        f"seed {settings.seed}\n"
+        f"machine   {machine}, {precision}, seed {settings.seed}\n"
+        f"{note}"
         f"run       {trainer.run}",
         flush=True,
     )

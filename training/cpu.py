@@ -1,13 +1,69 @@
-"""What makes training fast on a CPU: a heap that keeps its memory, bf16, and narrow convolutions laid side by
-side."""
+"""What makes training fast on a CPU: threads, bf16, a heap that keeps memory, convolutions side by side."""
 
 import contextlib
 import ctypes
 import functools
+import math
+import os
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from step3_infer import usable_cpus
+
+BUSY = 0.5  # CPUs used by other programs, above which a thread less is taken
+
+
+# -------------------------------------------------------------------------------------------------- threads
+
+
+def snapshot() -> tuple[float, float, float]:
+    """Now, the CPU seconds that this machine's usable CPUs have spent, and those of this process and its
+    children.
+
+    The second is 0 if the system does not say, and idle time is not counted.
+    """
+    times = os.times()
+    busy = 0.0
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        with open("/proc/stat", encoding="ascii") as file:
+            rows = [line.split() for line in file]
+        for name, user, nice, system, _idle, _wait, *other in rows:
+            if name in usable:
+                busy += sum(map(int, (user, nice, system, *other[:3]))) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), busy, sum(times[:4])
+
+
+AT_START = snapshot()
+
+
+def cpus_taken() -> float:
+    """How many CPUs other programs have used on average since this module was imported."""
+    (start, busy_before, own_before), (now, busy, own) = AT_START, snapshot()
+    return max(0.0, ((busy - busy_before) - (own - own_before)) / max(now - start, 0.01))
+
+
+def set_threads(asked: int | None) -> str:
+    """Choose how many threads torch computes with; returns why in words, empty if the machine is idle.
+
+    As many as the CPUs that this process may use, less those that other programs are using: a step waits for
+    its slowest thread, and OpenMP's threads wait busily, so that two threads on a busy core take many times
+    as long as one thread. A number that is asked for, or set by OMP_NUM_THREADS, is left alone.
+    """
+    if asked:
+        torch.set_num_threads(asked)
+        return ""
+    if "OMP_NUM_THREADS" in os.environ:
+        return ""
+    cpus, taken = usable_cpus(), cpus_taken()
+    threads = cpus if taken < BUSY else max(1, cpus - math.ceil(taken))
+    torch.set_num_threads(threads)
+    if threads == cpus:
+        return ""
+    return f"other programs use {taken:.1f} of {cpus} CPUs; --threads overrides"
 
 
 @functools.cache

@@ -63,7 +63,16 @@ NETWORKS = {  # model.MODELS, described for --list-models
 }
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
-MAY_CHANGE = ("epochs", "device", "data_dir", "cache_dir", "image_root", "checkpoint_every", "quiet")
+MAY_CHANGE = (
+    "epochs",
+    "device",
+    "threads",
+    "data_dir",
+    "cache_dir",
+    "image_root",
+    "checkpoint_every",
+    "quiet",
+)
 OWN_IMAGES = ("folder", "csv")
 # Options that have an effect under a condition only: what they belong to in words, and the condition.
 BELONGS_TO = {
@@ -216,6 +225,27 @@ def resumed(
         raise Problem(f"{run} is finished; --epochs above {epochs} trains it further", 2)
     settings = {name: arguments.get(name, default) for name, default in defaults.items()}
     return argparse.Namespace(**{**settings, **given})
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: '32' or '48x64' as (height, width)."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = match and (int(match[1]), int(match[2] or match[1]))
+    if not size or not 1 <= min(size) <= max(size) <= 4096:
+        message = f"{text!r} is not a size such as 32 or 48x64 (height x width, 1 to 4096)"
+        raise argparse.ArgumentTypeError(message)
+    return size
+
+
+def checkpoint_interval(text: str) -> int | str:
+    """An argparse type: '500' as a number of steps, or '10m', minutes, as it is."""
+    minutes = re.fullmatch(r"(\d{1,6}(\.\d+)?)m", text)
+    if minutes and float(minutes[1]) > 0:
+        return text
+    if re.fullmatch(r"[1-9]\d{0,8}", text):
+        return int(text)
+    message = f"{text!r} is neither a number of steps such as 500 nor of minutes such as 10m"
+    raise argparse.ArgumentTypeError(message)
 
 
 def list_names(args: argparse.Namespace) -> int:
