@@ -16,9 +16,9 @@ COLOUR = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8)
 GREY = COLOUR[..., 0]
 
 
-def stored(image, form="PNG", **options):
+def stored(image, file_format="PNG", **options):
     buffer = io.BytesIO()
-    image.save(buffer, form, **options)
+    image.save(buffer, file_format, **options)
     return io.BytesIO(buffer.getvalue())
 
 
@@ -68,14 +68,14 @@ def test_exif_orientation_is_applied(orientation):
     assert np.array_equal(decode_image(source, 1)[..., 0], turns[orientation](GREY))
 
 
-@pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_16_bits_are_scaled_not_clipped(form):
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_not_clipped(file_format):
     values = np.array(
         [[0, 1, 128, 129, 256, 1000], [257, 25700, 32768, 65278, 65407, 65535]], dtype=np.uint16
     )
-    got = decode_image(stored(Image.fromarray(values), form), 1)[..., 0]
+    got = decode_image(stored(Image.fromarray(values), file_format), 1)[..., 0]
     assert np.array_equal(got, np.rint(values / 257)) and got[1, 5] == 255
-    assert np.array_equal(decode_image(stored(Image.fromarray(values), form), 3), np.dstack([got] * 3))
+    assert np.array_equal(decode_image(stored(Image.fromarray(values), file_format), 3), np.dstack([got] * 3))
 
 
 def test_every_grey_level_survives_16_bits():
@@ -107,9 +107,9 @@ def test_decompression_bomb(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # step 3 switches them off as well
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_a_file_cut_anywhere_is_a_problem_or_an_image(form):
-    whole = stored(Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)), form).getvalue()
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_a_file_cut_anywhere_is_a_problem_or_an_image(file_format):
+    whole = stored(Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)), file_format).getvalue()
     reasons = set()
     for size in range(0, len(whole) // 2, 7):
         with pytest.raises(Problem) as problem:

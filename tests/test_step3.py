@@ -119,16 +119,16 @@ def test_a_glob_that_matches_only_a_directory_is_not_silent(predict, samples, he
     assert "photos/digit_0.png" in result.out or (result.code == 1 and "error: phot*" in result.err)
 
 
-@pytest.mark.parametrize("form", ["text", "json", "csv"])
-def test_every_unusable_file_is_named_and_the_others_are_predicted(predict, samples, bad, form):
-    result = predict("--format", form, samples[3], *bad, samples[5])
+@pytest.mark.parametrize("output_format", ["text", "json", "csv"])
+def test_every_unusable_file_is_named_and_the_others_are_predicted(predict, samples, bad, output_format):
+    result = predict("--format", output_format, samples[3], *bad, samples[5])
     assert result.code == 1 and "Traceback" not in result.err
     lines = result.err.splitlines()
     assert len(lines) == len(bad)
     for line, (path, reason) in zip(lines, bad.items(), strict=True):
         assert line.startswith(f"error: {path}: ") and reason in line
     assert str(samples[3]) in result.out and str(samples[5]) in result.out
-    if form == "json":
+    if output_format == "json":
         rows = [json.loads(line) for line in result.out.splitlines()]
         assert [row["path"] for row in rows] == [str(samples[3]), *bad, str(samples[5])]
         assert [row.keys() for row in rows[1:-1]] == [{"path", "error"}] * len(bad)

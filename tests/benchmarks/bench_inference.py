@@ -1,11 +1,11 @@
-"""Step 3 beside its baselines: cold start, files a second, memory, a large photo. Run by hand on a quiet machine.
+"""Compare step 3 with baselines: cold start, files a second, memory, a large photo. Needs a quiet machine.
 
     python tests/benchmarks/bench_inference.py --run runs/NAME --export exports/NAME --images DIR
 
-NAME: a classifier of colour images, of CIFAR-10 say; DIR: at least --files images of one size, class folders or not.
-Every row is paired: what step3_infer.py does and its baseline run in turns, each in a process of its own, and the
-medians are compared. The baselines are the scripts below. Times are this script's own clock around whole processes,
-except where "alone" and the DataLoader loop time themselves without imports and decoding.
+NAME: a classifier of colour images, such as CIFAR-10; DIR: at least --files images of one size, in any
+folders. For each row, step3_infer.py and its baseline, one of the scripts below, run in turns, each in a new
+process, and the medians are compared. Times are wall-clock times of whole processes; but the engine alone and
+the DataLoader loop time themselves, the first without imports and decoding, the second without imports.
 """
 
 import argparse
@@ -43,7 +43,8 @@ from PIL import Image
 import model
 checkpoint = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
 spec = checkpoint["spec"]
-options = {{k: spec["arguments"][k] for k in model.options_of(spec["model"]) if spec["arguments"][k] is not None}}
+options = {{name: spec["arguments"][name] for name in model.options_of(spec["model"])}}
+options = {{name: value for name, value in options.items() if value is not None}}
 shape = {{"channels": spec["channels"], "classes": len(spec["classes"]), "image_size": spec["image_size"]}}
 network = model.build(spec["model"], **shape, **options)
 network.load_state_dict(checkpoint["state_dict"])
@@ -73,7 +74,8 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return pil_to_tensor(Image.open(self.paths[index]).convert("RGB")).permute(1, 2, 0)
 if __name__ == "__main__":
-    loader = torch.utils.data.DataLoader(Files(open(sys.argv[2]).read().split("\\n")), batch_size=64, num_workers=2)
+    files = Files(open(sys.argv[2]).read().split("\\n"))
+    loader = torch.utils.data.DataLoader(files, batch_size=64, num_workers=2)
     started, answers = time.perf_counter(), []
     with torch.inference_mode():
         for batch in loader:
@@ -119,14 +121,15 @@ import numpy as np
 from PIL import Image
 rng = np.random.default_rng(0)
 coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-noisy = np.asarray(coarse.resize((4000, 3000), Image.Resampling.BICUBIC)) + rng.integers(-12, 13, (3000, 4000, 1))
+smooth = np.asarray(coarse.resize((4000, 3000), Image.Resampling.BICUBIC))
+noisy = smooth + rng.integers(-12, 13, (3000, 4000, 1))
 Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(sys.argv[1], quality=90)
 Image.open(sys.argv[2]).save(sys.argv[3])
 """
 
 
 def measured(*command):
-    """Run a Python process. -> (its wall time in seconds, its peak memory in MB, what it printed)."""
+    """Run a Python process; returns (wall-clock seconds, peak memory in MB, what it printed)."""
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -142,7 +145,7 @@ def measured(*command):
 
 
 def alternate(rounds, **commands):
-    """Run the commands in turns, after one round to warm the disk's cache. -> {name: [measured, ...]}"""
+    """Run the commands in turns: {name: [measured(), ...]}. A round before them warms the disk cache."""
     results = {name: [] for name in commands}
     for turn in range(rounds + 1):
         for name, command in commands.items():
@@ -169,89 +172,68 @@ def row(what, ours, reference, unit, target, higher=False):
     print(f"| {what} | {figures} | {'yes' if reached else 'no'} |", flush=True)
 
 
-def cold(place, model, checkpoint, one, rounds):
+def cold(folder, model, checkpoint, one, rounds):
     step3 = [STEP3, "--model", model, one]
-    results = alternate(rounds, ours=step3, bare=[place / "bare.py", model, one])
+    results = alternate(rounds, ours=step3, bare=[folder / "bare.py", model, one])
     row("cold, one PNG / bare onnxruntime script", wall(results["ours"]), wall(results["bare"]), "s", 1.10)
-    results = alternate(max(3, rounds // 4), ours=step3, torch=[place / "torch_one.py", checkpoint, one])
+    results = alternate(max(3, rounds // 4), ours=step3, torch=[folder / "torch_one.py", checkpoint, one])
     row(
         "the same / torch, model.py and checkpoint", wall(results["ours"]), wall(results["torch"]), "s", 1 / 8
     )
     row("its peak memory / the same way", memory(results["ours"]), memory(results["torch"]), "MB", 1 / 8)
 
 
-def throughput(place, models, checkpoint, paths, rounds):
-    """Files a second over all paths, whole process, beside the engine alone and the DataLoader loop."""
-    linked = place / "files"  # one directory, as a user would give it
+def throughput(folder, models, checkpoint, paths, rounds):
+    """Files a second over all paths, of the whole process, the engine alone and the DataLoader loop."""
+    linked = folder / "files"  # one directory, as a user would give it
     linked.mkdir()
     for index, path in enumerate(paths):
-        os.link(path, linked / f"{index:06}{path.suffix}") if same_disk(path, place) else os.symlink(
-            path, linked / f"{index:06}{path.suffix}"
-        )
-    listed = place / "paths.txt"
+        link = os.link if same_disk(path, folder) else os.symlink
+        link(path, linked / f"{index:06}{path.suffix}")
+    listed = folder / "paths.txt"
     listed.write_text("\n".join(str(path) for path in paths))
-    commands = {"loop": [place / "loop.py", checkpoint, listed]}
+    commands = {"loop": [folder / "loop.py", checkpoint, listed]}
     for name, model in models.items():
-        commands[name] = [
-            STEP3,
-            "--model",
-            model,
-            "--format",
-            "json",
-            "--output",
-            place / "out.jsonl",
-            linked,
-        ]
-        commands[f"{name} alone"] = [place / "alone.py", model, listed]
+        options = ["--format", "json", "--output", folder / "out.jsonl"]
+        commands[name] = [STEP3, "--model", model, *options, linked]
+        commands[f"{name} alone"] = [folder / "alone.py", model, listed]
     results = alternate(rounds, **commands)
     loop = median(float(result[2]) for result in results["loop"])
     for name, target in (("fp32", 0.90), ("int8", 0.80)):
         if name in models:
             rate = len(paths) / wall(results[name])
             alone = median(float(result[2]) for result in results[f"{name} alone"])
-            row(
-                f"{name}, {len(paths):,} files / the engine alone on ready arrays",
-                rate,
-                alone,
-                "/s",
-                target,
-                True,
-            )
+            what = f"{name}, {len(paths):,} files / the engine alone on ready arrays"
+            row(what, rate, alone, "/s", target, True)
             row(f"{name}, the same / DataLoader loop, 2 workers, eager fp32", rate, loop, "/s", 2.5, True)
-    few = [STEP3, "--model", models["fp32"], "--output", place / "out.txt", *sorted(linked.iterdir())[:100]]
+    few = [STEP3, "--model", models["fp32"], "--output", folder / "out.txt", *sorted(linked.iterdir())[:100]]
     small = alternate(rounds, few=few)["few"]
     row(f"peak memory, {len(paths):,} files / 100 files", memory(results["fp32"]), memory(small), "MB", 1.2)
 
 
-def same_disk(path, place):
-    return path.stat().st_dev == place.stat().st_dev
+def same_disk(path, folder):
+    return path.stat().st_dev == folder.stat().st_dev
 
 
-def photo(place, model, rounds):
+def photo(folder, model, rounds):
     results = alternate(
         rounds,
-        ours=[STEP3, "--model", model, place / "photo.jpg"],
-        pillow=[place / "photo.py", model, place / "photo.jpg"],
+        ours=[STEP3, "--model", model, folder / "photo.jpg"],
+        pillow=[folder / "photo.py", model, folder / "photo.jpg"],
     )
-    row(
-        "12-megapixel JPEG / Pillow decode and resize, engine",
-        wall(results["ours"]),
-        wall(results["pillow"]),
-        "s",
-        0.95,
-    )
+    what = "12-megapixel JPEG / Pillow decode and resize, engine"
+    row(what, wall(results["ours"]), wall(results["pillow"]), "s", 0.95)
     row("its peak memory / 250 MB", memory(results["ours"]), 250, "MB", 1)
 
 
-def clocks(place, model, one, rounds):
+def clocks(folder, model, one, rounds):
     """Does --benchmark agree with an outside clock? Its import, load and first run beside a cold process."""
     figures = json.loads(measured(STEP3, "--model", model, "--benchmark", "--format", "json")[2])
     inside = figures["import_seconds"] + figures["load_seconds"] + figures["first_run_ms"] / 1000
     empty = wall(alternate(rounds, empty=["-c", "pass"])["empty"])
-    outside = wall(alternate(rounds, bare=[place / "bare.py", model, one])["bare"]) - empty
-    print(
-        f"\n--benchmark: import + load + first run {inside:.3f} s; bare script less Python's start {outside:.3f} s"
-    )
+    outside = wall(alternate(rounds, bare=[folder / "bare.py", model, one])["bare"]) - empty
+    print(f"\n--benchmark: import, load and first run: {inside:.3f} s")
+    print(f"bare script, without the start of Python: {outside:.3f} s")
     print(json.dumps(figures, indent=1))
 
 
@@ -278,27 +260,24 @@ def main():
     paths = random.Random(0).sample(paths, min(args.files, len(paths)))
     models = {"fp32": args.export / "model.onnx", "int8": args.export / "model.int8.onnx"}
     models = {name: model for name, model in models.items() if model.exists()}
-    checkpoint, wanted, started = (
-        args.run / "checkpoint.pt",
-        args.only or "cold throughput photo clocks",
-        time.time(),
-    )
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
+    checkpoint, started = args.run / "checkpoint.pt", time.time()
+    wanted = args.only or ("cold", "throughput", "photo", "clocks")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         scripts = {"bare": BARE, "torch_one": TORCH_ONE, "loop": LOOP, "alone": ALONE, "photo": PHOTO}
         for name, text in scripts.items():
-            (place / f"{name}.py").write_text(text)
-        one = place / "one.png"
-        measured("-c", MAKE_PHOTO, place / "photo.jpg", paths[0], one)
+            (folder / f"{name}.py").write_text(text)
+        one = folder / "one.png"
+        measured("-c", MAKE_PHOTO, folder / "photo.jpg", paths[0], one)
         print("| what | step3 | baseline | ratio | target | reached |\n|---|---|---|---|---|---|")
         if "cold" in wanted:
-            cold(place, models["fp32"], checkpoint, one, 4 * args.rounds)
+            cold(folder, models["fp32"], checkpoint, one, 4 * args.rounds)
         if "throughput" in wanted:
-            throughput(place, models, checkpoint, paths, args.rounds)
+            throughput(folder, models, checkpoint, paths, args.rounds)
         if "photo" in wanted:
-            photo(place, models["fp32"], 4 * args.rounds)
+            photo(folder, models["fp32"], 4 * args.rounds)
         if "clocks" in wanted:
-            clocks(place, models["fp32"], one, 4 * args.rounds)
+            clocks(folder, models["fp32"], one, 4 * args.rounds)
     print(f"\n{time.time() - started:.0f} s in all, {os.cpu_count()} CPUs")
 
 

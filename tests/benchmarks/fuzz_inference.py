@@ -1,16 +1,17 @@
-"""Broken images and broken model files, put in front of the real command. Run by hand; a short one is in the tests.
+"""Give broken images and broken model files to the real command. Run by hand; the tests run a short form.
 
     python tests/benchmarks/fuzz_inference.py exports/NAME --images 10000 --models 2000
 
-Images of every format that Pillow writes are flipped, cut, spliced and stretched, and given to step3_infer.py in
-batches with whole ones among them; so are the directory's model files, one at a time. Counted are: tracebacks,
-processes that compute for more than 10 seconds or die by a signal, exit codes other than what the answers say, answers
-missing or out of order, whole images whose answer is not what it was alone. Exit code 1 if there is any of these.
+Images of every format that Pillow writes are damaged and given to step3_infer.py in batches, with intact ones
+among them; the directory's model files are damaged and given one at a time. Faults are: a traceback, a
+process that computes for more than 10 seconds or dies by a signal, an exit code that contradicts the results,
+results missing or out of order, and an intact image whose result changes. The exit code is 1 if any occur.
 """
 
 import argparse
 import collections
 import io
+import itertools
 import json
 import os
 import random
@@ -25,73 +26,70 @@ import numpy as np
 from PIL import Image
 
 STEP3 = Path(__file__).resolve().parent.parent.parent / "step3_infer.py"
-LIMIT = 10  # seconds of the processor, so that a busy machine is not taken for a hang
-WAIT = 120  # seconds of the clock, for those that hang without computing
-MEMORY = 8 << 30  # bytes of address space a process may use: a mutated size must not take the machine down
+LIMIT = 10  # seconds of processor time: a busy machine is no hang
+WAIT = 120  # seconds of wall-clock time, for a hang without computing
+MEMORY = 8 << 30  # bytes of address space: a mutated size must not take the machine down
 MODES = ("L", "RGB", "RGBA", "1", "P", "I;16", "CMYK", "F", "LA", "I", "YCbCr")
 
 
 def whole_images(rng):
-    """-> {name: bytes} of small images, each in a format and a mode that Pillow writes, some with odd sizes."""
+    """Small images, {name: bytes}, in every format and mode that Pillow writes, some of odd sizes."""
     Image.init()
     files = {}
-    for form, mode in ((form, mode) for form in sorted(Image.SAVE) for mode in MODES):
-        if form in ("PDF", "EPS"):  # which step 3 cannot read, or will not
+    for file_format, mode in itertools.product(sorted(Image.SAVE), MODES):
+        if file_format in ("PDF", "EPS"):  # step 3 cannot read the first and refuses the second
             continue
         width, height = rng.choice([(8, 8), (8, 8), (32, 32), (17, 5), (1, 1), (1, 300)])
-        pixels = np.random.default_rng(rng.getrandbits(32)).integers(
-            0, 256, (height, width, 3), dtype=np.uint8
-        )
+        noise = np.random.default_rng(rng.getrandbits(32))
+        pixels = noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
         stream = io.BytesIO()
         try:
             image = Image.fromarray(pixels)
-            image = (
-                image.convert("L").convert(mode) if mode in ("F", "I", "I;16", "LA") else image.convert(mode)
-            )
-            image.save(stream, form)
+            if mode in ("F", "I", "I;16", "LA"):
+                image = image.convert("L")
+            image.convert(mode).save(stream, file_format)
         except Exception:  # Pillow says in a dozen ways that a format has no such mode
             continue
-        files[f"{form}-{mode.replace(';', '')}.{form.lower()}"] = stream.getvalue()
+        files[f"{file_format}-{mode.replace(';', '')}.{file_format.lower()}"] = stream.getvalue()
     return files
 
 
 def mutate(content, others, rng):
-    """Bytes -> bytes broken in one of several ways. Half of the changes are near the ends, where the headers are."""
+    """Damage a file's content in one of several ways; half of the changes are near its ends: the headers."""
 
-    def place():
+    def position():
         near = rng.randrange(min(len(content), 600))
-        return rng.choice(
-            [near, len(content) - 1 - near, rng.randrange(len(content)), rng.randrange(len(content))]
-        )
+        anywhere = rng.randrange(len(content)), rng.randrange(len(content))
+        return rng.choice([near, len(content) - 1 - near, *anywhere])
 
     broken, kind = bytearray(content), rng.randrange(7)
     if kind == 0:  # flipped bits
         for _ in range(rng.choice([1, 1, 2, 8, 64])):
-            broken[place()] ^= 1 << rng.randrange(8)
+            broken[position()] ^= 1 << rng.randrange(8)
     elif kind == 1:  # any bytes
         for _ in range(rng.choice([1, 4, 32])):
-            broken[place()] = rng.choice([0, 255, 127, 128, rng.randrange(256)])
+            broken[position()] = rng.choice([0, 255, 127, 128, rng.randrange(256)])
     elif kind == 2:  # truncated
-        del broken[place() :]
+        del broken[position() :]
     elif kind == 3:  # another file's beginning
         other = rng.choice(others)
         size = rng.choice([4, 16, 64, 512])
         broken[:size] = other[:size]
     elif kind == 4:  # a part twice, or missing
-        start, size = place(), rng.choice([1, 4, 100])
+        start, size = position(), rng.choice([1, 4, 100])
         broken[start : start + size] = broken[start : start + size] * rng.choice([0, 2, 50])
     elif kind == 5:  # a large number
-        start = place()
+        start = position()
         broken[start : start + 4] = rng.choice(
             [b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\x00\x00\x01\x00"]
         )
     else:  # another file behind it
-        broken = broken[: place()] + rng.choice(others)
+        broken = broken[: position()] + rng.choice(others)
     return bytes(broken)
 
 
 def command(*arguments):
-    """Run step 3. -> (exit code or "hang", standard output, standard error)."""
+    """Run step 3 and return (exit code or "hang", standard output, standard error)."""
     import resource
 
     def limit():
@@ -113,7 +111,7 @@ def command(*arguments):
 
 
 def faults_of(result, paths, whole=None):
-    """What is wrong about a result, in words. paths: the images given; whole: {path: its answer alone}."""
+    """What is wrong with a result, in words. paths: the images given; whole: the results of intact ones."""
     code, out, err = result
     if code == "hang":
         return ["hang"]
@@ -127,9 +125,8 @@ def faults_of(result, paths, whole=None):
     except ValueError:
         return ["standard output holds something else"]
     failed = [row for row in rows if "error" in row]
-    faults = [
-        f"on standard error: {line[:200]}" for line in lines if not line.startswith(("error: ", "note: "))
-    ][:1]
+    others = [line for line in lines if not line.startswith(("error: ", "note: "))]
+    faults = [f"on standard error: {line[:200]}" for line in others[:1]]
     errors = [line for line in lines if line.startswith("error: ")]
     if not rows and code in (1, 2) and len(errors) == 1:
         return faults if whole is None else [*faults, "no answers at all"]  # the model was refused
@@ -149,7 +146,10 @@ def differs(row, alone):
 
 
 def fuzz_images(model, count, place, seed=0, batch=100):
-    """Give `count` mutated images to step 3, `batch` at a time. -> Counter of faults; keeps what caused them."""
+    """Give `count` mutated images to step 3, `batch` at a time. Files that cause a fault are kept.
+
+    Returns (Counter of faults, how many images were refused).
+    """
     rng, faults, refused = random.Random(seed), collections.Counter(), 0
     (place / "whole").mkdir()
     files, answers = whole_images(rng), {}
@@ -187,7 +187,7 @@ def fuzz_images(model, count, place, seed=0, batch=100):
 
 
 def fuzz_models(models, count, place, seed=0, jobs=1):
-    """Give `count` mutated model files to step 3, with one image. -> (Counter of faults, how many were refused)."""
+    """Give `count` mutated model files to step 3, each with one image; returns what fuzz_images() returns."""
     faults, refused = collections.Counter(), 0
     image = place / "image.png"
     Image.new("RGB", (8, 8), (200, 100, 50)).save(image)
@@ -239,9 +239,8 @@ def main():
             folder = place / suffix[1:]
             folder.mkdir()
             faults, refused = fuzz_models(models, count, folder, args.seed, args.jobs)
-            print(
-                f"{count} mutated {suffix} files: {refused} refused by a line, faults: {dict(faults) or 'none'}"
-            )
+            outcome = f"{refused} refused by a line, faults: {dict(faults) or 'none'}"
+            print(f"{count} mutated {suffix} files: {outcome}")
             total += faults
     print(f"what caused a fault is kept in {place}" if total else "no fault")
     return 1 if total else 0
