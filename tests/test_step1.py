@@ -368,8 +368,10 @@ def test_unequal_classes_are_adjusted_for_while_training_only(call, here, photos
     assert all(adjust is None for training, adjust in seen if not training)
     assert all(adjust.exp().tolist() == pytest.approx([0.2, 0.8]) for training, adjust in seen if training)
     logits, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
-    adjusted = criterion(logits, labels, 0.0, torch.tensor([0.2, 0.8]).log())
-    assert adjusted.item() == pytest.approx(-math.log(0.2))
+    priors = torch.tensor([0.2, 0.8])
+    assert criterion(logits, labels, 0.0, priors.log()).item() == pytest.approx(-math.log(0.2))
+    smoothed = -(0.9 + 0.1 * 0.2) * math.log(0.2) - 0.1 * 0.8 * math.log(0.8)
+    assert criterion(logits, labels, 0.1, priors.log()).item() == pytest.approx(smoothed)
 
 
 def test_the_epoch_is_chosen_by_balanced_accuracy_where_classes_are_unequal():
