@@ -1,0 +1,297 @@
+"""The gate between an export and its users: a file passes if it predicts what the trained network predicts.
+
+The reference is the trained network in eager float32, spelled out from the spec. Each file is run by the code
+of step3_infer.py, in batches of 1, 7 and 64. A tolerance limits the largest difference of any output; where a
+regression predicts more than 1, the relative difference.
+
+    inputs                        tolerance                      why
+    test split and probes whose   --tolerance, default 1e-4      all engines see the same pixels, and their
+    size is a whole factor                                       float32 differs by about 1e-6
+    test split and probes of      5e-3, or twice what rounding   engines that resize may round one grey level
+    other sizes                   does to this network           differently, in about 1 % of the pixels
+    the same, top-1               no change except in ties,      engines may decide differently between
+                                  a fifth of the tolerance       classes that are equal
+    16 test samples in an         as above; int8: 1e-4, from     the file must need step3_infer.py and nothing
+    isolated process              the outputs in this process    else, and decoding must change no answer
+    int8: test split              --max-drop points of           int8 changes all probabilities a little, but
+                                  accuracy, default 0.5          should not change what a user reads
+    int8: probes                  probabilities sum to 1         there is no int8 reference for noise
+    golden samples on another     1e-4; int8: 2e-2               int8 differs by up to 5e-3 without VNNI, and
+    machine, by --self-test                                      by up to 1.2e-2 on 32-bit ARM
+    accuracy of the reference     0.005 and ties, from what      training may have evaluated on a GPU; more is
+                                  training reported              another test split or a changed checkpoint
+
+The spec inside the file must be the network's, too. Speed is measured, but decides nothing.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import model
+from deploy.isolated import predict_isolated
+from step3_infer import Model, Problem
+
+BATCHES = (1, 7, 64)
+EXACT_TOLERANCE = 1e-4
+RESIZED_TOLERANCE = 5e-3
+ACCURACY_TOLERANCE = 0.005
+SELF_TEST_TOLERANCE, INT8_SELF_TEST_TOLERANCE = 1e-4, 2e-2
+ISOLATED_SAMPLES = 16
+SPEC_KEYS = ("task", "classes", "channels", "image_size", "mean", "std", "checkpoint_sha256")
+# The figures of a file that cannot be run.
+NO_FIGURES = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}
+
+
+# ---------------------------------------------------------------------------------------- the trained network
+
+
+@dataclass
+class Run:
+    """A trained run, read back from its checkpoint: its spec, and the network in eval mode on the CPU."""
+
+    path: str
+    spec: dict
+    network: torch.nn.Module
+
+    @property
+    def regression(self) -> bool:
+        return self.spec["task"] == "regression"
+
+    def deployable(self) -> model.Deployable:
+        cls = model.Regressor if self.regression else model.Deployable
+        return cls(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"]).eval()
+
+
+def rebuild(path: str, spec: dict, state_dict: dict) -> Run:
+    """The network of a checkpoint. Any exception means that the checkpoint is damaged or not one of ours."""
+    channels, arguments = spec["channels"], spec["arguments"]
+    options = {name: arguments[name] for name in model.options_of(spec["model"])}
+    options = {name: value for name, value in options.items() if value is not None}
+    shape = {"channels": channels, "classes": len(spec["classes"]), "image_size": spec["image_size"]}
+    network = model.build(spec["model"], **shape, **options)
+    network.load_state_dict(state_dict)
+    run = Run(path, spec, network.eval())
+    run.deployable()
+    if not {"dataset", "test_accuracy", "parameters", "versions"} <= spec.keys():
+        raise ValueError("its spec lacks keys")
+    if len(spec["mean"]) != channels or len(spec["std"]) != channels:
+        raise ValueError("its mean or std do not fit its channels")
+    return run
+
+
+@torch.inference_mode()
+def reference(run: Run, inputs: np.ndarray) -> np.ndarray:
+    """What training computed: the network in eager fp32 on uint8 [N, H, W, C], as probabilities [N, classes].
+
+    For regression: on float32 [N, n], as predictions [N, 1]. Spelled out from the spec instead of calling
+    Deployable, so that an error there is caught too.
+    """
+    spec, parts = run.spec, []
+    mean, std = (torch.tensor(spec[key]) for key in ("mean", "std"))
+    if run.regression:
+        return run.network((torch.from_numpy(inputs) - mean) / std).numpy()
+    mean, std = mean[:, None, None], std[:, None, None]
+    for part in torch.from_numpy(inputs).split(64):
+        pixels = model.resize(part, spec["image_size"]).permute(0, 3, 1, 2)  # [batch, channels, H, W]
+        parts.append(run.network((pixels / 255.0 - mean) / std).softmax(1))
+    return torch.cat(parts).numpy()
+
+
+def check_reference(run: Run, dataset, expected: np.ndarray) -> None:
+    """Is this the test split that the run reported on? Raises Problem if class names or accuracy say no."""
+    if list(dataset.classes) != run.spec["classes"]:
+        changed = "another dataset, or a changed checkpoint"
+        raise Problem(f"the classes of {run.path} are not those of its dataset: {changed}")
+    reported = run.spec["test_accuracy"]
+    if reported is None:  # a regression, or a run that --val-fraction left before its end
+        return
+    accuracy = float((expected.argmax(1) == dataset.test_labels).mean())
+    ordered = np.sort(expected, axis=1)
+    margin = ordered[:, -1] - ordered[:, -2]
+    ties = float((margin < 1e-3).mean())  # which another machine or batch size may decide otherwise
+    if abs(accuracy - reported) > ACCURACY_TOLERANCE + ties:
+        found = f"the network of {run.path} has {accuracy:.2%} on this test split"
+        changed = "another test split (--data-dir), or a changed checkpoint"
+        raise Problem(f"{found}, training reported {reported:.2%}: {changed}")
+
+
+def probes(spec: dict, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
+    """Inputs that no dataset holds, by name: random, black and white, at the network's size and at others."""
+    rng, (height, width), channels = np.random.default_rng(seed), spec["image_size"], spec["channels"]
+    if spec["task"] == "regression":
+        yield "random", rng.standard_normal((64, channels), dtype=np.float32)
+        yield "zeros", np.zeros((1, channels), np.float32)
+        yield "large", np.full((1, channels), 1e6, np.float32)
+        return
+    sizes = {
+        "native": (height, width),
+        "twice": (2 * height, 2 * width),
+        "larger": (3 * height + 5, 2 * width + 9),
+        "smaller": (height // 2 + 1, width // 2 + 1),
+        "thin": (2 * height + 1, 1),
+        "photo": (480, 641),
+    }
+    for name, (h, w) in sizes.items():
+        shape = (4 if name == "photo" else 64, h, w, channels)
+        yield f"random {name} {h}x{w}", rng.integers(0, 256, shape, dtype=np.uint8)
+        yield f"black {name} {h}x{w}", np.zeros((1, h, w, channels), np.uint8)
+        yield f"white {name} {h}x{w}", np.full((1, h, w, channels), 255, np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------- the proofs
+
+
+def prove(run: Run, file: str, dataset, expected: np.ndarray, tolerance: float) -> tuple[dict, list[str]]:
+    """Compare a file with the trained network; returns figures for parity.json, and failures in words.
+
+    expected: outputs of the reference on the test split, [N, classes]. Raises Problem if step3 cannot run it.
+    """
+    exported, images = Model(file), dataset.test_images
+    failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
+    figures, found = compare_on(run, images, expected, got, tolerance)
+    failures += [f"test split: {failure}" for failure in found]
+    if run.regression:
+        figures["accuracy"] = figures["top1_agreement"] = None
+        figures["mean_squared_error"] = float(((got - dataset.test_labels) ** 2).mean())
+    else:
+        figures |= accuracies(exported, got, expected, dataset)
+    figures["probes"] = {}
+    for name, probe in probes(run.spec):
+        wanted, got = reference(run, probe), predictions(exported, probe)
+        figures["probes"][name], found = compare_on(run, probe, wanted, got, tolerance)
+        failures += [f"{name}: {failure}" for failure in found]
+    figures["latency_ms"] = latency(exported, images[:1])
+    figures["isolated"], found = prove_isolated(run, file, images, expected, tolerance)
+    return figures, failures + [f"isolated: {failure}" for failure in found]
+
+
+def prove_int8(run: Run, file: str, dataset, expected: np.ndarray, max_drop: float) -> tuple[dict, list[str]]:
+    """The same for an int8 file, which may lose `max_drop` points of accuracy instead."""
+    exported, images = Model(file), dataset.test_images
+    failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
+    figures, _ = compare(expected, got, 1.0)
+    figures |= accuracies(exported, got, expected, dataset)
+    drop = figures["drop"] = round(100 * (figures["accuracy_trained"] - figures["accuracy"]), 3)
+    if not drop <= max_drop:
+        failures.append(f"it loses {drop:.2f} points of accuracy, --max-drop allows {max_drop:g}")
+    for name, probe in probes(run.spec):
+        if not np.allclose(predictions(exported, probe).sum(1), 1, atol=1e-3):
+            failures.append(f"{name}: the probabilities do not add up to 1")
+    figures["latency_ms"] = latency(exported, images[:1])
+    figures["isolated"], found = prove_isolated(run, file, images, got, EXACT_TOLERANCE)
+    return figures, failures + [f"isolated: {failure}" for failure in found]
+
+
+def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: np.ndarray, tolerance: float):
+    """Compare the first inputs again, predicted by a process that has only step3_infer.py and the file."""
+    inputs, expected = inputs[:ISOLATED_SAMPLES], expected[:ISOLATED_SAMPLES]
+    try:
+        got = predict_isolated(run.spec, file, inputs)
+    except Problem as problem:
+        return {"samples": 0}, [str(problem)]
+    return compare_on(run, inputs, expected, got, tolerance)
+
+
+# -------------------------------------------------------------------------------------------------- comparing
+
+
+def is_exact(inputs: np.ndarray, spec: dict) -> bool:
+    """Do all engines resize these images to the same pixels? They do at whole factors."""
+    if inputs.ndim == 2:  # features
+        return True
+    sizes = zip(inputs.shape[1:3], spec["image_size"], strict=True)
+    return all(a % b == 0 or b % a == 0 for a, b in sizes)
+
+
+@torch.inference_mode()
+def rounding_effect(run: Run, inputs: np.ndarray, draws: int = 4) -> float:
+    """How far the reference's outputs move, at most, when resizing rounds differently, tried at random.
+
+    One grey level up or down in a hundredth of the pixels; in a whole row of an image; in a whole column,
+    because an image one pixel wide is resized to rows of equal pixels.
+    """
+    parts = torch.from_numpy(inputs).split(64)
+    resized = torch.cat([model.resize(part, run.spec["image_size"]) for part in parts])
+    n, height, width, channels = resized.shape
+    expected, generator, largest = reference(run, resized.numpy()), torch.Generator().manual_seed(0), 0.0
+    for _ in range(draws):
+        for size, share in ((height, width), 0.01), ((height, 1), 1 / height), ((1, width), 1 / width):
+            hit = torch.rand(n, *size, channels, generator=generator) < share
+            up = torch.rand(n, *size, channels, generator=generator) < 0.5
+            disturbed = (resized + hit * (2 * up.int() - 1)).clamp(0, 255).to(torch.uint8)
+            largest = max(largest, float(np.abs(reference(run, disturbed.numpy()) - expected).max()))
+    return largest
+
+
+def compare_on(run: Run, inputs: np.ndarray, expected: np.ndarray, got: np.ndarray, tolerance: float):
+    """`compare` with the tolerance that the inputs' size allows."""
+    if is_exact(inputs, run.spec):
+        return compare(expected, got, tolerance)
+    tolerance = max(tolerance, RESIZED_TOLERANCE)
+    figures, failures = compare(expected, got, tolerance)
+    if failures:  # twice the effect, as its few samples are not the worst
+        figures, failures = compare(expected, got, max(tolerance, 2 * rounding_effect(run, inputs)))
+    return figures, failures
+
+
+def compare(expected: np.ndarray, got: np.ndarray, tolerance: float) -> tuple[dict, list[str]]:
+    """Figures of one comparison of outputs [N, classes], and the failures among them in words."""
+    difference = (np.abs(expected.astype(np.float64) - got) / np.maximum(1, np.abs(expected))).max(axis=1)
+    finite = np.isfinite(difference)
+    difference[~finite] = np.inf  # NaN agrees with nothing
+    top, got_top = expected.argmax(1), got.argmax(1)
+    rows = np.arange(len(expected))
+    changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > tolerance / 5)
+    quantiles = (0.5, 0.9, 0.99) if finite.any() else ()
+    figures = {
+        "max_abs_diff": float(difference.max()) if finite.all() else None,
+        "quantiles": {f"{q:g}": float(np.quantile(difference[finite], q)) for q in quantiles},
+        "top1_agreement": float((top == got_top).mean()),
+        "samples": len(expected),
+        "tolerance": tolerance,
+    }
+    failures = []
+    if not difference.max() <= tolerance:
+        failures.append(f"outputs differ by up to {difference.max():.1e} (limit {tolerance:.0e})")
+    if changed.any():
+        failures.append(f"{changed.sum()} of {len(expected)} answers changed")
+    return figures, failures
+
+
+def predictions(exported: Model, inputs: np.ndarray) -> np.ndarray:
+    """Outputs [N, classes] of a loaded file for inputs [N, ...], in batches of 1, 7, 64, 1, 7, 64, ..."""
+    outputs, start = [], 0
+    for size in itertools.cycle(BATCHES):
+        if start >= len(inputs):
+            return np.concatenate(outputs)
+        outputs.append(exported.predict(inputs[start : start + size]))
+        start += size
+
+
+def spec_failures(spec: dict, exported_spec: dict) -> list[str]:
+    wrong = [key for key in SPEC_KEYS if exported_spec.get(key) != spec[key]]
+    return [f"spec: the file's {key} are not the network's" for key in wrong]
+
+
+def accuracies(exported: Model, got: np.ndarray, expected: np.ndarray, dataset) -> dict:
+    """By name, as a user reads the answers: a wrong order of the class names costs accuracy here."""
+    answers = np.array(exported.spec["classes"])[got.argmax(1)]
+    return {
+        "accuracy": float((answers == np.array(dataset.classes)[dataset.test_labels]).mean()),
+        "accuracy_trained": float((expected.argmax(1) == dataset.test_labels).mean()),
+    }
+
+
+def latency(exported: Model, image: np.ndarray, repeats: int = 30) -> float:
+    """The median time in milliseconds for one decoded image, on all threads of this machine."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        exported.predict(image)
+        times.append(time.perf_counter() - started)
+    return round(1000 * float(np.median(times)), 4)

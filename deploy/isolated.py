@@ -1,0 +1,52 @@
+"""Predictions from a process whose directory holds step3_infer.py and an exported file, and nothing else."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+import step3_infer
+from deploy.samples import to_png
+from step3_infer import Problem
+
+
+def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> np.ndarray:
+    """Outputs [N, classes] for inputs [N, ...]; images are given as PNG files. Raises Problem.
+
+    spec: what the file should say of itself. A class that the answer lacks becomes NaN.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as pictures:
+            done = run_step3(spec, file, inputs, folder, pictures)
+    except OSError as error:
+        raise Problem(f"no temporary directory to run it in: {error.strerror or error}") from None
+    if done.returncode != 0:
+        raise Problem(f"step3_infer.py failed: {done.stderr.strip()}")
+    outputs = []
+    for line in done.stdout.splitlines():
+        result = json.loads(line)
+        if spec["task"] == "regression":
+            outputs.append([result["prediction"]])
+        else:
+            probabilities = {entry["label"]: entry["probability"] for entry in result["top"]}
+            outputs.append([probabilities.get(name, np.nan) for name in spec["classes"]])
+    return np.array(outputs, np.float32)
+
+
+def run_step3(spec: dict, file: str, inputs: np.ndarray, folder: str, pictures: str):
+    """Run step3_infer.py in the empty directory `folder`; returns the subprocess.CompletedProcess."""
+    shutil.copy(step3_infer.__file__, os.path.join(folder, "step3_infer.py"))
+    shutil.copy(file, folder)
+    command = [sys.executable, "-I", "step3_infer.py", "--format", "json", "--model", os.path.basename(file)]
+    if spec["task"] == "regression":
+        command += ["--values=" + ",".join(map(str, row)) for row in inputs.tolist()]
+    else:
+        command += ["--top-k", str(len(spec["classes"])), pictures]
+        for index, image in enumerate(inputs):
+            with open(os.path.join(pictures, f"{index:03}.png"), "wb") as picture:
+                picture.write(to_png(image))
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
