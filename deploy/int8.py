@@ -1,70 +1,99 @@
-"""Static int8 quantization of an exported ONNX file by onnxruntime's own quantizer, and what else it can be asked for.
+"""Static int8 quantization of an exported ONNX file by onnxruntime's own quantizer.
 
-Weights and activations become 8-bit integers between QuantizeLinear and DequantizeLinear nodes, their ranges taken from
-calibration images that run through the graph's own preprocessing. Preprocessing and softmax stay float32.
+Weights and activations become 8-bit integers between QuantizeLinear and DequantizeLinear nodes, their ranges
+taken from calibration images that run through the graph's own preprocessing. Preprocessing, softmax and the
+layer that reads the image, which int8 makes slower, stay in float32. Weights have 7 bits and a scale for each
+channel: their products cannot saturate, so processors with and without VNNI compute the same.
 """
 
 import contextlib
 import io
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 import onnx
 
+from deploy import onnx_file
+from step3_infer import Model
+
+OPSET = 20  # at least: the first with GELU as one operator, which in pieces would be quantized piece by piece
 WEIGHTED = ("Conv", "Gemm", "MatMul")
-# Beside those, what onnxruntime has int8 kernels for, so that values need not become float32 between two layers.
+# And what else onnxruntime has int8 kernels for, so that values stay int8 from layer to layer.
 OP_TYPES = (*WEIGHTED, "Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Relu")
-HISTOGRAM_PIXELS = (
-    1 << 20
-)  # of images for percentile and entropy, which keep every activation of every image in memory
+CALIBRATION, CHECK = 256, 1000  # training images to calibrate with, and others to measure the accuracy on
+HISTOGRAM_PIXELS = 1 << 20  # of images: percentile calibration keeps all their activations in memory
 FASTER = 1.05  # times; less is within what two measurements differ by
-# What onnxruntime's guidance names, in the order tried. The first: weights per channel in 7 bits, whose products cannot
-# saturate, so that processors with and without VNNI compute the same; activations uint8 from their least to their
-# largest value; the layer that reads the image in float32, which int8 makes slower.
-ALTERNATIVES = {
+# What is tried, in this order, until one is accurate enough: settings of `quantize`.
+QUANTIZATIONS = {
     "7-bit weights per channel": {},
     "percentile calibration": {"calibration": "Percentile"},
-    "entropy calibration": {"calibration": "Entropy"},
     "the last layer in float32": {"last_in_float": True},
-    "8-bit weights": {"reduce_range": False},
-    "weights per tensor": {"per_channel": False},
-    "signed activations": {"activations": "QInt8"},
-    "the first layer in int8": {"first_in_float": False},
 }
 
 
+# ------------------------------------------------------------------------------------------------- quantizing
+
+
+def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float) -> tuple[str, dict]:
+    """Quantize an ONNX file in one way after another until one is accurate enough, else take the best.
+
+    images, labels: of the training split, uint8 [N, H, W, C] and [N]; max_drop: how many points of accuracy
+    may be lost. Returns the path of the quantized file, and figures of what was tried. Raises ValueError if
+    onnxruntime cannot do it.
+    """
+    order = np.random.default_rng(0).permutation(len(images))
+    calibration, check = np.sort(order[:CALIBRATION]), np.sort(order[CALIBRATION : CALIBRATION + CHECK])
+    if len(check) < CALIBRATION:  # a small dataset
+        check = calibration
+    calibration_images, check_images, check_labels = images[calibration], images[check], labels[check]
+    before, tried = accuracy(source, check_images, check_labels), []
+    for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
+        file = f"{source}.{number}.onnx"
+        try:
+            quantize(source, file, calibration_images, **settings)
+        except Exception as error:  # onnxruntime's quantizer raises anything at all
+            raise ValueError(" ".join(str(error).split())) from None
+        drop = round(100 * (before - accuracy(file, check_images, check_labels)), 3)
+        tried.append({"quantization": name, "drop_training": drop})
+        if drop <= max_drop / 2:  # images that the network was trained on are easier than others
+            break
+    best = min(range(len(tried)), key=lambda number: tried[number]["drop_training"])
+    return f"{source}.{best}.onnx", {**tried[best], "tried": tried}
+
+
+def accuracy(file: str, images: np.ndarray, labels: np.ndarray) -> float:
+    """The share of uint8 images [N, H, W, C] that an exported file classifies correctly."""
+    exported = Model(file)
+    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
+    predicted = np.concatenate([exported.predict(batch).argmax(1) for batch in batches])
+    return float((predicted == labels).mean())
+
+
 def quantize(
-    source,
-    target,
-    images,
-    *,
-    calibration="MinMax",
-    activations="QUInt8",
-    reduce_range=True,
-    per_channel=True,
-    first_in_float=True,
-    last_in_float=False,
-):
+    source: str, target: str, images: np.ndarray, *, calibration="MinMax", last_in_float=False
+) -> None:
     """Write `target`, the ONNX file `source` in int8, calibrated on uint8 images [N, H, W, C].
 
-    Raises whatever onnxruntime's quantizer does, and ValueError where nothing is there to quantize.
+    calibration: the method, MinMax or Percentile. Raises whatever onnxruntime's quantizer raises,
+    and ValueError if nothing can be quantized.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
     if calibration != "MinMax":
         images = images[: max(16, HISTOGRAM_PIXELS // (images.shape[1] * images.shape[2]))]
-    excluded = nodes_in_float(onnx.load(source).graph, first_in_float, last_in_float)
-    with quiet():
+    excluded = nodes_in_float(onnx.load(source).graph, last_in_float)
+    with without_advice():
         quantize_static(
             source,
             target,
             Batches(images),
             op_types_to_quantize=list(OP_TYPES),
             nodes_to_exclude=excluded,
-            per_channel=per_channel,
-            reduce_range=reduce_range,
-            activation_type=QuantType[activations],
+            per_channel=True,
+            reduce_range=True,  # 7 bits
+            activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod[calibration],
             # A fully connected layer may leave float32: logits in 8 bits would make coarse probabilities.
@@ -72,69 +101,44 @@ def quantize(
         )
 
 
-def choose(source, images, check, load, *, max_drop, any_speed):
-    """Quantize by one alternative after another until one is accurate enough, and faster here than `source`.
+def nodes_in_float(graph, last_in_float: bool) -> list[str]:
+    """The names of nodes that stay in float32. Raises ValueError if that leaves nothing to quantize.
 
-    -> (which of ALTERNATIVES was taken, its file, the figures of all that were tried). images: to calibrate with,
-    uint8 [N, H, W, C]; check: others with their labels, to choose by. load: function from a path to a function from
-    images to probabilities. max_drop: how many points of accuracy may be lost. any_speed: a slower one will do. Where
-    none will, the most accurate is taken. Raises ValueError where onnxruntime cannot do it.
+    They are preprocessing, softmax, sums with a constant, the first layer if it reads the image, and on
+    request the last layer.
     """
-    (inputs, labels), tried, before = check, [], load(source)
-    right = (before(inputs).argmax(1) == labels).mean()
-    batches = {str(n): np.resize(inputs, (n, *inputs.shape[1:])) for n in (1, 64)}
-    for k, (name, settings) in enumerate(ALTERNATIVES.items()):
-        file = f"{source}.{k}.onnx"
-        try:
-            quantize(source, file, images, **settings)
-        except Exception as error:  # onnxruntime's quantizer raises anything at all
-            raise ValueError(" ".join(str(error).split())) from None
-        after = load(file)
-        drop = round(100 * float(right - (after(inputs).argmax(1) == labels).mean()), 3)
-        speed = {n: round(speedup(before, after, batch), 2) for n, batch in batches.items()}
-        tried.append({"quantization": name, "drop_training": drop, "speedup": speed})
-        if drop <= max_drop and (any_speed or is_faster(tried[-1])):
-            return k, file, tried
-    k = min(range(len(tried)), key=lambda k: tried[k]["drop_training"])
-    return k, f"{source}.{k}.onnx", tried
-
-
-def is_faster(figures):
-    return min(figures["speedup"].values()) >= FASTER
-
-
-def nodes_in_float(graph, first_in_float, last_in_float):
-    """The names of nodes to leave alone: preprocessing, softmax, sums with a constant, and layers on request."""
     names = [node.name for node in graph.node]
     weighted = [node for node in graph.node if node.op_type in WEIGHTED]
     if not weighted:
         raise ValueError("the network has no layer to quantize")
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    excluded = names[: names.index(weighted[0].name)] + names[names.index(weighted[-1].name) + 1 :]
-    excluded += [n.name for n in graph.node if n.op_type == "Add" and any(i in constants for i in n.input)]
-    first = weighted[0]
-    few_channels = first.op_type == "Conv" and constants[first.input[1]].dims[1] <= 4
-    if first_in_float and few_channels and len(weighted) > 1:
-        excluded.append(first.name)
-    if last_in_float and len(weighted) > 1:
-        excluded.append(weighted[-1].name)
+    first, last = weighted[0], weighted[-1]
+    excluded = names[: names.index(first.name)] + names[names.index(last.name) + 1 :]
+    for node in graph.node:
+        if node.op_type == "Add" and any(name in constants for name in node.input):
+            excluded.append(node.name)
+    if len(weighted) > 1:
+        if first.op_type == "Conv" and constants[first.input[1]].dims[1] <= 4:  # channels of an image
+            excluded.append(first.name)
+        if last_in_float:
+            excluded.append(last.name)
     return excluded
 
 
 class Batches:
     """A calibration data reader: uint8 images [N, H, W, C] in batches of 16."""
 
-    def __init__(self, images):
+    def __init__(self, images: np.ndarray):
         self.batches = iter([images[start : start + 16] for start in range(0, len(images), 16)])
 
-    def get_next(self):
+    def get_next(self) -> dict | None:
         batch = next(self.batches, None)
         return None if batch is None else {"image": np.ascontiguousarray(batch)}
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without the quantizer's prints, and its advice to preprocess: torch's exporter has folded all there is to."""
+def without_advice():
+    """Silence the quantizer's prints, and its advice to fold constants, which torch's exporter has done."""
 
     def wanted(record):
         return not str(record.msg).startswith("Please consider")
@@ -148,46 +152,80 @@ def quiet():
         logger.removeFilter(wanted)
 
 
-def finish(path, properties):
-    """The bytes of a quantized file with this metadata, a dict of texts, and without what only weighs.
+# -------------------------------------------------------------------------------------------------- finishing
 
-    In a small network names, and constants that are there twice, weigh as much as a layer.
+
+def finish(path: str, spec: dict, opset: int) -> bytes:
+    """The bytes of a quantized file with the spec inside, and without what only takes space.
+
+    In a small network names, and constants that are stored twice, take as much space as a layer.
     """
-    file = onnx.load(path)
-    graph, constants, short = file.graph, {}, {}
-    short.update({"": ""}, **{value.name: value.name for value in (*graph.input, *graph.output)})
-    for tensor in graph.initializer:
-        name, tensor.name = tensor.name, ""
-        same = constants.setdefault(tensor.SerializeToString(), tensor)
-        short[name] = same.name = same.name or f"c{len(constants)}"
-    del graph.initializer[:], graph.value_info[:], file.metadata_props[:]
-    graph.initializer.extend(constants.values())
-    for node in graph.node:
+    proto = onnx.load(path)
+    short_names = {value.name: value.name for value in (*proto.graph.input, *proto.graph.output)}
+    short_names[""] = ""  # of an optional input that is left out
+    merge_constants(proto.graph, short_names)
+    for node in proto.graph.node:
         for name in node.output:
-            short.setdefault(name, f"t{len(short)}")
-        inputs, outputs = ([short[name] for name in names] for names in (node.input, node.output))
+            short_names.setdefault(name, f"t{len(short_names)}")
+        inputs = [short_names[name] for name in node.input]
+        outputs = [short_names[name] for name in node.output]
         for field in ("input", "output", "name", "doc_string"):
             node.ClearField(field)
         node.input.extend(inputs)
         node.output.extend(outputs)
-    onnx.helper.set_model_props(file, properties)
-    onnx.checker.check_model(file, full_check=True)
-    return file.SerializeToString()
+    del proto.graph.value_info[:], proto.metadata_props[:]
+    return onnx_file.finish(proto, spec, opset)
 
 
-def speedup(slow, fast, inputs, seconds=0.6):
+def merge_constants(graph, short_names: dict[str, str]) -> None:
+    """Store equal constants once, under short names, which are entered into `short_names`."""
+    constants = {}
+    for tensor in graph.initializer:
+        name = tensor.name
+        tensor.name = ""
+        same = constants.setdefault(tensor.SerializeToString(), tensor)
+        if not same.name:
+            same.name = f"c{len(constants)}"
+        short_names[name] = same.name
+    merged = list(constants.values())
+    del graph.initializer[:]
+    graph.initializer.extend(merged)
+
+
+# ------------------------------------------------------------------------------------------------------ speed
+
+
+def measure_speed(unquantized: str, quantized: str, images: np.ndarray) -> dict:
+    """How many times as fast a file became, as `speedup` by batch size, with a `warning` if it is not faster.
+
+    images: uint8 [N, H, W, C], of which as many as needed are taken.
+    """
+    slow, fast, figures = Model(unquantized).predict, Model(quantized).predict, {}
+    for size in (1, 64):
+        batch = np.resize(images[:size], (size, *images.shape[1:]))
+        figures[str(size)] = round(speedup(slow, fast, batch), 2)
+    if min(figures.values()) >= FASTER:
+        return {"speedup": figures}
+    warning = f"it is not faster than float32 on this machine ({speed_in_words(figures)})"
+    return {"speedup": figures, "warning": warning}
+
+
+def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float = 0.6) -> float:
     """How many times as fast `fast(inputs)` is as `slow(inputs)`, timed in turn.
 
-    What takes the processor away for a while, on a shared machine, hits one or the other: each one's quickest fifth
-    counts.
+    Another process, on a shared machine, delays now one and now the other: the fastest fifth of each counts.
     """
-    times, until = [], time.perf_counter() + seconds
-    slow(inputs), fast(inputs)
-    while time.perf_counter() < until or len(times) < 10:
-        started = time.perf_counter()
-        slow(inputs)
-        between = time.perf_counter()
-        fast(inputs)
-        times.append((between - started, time.perf_counter() - between))
-    before, after = np.quantile(times, 0.2, axis=0)
-    return float(before / after)
+    slow(inputs)
+    fast(inputs)
+    slow_times, fast_times = [], []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(slow_times) < 10:
+        for predict, times in ((slow, slow_times), (fast, fast_times)):
+            started = time.perf_counter()
+            predict(inputs)
+            times.append(time.perf_counter() - started)
+    return float(np.quantile(slow_times, 0.2) / np.quantile(fast_times, 0.2))
+
+
+def speed_in_words(figures: dict[str, float]) -> str:
+    return " and ".join(f"{times:.2f} times at batch size {size}" for size, times in figures.items())

@@ -17,28 +17,30 @@ from test_step2 import parity_of
 import model
 import step1_train
 import step2_export
+from deploy import gate, isolated
 
 
 @pytest.fixture
 def plant(monkeypatch, small):
-    """plant(format, fault): let the fault(export directory, path, deployable, spec) write the format's file."""
+    """plant(format, fault): let the fault(good file, path, deployable, spec) write the format's file."""
 
-    def plant(form, fault):
-        name, _ = step2_export.FORMATS[form]
+    def plant(name, fault):
+        original = step2_export.FORMATS[name]
 
-        def write(deployable, spec, path, opset):
-            fault(small.export / name, path, deployable, spec)
+        def write(deployable, spec, path, opset, **unused):
+            fault(small.export / original.file, path, deployable, spec)
+            return {}
 
-        monkeypatch.setitem(step2_export.FORMATS, form, (name, write))
+        monkeypatch.setitem(step2_export.FORMATS, name, original._replace(export=write))
 
     return plant
 
 
-def assert_caught(result, form, out, *words):
-    name, _ = step2_export.FORMATS[form]
-    result.error(1, form, name, *words)
-    assert not (out / name).exists()
-    figures = parity_of(out)[form]
+def assert_caught(result, name, out, *words):
+    file = step2_export.FORMATS[name].file
+    result.error(1, name, file, *words)
+    assert not (out / file).exists()
+    figures = parity_of(out)[name]
     assert figures["passed"] is False and figures["failures"]
     assert not [left for left in os.listdir(out) if left.startswith(".")]
     return figures
@@ -46,12 +48,12 @@ def assert_caught(result, form, out, *words):
 
 def deployable_with(monkeypatch, change):
     """Let `change` alter what the export is made from, but not the trained network itself."""
-    original = step2_export.Run.deployable
+    original = gate.Run.deployable
 
     def changed(run):
         return change(original(copy.deepcopy(run)))
 
-    monkeypatch.setattr(step2_export.Run, "deployable", changed)
+    monkeypatch.setattr(gate.Run, "deployable", changed)
 
 
 def test_without_a_fault_it_passes(call, small_run, in_process):
@@ -118,15 +120,15 @@ def test_the_second_proof_catches_it_as_well(call, small_run, here, plant):
     plant("onnx", edit_initializer(lambda weights: -weights))
     assert call(step2_export.main, "--format", "onnx").code == 1
     failures = parity_of(here / "exports" / "small")["onnx"]["failures"]
-    assert [failure for failure in failures if failure.startswith("alone: ")]
+    assert [failure for failure in failures if failure.startswith("isolated: ")]
 
 
-def test_a_file_that_does_not_run_alone(call, small_run, here, plant, monkeypatch):
+def test_a_file_that_does_not_run_in_isolation(call, small_run, here, plant, monkeypatch):
     plant("onnx", lambda good, path, deployable, spec: shutil.copy(good, path))
     failed = subprocess.CompletedProcess([], 1, "", "error: onnxruntime is missing\n")
-    monkeypatch.setattr(step2_export.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(isolated.subprocess, "run", lambda *_, **__: failed)
     result = call(step2_export.main, "--format", "onnx")
-    assert_caught(result, "onnx", here / "exports" / "small", "alone", "onnxruntime is missing")
+    assert_caught(result, "onnx", here / "exports" / "small", "isolated", "onnxruntime is missing")
 
 
 def test_wrong_order_of_class_names(call, small_run, here, plant, in_process):
@@ -169,16 +171,16 @@ def test_rounding_is_allowed_what_it_does_to_this_network_and_no_more():
     spec = {"image_size": [16, 16], "mean": [0.5], "std": [0.2]}
     run = SimpleNamespace(spec=spec, network=network, regression=False)
     thin = np.random.default_rng(0).integers(0, 256, (64, 35, 1, 1), dtype=np.uint8)
-    expected = step2_export.reference(run, thin)
+    expected = gate.reference(run, thin)
     resized = model.resize(torch.from_numpy(thin), (16, 16)).numpy()
 
     def failures(levels, rows):
         off = resized.copy()
         off[:, :rows] = np.where(off[:, :rows] < 128, off[:, :rows] + levels, off[:, :rows] - levels)
-        return step2_export.compare_on(run, thin, expected, step2_export.reference(run, off), 1e-4)
+        return gate.compare_on(run, thin, expected, gate.reference(run, off), 1e-4)
 
     figures, found = failures(1, 1)
-    assert not found and figures["max_abs_diff"] > step2_export.RESIZED_TOLERANCE
+    assert not found and figures["max_abs_diff"] > gate.RESIZED_TOLERANCE
     assert failures(20, 8)[1]
 
 

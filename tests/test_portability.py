@@ -13,6 +13,7 @@ from runtimes import RUNTIMES, version
 
 import data
 import step2_export
+from deploy import gate
 
 STRICT = 1e-4  # of a probability
 
@@ -20,12 +21,12 @@ STRICT = 1e-4  # of a probability
 @pytest.fixture(scope="module")
 def ported(trained, tmp_path_factory):
     """The trained run in the three formats that engines read: (run, directory)."""
-    place = tmp_path_factory.mktemp("ported")
+    folder = tmp_path_factory.mktemp("ported")
     run = step2_export.read_run(str(trained.run))
-    for form in ("onnx", "torchscript", "pt2"):
-        name, write = step2_export.FORMATS[form]
-        write(run.deployable(), run.spec, str(place / name), 18)
-    return run, place
+    for name in ("onnx", "torchscript", "pt2"):
+        chosen = step2_export.FORMATS[name]
+        chosen.export(run.deployable(), run.spec, str(folder / chosen.file), 18)
+    return run, folder
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -34,8 +35,8 @@ def engine(request, ported):
     name = request.param
     if version(name) is None:
         pytest.skip(f"{name} is not installed: pip install {RUNTIMES[name][0]}")
-    run, place = ported
-    return name, run, RUNTIMES[name][2](place, torch.get_num_threads())
+    run, folder = ported
+    return name, run, RUNTIMES[name][2](folder, torch.get_num_threads())
 
 
 def test_own_size_is_exact(engine):
@@ -44,7 +45,7 @@ def test_own_size_is_exact(engine):
     images = np.stack(
         [np.asarray(Image.fromarray(i.squeeze(-1)).resize((32, 32)))[..., None] for i in images]
     )
-    expected = step2_export.reference(run, images)
+    expected = gate.reference(run, images)
     for batch in (images, images[:1], images[:7]):
         got = predict(batch)
         assert got.dtype == np.float32 and np.abs(got - expected[: len(batch)]).max() <= STRICT
@@ -60,7 +61,7 @@ def test_other_sizes(engine, size):
             f"{name} {version(name)} ignores the Resize operator's antialiasing: use it at the network's size"
         )
     images = np.random.default_rng(0).integers(0, 256, (3, *size, 1), dtype=np.uint8)
-    assert np.abs(predict(images) - step2_export.reference(run, images)).max() <= tolerance
+    assert np.abs(predict(images) - gate.reference(run, images)).max() <= tolerance
 
 
 def test_classes_are_read_without_the_project(ported):

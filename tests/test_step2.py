@@ -36,7 +36,11 @@ def test_both_formats_pass_the_gate(trained):
         sizes = {name.split()[-1] for name in figures["probes"]}
         kinds = {name.split()[0] for name in figures["probes"]}
         assert "32x32" in sizes and len(sizes) > 3 and kinds == {"random", "black", "white"}
-        assert figures["alone"]["samples"] > 0 and figures["alone"]["max_abs_diff"] <= 1e-4
+        assert figures["isolated"]["samples"] > 0 and figures["isolated"]["max_abs_diff"] <= 1e-4
+    assert [(figures["file"], figures["runs_with"]) for figures in report.values()] == [
+        ("model.pt", "torch"),
+        ("model.onnx", "onnxruntime"),
+    ]
 
 
 def test_export_writes_two_files_and_the_figures(trained, small):
@@ -60,7 +64,7 @@ def pt2(trained, tmp_path_factory):
 
 def test_pt2_passes_the_gate_and_tells_no_paths(pt2, trained):
     figures = parity_of(pt2)["pt2"]
-    assert figures["passed"] and figures["max_abs_diff"] <= 1e-4 and figures["alone"]["samples"] == 16
+    assert figures["passed"] and figures["max_abs_diff"] <= 1e-4 and figures["isolated"]["samples"] == 16
     program = torch.export.load(pt2 / "model.pt2", extra_files=(extra := {"spec.json": ""}))
     assert json.loads(extra["spec.json"])["classes"] == list("0123456789")
     assert [str(size) for size in program.graph_signature.user_inputs] == ["image"]
@@ -105,11 +109,12 @@ def test_spec_inside_the_file_says_where_it_comes_from(trained, name):
     spec = step3_infer.Model(str(trained.export / name)).spec
     checkpoint = (trained.run / "checkpoint.pt").read_bytes()
     assert spec["checkpoint_sha256"] == hashlib.sha256(checkpoint).hexdigest()
-    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy arguments"
+    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy"
+    keys += " arguments"
     assert not [key for key in [*keys.split(), "versions", "created", "golden"] if key not in spec]
     trained_spec = torch.load(trained.run / "checkpoint.pt", weights_only=True)["spec"]
     assert not [key for key in keys.split() if spec[key] != json.loads(json.dumps(trained_spec[key]))]
-    assert len(spec["golden"]) >= 2
+    assert len(spec["golden"]) >= 2 and spec["self_test_tolerance"] == 1e-4
     assert all(sum(sample["probabilities"]) == pytest.approx(1, abs=1e-5) for sample in spec["golden"])
 
 
@@ -161,7 +166,7 @@ def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(call, small, sm
 def test_newest_run_is_taken(call, small, small_run, here, monkeypatch):
     shutil.copytree(small_run, here / "runs" / "older")
     os.utime(here / "runs" / "older" / "checkpoint.pt", (1e9, 1e9))
-    monkeypatch.setattr(step2_export, "export", lambda run, *_: print(run.path) or [])
+    monkeypatch.setattr(step2_export, "export", lambda run, *_: print(run.path) or [])  # no format failed
     result = call(step2_export.main).done()
     assert result.out.strip() == "runs/small" and "runs/small" in result.err
     assert call(step2_export.main, "--run", "older").done().out.strip() == "runs/older"
@@ -180,6 +185,16 @@ def test_unknown_run_lists_those_there_are(call, small_run):
 @pytest.mark.parametrize("option", ["--opset 17", "--format coreml", "--tolerance 0", "--tolerance big"])
 def test_wrong_option(call, here, option):
     call(step2_export.main, *option.split()).error(2, *option.split())
+
+
+def test_the_parser_names_the_formats_that_there_are():
+    assert tuple(step2_export.FORMATS) == step2_export.FORMAT_NAMES
+    assert [chosen.file for chosen in step2_export.FORMATS.values()] == [
+        "model.pt",
+        "model.onnx",
+        "model.int8.onnx",
+        "model.pt2",
+    ]
 
 
 def edit(run, change):
@@ -223,6 +238,12 @@ def test_code_in_a_torch_checkpoint_is_not_executed(call, small_run, here):
 def test_checkpoint_of_a_newer_threestep(call, small_run):
     edit(small_run, lambda checkpoint: checkpoint.update(schema=99))
     call(step2_export.main).error(1, "schema 99", "update")
+
+
+def test_checkpoint_of_an_older_threestep(call, small_run, here, in_process):
+    edit(small_run, lambda checkpoint: checkpoint.update(schema=1) or checkpoint.pop("training", None))
+    call(step2_export.main, "--format", "onnx").done()
+    assert parity_of(here / "exports" / "small")["onnx"]["passed"]
 
 
 def test_checkpoint_of_another_shape(call, small_run):
