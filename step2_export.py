@@ -16,6 +16,11 @@ not agree is not published, and the exit code is 1. An int8 file may lose --max-
 Next: python step3_infer.py image.png
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+
 import argparse
 import hashlib
 import io
@@ -28,18 +33,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-import data
-import model
 import step3_infer
-from deploy import bundle, gate, int8, onnx_file, report
-from deploy.gate import Run
-from deploy.samples import bundle_samples, golden_samples, one_of_each_class
+from deploy import onnx_file
 from step3_infer import Parser, Problem, guarded, number, replacing, say
-from training import runs
 
 FORMAT_NAMES = ("torchscript", "onnx", "onnx-int8", "pt2")  # the keys of FORMATS, below
+# option: (its default, the formats that it belongs to)
+FORMAT_OPTIONS = {
+    "opset": (18, ("onnx", "onnx-int8")),
+    "tolerance": (1e-4, ("torchscript", "onnx", "pt2")),
+    "max_drop": (0.5, ("onnx-int8",)),
+}
+NOT_FROM_FILES = ("digits", "linear")  # the datasets that --data-dir does not belong to
 GOLDEN_SAMPLES, BUNDLE_SAMPLES = 4, 10
 
 
@@ -51,27 +56,47 @@ def build_parser() -> Parser:
         description="Export a trained run and prove that the files agree with it; writes exports/<name>/.",
         epilog="example: python step2_export.py --run digits-airbench --format onnx",
     )
+    opset, tolerance, drop = (f"(default: {default:g})" for default, _ in FORMAT_OPTIONS.values())
     add = parser.add_argument
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
     formats = {"choices": FORMAT_NAMES, "help": f"one or more of {', '.join(FORMAT_NAMES)}"}
     add("--format", nargs="+", **formats, default=["torchscript", "onnx"], metavar="FORMAT")
     add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip")
-    add(
-        "--opset",
-        type=int,
-        choices=tuple(onnx_file.OPSETS),
-        default=18,
-        metavar="N",
-        help="of ONNX, 18 to 23",
-    )
-    limit = "largest probability difference allowed"
-    add("--tolerance", type=number(float, 1e-9, 0.999), default=1e-4, metavar="X", help=limit)
-    points = "points of accuracy that int8 may lose"
-    add("--max-drop", type=number(float, 0, 100), default=0.5, metavar="X", help=points)
+    add("--opset", type=int, choices=tuple(onnx_file.OPSETS), metavar="N", help=f"of ONNX, 18 to 23 {opset}")
+    limit = f"largest probability difference allowed {tolerance}"
+    add("--tolerance", type=number(float, 1e-9, 0.999), metavar="X", help=limit)
+    points = f"points of accuracy that int8 may lose {drop}"
+    add("--max-drop", type=number(float, 0, 100), metavar="X", help=points)
     add("--data-dir", metavar="DIR", help="where the test split is (default: where step1 had it)")
     add("--out", metavar="DIR", help="default: exports/<name of the run>")
     return parser
 
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments with their defaults; exits if one has no effect on the requested formats."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.bundle and "onnx" not in args.format:
+        parser.error("--bundle needs --format onnx, which runs without torch, and in the browser")
+    for name, (default, formats) in FORMAT_OPTIONS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not set(formats) & set(args.format):
+            parser.error(f"--{name.replace('_', '-')} belongs to --format {' or '.join(formats)}")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # --help and wrong options do not wait for the imports that follow, which take seconds
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
+from deploy import bundle, gate, int8, report  # noqa: E402
+from deploy.gate import Run  # noqa: E402
+from deploy.samples import bundle_samples, golden_samples, one_of_each_class  # noqa: E402
+from training import runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
 # Each writes one file, the spec inside, and returns what parity.json should say of how it was made. All are
@@ -324,6 +349,8 @@ def read_run(path: str) -> Run:
 def load_data(run: Run, data_dir: str | None = None) -> data.Dataset:
     """The dataset of a run, as step1 loaded it, or from another `data_dir`. Raises Problem."""
     spec, name = run.spec, run.spec["dataset"]
+    if data_dir is not None and name in NOT_FROM_FILES:
+        raise Problem(f"--data-dir belongs to datasets read from files; {run.path} was trained on {name}", 2)
     return data.load(
         name,
         data_dir or spec["arguments"]["data_dir"],
@@ -336,8 +363,6 @@ def load_data(run: Run, data_dir: str | None = None) -> data.Dataset:
 
 def run_export(args: argparse.Namespace) -> int:
     """The work of main: returns the exit code, raises Problem."""
-    if args.bundle and "onnx" not in args.format:
-        raise Problem("--bundle needs --format onnx, which runs without torch, and in the browser", 2)
     path = runs.find(args.run)
     if args.run is None:
         say(f"run: {path}")
@@ -361,8 +386,10 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded(run_export, build_parser().parse_args(argv))
+    return guarded(run_export, parse(argv))
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

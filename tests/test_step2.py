@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import zipfile
 
 import onnx
@@ -187,6 +188,32 @@ def test_wrong_option(call, here, option):
     call(step2_export.main, *option.split()).error(2, *option.split())
 
 
+@pytest.mark.parametrize(
+    "options, needed",
+    [
+        ("--max-drop 0.5", "--format onnx-int8"),  # its default, but said aloud
+        ("--max-drop 0 --format pt2 onnx", "--format onnx-int8"),
+        ("--tolerance 1e-3 --format onnx-int8", "--format torchscript or onnx or pt2"),
+        ("--opset 20 --format torchscript pt2", "--format onnx or onnx-int8"),
+        ("--bundle --format torchscript", "--format onnx"),
+    ],
+)
+def test_option_without_effect_on_the_formats(call, here, options, needed):
+    call(step2_export.main, *options.split()).error(2, options.split()[0], needed)
+
+
+def test_options_have_their_defaults():
+    arguments = step2_export.parse([])
+    assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (18, 1e-4, 0.5)
+    arguments = step2_export.parse("--format onnx onnx-int8 --max-drop 0 --opset 20".split())
+    assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (20, 1e-4, 0)
+
+
+def test_data_dir_without_effect(call, small_run, here):
+    call(step2_export.main, "--data-dir", here).error(2, "--data-dir", "read from files", "digits")
+    assert not (here / "exports").exists()
+
+
 def test_the_parser_names_the_formats_that_there_are():
     assert tuple(step2_export.FORMATS) == step2_export.FORMAT_NAMES
     assert [chosen.file for chosen in step2_export.FORMATS.values()] == [
@@ -195,6 +222,34 @@ def test_the_parser_names_the_formats_that_there_are():
         "model.int8.onnx",
         "model.pt2",
     ]
+
+
+@pytest.fixture
+def poisoned(here):
+    """poisoned(line) -> an environment in which `import torch` does what the line of Python says."""
+
+    def poison(line):
+        (here / "poison").mkdir()
+        (here / "poison" / "torch.py").write_text(f"{line}\n")
+        return {**os.environ, "PYTHONPATH": str(here / "poison"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    return poison
+
+
+@pytest.mark.parametrize(
+    "options, code", [("--help", 0), ("--opset 17", 2), ("--fromat onnx", 2), ("--max-drop 1", 2), ("", 1)]
+)
+def test_usage_does_not_wait_for_torch(execute, here, poisoned, options, code):
+    environment = poisoned("raise ImportError('torch is poisoned')")
+    result = execute(ROOT / "step2_export.py", *options.split(), cwd=here, env=environment)
+    assert result.code == code and ("torch is poisoned" in result.err) == (options == "")
+
+
+def test_interrupted_while_torch_is_imported(execute, here, poisoned):
+    environment = poisoned("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(20)")
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # not so in the background
+    result = execute(ROOT / "step2_export.py", cwd=here, env=environment, **default)
+    assert result.code == -signal.SIGINT and result.err == ""
 
 
 def edit(run, change):
