@@ -1,7 +1,7 @@
-"""Engines that claim to run an exported file: for tests/test_portability.py and tests/benchmarks/bench_export.py.
+"""Engines that run an exported file, for tests/test_portability.py and tests/benchmarks/bench_export.py.
 
-Each gives, for the directory of an export, a function from uint8 images [N, H, W, C] to probabilities [N, classes]. No
-code of the project runs in it: only the file is asked.
+Each function returns, for the directory of an export, a function from uint8 images [N, H, W, C] to
+probabilities [N, classes]. None of the project's code runs in it, only the file.
 """
 
 import importlib.metadata
@@ -66,9 +66,10 @@ def onnx_reference(export, threads):
     return lambda images: evaluator.run(None, {"image": images})[0]
 
 
-# name: (package, largest difference of a probability at other sizes than the network's own, loader). The ONNX reference
-# resizes in float and rounds one grey level otherwise here and there. OpenVINO 2026.4 and OpenCV 5.0 ignore the
-# antialiasing that the Resize operator asks for: they are right at the network's own size only, or on smooth images.
+# name: (package, largest difference of a probability at other sizes than the network's own, loader). The
+# ONNX reference resizes in float and rounds a few grey levels differently. OpenVINO 2026.4 and OpenCV 5.0
+# ignore the antialiasing that the Resize operator asks for: they are correct at the network's own size only,
+# or on smooth images.
 RUNTIMES = {
     "onnxruntime": ("onnxruntime", 5e-3, onnxruntime),
     "TorchScript": ("torch", 5e-3, torchscript),
