@@ -164,7 +164,7 @@ import model
 from data.split import Split, make_splits
 from deploy import report
 from training import console, cpu, optimizers, processes, runs, weights
-from training.trainer import Evaluation, Trainer, check_data, make_spec, train_mode
+from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
 # --------------------------------------------------------------------------------------------------- training
 
@@ -381,7 +381,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
         with group.first_of_each_machine_first():
             dataset = load_dataset(settings)
         if checkpoint:
-            check_data(directory, checkpoint, dataset.fingerprint)
+            data.refuse_changes(directory, checkpoint["training"]["data"], dataset.fingerprint)
         if directory is None:
             settings = recipes.fit_to_images(settings, given, dataset, model.traits(settings.model))
         threads = cpu.set_threads(settings.threads)

@@ -44,7 +44,6 @@ FORMAT_OPTIONS = {
     "tolerance": (1e-4, ("torchscript", "onnx", "pt2")),
     "max_drop": (0.5, ("onnx-int8",)),
 }
-NOT_FROM_FILES = ("digits", "linear")  # the datasets that --data-dir does not belong to
 GOLDEN_SAMPLES, BUNDLE_SAMPLES = 4, 10
 
 
@@ -67,6 +66,7 @@ def build_parser() -> Parser:
     add("--tolerance", type=number(float, 1e-9, 0.999), metavar="X", help=limit)
     points = f"points of accuracy that int8 may lose {drop}"
     add("--max-drop", type=number(float, 0, 100), metavar="X", help=points)
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of the proof (default: all)")
     add("--data-dir", metavar="DIR", help="where the test split is (default: where step1 had it)")
     add("--out", metavar="DIR", help="default: exports/<name of the run>")
     return parser
@@ -99,8 +99,7 @@ from deploy.samples import bundle_samples, golden_samples, one_of_each_class  # 
 from training import runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
-# Each writes one file, the spec inside, and returns what parity.json should say of how it was made. All are
-# called as export(deployable, spec, path, opset, dataset=..., max_drop=...) and take what they need of it.
+# Each writes one file with the spec inside, and returns what parity.json should say of how it was made.
 
 
 def export_torchscript(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> dict:
@@ -269,9 +268,8 @@ def withdraw(name: str, out: str, failures: list[str]) -> None:
     """Say why a file is not published; remove that of an earlier export, which would be taken for it."""
     final = os.path.join(out, FORMATS[name].file)
     Path(final).unlink(missing_ok=True)
-    first, *others = failures
-    say(f"error: {name} does not pass the gate, {final} is not written: {first}")
-    for failure in others:
+    say(f"error: {name} does not pass the gate, {final} is not written: {failures[0]}")
+    for failure in failures[1:]:
         say(f"  {failure}")
 
 
@@ -303,9 +301,15 @@ def earlier_parity(out: str, checkpoint_sha256: str) -> dict:
         parity = {k: v for k, v in parity.items() if k in FORMATS and isinstance(v, dict)}
     except (FileNotFoundError, ValueError, AttributeError):
         return {}
-    for name in [k for k, v in parity.items() if v.get("checkpoint_sha256") != checkpoint_sha256]:
+    stale = [
+        name for name, figures in parity.items() if figures.get("checkpoint_sha256") != checkpoint_sha256
+    ]
+    for name in stale:
         Path(out, FORMATS[name].file).unlink(missing_ok=True)
         del parity[name]
+    if stale:
+        bundle.remove(out)
+        say(f"note: {out} held an export of another checkpoint, which is removed: {', '.join(stale)}")
     return parity
 
 
@@ -332,6 +336,8 @@ def read_run(path: str) -> Run:
             reason = f"has schema {schema}, this script knows up to {runs.SCHEMA}"
             raise Problem(f"{file} {reason}: update Threestep")
         run, epochs = gate.rebuild(path, spec, checkpoint["state_dict"]), spec["arguments"]["epochs"]
+        if schema > 1:
+            run.fingerprint = checkpoint["training"]["data"]
         if not {"data_dir", *data.OPTIONS} <= spec["arguments"].keys():
             raise ValueError("its arguments lack keys")
         stopped = epoch < epochs and not runs.is_finished(path)
@@ -346,19 +352,15 @@ def read_run(path: str) -> Run:
     return run
 
 
-def load_data(run: Run, data_dir: str | None = None) -> data.Dataset:
-    """The dataset of a run, as step1 loaded it, or from another `data_dir`. Raises Problem."""
-    spec, name = run.spec, run.spec["dataset"]
-    if data_dir is not None and name in NOT_FROM_FILES:
+def load_data(run: Run, data_dir: str | None = None, splits: tuple[str, ...] = ("test",)) -> data.Dataset:
+    """The dataset of a run, perhaps from another `data_dir`, with `splits` as they were. Raises Problem."""
+    name = run.spec["dataset"]
+    if data_dir is not None and name in ("digits", "linear"):
         raise Problem(f"--data-dir belongs to datasets read from files; {run.path} was trained on {name}", 2)
-    return data.load(
-        name,
-        data_dir or spec["arguments"]["data_dir"],
-        image_size=None if run.regression else tuple(spec["image_size"]),
-        channels=spec["channels"],
-        resize=model.resize,
-        **{option: spec["arguments"][option] for option in data.OPTIONS},
-    )
+    dataset = data.load_for(run.spec, data_dir, model.resize)
+    if run.fingerprint is not None:
+        data.refuse_changes(run.path, run.fingerprint, dataset.fingerprint, splits)
+    return dataset
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -369,7 +371,10 @@ def run_export(args: argparse.Namespace) -> int:
     run = read_run(path)
     if run.regression and "onnx-int8" in args.format:
         raise Problem(f"onnx-int8 is for classification, {path} is a regression: leave it out of --format", 2)
-    dataset = load_data(run, args.data_dir)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        run.threads = args.threads
+    dataset = load_data(run, args.data_dir, ("train", "test") if "onnx-int8" in args.format else ("test",))
     out = args.out or os.path.join(runs.EXPORTS, os.path.basename(path))
     try:
         os.makedirs(out, exist_ok=True)

@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from data.dataset import Dataset, differences, mean_and_std, with_fingerprint  # noqa: F401  for callers
+from data.dataset import Dataset, differences, mean_and_std, refuse_changes, with_fingerprint  # noqa: F401
 from step3_infer import Problem
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -65,6 +65,15 @@ def guess(data_dir: str) -> str | None:
     from data.folders import has_classes
 
     return "folder" if os.path.isdir(data_dir) and has_classes(data_dir) else None
+
+
+def load_for(spec: dict, data_dir: str | None, resize) -> Dataset:
+    """Load the dataset of a run's spec as step1 loaded it, or from another `data_dir`. Raises Problem."""
+    arguments, images = spec["arguments"], spec["task"] == "classification"
+    options = {name: arguments[name] for name in OPTIONS}
+    options["image_size"] = tuple(spec["image_size"]) if images else None
+    options |= {"channels": spec["channels"], "white": spec.get("white", 65535), "resize": resize}
+    return load(spec["dataset"], data_dir or arguments["data_dir"], **options)
 
 
 def load_digits() -> Dataset:

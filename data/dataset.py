@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from step3_infer import Problem
+
+SPLITS = ("train", "val", "test")
 SAMPLED = 100  # of a split's images go into its fingerprint with their content
 
 
@@ -55,7 +58,7 @@ def digest(*contents: bytes) -> str:
     return total.hexdigest()[:16]
 
 
-def differences(old: dict, new: dict, splits: tuple[str, ...] = ("train", "val", "test")) -> list[str]:
+def differences(old: dict, new: dict, splits: tuple[str, ...] = SPLITS) -> list[str]:
     """What has changed between two fingerprints of a dataset, in words; empty if nothing has.
 
     A fingerprint is {"classes": names, split: {"images": their number, "hash": of them}}, which JSON can
@@ -74,6 +77,13 @@ def differences(old: dict, new: dict, splits: tuple[str, ...] = ("train", "val",
         else:
             changes.append(f"the {split} split has other images, or the same with other labels")
     return changes
+
+
+def refuse_changes(run: str, before: dict, now: dict, splits: tuple[str, ...] = SPLITS) -> None:
+    """Raise Problem if one of these splits is not what the run was trained with; see `differences`."""
+    changes = differences(before, now, splits)
+    if changes:
+        raise Problem(f"the data is not what {run} was trained with: {'; '.join(changes)}")
 
 
 def mean_and_std(images: np.ndarray) -> tuple[list[float], list[float]]:

@@ -57,6 +57,8 @@ class Run:
     path: str
     spec: dict
     network: torch.nn.Module
+    fingerprint: dict | None = None  # of the data it was trained with, see data.dataset.differences
+    threads: int | None = None  # that files are run with
 
     @property
     def regression(self) -> bool:
@@ -151,7 +153,7 @@ def prove(run: Run, file: str, dataset, expected: np.ndarray, tolerance: float) 
 
     expected: outputs of the reference on the test split, [N, classes]. Raises Problem if step3 cannot run it.
     """
-    exported, images = Model(file), dataset.test_images
+    exported, images = Model(file, run.threads), dataset.test_images
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
     figures, found = compare_on(run, images, expected, got, tolerance)
     failures += [f"test split: {failure}" for failure in found]
@@ -172,7 +174,7 @@ def prove(run: Run, file: str, dataset, expected: np.ndarray, tolerance: float) 
 
 def prove_int8(run: Run, file: str, dataset, expected: np.ndarray, max_drop: float) -> tuple[dict, list[str]]:
     """The same for an int8 file, which may lose `max_drop` points of accuracy instead."""
-    exported, images = Model(file), dataset.test_images
+    exported, images = Model(file, run.threads), dataset.test_images
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
     figures, _ = compare(expected, got, 1.0)
     figures |= accuracies(exported, got, expected, dataset)

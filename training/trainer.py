@@ -271,13 +271,6 @@ def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: 
     }
 
 
-def check_data(run: str, checkpoint: dict, now: dict, splits=("train", "val", "test")) -> None:
-    """Raise Problem if splits have changed since the run began; now: the dataset's fingerprint."""
-    changes = data.differences(checkpoint["training"]["data"], now, splits)
-    if changes:
-        raise Problem(f"the data is not what {run} was trained with: {'; '.join(changes)}")
-
-
 def train_mode(network: torch.nn.Module) -> None:
     """Training mode, but eval mode for layers that are frozen, such as a backbone's batch norm."""
     network.train()
