@@ -1,7 +1,6 @@
 """The deployment bundle: one folder, and a zip archive of it, with everything that an edge machine needs.
 
-Two bundles of the same run are equal to the last byte, dates and modes included. The one exception is the
-model card of an int8 file, which quotes the speedup measured at export.
+Two bundles of the same run are equal to the last byte, dates and modes included.
 """
 
 import contextlib
