@@ -25,8 +25,7 @@ def gather(
     translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where
     `flips` [N] is true; crop takes 35 to 100 % of the area at a ratio of 3:4 to 4:3; rotate turns by up to 15
     degrees; color changes brightness, contrast and saturation by up to 40 %; cutout (DeVries and Taylor 2017)
-    greys a square of 3/8 of the size. Every process draws the random numbers of the whole batch and uses
-    those of its share.
+    greys a square of 3/8 of the size. Every process draws for the whole batch, and uses its share.
     """
     n, device = len(index), images.device
     index = index[share]
