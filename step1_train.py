@@ -89,8 +89,8 @@ def add_data_options(parser):
     fraction = number(float, 0, 0.9, above=True)
     text = "hold out this part of the training split and keep the epoch that does best on it"
     add("--val-fraction", type=fraction, metavar="X", help=text)
-    add("--patience", type=number(int, 1), metavar="N", help="stop after N epochs that bring no better one")
-    add("--class-weights", choices=("balanced",), help="weight the loss by the rarity of each class")
+    add("--patience", type=number(int, 1), metavar="N", help="stop after N epochs without a better one")
+    add("--class-weights", choices=("balanced",), help="make rare classes count as much as others")
     add("--list-datasets", action="store_true", help="list the datasets and exit")
     add = parser.add_argument_group("your own images (folder, csv)").add_argument
     add("--cache-dir", metavar="DIR", help="for the decoded images (default: .threestep beside the data)")

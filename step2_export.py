@@ -56,10 +56,9 @@ def build_parser() -> Parser:
         epilog="example: python step2_export.py --run digits-airbench --format onnx",
     )
     opset, tolerance, drop = (f"(default: {default:g})" for default, _ in FORMAT_OPTIONS.values())
-    add = parser.add_argument
+    add, names = parser.add_argument, f"one or more of {', '.join(FORMAT_NAMES)} (default: torchscript onnx)"
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
-    formats = {"choices": FORMAT_NAMES, "help": f"one or more of {', '.join(FORMAT_NAMES)}"}
-    add("--format", nargs="+", **formats, default=["torchscript", "onnx"], metavar="FORMAT")
+    add("--format", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=names)
     add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip")
     add("--opset", type=int, choices=tuple(onnx_file.OPSETS), metavar="N", help=f"of ONNX, 18 to 23 {opset}")
     limit = f"largest probability difference allowed {tolerance}"
@@ -76,6 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments with their defaults; exits if one has no effect on the requested formats."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.format = args.format or ["torchscript", "onnx"]
     if args.bundle and "onnx" not in args.format:
         parser.error("--bundle needs --format onnx, which runs without torch, and in the browser")
     for name, (default, formats) in FORMAT_OPTIONS.items():
