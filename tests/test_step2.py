@@ -1,5 +1,6 @@
 """Step 2: what an export holds, and what happens when it cannot be made."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,9 +15,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import step1_train
 import step2_export
 import step3_infer
+from data.dataset import with_fingerprint
+from deploy import gate
 
 
 def parity_of(export):
@@ -159,9 +163,29 @@ def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(call, small, sm
     report = parity_of(small.export)
     report["onnx"]["checkpoint_sha256"] = "0" * 64
     (here / "exports" / "small" / "parity.json").write_text(json.dumps(report))
-    call(step2_export.main, "--format", "torchscript").done()
+    (here / "exports" / "small" / "bundle").mkdir()
+    (here / "exports" / "small" / "small-bundle.zip").write_bytes(b"of the other checkpoint")
+    result = call(step2_export.main, "--format", "torchscript").done()
+    assert "held an export of another checkpoint, which is removed: onnx" in result.err
     assert sorted(os.listdir(here / "exports" / "small")) == ["model.pt", "parity.json"]
     assert parity_of(here / "exports" / "small").keys() == {"torchscript"}
+
+
+def test_a_test_split_that_has_changed_is_refused(call, small_run, here, monkeypatch):
+    digits = data.load("digits")
+    swapped = dataclasses.replace(digits, test_images=digits.test_images[::-1].copy(), fingerprint={})
+    monkeypatch.setattr(data, "load", lambda *_, **__: with_fingerprint(swapped))
+    refused = call(step2_export.main, "--format", "onnx")
+    refused.error(1, "not what runs/small was trained with", "the test split has other images")
+    assert not list(here.glob("exports/*/model.*"))
+
+
+def test_threads_are_those_asked_for(call, small_run, here, in_process, monkeypatch):
+    threads, model_class = [], gate.Model
+    watch = lambda file, count: threads.append(count) or model_class(file, count)  # noqa: E731
+    monkeypatch.setattr(gate, "Model", watch)
+    call(step2_export.main, "--format", "onnx", "--threads", 1).done()
+    assert threads == [1] and torch.get_num_threads() == 1
 
 
 def test_newest_run_is_taken(call, small, small_run, here, monkeypatch):
