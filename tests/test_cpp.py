@@ -151,6 +151,20 @@ def test_it_decodes_the_pixels_that_step3_decodes(compare, tiny, pictures, chann
     assert by_name["turned1.png"] != by_name["turned6.png"]  # a lost orientation would be noticed
 
 
+@pytest.mark.parametrize("white", [1023, 4095, 40000])
+def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(program, compare, tiny, tmp_path, white):
+    (tmp_path / "photos").mkdir()
+    values = np.random.default_rng(white).integers(0, white * 9 // 8, (8, 8), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "photos" / "grey.png")
+    for channels in (1, 3):
+        scaled = with_spec(tiny[channels], tmp_path / f"{channels}.pt", white=white)
+        ours, _ = compare(scaled, tmp_path / "photos")
+        plain, _ = compare(tiny[channels], tmp_path / "photos")
+        assert ours.done().out != plain.done().out
+    with_spec(tiny[1], tmp_path / "none.pt", white=0)
+    run(program, "--model", tmp_path / "none.pt", tmp_path / "photos").error(1, "malformed spec", "white")
+
+
 def test_a_trained_network_gives_the_same_lines(program, compare, call, trained, samples, tmp_path):
     file = trained.export / "model.pt"
     compare(file, *samples)

@@ -239,6 +239,26 @@ def test_predictions_are_those_of_step3(browser, site, pictures, samples, name):
     assert "passed" in browser.text("#selftest")[0]
 
 
+def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(browser, site, samples, tmp_path):
+    """The browser gives 8 bits of them, so the page can scale them only roughly, and says so."""
+    folder, address = site
+    onnx_with(folder / "model.onnx", folder / "twelve.onnx", white=4095)
+    paths = []
+    for path in samples[:4]:
+        grey = np.asarray(Image.open(path).convert("L"))
+        paths.append(tmp_path / f"{path.stem}-16.png")
+        Image.fromarray((grey.astype(np.uint16) * 4095 + 127) // 255).save(paths[-1])
+    assert browser.open(f"{address}/web/?model=../twelve.onnx") == ""
+    browser.choose(*paths, samples[0])
+    told = ["approximate" in text for text in browser.text("article")]
+    assert told == [True] * 4 + [False]
+    model = step3_infer.Model(str(folder / "twelve.onnx"))
+    for path, card in zip([*paths, samples[0]], cards(browser), strict=True):
+        expected = step3_infer.predict(path, model)
+        assert next(iter(card)) == expected["label"]
+        assert next(iter(card.values())) == pytest.approx(expected["probability"], abs=0.1)
+
+
 def test_photo_of_twelve_megapixels(browser, site, tmp_path):
     folder, address = site
     small = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8))

@@ -115,9 +115,10 @@ inline Image upright(const uint8_t* pixels, int height, int width, int component
   return image;
 }
 
-// The bytes of an image file -> Image; channels is 1 (grey) or 3 (RGB), alpha is dropped.
+// The bytes of an image file -> Image; channels is 1 (grey) or 3 (RGB), alpha is dropped. white: the level of
+// 16-bit greys that becomes 255.
 // Throws Problem with the reason (the caller knows the name).
-inline Image decode(const string& bytes, int channels) {
+inline Image decode(const string& bytes, int channels, uint32_t white) {
   if (bytes.empty()) throw Problem("is empty");
   int width, height, components;
   Source header{bytes}, depth{bytes}, source{bytes};
@@ -138,7 +139,8 @@ inline Image decode(const string& bytes, int channels) {
   auto* pixels = static_cast<uint8_t*>(data.get());
   if (scale) {
     const auto* wide = static_cast<const uint16_t*>(data.get());
-    for (size_t k = 0; k < size_t(width) * height; k++) pixels[k] = (wide[k] * 255u + 32767) / 65535;
+    for (size_t k = 0; k < size_t(width) * height; k++)
+      pixels[k] = (std::min<uint32_t>(wide[k], white) * 255 + white / 2) / white;
     components = 1;
   }
   return upright(pixels, height, width, components, channels, exif_orientation(bytes));

@@ -61,7 +61,7 @@ struct Model {
   torch::jit::Module module;
   json spec;
   std::vector<string> classes;
-  int channels;
+  int channels, white;  // white: the level of 16-bit greys that becomes 255
 };
 
 // Reads the text of spec.json into the model. Throws Problem if it is missing, malformed or too new.
@@ -77,9 +77,10 @@ void read_spec(const string& text, Model& model) {
       throw Problem(model.path + " is a regression model: use step3_infer.py --values", 2);
     model.spec.at("classes").get_to(model.classes);
     model.spec.at("channels").get_to(model.channels);
+    model.white = model.spec.value("white", 65535);
     if (model.spec["task"] != "classification" || model.classes.size() < 2 ||
-        (model.channels != 1 && model.channels != 3))
-      throw Problem(model.path + " has a malformed spec: its task, classes or channels are invalid");
+        (model.channels != 1 && model.channels != 3) || model.white < 1 || model.white > 65535)
+      throw Problem(model.path + " has a malformed spec: its task, classes, channels or white are invalid");
   } catch (const json::exception& error) {
     throw Problem(model.path + " has a malformed spec: " + error.what());
   }
@@ -125,7 +126,7 @@ double larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
 // One golden sample -> the largest difference of an output from the expected one, relative above 1.
 double sample_difference(const json& sample, Model& model) {
-  Image image = decode(base64_bytes(sample.at("image")), model.channels);
+  Image image = decode(base64_bytes(sample.at("image")), model.channels, model.white);
   const std::vector<double> expected = sample.at("probabilities");
   const std::vector<float> outputs = predict(model, image);
   if (outputs.size() != expected.size()) throw Problem("wrong number of probabilities");
@@ -211,7 +212,7 @@ void write(const string& path, const std::vector<float>& probabilities, const Mo
 bool predict_file(const string& path, Model& model, const Options& options) {
   Image image;
   try {
-    image = decode(read_file(path), model.channels);
+    image = decode(read_file(path), model.channels, model.white);
   } catch (const Problem& problem) {
     return report_error(path, problem.what(), options);
   } catch (const std::bad_alloc&) {

@@ -5,6 +5,7 @@
 const SCHEMA = 1; // the newest spec that this page understands
 const RUNTIME = ["ort/ort.wasm.bundle.min.js", "ort/ort-wasm-simd-threaded.wasm"];
 const TILE = 512; // pixels read from a canvas at once: phones limit the size of a canvas, not of an image
+const WHITE = 65535; // the level of 16-bit greys that becomes 255, for a spec that does not say it
 const MEGAPIXELS = 100; // of one image
 const FLOAT_TOLERANCE = 1e-4; // of the self-test, for a file whose spec has no self_test_tolerance
 const INT8_TOLERANCE = 2e-2; // processors round int8 products differently
@@ -78,9 +79,11 @@ function readSpec(bytes, source) {
   const names = Array.isArray(spec?.classes) ? spec.classes : [];
   const named = names.length > (regression ? 0 : 1) && names.every((name) => typeof name === "string");
   const shaped = regression ? spec.channels > 0 : [1, 3].includes(spec?.channels);
-  if (!(regression || spec?.task === "classification") || !named || !shaped) {
-    throw new Problem(`${source} has a malformed spec: its task, classes or channels are invalid.`);
+  const white = spec?.white ?? WHITE, levelled = Number.isInteger(white) && white > 0 && white <= WHITE;
+  if (!(regression || spec?.task === "classification") || !named || !shaped || !levelled) {
+    throw new Problem(`${source} has a malformed spec: its task, classes, channels or white are invalid.`);
   }
+  spec.white = white;
   return spec;
 }
 
@@ -221,18 +224,35 @@ function readUnderAlpha(bitmap) {
   return failed ? null : rgba;
 }
 
-// An image file -> {bitmap (to be closed), probabilities, exact, decoding and network in milliseconds}.
+// Whether a file is a PNG of 16-bit greys, by its header: the only 16-bit greys that browsers decode.
+async function hasWideGreys(file) {
+  const header = new Uint8Array(await file.slice(0, 26).arrayBuffer());
+  return header[1] === 0x50 && header[2] === 0x4e && header[24] === 16 && header[25] === 0;
+}
+
+// Stretch 8-bit pixels, which the browser made from 16 bits, as if `white` had become 255. Levels between the
+// 8-bit ones are lost.
+function stretch(pixels, white) {
+  for (let at = 0; at < pixels.length; at++) {
+    pixels[at] = Math.min(255, Math.round((pixels[at] * WHITE) / white));
+  }
+}
+
+// An image file -> {bitmap (to be closed), probabilities, exact, stretched (whether 16-bit greys are
+// approximate), decoding and network in milliseconds}.
 // Throws Problem.
 async function predict(file) {
-  const start = performance.now(), { channels } = model.spec;
+  const start = performance.now(), { channels, white } = model.spec;
   const bitmap = await decode(file);
   try {
     const { pixels, exact } = readPixels(bitmap, channels);
+    const stretched = white !== WHITE && (await hasWideGreys(file));
+    if (stretched) stretch(pixels, white);
     const decoded = performance.now();
     const shape = [1, bitmap.height, bitmap.width, channels];
     const probabilities = await run(new ort.Tensor("uint8", pixels, shape));
     const decoding = decoded - start, network = performance.now() - decoded;
-    return { bitmap, probabilities, exact, decoding, network };
+    return { bitmap, probabilities, exact, stretched, decoding, network };
   } catch (error) {
     bitmap.close();
     if (error instanceof Problem) throw error;

@@ -155,7 +155,7 @@ async function classify(files) {
 }
 
 // Fill a card; -> the prediction in words.
-function fillCard(card, name, { bitmap, probabilities, exact, decoding, network }) {
+function fillCard(card, name, { bitmap, probabilities, exact, stretched, decoding, network }) {
   const picture = thumbnail(bitmap, name), { width, height } = bitmap;
   bitmap.close();
   card.append(picture);
@@ -174,6 +174,8 @@ function fillCard(card, name, { bitmap, probabilities, exact, decoding, network 
   add(text, "p", "quiet", `decoding ${milliseconds(decoding)}, network ${milliseconds(network)}`);
   const caveat = "The image has transparent pixels, whose exact colours this browser does not expose.";
   if (!exact) add(text, "p", "quiet", caveat);
+  const coarse = "The prediction is approximate: this browser reduces the image's 16-bit greys to 8 bits.";
+  if (stretched) add(text, "p", "quiet", coarse);
   return `${isolate(name)}: ${isolate(model.spec.classes[best[0]])}, ${percent(probabilities[best[0]])}`;
 }
 
