@@ -812,7 +812,7 @@ def guarded(work: Callable, *args, closed_pipe: int = 1) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is None:  # progress bars and engines write to it all the same
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         code = work(*args)
         if sys.stdout is not None:
