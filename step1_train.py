@@ -35,7 +35,8 @@ import time
 from datetime import datetime, timezone
 
 import data
-from step3_infer import Parser, Problem, guarded, number, say
+from data.notes import note, silenced
+from step3_infer import Parser, Problem, guarded, number
 from training import recipes
 
 
@@ -358,10 +359,10 @@ def write_pictures(trainer, deployable, accuracy, outputs) -> None:
         try:
             report.draw_run(trainer.run, spec, trainer.progress.rows, dataset.test_labels, outputs, **images)
         except ImportError as error:
-            say(f"note: no pictures without matplotlib ({error}); pip install matplotlib")
+            note(f"no pictures without matplotlib ({error}); pip install matplotlib")
         report.write_report(trainer.run, runs.RUNS, runs.EXPORTS)
     except OSError as error:
-        say(f"note: the run is complete, but its report cannot be written: {error.strerror or error}")
+        note(f"the run is complete, but its report cannot be written: {error.strerror or error}")
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -374,10 +375,11 @@ def run(args: argparse.Namespace, given: dict) -> int:
         directory = checkpoint = None
         if args.resume is None:
             settings = recipes.resolve(args, given)
-            if settings.dataset != args.dataset and group.rank == 0:
-                say(f"note: taking {settings.data_dir} as --dataset {settings.dataset}")
         else:
             settings, directory, checkpoint = resume(args, given, group, stack)
+        stack.enter_context(silenced(settings.quiet or group.rank > 0))
+        if args.resume is None and settings.dataset != args.dataset:
+            note(f"taking {settings.data_dir} as --dataset {settings.dataset}")
         with group.first_of_each_machine_first():
             dataset = load_dataset(settings)
         if checkpoint:

@@ -17,9 +17,10 @@ import numpy as np
 import PIL
 
 from data.dataset import digest
-from data.decoding import WHITES, Target, chunks, decode_chunk, probe, run_parallel
+from data.decoding import LARGEST_OWN_SIZE, WHITES, Probed, Target, chunks, decode_chunk, probe, run_parallel
 from data.files import Options
-from step3_infer import Problem, replacing, say
+from data.notes import note
+from step3_infer import Problem, replacing
 
 STALE = 24 * 3600  # seconds after which the temporary file of a killed build is removed
 
@@ -110,16 +111,34 @@ def choose_target(paths: list[str], train: int, file: str, options: Options) -> 
     """
     if None not in (options.image_size, options.channels, options.white):
         return Target(tuple(options.image_size), options.channels, options.white)
-    size, channels, white = None, None, None
+    found = None
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-        size, channels, white = read_json(file)
-    if channels not in (1, 3) or white not in WHITES or not isinstance(size, list | None):
-        size, channels, white = probe(paths, train)
-        write_json(file, [size, channels, white])
+        found = Probed(**read_json(file))
+    if found is None or found.channels not in (1, 3) or found.white not in WHITES:
+        found = probe(paths, train)
+        write_json(file, found._asdict())
+    white, channels = found.white, found.channels
     if options.white is None and white != WHITES[-1]:
-        say(f"note: the 16-bit images use {white.bit_length()} bits only: {white} is taken as white")
-    size = size or (options.usual_size, options.usual_size)
-    return Target(tuple(options.image_size or size), options.channels or channels, options.white or white)
+        note(f"the 16-bit images use {white.bit_length()} bits only: {white} is taken as white")
+    size = options.image_size or choose_size(found, options.usual_size)
+    return Target(tuple(size), options.channels or channels, options.white or white)
+
+
+def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
+    """The size (height, width) of the images if all are small and of one size, or else the usual size.
+
+    Says so if the images are resized.
+    """
+    smallest, largest = tuple(found.smallest), tuple(found.largest)
+    size = usual_size, usual_size
+    if found.sizes == 1 and max(largest) <= LARGEST_OWN_SIZE:
+        return largest
+    if found.sizes and (smallest, largest) != (size, size):
+        low, high = ("{1}x{0}".format(*shape) for shape in (smallest, largest))
+        have = f"{low} pixels" if found.sizes == 1 else f"{found.sizes:,} sizes, {low} to {high} pixels"
+        way_out = "--image-size changes that"
+        note(f"the images have {have}; they are resized to {usual_size}x{usual_size} ({way_out})")
+    return size
 
 
 def is_whole(base: str) -> bool:
@@ -153,16 +172,28 @@ def build(paths: list[str], base: str, target: Target, resize: Callable | None) 
             kept = close_gaps(file, {index for index, _ in unreadable}, len(paths), row_bytes)
             file.truncate(kept * row_bytes)
             os.fsync(file.fileno())
-        if not is_whole(base):  # another run may have been faster, and Windows replaces no file in use
-            os.replace(temporary, base + ".u8")
-            about = {"shape": [kept, *target.image_size, target.channels], "unreadable": unreadable}
-            write_json(base + ".json", about)
+        publish(temporary, base, [kept, *target.image_size, target.channels], unreadable)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     seconds = time.perf_counter() - started
     rate = f"{len(paths) / seconds:,.0f} a second"
-    say(f"decoded {len(paths):,} files in {seconds:.1f} s ({rate}), cached for later runs")
+    note(f"decoded {len(paths):,} files in {seconds:.1f} s ({rate}), cached for later runs")
+
+
+def publish(temporary: str, base: str, shape: list[int], unreadable: list[tuple[int, str]]) -> None:
+    """Make a finished file the cache `base`, unless another run has been faster. Raises OSError.
+
+    A whole cache is never replaced, because other runs may have mapped it: Windows refuses that.
+    """
+    if is_whole(base):
+        return
+    try:
+        os.replace(temporary, base + ".u8")
+        write_json(base + ".json", {"shape": shape, "unreadable": unreadable})
+    except PermissionError:
+        if not is_whole(base):  # or else the other run has published it at this very moment
+            raise
 
 
 def refuse_mostly_unreadable(paths: list[str], unreadable: list[tuple[int, str]]) -> None:
@@ -191,10 +222,13 @@ def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:
 def report_unreadable(paths: list[str], unreadable: list[tuple[int, str]], strict: bool) -> None:
     """Name the files that were left out, each with its reason. Raises Problem if `strict`."""
     for index, reason in unreadable:
-        say(f"left out: {paths[index]} {reason}")
+        note(f"left out: {paths[index]} {reason}")
     if unreadable and strict:
-        count = f"{len(unreadable)} of {len(paths):,} files cannot be read"
-        raise Problem(f"{count} and --strict was given: repair or remove them")
+        index, reason = unreadable[0]
+        count = (
+            f"{len(unreadable)} of {len(paths):,} files cannot be read, the first: {paths[index]} {reason}"
+        )
+        raise Problem(f"{count}; --strict was given: repair or remove them")
 
 
 def remove_outdated(directory: str, key: str, current: str) -> None:

@@ -1,6 +1,7 @@
 """Image files probed and decoded by all cores: what a worker does, and how the work is handed out."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data import notes
 from step3_infer import ORIENTATION, Problem, decode_image, open_image, usable_cpus
 
 CHUNK = 256  # files a worker takes at a time
@@ -31,7 +33,8 @@ def run_parallel(function: Callable, jobs: list[tuple], total: int, title: str) 
     Raises Problem.
     """
     workers = min(usable_cpus(), len(jobs), 61)  # Windows has no pool of more
-    with tqdm(total=total, desc=title, unit="file", leave=False, disable=None) as bar:
+    hidden = True if notes.silent else None  # None: unless standard error is a terminal
+    with tqdm(total=total, desc=title, unit="file", leave=False, disable=hidden) as bar:
         if workers <= 1:
             for job in jobs:
                 yield function(*job)
@@ -66,12 +69,22 @@ class Found(NamedTuple):
     brightest: int
 
 
-def probe(paths: list[str], train: int) -> tuple[tuple[int, int] | None, int, int]:
-    """The size (height, width), the channels and the white level that suit the files.
+class Probed(NamedTuple):
+    """What is known of all files: how many sizes they have, the smallest and the largest by area (height,
+    width), the channels, and the white level of 16-bit pixels."""
 
-    The size is None if the files differ in size or are larger than 64 pixels; the images are grey (1 channel)
-    if all files are. The white level is the smallest of WHITES that holds the pixels of the
-    16-bit files, of which only those of the training split count, the first `train` files.
+    sizes: int
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    channels: int
+    white: int
+
+
+def probe(paths: list[str], train: int) -> Probed:
+    """Read the headers of all files.
+
+    The images are grey (1 channel) if all files are. The white level is the smallest of WHITES that holds the
+    pixels of the 16-bit files, of which only those of the training split count, the first `train` files.
     """
     sizes, modes, brightest = set(), set(), 0
     jobs = [(*chunk, train) for chunk in chunks(paths)]
@@ -79,10 +92,10 @@ def probe(paths: list[str], train: int) -> tuple[tuple[int, int] | None, int, in
         sizes |= found.sizes
         modes |= found.modes
         brightest = max(brightest, found.brightest)
-    size = sizes.pop() if len(sizes) == 1 else None
-    own = size if size and max(size) <= LARGEST_OWN_SIZE else None
+    by_area = sorted(sizes, key=lambda size: (math.prod(size), size)) or [(0, 0)]
     white = next(white for white in WHITES if brightest <= white) if brightest else WHITES[-1]
-    return own, 1 if modes and modes <= GREY_MODES else 3, white
+    channels = 1 if modes and modes <= GREY_MODES else 3
+    return Probed(len(sizes), by_area[0], by_area[-1], channels, white)
 
 
 def probe_chunk(paths: list[str], start: int, train: int) -> Found:

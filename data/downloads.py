@@ -11,7 +11,8 @@ import tarfile
 import numpy as np
 
 from data.dataset import Dataset
-from step3_infer import Problem, say
+from data.notes import note
+from step3_infer import Problem
 
 TORCHVISION = {
     "mnist": "MNIST",
@@ -62,11 +63,11 @@ def set_damaged_aside(cls: type, data_dir: str) -> tuple[list[str], str]:
     for archive, md5 in archives.items():
         path = os.path.join(directory, archive)
         if os.path.isfile(path) and not check_integrity(path, md5):
-            say(f"{path} is incomplete or corrupt: downloading it again")
+            note(f"{path} is incomplete or corrupt: downloading it again")
         unpacked = path.removesuffix(".gz")
         if unpacked != path and os.path.isfile(unpacked) and not is_whole_idx(unpacked):
             os.replace(unpacked, unpacked + ".damaged")
-            say(f"{unpacked} is incomplete or corrupt: renamed to {unpacked}.damaged and unpacked again")
+            note(f"{unpacked} is incomplete or corrupt: renamed to {unpacked}.damaged and unpacked again")
     return list(archives), directory
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.files import SPELLINGS, Files, Listing, name_some, split_called
-from step3_infer import Problem, is_image, say
+from data.notes import note
+from step3_infer import Problem, is_image
 
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # as hidden files, not worth a word
@@ -34,7 +35,7 @@ def list_folder(directory: str) -> Listing:
         count = f"{len(skipped):,} file{'s' if len(skipped) > 1 else ''}"
         names = name_some(os.path.relpath(path, directory) for path in skipped)
         hint = plugin_hint(skipped)
-        say(f"note: left out {count} of {directory} that Pillow does not know as images: {names}{hint}")
+        note(f"left out {count} of {directory} that Pillow does not know as images: {names}{hint}")
     return Listing(classes, splits)
 
 
@@ -56,7 +57,7 @@ def find_splits(directory: str) -> dict[str, str]:
         return {}
     if others:
         used = ", ".join(f"{name}/" for name in names if split_called(name))
-        say(f"note: {directory} is split into {used}; not used: {name_some(others)}")
+        note(f"{directory} is split into {used}; not used: {name_some(others)}")
     return found
 
 
@@ -80,7 +81,7 @@ def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[li
     loose = sorted(filter(is_image, loose))
     if loose:
         names = name_some(map(os.path.basename, loose))
-        say(f"note: images beside the class folders of {directory} are not used: {names}")
+        note(f"images beside the class folders of {directory} are not used: {names}")
     paths, labels = [], []
     for label, name in enumerate(classes):
         folder, before = os.path.join(directory, name), len(skipped)

@@ -6,8 +6,9 @@ from data.cache import load_images
 from data.dataset import Dataset
 from data.files import TEST_FRACTION, Listing, Options, hold_out_test, name_some
 from data.folders import list_folder
+from data.notes import note
 from data.tables import list_csv
-from step3_infer import Problem, say
+from step3_infer import Problem
 
 FEW = 5  # training images of a class, below which step1 says so
 
@@ -54,7 +55,7 @@ def check_splits(data_dir: str, listed: Listing, kept: Listing, held_out: bool) 
         if "val" in counts:
             reason = f"{data_dir} has a validation split, which chooses the epoch, but no test split"
         share = f"{test.sum():,} of {test.sum() + train.sum():,} training images held out for it"
-        say(f"note: {reason}: {share}, {TEST_FRACTION:.0%} of each class (at least one)")
+        note(f"{reason}: {share}, {TEST_FRACTION:.0%} of each class (at least one)")
     few = [f"{name!r} {n} (and {m})" for name, n, m in zip(kept.classes, train, test, strict=True) if n < FEW]
     if few:
-        say(f"note: few images to train on (and to test on): {name_some(few)}")
+        note(f"few images to train on (and to test on): {name_some(few)}")

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.files import Files, Listing, Options, split_called
-from step3_infer import Problem, say
+from data.notes import note
+from step3_infer import Problem
 
 IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
 LABEL_COLUMNS = ("label", "class", "target")
@@ -102,7 +103,7 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[Row
         counts = ", ".join(
             f"{len(rows[split]):,} {split}" for split in ("train", "val", "test") if split in rows
         )
-        say(f"note: the column {header[columns.split]!r} of {file} says which split a row is in: {counts}")
+        note(f"the column {header[columns.split]!r} of {file} says which split a row is in: {counts}")
     return rows
 
 
@@ -113,7 +114,7 @@ def report_incomplete(file: str, incomplete: list[int], strict: bool) -> None:
         reason = f"without an image, a label or a split, the first: row {incomplete[0]}"
         if strict:
             raise Problem(f"{count} {reason}; --strict was given: fill in or remove them")
-        say(f"left out: {count} {reason}")
+        note(f"left out: {count} {reason}")
 
 
 def locate(root: str, text: str) -> str:

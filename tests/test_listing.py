@@ -326,7 +326,7 @@ def test_rows_without_a_label_or_a_path_are_counted(images, capsys):
     rows[3], rows[7] = (rows[3][0], " "), ("", rows[7][1])
     file = write_csv(images / "list.csv", ("path", "label"), *rows)
     assert sum(sizes(data.load("csv", str(file))).values()) == 8
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: left out: ")]
     assert "2 rows" in line and "row 5" in line and "list.csv" in line
     message = refused("csv", file, strict=True)
     assert "2 rows" in message and "--strict" in message

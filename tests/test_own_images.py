@@ -104,8 +104,9 @@ def run_of(here):
 def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
     arguments = ["--dataset", "folder", "--data-dir", mixed, *QUICK, "--epochs", 4]
     trained = call(step1_train.main, *arguments).done()
+    left_out = [line for line in trained.err.splitlines() if line.startswith("note: left out: ")]
     for name in BROKEN:
-        assert sum(name in line and line.startswith("left out: ") for line in trained.err.splitlines()) == 1
+        assert sum(name in line for line in left_out) == 1
     assert "64x64 colour" in trained.out and " of 196 training images held out" in trained.err
     call(step2_export.main).done()
 
@@ -177,6 +178,54 @@ def test_size_colour_and_augmentation_are_derived_and_printed(call, here, folder
     Image.new("L", (80, 80)).save(folder / "train" / "a" / "large.png")
     out = call(step1_train.main, "--dataset", "folder", "--data-dir", folder, *QUICK).done().out
     assert "64x64 grey" in out
+
+
+def note_of_sizes(capsys, folder, **options):
+    """What loading a folder says of the sizes of its images."""
+    data.load("folder", str(folder), resize=model.resize, **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "resized" in line]
+    assert len(lines) <= 1
+    return lines[0] if lines else None
+
+
+def test_derived_size_that_is_not_that_of_the_images_is_said(capsys, folder):
+    assert note_of_sizes(capsys, folder) is None  # all are 16x16, and stay so
+    for path in folder.glob("*/*/*.png"):
+        Image.new("RGB", (90, 60)).save(path)
+    end = "they are resized to 64x64 (--image-size changes that)"
+    for _ in range(2):  # the second time from the cache
+        assert note_of_sizes(capsys, folder) == f"note: the images have 90x60 pixels; {end}"
+    Image.new("RGB", (10, 20)).save(folder / "train" / "a" / "0.png")
+    Image.new("RGB", (400, 300)).save(folder / "train" / "a" / "1.png")
+    assert note_of_sizes(capsys, folder) == f"note: the images have 3 sizes, 10x20 to 400x300 pixels; {end}"
+    assert "resized to 224x224" in note_of_sizes(capsys, folder, usual_size=224)
+    assert note_of_sizes(capsys, folder, image_size=(32, 32)) is None
+
+
+def test_photos_of_the_usual_size_are_not_said_to_be_resized(capsys, folder):
+    for path in folder.glob("*/*/*.png"):
+        Image.new("RGB", (96, 96)).save(path)
+    assert note_of_sizes(capsys, folder, usual_size=96) is None
+    assert "96x96" in note_of_sizes(capsys, folder)
+
+
+def test_quiet_prints_no_notes(call, here, folder):
+    (folder / "train" / "a" / "broken.png").write_bytes(b"")
+    (folder / "train" / "b" / "notes.txt").write_text("not an image")
+    Image.new("RGB", (90, 60)).save(folder / "train" / "a" / "0.png")
+    shutil.rmtree(folder / "test")
+    arguments = ["--data-dir", folder, *QUICK]
+    loud = call(step1_train.main, *arguments).done().err.splitlines()
+    assert len(loud) >= 6 and all(line.startswith("note: ") for line in loud)
+    shutil.rmtree(folder / ".threestep")
+    quiet = call(step1_train.main, *arguments, "--quiet").done()
+    assert quiet.err == "" and len(quiet.out.splitlines()) == 1
+    assert call(step1_train.main, *arguments).done().err  # silent in that run only
+    refused = call(step1_train.main, *arguments, "--quiet", "--strict")
+    refused.error(1, "1 of 37", "--strict", "broken.png is empty")
+    (folder / "train" / "a" / "0.png").write_bytes(b"")
+    stopped = call(step1_train.main, "--resume", "plain-mlp-2", "--epochs", 3)
+    assert stopped.err.startswith("error: ") and len(stopped.err.splitlines()) == 1  # it was begun quietly
 
 
 def test_second_run_reads_the_cache_and_a_changed_folder_does_not(call, here, folder):

@@ -5,6 +5,7 @@ from tqdm import tqdm
 
 import data
 import model
+from data.notes import note
 from step3_infer import say
 from training import runs
 
@@ -86,7 +87,7 @@ def print_resumed(trainer, epochs_before: int) -> None:
     if epochs_before != epochs:
         course = f"a course of {epochs} epochs from here on, not of {epochs_before}"
         rate = trainer.settings.lr * trainer.rate(progress.steps)
-        say(f"note: the learning rate follows {course}; the next one is {rate:.3g}")
+        note(f"the learning rate follows {course}; the next one is {rate:.3g}")
 
 
 def print_how_to_resume(trainer) -> None:

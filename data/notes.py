@@ -1,0 +1,25 @@
+"""Notes: lines on standard error that a user may want to know of, but that --quiet leaves out."""
+
+import contextlib
+from collections.abc import Iterator
+
+from step3_infer import say
+
+silent = False
+
+
+def note(message: str) -> None:
+    """Print one `note:` line to standard error, unless notes are silenced."""
+    if not silent:
+        say(f"note: {message}")
+
+
+@contextlib.contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """Print no notes within the block if `quiet`."""
+    global silent
+    before, silent = silent, quiet
+    try:
+        yield
+    finally:
+        silent = before
