@@ -297,7 +297,7 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
 def earlier_parity(out: str, checkpoint_sha256: str) -> dict:
     """What parity.json says of files of the same checkpoint; files of another one are removed."""
     try:
-        parity = json.loads(Path(out, "parity.json").read_text())
+        parity = json.loads(Path(out, "parity.json").read_text(encoding="utf-8"))
         parity = {k: v for k, v in parity.items() if k in FORMATS and isinstance(v, dict)}
     except (FileNotFoundError, ValueError, AttributeError):
         return {}

@@ -36,6 +36,7 @@ SCHEMA = 2  # of checkpoints; 1 can be exported, but not resumed
 RUNS, EXPORTS = "runs", "exports"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
 
 
 class CannotWrite(Problem):
@@ -51,7 +52,8 @@ def name_of(settings: argparse.Namespace) -> str:
     if name in OWN_IMAGES:
         stem = os.path.basename(os.path.abspath(settings.data_dir)).removesuffix(".csv")
         name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name
-    return f"{name}-{settings.model}"
+    name = f"{name}-{settings.model}"
+    return f"data-{name}" if RESERVED.match(name) else name
 
 
 @contextlib.contextmanager
@@ -62,6 +64,8 @@ def claimed(settings: argparse.Namespace) -> Iterator[str]:
     """
     if settings.name and not re.fullmatch(r"\w([\w.-]*\w)?", settings.name):
         raise Problem(f"--name {settings.name!r} is not a plain name of letters, digits, '.', '_' and '-'", 2)
+    if settings.name and RESERVED.match(settings.name):
+        raise Problem(f"--name {settings.name!r} is reserved by Windows for a device: choose another", 2)
     new = os.path.join(RUNS, f".new-{os.urandom(4).hex()}")
     try:
         os.makedirs(new)
@@ -206,7 +210,7 @@ def read(run: str) -> tuple[dict, dict | None]:
             reasons.append(f"{path} is truncated or cannot be resumed from ({error})")
             continue
         if reasons:
-            say(f"note: {reasons[0]}: going on from the one before")
+            say(f"warning: {reasons[0]}: going on from the one before")
         return arguments, checkpoint
     if reasons:
         raise Problem(reasons[0])
