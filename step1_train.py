@@ -218,16 +218,17 @@ def train_epoch(trainer: Trainer) -> tuple[float, float | None]:
 def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
     """The cross entropy [batch] of logits [batch, classes] and int64 labels [batch].
 
-    log_priors [classes]: the logarithms of the classes' shares, added to the logits so that the network
-    itself learns to ignore them (logit adjustment, Menon et al. 2021). Smoothing then follows the shares,
-    too: if spread evenly, it would favour rare classes. If targets are floats [batch, n]: the squared error,
-    averaged over n.
+    log_priors [classes]: see `Trainer`; added to the logits, so that the network itself learns to ignore how
+    frequent classes are (logit adjustment, Menon et al. 2021). Smoothing then follows them, too: if spread
+    evenly, it would favour rare classes. Targets of floats [batch, n]: the squared error, averaged over n.
     """
     if targets.is_floating_point():
         return F.mse_loss(outputs.float(), targets, reduction="none").mean(1)
     if log_priors is None:
         return F.cross_entropy(outputs.float(), targets, label_smoothing=label_smoothing, reduction="none")
-    wanted = (1 - label_smoothing) * F.one_hot(targets, len(log_priors)) + label_smoothing * log_priors.exp()
+    wanted = (1 - label_smoothing) * F.one_hot(
+        targets, len(log_priors)
+    ) + label_smoothing * log_priors.softmax(0)
     return F.cross_entropy(outputs.float() + log_priors, wanted, reduction="none")
 
 
