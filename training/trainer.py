@@ -19,8 +19,8 @@ from step3_infer import SCHEMA, Problem
 from training import cpu, optimizers, runs
 from training.processes import Processes, Signals, Stopped
 
-# The part of the logarithms of the classes' shares that --class-weights takes. With 1 the mean recall is best,
-# and the accuracy falls most.
+# The part of the logarithms of the classes' shares that --class-weights takes. With 1 the mean recall is
+# best, and the accuracy falls most.
 ADJUSTMENT = 0.85
 # If one class has more than so many times the images of another, plain accuracy says little of small classes.
 UNEQUAL = 3
