@@ -46,6 +46,7 @@ IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm 
 MODEL_NAMES = ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2")  # the first that exists is used
 WINDOW_BYTES = 32 << 20  # decoded pixels that a thread holds, unless a single image is larger
 LARGEST_STDIN = 256 << 20  # bytes
+FETCHED = os.path.join("web", "ort", "")  # in a bundle: what the user fetched later, not part of it
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -269,12 +270,13 @@ def load_onnx(path: str, threads: int, provider: str, once: bool) -> tuple[dict,
     if once:  # new layouts for all weights and busy waiting cost more than they save on one image
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The fallback prints to standard output and takes the CPU instead; before 1.23 no argument disables it.
+    no_fallback = {"_enable_fallback": property(lambda self: False, lambda self, value: None)}
+    engine = type("Session", (onnxruntime.InferenceSession,), no_fallback)
     try:
         is_utf8 = path == path.encode(errors="ignore").decode()  # onnxruntime opens no other names
         source = path if is_utf8 else np.fromfile(path, np.uint8).tobytes()
-        # No fallback: it prints to standard output and takes the CPU instead of the provider asked for.
-        engine = {"providers": [available[provider.lower()]], "enable_fallback": False}
-        session = onnxruntime.InferenceSession(source, options, **engine)
+        session = engine(source, options, [available[provider.lower()]])
         name = session.get_inputs()[0].name
         text = session.get_modelmeta().custom_metadata_map.get("spec")
     except Exception as error:  # onnxruntime's exceptions have no other base in common
@@ -294,7 +296,7 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
         torch.zeros(1, device=provider)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise Problem(f"torch cannot use --provider {provider} here, try cpu: {reason}", 2) from None
+        raise Problem(f"torch cannot use --device {provider} here, try cpu: {reason}", 2) from None
     torch.set_num_threads(threads)
     logging.getLogger("torch.export").disabled = True  # it logs a traceback of each exception it raises
     kind = "torch.export" if path.lower().endswith(".pt2") else "TorchScript"
@@ -349,15 +351,13 @@ def read_spec(text: str | None, path: str) -> dict:
 def self_test(model: Model) -> tuple[int, float, bool]:
     """Run the golden samples inside the file: their count, the largest difference, whether it is tolerated.
 
-    The difference is from the trained network's outputs, relative where these exceed 1; its limit is the
-    spec's `self_test_tolerance`. Raises Problem.
+    Differences are relative where outputs exceed 1; the spec has the tolerance. Raises Problem.
     """
     import base64
 
     spec, difference = model.spec, 0.0
     if not spec.get("golden"):
         raise Problem("this file carries no golden samples to test with")
-    # Engines differ by 1e-6 in float32. Processors round int8 differently: 1.2e-2 was seen on 32-bit ARM.
     default = 2e-2 if "quantization" in spec else 1e-4
     try:
         tolerance = float(spec.get("self_test_tolerance", default))
@@ -386,11 +386,7 @@ import glob  # noqa: E402
 def predict_files(
     model: Model, found: Iterator, workers: int, batch_size: int, top_k: int, keep_pixels: bool = False
 ) -> Iterator[list]:
-    """Predict what find_images() yields, in its order: lists of (path, pixels or None, result or Problem).
-
-    Each worker decodes `batch_size` images and runs those of one size at once, so that decoding and computing
-    share all cores; only a few lists are held at a time. keep_pixels: give the pixels that were decoded, too.
-    """
+    """Predict what find_images() yields, in its order: lists of (path, pixels or None, result or Problem)."""
     stop = threading.Event()
     chunks = iter(lambda: list(itertools.islice(found, batch_size)), [])  # until one is empty
     if workers == 1:
@@ -402,7 +398,7 @@ def predict_files(
     try:
         for chunk in chunks:
             running.append(pool.submit(predict_chunk, model, chunk, top_k, keep_pixels, stop))
-            if len(running) > 2 * workers:
+            if len(running) > 2 * workers:  # memory holds only a few lists
                 yield running.pop(0).result()
         while running:
             yield running.pop(0).result()
@@ -469,18 +465,15 @@ def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Pro
     for place, folders, files in os.walk(folder, onerror=unreadable.append):
         files += [name for name in folders if os.path.islink(os.path.join(place, name))]  # not followed
         if accept:
-            folders[:] = [name for name in folders if not name.startswith(".")]
             files = [name for name in files if not name.startswith(".") and accept(os.path.join(place, name))]
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not (accept and name.startswith(".")))
         yield from ((os.path.join(place, name), None) for name in sorted(files))
     yield from ((error.filename, Problem(f"cannot be read: {error.strerror}")) for error in unreadable)
 
 
 def find_model() -> str:
     """The model beside this script, or else the newest export. Raises Problem."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    exports = os.listdir("exports") if os.path.isdir("exports") else []
-    for folders in ([here], [os.path.join("exports", name) for name in exports]):
+    for folders in ([os.path.dirname(os.path.abspath(__file__))], glob.glob("exports/*")):
         paths = [os.path.join(folder, name) for folder in folders for name in MODEL_NAMES]
         paths = [path for path in paths if os.path.isfile(path)]
         if paths:
@@ -551,6 +544,9 @@ def verify(folder: str) -> int:
     sums = read_sums(folder)
     faults = {os.path.relpath(path, folder): problem or "is not listed" for path, problem in walk(folder)}
     faults.pop("SHA256SUMS", None)
+    fetched = [name for name in faults if name.startswith(FETCHED)]
+    for name in fetched:
+        del faults[name]
     for name, digest in sums.items():
         outside = name.startswith("..") or os.path.isabs(name)
         faults[name] = "is outside this folder" if outside else mismatch(os.path.join(folder, name), digest)
@@ -559,24 +555,23 @@ def verify(folder: str) -> int:
         say(f"error: {os.path.join(folder, name)} {fault}")
     if not faults:
         print(f"verified: {len(sums)} files match SHA256SUMS")
+    if fetched:
+        say(f"note: {len(fetched)} files in {FETCHED} were fetched by get-ort.sh and not compared")
     return 1 if faults else 0
 
 
 def warn_of_code(path: str) -> None:
     """Say that a TorchScript or torch.export file can carry code, unless SHA256SUMS beside it lists it."""
-    if not path.lower().endswith((".pt", ".pt2")) or not os.path.isfile(path):
-        return
-    with contextlib.suppress(Problem):
-        digest = read_sums(os.path.dirname(os.path.abspath(path))).get(os.path.basename(path))
-        if digest and not mismatch(path, digest):
-            return
-    say(f"note: {path} can carry code and no SHA256SUMS lists it; unless you trust its source, use .onnx")
+    if path.lower().endswith((".pt", ".pt2")) and os.path.isfile(path):
+        with contextlib.suppress(Problem):
+            digest = read_sums(os.path.dirname(os.path.abspath(path))).get(os.path.basename(path))
+            if digest and not mismatch(path, digest):
+                return
+        say(f"note: {path} can carry code and no SHA256SUMS lists it; unless you trust its source, use .onnx")
 
 
 def printable(text: str) -> str:
     """Escape control characters and line breaks in text from outside, such as paths and class names."""
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -619,17 +614,23 @@ def annotate(pixels: np.ndarray, result: dict, path: str, folder: str) -> None:
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem).lstrip(".") or "image"
     try:
         os.makedirs(folder, exist_ok=True)
-        for number in itertools.count(1):
-            name = os.path.join(folder, f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-            with contextlib.suppress(FileExistsError), open(name, "xb") as file:
-                try:
-                    canvas.save(file, "PNG")
-                    return file.flush()
-                except OSError:
-                    os.unlink(name)
-                    raise
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        paths = (os.path.join(folder, f"{name}.png") for name in names)
+        with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
+            canvas.save(file, "PNG")
     except OSError as error:
         raise Problem(f"cannot write into {folder}: {error.strerror or error}") from None
+
+
+def refuse_own_output(paths: list[str], folder: str) -> None:
+    """Raise Problem if `folder` is among the inputs, where the next run would find what this one draws."""
+    folder = os.path.join(os.path.realpath(folder), "")
+    for path in paths:
+        for match in [path] if os.path.lexists(path) else glob.glob(path, recursive=True):
+            walked = os.path.isdir(match)
+            place = os.path.join(os.path.realpath(match if walked else os.path.dirname(match)), "")
+            if folder == place or (walked and folder.startswith(place)):
+                raise Problem(f"--annotate {folder} is among the images of {path}: give another directory", 2)
 
 
 @contextlib.contextmanager
@@ -724,20 +725,15 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     figures["first_run_ms"] = round(first, 3)
     for quantile in (50, 95, 99):
         figures[f"latency_p{quantile}_ms"] = round(float(np.percentile(later, quantile)), 3)
-    figures["peak_memory_mb"] = peak_memory()
+    figures["peak_memory_mb"] = None  # in MB of 2**20 bytes, if the system tells
+    with contextlib.suppress(OSError, IndexError), open("/proc/self/status", encoding="latin-1") as file:
+        figures["peak_memory_mb"] = round(int(file.read().split("VmHWM:")[1].split()[0]) / 1024, 1)
     model, done, started = Model(path, 1, provider), 0, time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         while time.perf_counter() - started < 2:
             done += sum(len(outputs) for outputs in pool.map(model.predict, [inputs] * 4 * threads))
         figures["images_per_second"] = round(done / (time.perf_counter() - started), 1)
     return figures
-
-
-def peak_memory() -> float | None:
-    """The most memory that this process has held, in MB of 2**20 bytes; None if the system does not tell."""
-    with contextlib.suppress(OSError, IndexError), open("/proc/self/status", encoding="latin-1") as file:
-        return round(int(file.read().split("VmHWM:")[1].split()[0]) / 1024, 1)
-    return None
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -782,7 +778,9 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="FILE", help=".onnx, .pt or .pt2 (default: beside this script, or newest export)")
     add("--threads", type=count, metavar="N", help="CPU threads (default: all that this process may use)")
-    add("--provider", default="cpu", metavar="NAME", help="onnxruntime provider or torch device: cuda, ...")
+    add(
+        "--device", "--provider", default="cpu", metavar="NAME", help="cpu, cuda, ... of torch or onnxruntime"
+    )
     add("--batch-size", type=count, default=16, metavar="N", help="how many images of one size run at once")
     add = parser.add_argument_group("results").add_argument
     add("--format", choices=("text", "json", "csv"), default="text", help="json: one object per line")
@@ -802,10 +800,7 @@ def say(message: str) -> None:
 
 
 def guarded(work: Callable, *args, closed_pipe: int = 1) -> int:
-    """Return the exit code of work(*args); report a failure that the user can fix as one line.
-
-    closed_pipe: the exit code if standard output is a pipe that is no longer read.
-    """
+    """Return the exit code of work(*args) or, after `| head`, `closed_pipe`; report a Problem as one line."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # decode_image reports what matters
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python prints what Pillow logs
     for stream in (sys.stdout, sys.stderr):
@@ -852,15 +847,17 @@ def run(args: argparse.Namespace) -> int:
     warn_of_code(path)
     threads = args.threads or usable_cpus()
     if args.benchmark:
-        figures = benchmark(path, threads, args.provider, args.batch_size)
+        figures = benchmark(path, threads, args.device, args.batch_size)
         lines = [f"{name:18}  {printable(str(value))}\n" for name, value in figures.items()]
         with output_stream(args.output) as out:
             out.write(json.dumps(figures) + "\n" if args.format == "json" else "".join(lines))
         return 0
+    if args.annotate is not None:
+        refuse_own_output(args.paths, args.annotate)
     found = find_images(args.paths)
     first = list(itertools.islice(found, threads * args.batch_size))
     workers = max(1, min(threads, len(first)))
-    model = Model(path, max(1, threads // workers), args.provider, once=len(first) == 1)
+    model = Model(path, max(1, threads // workers), args.device, once=len(first) == 1)
     if args.self_test:
         count, difference, passed = self_test(model)
         verdict = "passed" if passed else "FAILED"
@@ -883,10 +880,13 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if not (args.paths or args.values or args.self_test or args.benchmark or args.verify):
+    if args.self_test or args.benchmark or args.verify:
+        if args.paths or args.values or args.annotate is not None:
+            parser.error("--self-test, --benchmark and --verify take no PATH, --values or --annotate")
+    elif not (args.paths or args.values):
         parser.error("give at least one PATH: an image, a directory or a glob; or --values for a regression")
-    if args.paths and args.values:
-        parser.error("give either PATHs or --values")
+    elif args.values and (args.paths or args.annotate is not None):
+        parser.error("--values takes no PATH and no --annotate")
     if args.benchmark and args.format == "csv":
         parser.error("--benchmark writes --format text or json, not csv")
     return guarded(run, args, closed_pipe=0)

@@ -65,6 +65,16 @@ def test_verify_names_every_finding(call, bundle):
     assert all(name in line and word in line for line, (name, word) in zip(lines, wanted, strict=True)), lines
 
 
+def test_verify_passes_over_the_runtime_that_the_user_fetched(call, bundle):
+    (bundle / "web" / "ort").mkdir(parents=True)
+    (bundle / "web" / "ort" / "ort.wasm.bundle.min.js").write_text("fetched")
+    result = call(step3_infer.main, "--verify", "--model", bundle / "model.onnx").done()
+    assert "4 files" in result.out and "1 files in web/ort/ were fetched" in result.err
+    (bundle / "web" / "extra.js").touch()
+    result = call(step3_infer.main, "--verify", "--model", bundle / "model.onnx")
+    assert result.code == 1 and "extra.js is not listed" in result.err
+
+
 @pytest.mark.parametrize(
     "line", ["hello", "0" * 64 + " model.onnx", "0" * 64 + "  ", "x" * 64 + "  model.onnx"]
 )
@@ -130,6 +140,22 @@ def test_pt2_predicts_as_onnx_does(call, small, pt2, samples):
         assert max(abs(p[label] - q[label]) for label in q) < 1e-4
     result = call(step3_infer.main, "--model", pt2, "--self-test").done()
     assert "passed" in result.out and "can carry code" in result.err
+
+
+def test_a_broken_file_prints_nothing_to_standard_output(execute, small, here):
+    """onnxruntime prints on errors of its Python part, here a name that is not UTF-8, and tries again."""
+    content = (small.export / "model.onnx").read_bytes()
+    (here / "name.onnx").write_bytes(content.replace(b"probabilities", b"probabilitie\xff"))
+    result = execute(SCRIPT, "--model", "name.onnx", "--self-test", cwd=here)
+    result.error(1, "name.onnx", "utf-8")
+    assert result.out == ""
+
+
+def test_device_is_understood_as_in_step_1(call, small, samples):
+    arguments = ["--model", small.export / "model.onnx", samples[0]]
+    same = [call(step3_infer.main, option, "cpu", *arguments).done() for option in ("--device", "--provider")]
+    assert same[0] == same[1]
+    call(step3_infer.main, "--device", "toaster", *arguments).error(2, "toaster", "cpu")
 
 
 def test_broken_torch_files(call, pt2, samples, here):

@@ -193,6 +193,12 @@ def test_standard_output_that_takes_nothing(execute, trained, samples, here, clo
         (["--batch-size", "-1", "x.png"], "--batch-size"),
         (["--format", "xml", "x.png"], "--format"),
         (["--nonsense", "x.png"], "--nonsense"),
+        (["--self-test", "x.png"], "--self-test"),
+        (["--verify", "x.png"], "--verify"),
+        (["--benchmark", "x.png"], "--benchmark"),
+        (["--self-test", "--values", "1,2"], "--values"),
+        (["--verify", "--annotate", "out"], "--annotate"),
+        (["--values", "1,2", "--annotate", "out"], "--annotate"),
     ],
 )
 def test_wrong_command_line(call, here, arguments, word):
