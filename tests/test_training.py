@@ -1,6 +1,10 @@
 """The small functions of training: augmentation, optimizers, schedules, recipes."""
 
 import itertools
+import os
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +194,45 @@ def test_narrow_convolutions_side_by_side_change_no_parameter_and_no_result():
     assert sum(isinstance(module, cpu.Conv3x3) for module in network.modules()) == 6
     assert torch.equal(network(x), expected)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "cpus", "taken", "threads"),
+    [
+        (None, None, 4, 0.2, 4),
+        (None, None, 4, 1.3, 2),
+        (None, None, 2, 1.9, 1),
+        (3, None, 4, 3.9, 3),  # what is asked for
+        (None, "1", 4, 3.9, "left alone"),
+    ],
+)
+def test_threads_leave_the_cpus_that_other_programs_use(monkeypatch, asked, variable, cpus, taken, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(cpu, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(cpu, "cpus_taken", lambda: taken)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    reason = cpu.set_threads(asked)
+    assert chosen == ([] if threads == "left alone" else [threads])
+    fewer = not asked and not variable and threads < cpus
+    assert reason == (f"other programs use {taken} of {cpus} CPUs; --threads overrides" if fewer else "")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="this system does not say what its CPUs do")
+def test_a_busy_process_is_seen():
+    code = "import time; until = time.time() + 30\nwhile time.time() < until: pass"
+    busy = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        started = cpu.snapshot()
+        while cpu.snapshot()[0] < started[0] + 1:
+            time.sleep(0.1)
+        (_, busy_before, own_before), (_, busy_now, own) = started, cpu.snapshot()
+        assert busy_now - busy_before > own - own_before + 0.2
+    finally:
+        busy.kill()
+        busy.wait()
 
 
 # --------------------------------------------------------------------------------------------------- recipes
