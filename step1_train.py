@@ -321,7 +321,7 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
     if trainer.processes.rank > 0:
         return
     if best:
-        print(f"epoch {best['epoch']} did best on the validation split and is kept")
+        console.print_kept(trainer)
         trainer.save(accuracy)
     summary = {
         "dataset": settings.dataset,

@@ -201,7 +201,9 @@ def refuse_mostly_unreadable(paths: list[str], unreadable: list[tuple[int, str]]
     if 2 * len(unreadable) > len(paths):
         index, reason = unreadable[0]
         count = f"{len(unreadable):,} of {len(paths):,} files cannot be read"
-        raise Problem(f"{count}, the first: {paths[index]} {reason}")
+        absent = not os.path.lexists(paths[index])
+        way_out = "; --image-root says what the paths of a CSV file are relative to" if absent else ""
+        raise Problem(f"{count}, the first: {paths[index]} {reason}{way_out}")
 
 
 def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:

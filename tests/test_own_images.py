@@ -161,6 +161,13 @@ def test_strict_refuses_what_is_otherwise_left_out(call, here, mixed):
     assert not (here / "runs").exists()
 
 
+def test_csv_whose_paths_are_relative_to_another_directory(call, here, folder, listing):
+    moved = shutil.move(listing, here / "list.csv")
+    arguments = ["--data-dir", moved, *QUICK]
+    call(step1_train.main, *arguments).error(1, "36 of 36", "no such file", "--image-root")
+    call(step1_train.main, *arguments, "--image-root", folder).done()
+
+
 def test_stops_when_more_than_half_are_unreadable(call, here, folder):
     for path in sorted(folder.glob("*/*/*.png"))[:25]:
         path.write_bytes(b"")
@@ -220,6 +227,8 @@ def test_quiet_prints_no_notes(call, here, folder):
     shutil.rmtree(folder / ".threestep")
     quiet = call(step1_train.main, *arguments, "--quiet").done()
     assert quiet.err == "" and len(quiet.out.splitlines()) == 1
+    with_validation = call(step1_train.main, *arguments, "--quiet", "--val-fraction", 0.2).done()
+    assert with_validation.err == "" and len(with_validation.out.splitlines()) == 1
     assert call(step1_train.main, *arguments).done().err  # silent in that run only
     refused = call(step1_train.main, *arguments, "--quiet", "--strict")
     refused.error(1, "1 of 37", "--strict", "broken.png is empty")

@@ -100,6 +100,12 @@ def print_how_to_resume(trainer) -> None:
     trainer.processes.wait()  # torchrun ends all processes as soon as one has ended
 
 
+def print_kept(trainer) -> None:
+    """Say which epoch the validation split has chosen."""
+    if not is_silent(trainer):
+        print(f"epoch {trainer.progress.best['epoch']} did best on the validation split and is kept")
+
+
 def print_result(trainer, network, summary: dict) -> None:
     """Print the result in one line; the linear regression prints its coefficients first.
 

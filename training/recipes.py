@@ -74,6 +74,7 @@ MAY_CHANGE = (
     "quiet",
 )
 OWN_IMAGES = ("folder", "csv")
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
 # Options that have an effect under a condition only: what they belong to in words, and the condition.
 BELONGS_TO = {
     "data_dir": ("datasets other than digits and linear", lambda s: s.dataset not in ("digits", "linear")),
@@ -114,7 +115,17 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
             settings[name] = value
     settings = argparse.Namespace(**settings)
     refuse_without_effect(settings, given)
+    if settings.name is not None:
+        check_name(settings.name)
     return settings
+
+
+def check_name(name: str) -> None:
+    """Raise Problem for a name of a run that some file system refuses."""
+    if not re.fullmatch(r"\w([\w.-]*\w)?", name):
+        raise Problem(f"--name {name!r} is not a plain name of letters, digits, '.', '_' and '-'", 2)
+    if RESERVED.match(name):
+        raise Problem(f"--name {name!r} is reserved by Windows for a device: choose another", 2)
 
 
 def recipe(network: str, dataset: str, pretrained: bool, optimizer: str | None = None) -> dict:

@@ -25,7 +25,7 @@ import torch
 
 import model
 from step3_infer import Problem, replacing, say
-from training.recipes import OWN_IMAGES
+from training.recipes import OWN_IMAGES, RESERVED
 
 try:
     import fcntl
@@ -36,7 +36,6 @@ SCHEMA = 2  # of checkpoints; 1 can be exported, but not resumed
 RUNS, EXPORTS = "runs", "exports"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
-RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
 
 
 class CannotWrite(Problem):
@@ -62,10 +61,6 @@ def claimed(settings: argparse.Namespace) -> Iterator[str]:
 
     It appears under its name with the config inside, so that a run killed at any moment can be resumed.
     """
-    if settings.name and not re.fullmatch(r"\w([\w.-]*\w)?", settings.name):
-        raise Problem(f"--name {settings.name!r} is not a plain name of letters, digits, '.', '_' and '-'", 2)
-    if settings.name and RESERVED.match(settings.name):
-        raise Problem(f"--name {settings.name!r} is reserved by Windows for a device: choose another", 2)
     new = os.path.join(RUNS, f".new-{os.urandom(4).hex()}")
     try:
         os.makedirs(new)
