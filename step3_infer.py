@@ -805,7 +805,7 @@ def guarded(work: Callable, *args, closed_pipe: int = 1) -> int:
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # or Python prints what Pillow logs
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     if sys.stderr is None:  # progress bars and engines write to it all the same
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:

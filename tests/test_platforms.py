@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, onnx_with
 from PIL import Image
 from test_own_images import QUICK, folder, run_of  # noqa: F401
 
@@ -104,6 +104,14 @@ def test_nothing_is_read_or_written_in_the_encoding_of_the_locale(execute, here,
         result = execute(*options, ROOT / script, *arguments, cwd=here, env=environment).done()
         warnings = [line for line in result.err.splitlines() if "EncodingWarning" in line]
         assert not [line for line in warnings if line.startswith(str(ROOT))], script
+
+
+@pytest.mark.parametrize("output_format", ["text", "csv"])
+def test_standard_output_is_utf_8_in_a_file_or_a_pipe(execute, here, small, samples, output_format):
+    model = onnx_with(small.export / "model.onnx", here / "model.onnx", classes=["Äpfel 日本"] * 10)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    command = ["-X", "utf8=0", ROOT / "step3_infer.py", "--model", model, "--format", output_format]
+    assert "Äpfel 日本" in execute(*command, samples[0], cwd=here, env=environment).done().out
 
 
 # ------------------------------------------------------------------------------------------------------ names
