@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 import zipfile
 
@@ -38,9 +39,14 @@ def test_files(edge, samples, tmp_path):
     (tmp_path / "photos").mkdir()
     for path in samples:
         shutil.copy(path, tmp_path / "photos")
+    command = [PYTHON, SCRIPT, "files", edge, "photos"]
+    subprocess.run([*command, "first"], cwd=tmp_path, check=True, capture_output=True, timeout=200)
     (tmp_path / "photos" / "broken.png").write_text("not an image")
-    command = [PYTHON, SCRIPT, "files", edge, "photos", "answers", "--replicas", "1"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    # As many workers as CPUs, and more: the tasks that read must not wait for them.
+    command += ["answers", "--replicas", str(os.cpu_count() + 1)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert f"error: photos: 1 of {len(samples) + 1} files could not be used, see answers" in done.stderr
     lines = [line for file in (tmp_path / "answers").iterdir() for line in file.read_text().splitlines()]
     answers = {os.path.basename(row["path"]): row for row in map(json.loads, lines)}
     assert answers.keys() == {"broken.png", *(path.name for path in samples)}
@@ -59,7 +65,7 @@ def test_http(edge, samples):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [PYTHON, SCRIPT, "serve", edge, "--replicas", "1", "--port", str(port)]
+    command = [PYTHON, SCRIPT, "serve", edge, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
         try:
             assert any("serving on" in line for line in service.stdout)
@@ -68,6 +74,9 @@ def test_http(edge, samples):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", data=content, timeout=60) as reply:
                 answer = json.load(reply)
             assert answer["label"] == expected["label"]
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", data=b"not an image", timeout=60)
+            assert refused.value.code == 400 and "not an image" in json.load(refused.value)["error"]
             assert answer["probability"] == pytest.approx(expected["probability"], abs=1e-4)
         finally:
             service.send_signal(signal.SIGINT)
@@ -83,6 +92,8 @@ def test_http(edge, samples):
         (["serve", "nowhere"], "no model.onnx in nowhere"),
         (["files", "here", "source"], "files needs a source and a target"),
         (["serve", "here", "source"], "serve takes neither"),
+        (["serve", "here", "--replicas", "0"], "--replicas needs at least one"),
+        (["files", "here", "nowhere", "target"], "no file or directory nowhere"),
     ],
 )
 def test_wrong_use(arguments, words, tmp_path):

@@ -6,7 +6,9 @@
     python ray_bundle.py serve bundle/ --replicas 4                    # curl --data-binary @photo.jpg :8000
 
 RAY_ADDRESS names the cluster; without it, Ray uses this machine. Each worker process receives the bundle and
-runs its step3_infer.py and model.onnx on one core.
+runs its step3_infer.py and model.onnx on one core. Exit codes are those of step3_infer.py: 0 success, 1 some
+input could not be used (its line in the results says why), 2 wrong usage. The service answers 400 if it
+receives a bad image.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import contextlib
 import importlib
 import io
 import os
+import sys
 import threading
 
 import ray
@@ -29,35 +32,55 @@ class Worker:
     def predict(self, content: bytes) -> dict:
         """The bytes of an image file -> label, probability and top, or the error."""
         try:
-            image = self.step3.decode_image(io.BytesIO(content), self.model.spec["channels"])
+            spec = self.model.spec
+            image = self.step3.decode_image(io.BytesIO(content), spec["channels"], spec["white"])
             return self.step3.predict(image, self.model)
         except self.step3.Problem as problem:
             return {"error": str(problem)}
 
     def __call__(self, batch: dict) -> dict:
-        """A batch of Ray Data: columns path and bytes -> a column of predictions."""
+        """A batch of Ray Data: columns path and bytes -> columns prediction and failed (0 or 1)."""
         rows = zip(batch["path"], batch["bytes"], strict=True)
-        return {"prediction": [{"path": str(path), **self.predict(content)} for path, content in rows]}
+        predictions = [{"path": str(path), **self.predict(content)} for path, content in rows]
+        return {"prediction": predictions, "failed": [int("error" in row) for row in predictions]}
 
 
-def predict_files(source: str, target: str, workers: int) -> None:
-    """Predict every file in `source`, and write JSON lines to files below `target`; both may be URLs."""
-    source, target = (path if "://" in path else os.path.abspath(path) for path in (source, target))
+def cpu_share(cpus: float, workers: int) -> float:
+    """The CPUs that each worker may reserve so that all of them start: at most one, in Ray's precision."""
+    return min(1.0, int(1e4 * cpus / workers) / 1e4)
+
+
+def predict_files(source: str, target: str, workers: int | None) -> tuple[int, int]:
+    """Predict every file in `source`, and write JSON lines to files below `target`; both may be URLs.
+
+    Returns the number of files and how many of them could not be used. One CPU is left to the tasks that read
+    and write: without it, they would wait for ever.
+    """
+    cpus = ray.cluster_resources()["CPU"]
+    workers = workers or max(1, int(cpus) - 1)
     images = ray.data.read_binary_files(source, include_paths=True)
+    pool = ray.data.ActorPoolStrategy(size=workers)
     predictions = images.map_batches(
-        Worker, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=workers)
-    )
+        Worker, batch_size=32, num_cpus=cpu_share(cpus - 1, workers), compute=pool
+    ).materialize()
     predictions.map(lambda row: row["prediction"]).write_json(target)
+    return predictions.count(), predictions.sum("failed") or 0
 
 
-def serve(replicas: int, port: int) -> None:
+def serve(replicas: int | None, port: int) -> None:
     """Predict images that are sent to a port by POST, in `replicas` processes, until interrupted."""
     from ray import serve
+    from starlette.responses import JSONResponse
 
-    @serve.deployment(num_replicas=replicas, ray_actor_options={"num_cpus": 1})
+    cpus = ray.cluster_resources()["CPU"]
+    replicas = replicas or max(1, int(cpus) - 1)
+    options = {"num_cpus": cpu_share(cpus, replicas)}
+
+    @serve.deployment(num_replicas=replicas, ray_actor_options=options)
     class Service(Worker):
         async def __call__(self, request):
-            return self.predict(await request.body())
+            answer = self.predict(await request.body())
+            return JSONResponse(answer, status_code=400 if "error" in answer else 200)
 
     serve.start(http_options={"port": port})
     serve.run(Service.bind())
@@ -66,7 +89,7 @@ def serve(replicas: int, port: int) -> None:
         threading.Event().wait()
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,8 +98,13 @@ def main() -> None:
     add("bundle", help="the unpacked bundle")
     add("source", nargs="?", help="for files: a directory or URL to read")
     add("target", nargs="?", help="for files: a directory or URL to write to")
-    add("--replicas", type=int, default=2, help="worker processes")
+    add("--replicas", type=int, help="worker processes (default: one less than there are CPUs)")
     add("--port", type=int, default=8000, help="for serve")
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
     args = parser.parse_args()
     if not os.path.isfile(os.path.join(args.bundle, "model.onnx")):
         parser.error(f"no model.onnx in {args.bundle}: give the directory of an unpacked bundle")
@@ -84,12 +112,31 @@ def main() -> None:
         parser.error("files needs a source and a target directory")
     if args.what == "serve" and args.source:
         parser.error("serve takes neither a source nor a target directory")
-    ray.init(runtime_env={"working_dir": args.bundle, "excludes": ["web", "cpp"]}, log_to_driver=False)
-    if args.what == "files":
-        predict_files(args.source, args.target, args.replicas)
-    else:
+    if args.replicas is not None and args.replicas < 1:
+        parser.error("--replicas needs at least one worker process")
+    source, target = (
+        path and (path if "://" in path else os.path.abspath(path)) for path in (args.source, args.target)
+    )
+    if source and "://" not in source and not os.path.exists(source):
+        parser.error(f"no file or directory {args.source}")
+    # Reading needs a CPU beside the one of a worker.
+    options = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(2, os.cpu_count() or 1)}
+    environment = {"working_dir": args.bundle, "excludes": ["web", "cpp"]}
+    ray.init(runtime_env=environment, log_to_driver=False, **options)
+    if args.what == "serve":
         serve(args.replicas, args.port)
+        return 0
+    try:
+        count, failed = predict_files(source, target, args.replicas)
+    except (OSError, ValueError, ray.exceptions.RayError) as error:
+        print(f"error: cannot predict {args.source}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    if failed or not count:
+        reason = f"{failed} of {count} files could not be used, see {args.target}" if count else "no files"
+        print(f"error: {args.source}: {reason}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
