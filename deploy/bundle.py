@@ -8,10 +8,11 @@ import errno
 import json
 import os
 import shutil
+import string
 import zipfile
 from collections.abc import Sequence
 
-from deploy.card import model_card
+from deploy.card import markdown, model_card
 from step3_infer import replacing, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -20,6 +21,26 @@ EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # files in them tha
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
 TIMINGS = ("speedup", "tried", "latency_ms")  # figures that vary between exports of the same run
 SUMS = "SHA256SUMS"
+INDEX = '<!doctype html><title>The page is in web/</title><meta http-equiv="refresh" content="0; url=web/">\n'
+FILES = {  # what the README says about each
+    "model.onnx": "the model, for onnxruntime: weights, preprocessing and class names in one file",
+    "model.int8.onnx": "the same with 8-bit weights",
+    "model.pt": "the same for LibTorch and torch (TorchScript); it can contain code",
+    "model.pt2": "the same for torch (torch.export); it can contain code",
+    "step3_infer.py": "predicts from any of these files, as a command or as a Python module",
+    "requirements.txt": "the packages that it needs for the .onnx files",
+    "MODEL_CARD.md": "data, accuracy, input, output and limits of the model",
+    "parity.json": "how each file was compared with the trained network, and the figures",
+    "samples/": "test data with the expected predictions",
+    "web/": "the page, and `index.html`, which leads to it",
+    "cpp/": "the source of the C++ program",
+    "SHA256SUMS": "the sums that `--verify` and `sha256sum -c SHA256SUMS` compare",
+}
+CPP = """    cmake -S cpp -B ~/threestep-cpp -DCMAKE_PREFIX_PATH=/path/to/libtorch
+    cmake --build ~/threestep-cpp
+    ~/threestep-cpp/threestep --model model.pt photos/
+
+[cpp/README.md](cpp/README.md) lists the packages that the build needs."""
 
 
 def publish(
@@ -48,6 +69,8 @@ def publish(
     requirements = f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n"
     write_text(folder, "requirements.txt", requirements)
     write_text(folder, "MODEL_CARD.md", model_card(spec, parity))
+    write_text(folder, "README.md", readme(spec, [os.path.basename(path) for path in models]))
+    write_text(folder, "index.html", INDEX)
     write_text(folder, "parity.json", json.dumps(without_timings(parity), indent=2, allow_nan=False) + "\n")
     sums = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in contents(folder)]
     write_text(folder, SUMS, "".join(sums))
@@ -56,6 +79,24 @@ def publish(
     write_archive(folder, path)
     swap_in(folder, os.path.join(out, "bundle"), os.path.join(workspace, "earlier"))
     return path
+
+
+def readme(spec: dict, models: Sequence[str]) -> str:
+    """The README.md of a bundle: how to run it, and what each file is. models: names of its model files."""
+    regression = spec["task"] == "regression"
+    values = ",".join(["0.5"] * spec["channels"])
+    cpp = "The C++ program runs `model.pt`, which this bundle does not contain (`--format torchscript`)."
+    if "model.pt" in models:
+        cpp = "The C++ program is for image classifiers only." if regression else CPP
+    listed = [name for name in FILES if not name.startswith("model.") or name in models]
+    with open(os.path.join(HERE, "bundle.md.template"), encoding="utf-8") as file:
+        template = string.Template(file.read())
+    return template.substitute(
+        title=f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}",
+        inputs=f"--values {values}" if regression else "--top-k 3 samples/",
+        cpp=cpp,
+        files="\n".join(f"| `{name}` | {FILES[name]} |" for name in listed),
+    )
 
 
 def archive_path(out: str) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -67,9 +68,8 @@ def test_folder_and_archive_hold_the_same(bundled, edge):
 
 def test_contents(edge):
     names = contents(edge).keys()
-    wanted = (
-        "model.onnx model.pt model.pt2 step3_infer.py requirements.txt MODEL_CARD.md parity.json SHA256SUMS"
-    )
+    wanted = "model.onnx model.pt model.pt2 step3_infer.py requirements.txt MODEL_CARD.md parity.json"
+    wanted += " SHA256SUMS README.md index.html"
     assert {*wanted.split(), "samples/expected.jsonl"} <= names
     assert (edge / "step3_infer.py").read_bytes() == (ROOT / "step3_infer.py").read_bytes()
     packages = [line.split(">=")[0] for line in (edge / "requirements.txt").read_text().splitlines()]
@@ -80,6 +80,38 @@ def test_contents(edge):
         figures["passed"] for figures in parity.values()
     )
     assert "precision" in (edge / "MODEL_CARD.md").read_text()
+
+
+def test_readme_names_every_file_in_one_screen(edge):
+    text = (edge / "README.md").read_text()
+    assert len(text.splitlines()) < 60 and "$" not in text
+    named = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) | {"README.md", "index.html"}
+    assert {name.split("/")[0] for name in contents(edge)} == {name.rstrip("/") for name in named}
+    assert "cmake -S cpp" in text and "get-ort.sh" in text and "-m venv ~/" in text
+    commands = re.findall(r"bin/python (step3_infer.py [^#\n]*)", text)
+    assert len(commands) == 3
+    for command in commands:
+        subprocess.run([sys.executable, *command.split()], cwd=edge, check=True, capture_output=True)
+
+
+def test_verify_accepts_the_runtime_that_the_page_needs(edge, execute):
+    npm = edge.parent / "npm"  # stands in for the real one, which needs a network
+    npm.write_text("""#!/bin/sh
+mkdir -p package/dist && touch package/dist/ort-wasm-simd-threaded.wasm package/dist/ort.wasm.bundle.min.mjs
+tar czf "$4/$5.tgz" package && mv "$4/$5.tgz" "$4/$(echo "$5" | tr @ -).tgz"
+""")
+    npm.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{edge.parent}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "web/get-ort.sh"], cwd=edge, env=environment, check=True, capture_output=True)
+    assert {path.name for path in (edge / "web" / "ort").iterdir()} == {
+        "model.onnx",
+        "ort-wasm-simd-threaded.wasm",
+        "ort.wasm.bundle.min.js",
+    }
+    # A server that is started in web/ reaches the model, too.
+    assert (edge / "web" / "ort" / "model.onnx").read_bytes() == (edge / "model.onnx").read_bytes()
+    shutil.rmtree(edge / "package")
+    assert "3 files in web/ort/" in execute("step3_infer.py", "--verify", cwd=edge).done().err
 
 
 def test_sha256sum_accepts_it(edge):

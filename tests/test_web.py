@@ -28,6 +28,7 @@ from PIL import Image
 import step1_train
 import step2_export
 import step3_infer
+from deploy import bundle
 
 WEB = ROOT / "deploy" / "web"
 VERSION = re.search(r"^version=(\S+)$", (WEB / "get-ort.sh").read_text(), re.MULTILINE)[1]
@@ -461,7 +462,7 @@ def test_regression_takes_numbers(browser, site, tmp_path):
 
 
 def test_nothing_leaves_this_server(browser, site, samples):
-    """This test is the last one: it examines the requests of all tests above."""
+    """It examines the requests of all tests above."""
     _, address = site
     browser.open(f"{address}/web/")
     browser.choose(samples[0])
@@ -482,3 +483,23 @@ def test_nothing_leaves_this_server(browser, site, samples):
     }
     assert f"{address}/web/ort/{RUNTIME[1]}" in asked and sent == {None}
     assert not [url for url in asked if not url.startswith((f"{address}/", "file://", "data:", "blob:"))]
+
+
+def test_a_bundle_works_from_its_root_and_from_its_web_folder(browser, site, samples, tmp_path):
+    """With get-ort.sh's files, of which one is a link to the model above the folder."""
+    folder, _ = site
+    copy_page(tmp_path / "web")
+    (tmp_path / "web" / "ort" / "model.onnx").symlink_to("../../model.onnx")
+    shutil.copy(folder / "model.onnx", tmp_path)
+    (tmp_path / "index.html").write_text(bundle.INDEX)
+    for root in (tmp_path, tmp_path / "web"):
+        handler = functools.partial(Quiet, directory=root)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            try:
+                browser.ask("/url", url=f"http://localhost:{server.server_port}/")
+                browser.until("document.querySelector('#status')?.textContent === 'Ready.'")
+                browser.choose(samples[3])
+                assert next(iter(cards(browser)[0])) == "3"
+            finally:
+                server.shutdown()

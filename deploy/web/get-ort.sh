@@ -12,4 +12,6 @@ npm pack --silent --pack-destination "$temporary" "onnxruntime-web@$version" >"$
 tar xzf "$temporary/onnxruntime-web-$version.tgz" -C "$temporary"
 mv "$temporary/package/dist/ort-wasm-simd-threaded.wasm" "$into/"
 mv "$temporary/package/dist/ort.wasm.bundle.min.mjs" "$into/ort.wasm.bundle.min.js"
+# In a bundle, the model is in the folder above: a server started in this one cannot reach it without a link.
+[ $# -gt 0 ] || [ ! -f "$into/../../model.onnx" ] || ln -sf ../../model.onnx "$into/model.onnx"
 echo "onnxruntime-web $version: $into"

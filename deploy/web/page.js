@@ -233,4 +233,4 @@ $("samples").addEventListener("click", () => {
 });
 
 const requested = new URLSearchParams(location.search).get("model");
-enqueue(() => startModel(() => fetchModel(requested ? [requested] : ["model.onnx", "../model.onnx"])));
+enqueue(() => startModel(() => fetchModel(requested ? [requested] : ["model.onnx", "../model.onnx", "ort/model.onnx"])));
