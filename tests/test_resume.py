@@ -60,7 +60,7 @@ def undisturbed(tmp_path_factory):
     place = tmp_path_factory.mktemp("undisturbed")
     before = os.getcwd()
     os.chdir(place)
-    assert step1_train.main([*RUN, "--name", "a", "--quiet"]) == 0
+    assert step1_train.main([*RUN, "--name", "a"]) == 0
     assert step1_train.main([*RUN, "--name", "val", "--val-fraction", "0.2", "--quiet"]) == 0
     os.chdir(before)
     return place / "runs"
