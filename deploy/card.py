@@ -44,6 +44,16 @@ def per_class(labels: Sequence[int], predicted: Sequence[int], classes: Sequence
     }
 
 
+def busy(figures: dict) -> str | None:
+    """In words: other work slowed the latency down. None if the 90th percentile is within twice the 10th."""
+    spread = figures.get("latency_spread")
+    try:
+        low, high = map(float, spread)
+    except (TypeError, ValueError):
+        return None
+    return f"busy machine: {high / low:.3g}x spread of the latency" if 0 < 2 * low < high else None
+
+
 # ------------------------------------------------------------------------------------------------- model card
 
 
@@ -88,6 +98,10 @@ def describe_classes(spec):
     if accuracy is not None:
         dataset = markdown(spec["dataset"])
         yield f"## Accuracy\n\nThe top-1 accuracy on the test split of {dataset} is {accuracy:.2%}."
+    seen = [figures for figures in spec.get("per_class", {}).values() if figures["support"]]
+    if seen:
+        recall, f1 = (np.mean([figures[key] for figures in seen]) for key in ("recall", "f1"))
+        yield f"Averaged over the classes, the recall (balanced accuracy) is {recall:.2%}, the F1 {f1:.2%}."
     rows = []
     for name, figures in list(spec.get("per_class", {}).items())[:CLASSES_LISTED]:
         shares = [formatted(figures[key], ".1%") for key in ("precision", "recall", "f1")]

@@ -1,7 +1,6 @@
 """report.html of a run, and the pictures inside it.
 
 step1 calls `draw_run` and `write_report` after training; step2 calls `write_report` again after an export.
-The report is written from the files of the run alone, so it can be written again at any time.
 """
 
 import base64
@@ -14,7 +13,7 @@ import struct
 
 import numpy as np
 
-from deploy.card import confusion_matrix, formatted, without_empty_columns
+from deploy.card import busy, confusion_matrix, formatted, without_empty_columns
 from deploy.card import per_class as per_class  # for step1, which imports this module only
 from step3_infer import printable, replacing, sha256
 
@@ -164,6 +163,8 @@ def tiles(summary):
     epochs, best = summary.get("epochs"), summary.get("epoch_kept")
     figures = {
         "test accuracy": formatted(summary.get("test_accuracy"), ".2%"),
+        "balanced accuracy": formatted(summary.get("balanced_accuracy"), ".2%"),
+        "macro F1": formatted(summary.get("macro_f1"), ".2%"),
         "test loss": formatted(summary.get("test_loss"), ".4g"),
         "training time": duration(summary.get("train_seconds")),
         "epochs": formatted(epochs, ","),
@@ -222,7 +223,7 @@ def export_section(run, export):
         row += [formatted(value, ".1e") for value in (figures.get("max_abs_diff"), on_probes)]
         row += [formatted(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
         rows.append([*row, speedup or "-", formatted(figures.get("latency_ms"), ".3g", " ms")])
-        lines = filter(None, [*figures.get("failures", ()), figures.get("warning")])
+        lines = filter(None, [*figures.get("failures", ()), figures.get("warning"), busy(figures)])
         remarks += [f"<li>{text(name)}: {text(line)}</li>" for line in lines]
     if not rows:
         command = f"<code>python step2_export.py --run {text(run)}</code>"

@@ -331,6 +331,38 @@ def test_report_of_a_directory_with_nothing_in_it(run):
     assert "not finished" in read_report(run).text
 
 
+def test_report_shows_what_unequal_classes_hide(small, tmp_path):
+    run = tmp_path / "runs" / "small"
+    shutil.copytree(small.run, run)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "balanced_accuracy": 0.3125, "macro_f1": 0.25}))
+    text = read_report(run).text
+    assert "balanced accuracy 31.25%" in " ".join(text.split()) or "balanced accuracy31.25%" in text
+    assert "macro F1" in text and "25.00%" in text
+    for key in ("balanced_accuracy", "macro_f1"):  # a run of an earlier version, or a regression
+        summary.pop(key, None)
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "balanced accuracy" not in read_report(run).text
+
+
+@pytest.mark.parametrize(
+    ("spread", "words"),
+    [([1.0, 3.0], "onnx: busy machine: 3x spread"), ([1.0, 1.9], None), ("wrong", None), (None, None)],
+)
+def test_report_says_that_the_latency_was_taken_on_a_busy_machine(small, tmp_path, spread, words):
+    run, export = tmp_path / "runs" / "small", tmp_path / "exports" / "small"
+    shutil.copytree(small.run, run)
+    shutil.copytree(small.export, export)
+    parity = json.loads((export / "parity.json").read_text())
+    low, high = parity["onnx"]["latency_spread"]
+    assert 0 < low <= parity["onnx"]["latency_ms"] <= high
+    for figures in parity.values():
+        figures["latency_spread"] = spread
+    (export / "parity.json").write_text(json.dumps(parity))
+    text = read_report(run).text
+    assert (words or "onnx") in text and ("busy machine" in text) == bool(words)
+
+
 def test_report_has_the_export_of_the_current_checkpoint(small, tmp_path):
     run, export = tmp_path / "runs" / "small", tmp_path / "exports" / "small"
     shutil.copytree(small.run, run)
@@ -366,6 +398,16 @@ def facts(small):
     """The spec and the parity figures of a real export."""
     spec = step3_infer.Model(str(small.export / "model.onnx")).spec
     return spec, json.loads((small.export / "parity.json").read_text())
+
+
+def test_model_card_averages_over_the_classes(facts):
+    spec, parity = facts
+    empty = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    rows = {"a": {**empty, "recall": 1.0, "f1": 0.8, "support": 90}, "c": empty}
+    rows["b"] = {**empty, "recall": 0.5, "f1": 0.6, "support": 10}
+    text = card.model_card({**spec, "per_class": rows}, parity)
+    assert "the recall (balanced accuracy) is 75.00%, the F1 70.00%." in text
+    assert "balanced accuracy" not in card.model_card({**spec, "per_class": {}}, parity)
 
 
 def test_model_card(facts, small):
