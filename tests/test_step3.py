@@ -13,6 +13,7 @@ from conftest import ROOT, right
 from PIL import Image
 
 import step3_infer
+from deploy import bundle
 
 
 @pytest.fixture
@@ -212,6 +213,13 @@ def test_an_older_python_is_told_in_one_line(execute, here, arguments):
     result = execute("-c", older, ROOT / "step3_infer.py", *arguments, cwd=here)
     assert (result.code, result.out) == (1, "")
     assert result.err == "error: Python 3.10 or newer is needed, this is Python 3.9.18\n"
+
+
+def test_lowest_versions_are_those_of_the_requirements():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lowest = (ROOT / "tests" / "benchmarks" / "lowest.txt").read_text().splitlines()
+    assert lowest == [line.replace(">=", "==") for line in lines]
+    assert {f"numpy=={bundle.NUMPY}", f"Pillow=={bundle.PILLOW}"} <= set(lowest)
 
 
 def test_an_older_python_can_parse_the_script():
