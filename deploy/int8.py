@@ -210,7 +210,7 @@ def measure_speed(unquantized: str, quantized: str, images: np.ndarray) -> dict:
     return {"speedup": figures, "warning": warning}
 
 
-def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float = 0.6) -> float:
+def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float = 0.3) -> float:
     """How many times as fast `fast(inputs)` is as `slow(inputs)`, timed in turn.
 
     Another process, on a shared machine, delays now one and now the other: the fastest fifth of each counts.
@@ -219,7 +219,7 @@ def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float =
     fast(inputs)
     slow_times, fast_times = [], []
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(slow_times) < 10:
+    while time.perf_counter() < until or len(slow_times) < 5:
         for predict, times in ((slow, slow_times), (fast, fast_times)):
             started = time.perf_counter()
             predict(inputs)
