@@ -44,8 +44,8 @@ IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 SCHEMA = 1  # the newest spec that this script understands
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
 MODEL_NAMES = ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2")  # the first that exists is used
-WINDOW_BYTES = 32 << 20  # decoded pixels that a thread holds, unless a single image is larger
-LARGEST_STDIN = 256 << 20  # bytes
+WINDOW_BYTES, LARGEST_STDIN = 32 << 20, 256 << 20  # pixels that a thread holds, unless one image is larger
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.31 keeps an ID of the device for events
 FETCHED = os.path.join("web", "ort", "")  # in a bundle: what the user fetched later, not part of it
 ORIENTATION = 0x0112  # the EXIF tag
 

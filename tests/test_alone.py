@@ -84,3 +84,15 @@ def test_what_is_missing_is_said_with_the_way_out(edge, execute, samples, traine
     line = result.error(1, other, f"needs {needs}", f"pip install {needs}")
     if needs == "torch":  # whose usual wheel brings gigabytes of CUDA
         assert ".onnx" in line and line.endswith("https://download.pytorch.org/whl/cpu")
+
+
+def test_onnxruntime_keeps_no_id_of_the_device(execute, samples, trained, tmp_path):
+    home, environment = (
+        tmp_path / "home",
+        {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"},
+    )
+    home.mkdir()
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    script, model = ROOT / "step3_infer.py", trained.export / "model.onnx"
+    execute(script, "--model", model, samples[0], cwd=tmp_path, env=environment).done()
+    assert not list(home.rglob("*"))
