@@ -22,7 +22,8 @@ from data import cache
 from step3_infer import Problem
 from training import runs
 
-SOURCES = [path for path in ROOT.rglob("*.py") if not {"tests", "runs", "exports"} & set(path.parts)]
+FOLDERS = ("data", "deploy", "training")  # not the virtual environment, which may be in the clone
+SOURCES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
 TINY = "--model mlp --hidden 8 --epochs 1".split()
 
 # Runs a script as `python script ...` would, on a system without what POSIX and Linux alone have.
@@ -103,7 +104,8 @@ def test_nothing_is_read_or_written_in_the_encoding_of_the_locale(execute, here,
     for script, *arguments in commands:
         result = execute(*options, ROOT / script, *arguments, cwd=here, env=environment).done()
         warnings = [line for line in result.err.splitlines() if "EncodingWarning" in line]
-        assert not [line for line in warnings if line.startswith(str(ROOT))], script
+        ours = [line for line in warnings if line.startswith(str(ROOT)) and "site-packages" not in line]
+        assert not ours, script
 
 
 @pytest.mark.parametrize("output_format", ["text", "csv"])
