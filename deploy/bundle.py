@@ -19,7 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DIRECTORIES = ("cpp", "web")  # subdirectories of this one that a bundle includes
 EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # files in them that belong to one machine only
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
-TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # vary between exports of a run
+TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # differ between exports
 SUMS = "SHA256SUMS"
 INDEX = '<!doctype html><title>The page is in web/</title><meta http-equiv="refresh" content="0; url=web/">\n'
 FILES = {  # what the README says about each
