@@ -23,7 +23,7 @@ from step3_infer import Problem
 from training import runs
 
 FOLDERS = ("data", "deploy", "training")  # not the virtual environment, which may be in the clone
-SOURCES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 TINY = "--model mlp --hidden 8 --epochs 1".split()
 
 # Runs a script as `python script ...` would, on a system without what POSIX and Linux alone have.
