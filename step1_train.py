@@ -226,9 +226,8 @@ def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
         return F.mse_loss(outputs.float(), targets, reduction="none").mean(1)
     if log_priors is None:
         return F.cross_entropy(outputs.float(), targets, label_smoothing=label_smoothing, reduction="none")
-    wanted = (1 - label_smoothing) * F.one_hot(
-        targets, len(log_priors)
-    ) + label_smoothing * log_priors.softmax(0)
+    labels = F.one_hot(targets, len(log_priors))
+    wanted = (1 - label_smoothing) * labels + label_smoothing * log_priors.softmax(0)
     return F.cross_entropy(outputs.float() + log_priors, wanted, reduction="none")
 
 
@@ -387,7 +386,8 @@ def run(args: argparse.Namespace, given: dict) -> int:
             data.refuse_changes(directory, checkpoint["training"]["data"], dataset.fingerprint)
         if directory is None:
             settings = recipes.fit_to_images(settings, given, dataset, model.traits(settings.model))
-        threads = cpu.set_threads(settings.threads)
+        threads, reason = cpu.set_threads(given.get("threads"), settings.threads)
+        settings = argparse.Namespace(**{**vars(settings), "threads": threads})
         device, dtype = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
         torch.manual_seed(settings.seed)
         deployable = build(settings, dataset, checkpoint)
@@ -399,7 +399,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
         trainer = Trainer(settings, directory, dataset, splits, deployable, dtype, group)
-        announce(trainer, checkpoint, threads)
+        announce(trainer, checkpoint, reason)
         try:
             write_result(trainer, fit(trainer))
         except processes.Stopped as stop:
@@ -419,14 +419,14 @@ def resume(args, given, group, stack):
     return settings, directory, checkpoint
 
 
-def announce(trainer, checkpoint, threads):
+def announce(trainer, checkpoint, reason):
     """Restore the checkpoint, write config.json, and print what is about to be done."""
     if checkpoint:
         trainer.restore(checkpoint["training"])
     if trainer.processes.rank == 0:
         used = {"device_used": str(trainer.device), "precision_used": "bf16" if trainer.dtype else "fp32"}
         runs.write_json(trainer.run, runs.CONFIG, {**vars(trainer.settings), "run": trainer.run, **used})
-    console.print_settings(trainer, threads)
+    console.print_settings(trainer, reason)
     if checkpoint:
         console.print_resumed(trainer, checkpoint["arguments"]["epochs"])
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 import data
 import step1_train
 from data.dataset import with_fingerprint
-from training import runs
+from training import cpu, runs
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import soak_resume
@@ -114,6 +114,19 @@ def test_the_learning_rate_of_a_resumed_run_is_that_of_an_undisturbed_one(call, 
     resumed = call(step1_train.main, "--resume", "b").done()
     assert "warn" not in resumed.err.lower()
     assert_same(here / "runs" / "a", here / "runs" / "b")
+
+
+def test_a_run_is_resumed_with_the_threads_it_began_with_whatever_the_load(call, here, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(cpu, "cpus_taken", lambda: 0.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, 4)
+        stopped = call(step1_train.main, *RUN, "--name", "a")
+    assert stopped.code == 130 and "2 threads" in stopped.out
+    monkeypatch.setattr(cpu, "cpus_taken", lambda: 2.0)  # by now the machine is busy
+    assert "2 threads" in call(step1_train.main, "--resume", "a").done().out
+    assert "1 thread," in call(step1_train.main, *RUN, "--epochs", 1, "--name", "b").done().out
 
 
 def test_a_checkpoint_of_an_earlier_version_is_not_resumed(call, here, monkeypatch):

@@ -214,8 +214,9 @@ def test_threads_leave_the_cpus_that_other_programs_use(monkeypatch, asked, vari
     monkeypatch.setattr(cpu, "cpus_taken", lambda: taken)
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    reason = cpu.set_threads(asked)
+    number, reason = cpu.set_threads(asked)
     assert chosen == ([] if threads == "left alone" else [threads])
+    assert number == (None if threads == "left alone" else threads)
     fewer = not asked and not variable and threads < cpus
     assert reason == (f"other programs use {taken} of {cpus} CPUs; --threads overrides" if fewer else "")
 

@@ -46,24 +46,23 @@ def cpus_taken() -> float:
     return max(0.0, ((busy - busy_before) - (own - own_before)) / max(now - start, 0.01))
 
 
-def set_threads(asked: int | None) -> str:
-    """Choose how many threads torch computes with; returns why in words, empty if the machine is idle.
+def set_threads(asked: int | None, recorded: int | None = None) -> tuple[int | None, str]:
+    """Choose how many threads torch computes with; returns the number and, if it is unusual, why in words.
 
     As many as the CPUs that this process may use, less those that other programs are using: a step waits for
     its slowest thread, and OpenMP's threads wait busily, so that two threads on a busy core take many times
-    as long as one thread. A number that is asked for, or set by OMP_NUM_THREADS, is left alone.
+    as long as one thread. recorded: the number that a resumed run began with, as another one rounds
+    differently. If OMP_NUM_THREADS is set, it decides, and the number is None.
     """
-    if asked:
-        torch.set_num_threads(asked)
-        return ""
-    if "OMP_NUM_THREADS" in os.environ:
-        return ""
-    cpus, taken = usable_cpus(), cpus_taken()
-    threads = cpus if taken < BUSY else max(1, cpus - math.ceil(taken))
+    if not asked and "OMP_NUM_THREADS" in os.environ:
+        return None, ""
+    cpus, taken, threads = usable_cpus(), cpus_taken(), asked or recorded
+    if threads is None:
+        threads = cpus if taken < BUSY else max(1, cpus - math.ceil(taken))
     torch.set_num_threads(threads)
-    if threads == cpus:
-        return ""
-    return f"other programs use {taken:.1f} of {cpus} CPUs; --threads overrides"
+    if asked or recorded or threads == cpus:
+        return threads, ""
+    return threads, f"other programs use {taken:.1f} of {cpus} CPUs; --threads overrides"
 
 
 @functools.cache
