@@ -69,7 +69,8 @@ def joined() -> Iterator[Processes]:
     """Join the processes that torchrun started, nccl between GPUs and gloo between CPUs; alone without
     torchrun.
 
-    Only the first process prints. A failure names its process, and a wrong command line is reported once.
+    Only the first process prints. A failure names its process, and a wrong command line is reported once. All
+    leave together, and then no thread of the group is left.
     """
     numbers = [int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     processes = Processes(numbers[0], max(numbers[1], 1), numbers[2])
@@ -81,10 +82,15 @@ def joined() -> Iterator[Processes]:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
+            # Its functions keep the group that exists on import as their default. DistributedDataParallel
+            # imports it: the group would never be freed, and gloo's threads would run into Python's end.
+            import torch.distributed.nn
+
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=6))  # decoding the images may take hours
             stack.callback(dist.destroy_process_group)
             yield processes
+            processes.wait()  # the others for the first, which writes the result
         except Problem as problem:
             if processes.rank == 0:
                 raise
