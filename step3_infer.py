@@ -31,6 +31,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -59,7 +60,8 @@ class Problem(Exception):
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """The first line of an exception's message, which torch follows with its call stack, or its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -280,8 +282,8 @@ def load_onnx(path: str, threads: int, provider: str, once: bool) -> tuple[dict,
         name = session.get_inputs()[0].name
         text = session.get_modelmeta().custom_metadata_map.get("spec")
     except Exception as error:  # onnxruntime's exceptions have no other base in common
-        version, reason = onnxruntime.__version__, one_line(error)
-        raise Problem(f"{path} is not an ONNX file that onnxruntime {version} can run: {reason}") from None
+        engine = f"onnxruntime {onnxruntime.__version__}"
+        raise Problem(f"{path} is not an ONNX file that {engine} can run: {one_line(error)}") from None
     return read_spec(text, path), lambda array: session.run(None, {name: array})[0]
 
 
@@ -295,8 +297,7 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
     try:
         torch.zeros(1, device=provider)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise Problem(f"torch cannot use --device {provider} here, try cpu: {reason}", 2) from None
+        raise Problem(f"torch cannot use --device {provider}, try cpu: {one_line(error)}", 2) from None
     torch.set_num_threads(threads)
     logging.getLogger("torch.export").disabled = True  # it logs a traceback of each exception it raises
     kind = "torch.export" if path.lower().endswith(".pt2") else "TorchScript"
@@ -309,9 +310,8 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
             else:
                 module = torch.export.load(file, extra_files=extra).module().to(provider)
     except Exception as error:  # torch raises any exception on broken files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         hint = f"torch {torch.__version__} can run (step2_export.py exports a checkpoint)"
-        raise Problem(f"{path} is not a {kind} file that {hint}: {reason}") from None
+        raise Problem(f"{path} is not a {kind} file that {hint}: {one_line(error)}") from None
 
     def run(array: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -334,13 +334,13 @@ def read_spec(text: str | None, path: str) -> dict:
         if int(spec["schema"]) > SCHEMA:
             raise Problem(f"{path} has a spec of schema {spec['schema']}: it needs a newer step3_infer.py")
         classes, channels = spec["classes"], spec["channels"]
-        white = spec.setdefault("white", 65535)  # of 16-bit pixels
         valid = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-        valid = valid and isinstance(channels, int) and isinstance(white, int) and 0 < white < 65536
+        valid = valid and isinstance(channels, int)
+        valid = valid and spec.setdefault("white", 65535) in range(1, 65536)  # of 16-bit pixels
         if {"classification": True, "regression": False}[spec["task"]]:  # a KeyError for any other
             height, width = spec["image_size"]
             valid = valid and len(classes) > 1 and channels in (1, 3)
-            valid = valid and all(isinstance(side, int) and 0 < side < 1 << 15 for side in (height, width))
+            valid = valid and height in range(1, 1 << 15) and width in range(1, 1 << 15)
         if not valid or not classes:
             raise ValueError("classes, channels, image_size or white cannot be used")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -367,10 +367,8 @@ def self_test(model: Model) -> tuple[int, float, bool]:
             else:
                 file = io.BytesIO(base64.b64decode(sample["image"]))
                 inputs, expected = decode_image(file, spec["channels"])[None], sample["probabilities"]
-            expected, outputs = np.array(expected, float), model.predict(inputs)[0]
-            if outputs.shape != expected.shape:
-                raise ValueError(f"{len(outputs)} outputs, but the sample has {expected.size}")
-            differences = np.abs(outputs - expected) / np.maximum(1, np.abs(expected))
+            expected = np.array(expected, float).reshape(len(spec["classes"]))
+            differences = np.abs(model.predict(inputs)[0] - expected) / np.maximum(1, np.abs(expected))
             difference = float(np.maximum(difference, differences.max()))  # max() would lose NaN
     except (ValueError, KeyError, TypeError, OverflowError, Problem) as error:
         raise Problem(f"this file's golden samples are malformed: {error!r}") from None
@@ -386,30 +384,26 @@ import glob  # noqa: E402
 def predict_files(
     model: Model, found: Iterator, workers: int, batch_size: int, top_k: int, keep_pixels: bool = False
 ) -> Iterator[list]:
-    """Predict what find_images() yields, in its order: lists of (path, pixels or None, result or Problem)."""
-    stop = threading.Event()
-    chunks = iter(lambda: list(itertools.islice(found, batch_size)), [])  # until one is empty
-    if workers == 1:
-        yield from (predict_chunk(model, chunk, top_k, keep_pixels, stop) for chunk in chunks)
-        return
+    """Predict what find_images() yields, in its order: lists of (a row of JSON, pixels or None)."""
     from concurrent.futures import ThreadPoolExecutor
 
-    pool, running = ThreadPoolExecutor(workers), []
-    try:
-        for chunk in chunks:
-            running.append(pool.submit(predict_chunk, model, chunk, top_k, keep_pixels, stop))
-            if len(running) > 2 * workers:  # memory holds only a few lists
+    stop, running = threading.Event(), []
+    chunks = iter(lambda: list(itertools.islice(found, batch_size)), [])  # until one is empty
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for chunk in chunks:
+                running.append(pool.submit(predict_chunk, model, chunk, top_k, keep_pixels, stop))
+                if len(running) > 2 * workers:  # memory holds only a few lists
+                    yield running.pop(0).result()
+            while running:
                 yield running.pop(0).result()
-        while running:
-            yield running.pop(0).result()
-    finally:  # also after Ctrl-C, or if the caller wants no more
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        finally:  # also after Ctrl-C, or if the caller wants no more
+            stop.set()
 
 
 def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop: threading.Event) -> list:
     """The work of one thread of predict_files(): one of its lists, or nothing once `stop` is set."""
-    results, kept, waiting, size = {}, {}, {}, 0  # by index; waiting: decoded and not yet run
+    results, kept, waiting = {}, {}, {}  # by index; waiting: decoded and not yet run
     channels, white = model.spec["channels"], model.spec["white"]
     for index, (path, problem) in enumerate(chunk):
         if stop.is_set():
@@ -417,18 +411,17 @@ def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop
         try:
             if problem:
                 raise problem
-            pixels = decode_image(standard_input() if path == "-" else path, channels, white)
+            waiting[index] = decode_image(standard_input() if path == "-" else path, channels, white)
         except Problem as error:
             results[index] = error
-            continue
-        waiting[index] = pixels
-        kept[index] = pixels if keep_pixels else None
-        size += pixels.nbytes
-        if size > WINDOW_BYTES:
+        if keep_pixels:
+            kept[index] = waiting.get(index)
+        if sum(image.nbytes for image in waiting.values()) > WINDOW_BYTES:
             results |= predict_decoded(model, waiting, top_k)
-            waiting, size = {}, 0
+            waiting = {}
     results |= predict_decoded(model, waiting, top_k)
-    return [(path, kept.get(index), results[index]) for index, (path, _) in enumerate(chunk)]
+    results = {k: {"error": str(r)} if isinstance(r, Problem) else r for k, r in results.items()}
+    return [({"path": path, **results[k]}, kept.get(k)) for k, (path, _) in enumerate(chunk)]
 
 
 def standard_input() -> io.BytesIO:
@@ -473,9 +466,8 @@ def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Pro
 
 def find_model() -> str:
     """The model beside this script, or else the newest export. Raises Problem."""
-    for folders in ([os.path.dirname(os.path.abspath(__file__))], glob.glob("exports/*")):
-        paths = [os.path.join(folder, name) for folder in folders for name in MODEL_NAMES]
-        paths = [path for path in paths if os.path.isfile(path)]
+    for place in (glob.escape(os.path.dirname(os.path.abspath(__file__))), "exports/*"):
+        paths = [path for name in MODEL_NAMES for path in glob.glob(os.path.join(place, name))]
         if paths:
             newest = os.path.dirname(max(paths, key=os.path.getmtime))
             return next(path for path in paths if os.path.dirname(path) == newest)
@@ -507,11 +499,7 @@ def sha256(path) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises OSError."""
     import hashlib
 
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.fromfile(path, np.uint8)).hexdigest()
 
 
 def read_sums(folder: str) -> dict[str, str]:
@@ -520,10 +508,10 @@ def read_sums(folder: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
-                digest, name = line[:64], line[66:].rstrip("\n")
-                if set(digest) - set("0123456789abcdef") or line[64:66] not in ("  ", " *") or not name:
+                match = re.fullmatch("([0-9a-f]{64}) [ *](.+)\n?", line)
+                if not match:
                     raise Problem(f"{path}, line {number} is not a SHA-256, two spaces and a file name")
-                sums[os.path.normpath(name)] = digest
+                sums[os.path.normpath(match[2])] = match[1]
     except OSError as error:
         raise Problem(f"cannot read {path} ({error.strerror}): step2_export.py --bundle writes one") from None
     return sums
@@ -585,32 +573,31 @@ def csv_line(*cells) -> str:
     return line.getvalue()
 
 
-def result_line(output_format: str, path: str, result: dict | Problem) -> str:
-    """One image's result as text (nothing after a Problem), as a JSON object or as a row of CSV."""
-    error = str(result) if isinstance(result, Problem) else None
-    top = [] if error else [(entry["label"], entry["probability"]) for entry in result["top"]]
+def result_line(output_format: str, row: dict) -> str:
+    """One image's row of JSON as it is, as a row of CSV, or as text, which has none for an error."""
     if output_format == "json":
-        return json.dumps({"path": path, "error": error} if error else {"path": path, **result}) + "\n"
+        return json.dumps(row) + "\n"
+    top = [(entry["label"], entry["probability"]) for entry in row.get("top", [])]
     if output_format == "csv":
-        return csv_line(path, error or "", *itertools.chain.from_iterable(top))
+        return csv_line(row["path"], row.get("error", ""), *itertools.chain.from_iterable(top))
     ranked = [f"{printable(label)} {probability:.2%}" for label, probability in top]
-    return "" if error else "  ".join([printable(path), *ranked]) + "\n"
+    return "  ".join([printable(row["path"]), *ranked]) + "\n" if top else ""
 
 
-def annotate(pixels: np.ndarray, result: dict, path: str, folder: str) -> None:
+def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     """Write an image with its result drawn below it to `folder`, as a new PNG file. Raises Problem."""
     from PIL import ImageDraw, ImageFont
 
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
     factor = max(1, 192 // max(image.size))  # or a thumbnail would be smaller than its label
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    text = f"{printable(result['label'][:40])} {result['probability']:.1%}"
+    text = f"{printable(row['label'][:40])} {row['probability']:.1%}"
     font = ImageFont.load_default(size=min(200, max(14, image.width // 24)))
     _, _, width, height = (int(side) for side in font.getbbox(text))
     canvas = Image.new("RGB", (max(image.width, width + 8), image.height + height + 8), "white")
     canvas.paste(image, ((canvas.width - image.width) // 2, 0))
     ImageDraw.Draw(canvas).text(((canvas.width - width) // 2, image.height + 4), text, "black", font)
-    stem = os.path.splitext(os.path.basename(path))[0][:50] if path != "-" else "stdin"
+    stem = "stdin" if row["path"] == "-" else os.path.splitext(os.path.basename(row["path"]))[0][:50]
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem).lstrip(".") or "image"
     try:
         os.makedirs(folder, exist_ok=True)
@@ -654,26 +641,20 @@ def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -
         more = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "probability")]
         out.write(csv_line("path", "error", "label", "probability", *more))
     live = sys.stderr.isatty() and (args.output or sys.stdout is None or not sys.stdout.isatty())
-    erase = "\r" + " " * 50 + "\r" if live else ""
-    count, failures = 0, 0
-    started = shown = time.monotonic()
-    try:
-        for chunk in results:
-            for path, pixels, result in chunk:
-                if isinstance(result, Problem):
-                    failures += 1
-                    sys.stderr.write(erase)
-                    say(f"error: {path}: {result}")
-                elif args.annotate is not None:
-                    annotate(pixels, result, path, args.annotate)
-                out.write(result_line(args.format, path, result))
-            out.flush()
-            count, now = count + len(chunk), time.monotonic()
-            if live and now > shown + 1:
-                shown, rate = now, count / (now - started)
-                print(f"{erase}{count:,} images, {rate:,.0f} a second", end="", file=sys.stderr, flush=True)
-    finally:
-        sys.stderr.write(erase)
+    count, failures, started, shown = 0, 0, time.monotonic(), 2
+    for chunk in results:
+        for row, pixels in chunk:
+            if "error" in row:
+                failures += 1
+                say(f"error: {row['path']}: {row['error']}")
+            elif args.annotate is not None:
+                annotate(pixels, row, args.annotate)
+            out.write(result_line(args.format, row))
+        out.flush()
+        count, seconds = count + len(chunk), time.monotonic() - started
+        if live and seconds > shown:
+            shown = 2 * seconds
+            say(f"{count:,} images after {seconds:.0f} s, {count / seconds:,.0f} a second")
     return 1 if failures else 0
 
 
@@ -691,12 +672,9 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
         out.write("values,prediction\n")
     predictions = model.predict(np.stack(features))[:, 0].tolist()
     for row, values, prediction in zip(rows, features, predictions, strict=True):
-        if output_format == "json":
-            out.write(json.dumps({"values": values.tolist(), "prediction": prediction}) + "\n")
-        elif output_format == "csv":
-            out.write(f'"{row}",{prediction}\n')
-        else:
-            out.write(f"{row}  {prediction:.6g}\n")
+        record = json.dumps({"values": values.tolist(), "prediction": prediction})
+        lines = {"text": f"{row}  {prediction:.6g}", "csv": f'"{row}",{prediction}', "json": record}
+        out.write(lines[output_format] + "\n")
     return 0
 
 
@@ -719,13 +697,16 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
         model.predict(inputs[:1])
         ticks.append(time.perf_counter())
     first, *later = (np.diff(ticks) * 1000).tolist()
-    figures = {"model": path, "threads": threads, "batch_size": batch_size}
-    figures["import_seconds"] = round(IMPORT_SECONDS + imported - started, 4)
-    figures["load_seconds"] = round(loaded - imported, 4)
-    figures["first_run_ms"] = round(first, 3)
-    for quantile in (50, 95, 99):
-        figures[f"latency_p{quantile}_ms"] = round(float(np.percentile(later, quantile)), 3)
-    figures["peak_memory_mb"] = None  # in MB of 2**20 bytes, if the system tells
+    figures = {
+        "model": path,
+        "threads": threads,
+        "batch_size": batch_size,
+        "import_seconds": round(IMPORT_SECONDS + imported - started, 4),
+        "load_seconds": round(loaded - imported, 4),
+        "first_run_ms": round(first, 3),
+        **{f"latency_p{q}_ms": round(float(np.percentile(later, q)), 3) for q in (50, 95, 99)},
+        "peak_memory_mb": None,  # in MB of 2**20 bytes, if the system tells
+    }
     with contextlib.suppress(OSError, IndexError), open("/proc/self/status", encoding="latin-1") as file:
         figures["peak_memory_mb"] = round(int(file.read().split("VmHWM:")[1].split()[0]) / 1024, 1)
     model, done, started = Model(path, 1, provider), 0, time.perf_counter()
@@ -738,16 +719,11 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
 
 # ----------------------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and a help that shows defaults other than None and False."""
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):
-            silent = action.default is None or action.default is False
-            return action.help if silent else super()._get_help_string(action)
+    """argparse with errors of one line."""
 
     def __init__(self, **settings):
         # A width, because asking the terminal imports shutil, lzma and more.
-        super().__init__(formatter_class=lambda prog: Parser.Help(prog, width=78), **settings)
+        super().__init__(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=78), **settings)
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (--help shows all options)\n")
@@ -768,6 +744,15 @@ def number(kind: type, low, high=float("inf"), above: bool = False) -> Callable:
     return parse
 
 
+TAKES = {  # what is done, by the first of these that is given, and the options that have an effect on it
+    "--verify": "--model",
+    "--self-test": "--model --threads --device",
+    "--benchmark": "--model --threads --device --batch-size --format --output",
+    "--values": "--model --threads --device --format --output",
+    "PATH": "--model --threads --device --batch-size --format --top-k --output --annotate",
+}
+
+
 def build_parser() -> Parser:
     example = "example: python step3_infer.py --model model.onnx --top-k 3 photos/"
     parser = Parser(description="Predict with a file that step2_export.py wrote.", epilog=example)
@@ -778,13 +763,11 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="FILE", help=".onnx, .pt or .pt2 (default: beside this script, or newest export)")
     add("--threads", type=count, metavar="N", help="CPU threads (default: all that this process may use)")
-    add(
-        "--device", "--provider", default="cpu", metavar="NAME", help="cpu, cuda, ... of torch or onnxruntime"
-    )
-    add("--batch-size", type=count, default=16, metavar="N", help="how many images of one size run at once")
+    add("--device", "--provider", metavar="NAME", help="of the engine: cpu, cuda, ... (default: cpu)")
+    add("--batch-size", type=count, metavar="N", help="images of one size that run at once (default: 16)")
     add = parser.add_argument_group("results").add_argument
-    add("--format", choices=("text", "json", "csv"), default="text", help="json: one object per line")
-    add("--top-k", type=count, default=3, metavar="K", help="classes to name, best first")
+    add("--format", choices=("text", "json", "csv"), help="json: one object per line (default: text)")
+    add("--top-k", type=count, metavar="K", help="classes to name, best first (default: 3)")
     add("--output", metavar="FILE", help="write to FILE, whole or not at all (default: standard output)")
     add("--annotate", metavar="DIR", help="also write each image to DIR with its result drawn below it")
     add = parser.add_argument_group("instead of predicting").add_mutually_exclusive_group().add_argument
@@ -810,8 +793,7 @@ def guarded(work: Callable, *args, closed_pipe: int = 1) -> int:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         code = work(*args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except Problem as problem:
         message, code = f"error: {problem}", problem.code
@@ -822,7 +804,7 @@ def guarded(work: Callable, *args, closed_pipe: int = 1) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        message, code = f"error: not enough memory: {one_line(error) or 'use smaller inputs'}", 1
+        message, code = f"error: not enough memory: {one_line(error)}; use smaller inputs", 1
     except OSError as error:
         if error.filename is not None:  # not standard output: a bug
             raise
@@ -830,8 +812,7 @@ def guarded(work: Callable, *args, closed_pipe: int = 1) -> int:
     if code:
         say(message)
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:  # Python flushes again at exit: what cannot be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
@@ -880,16 +861,18 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.self_test or args.benchmark or args.verify:
-        if args.paths or args.values or args.annotate is not None:
-            parser.error("--self-test, --benchmark and --verify take no PATH, --values or --annotate")
-    elif not (args.paths or args.values):
+    given = [name.replace("_", "-") for name, value in vars(args).items() if value not in (None, False, [])]
+    given = ["PATH" if name == "paths" else f"--{name}" for name in given]
+    asked = next((kind for kind in TAKES if kind in given), None)
+    if not asked:
         parser.error("give at least one PATH: an image, a directory or a glob; or --values for a regression")
-    elif args.values and (args.paths or args.annotate is not None):
-        parser.error("--values takes no PATH and no --annotate")
+    for name in given:
+        if name not in f"{asked} {TAKES[asked]}".split():
+            parser.error(f"{name} has no effect on {asked}, which takes only {TAKES[asked]}")
     if args.benchmark and args.format == "csv":
         parser.error("--benchmark writes --format text or json, not csv")
-    return guarded(run, args, closed_pipe=0)
+    parser.set_defaults(device="cpu", batch_size=16, format="text", top_k=3)
+    return guarded(run, parser.parse_args(argv), closed_pipe=0)
 
 
 if __name__ == "__main__":

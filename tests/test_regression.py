@@ -72,7 +72,7 @@ def test_wrong_inputs(call, here, linear, trained, samples):
     call(step3_infer.main, *model, "--values", "1,2,3,4,x").error(2, "not a list of numbers")
     call(step3_infer.main, *model, samples[0]).error(2, "--values")
     call(step3_infer.main, "--model", trained.export / "model.onnx", "--values", "1,2").error(2, "images")
-    call(step3_infer.main, *model, samples[0], "--values", "1,2,3,4,5").error(2, "either")
+    call(step3_infer.main, *model, samples[0], "--values", "1,2,3,4,5").error(2, "PATH", "--values")
     for more in (["--augment", "flip"], ["--class-weights", "balanced"], ["--model", "airbench"]):
         refused = call(step1_train.main, "--dataset", "linear", *more)
         refused.error(2)
