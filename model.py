@@ -8,7 +8,9 @@ every program that runs the file would otherwise have to repeat: resizing, scali
 Names outside the registry are those of torchvision's classification networks.
 """
 
+import contextlib
 import difflib
+import functools
 import itertools
 import warnings
 
@@ -23,11 +25,13 @@ class Network(nn.Module):
     options: the command-line options it takes; min_size: the smallest image side in
     pixels. bf16: whether it gains from bf16, being large enough. memory_format: of its weights while it is
     trained. max_batch_pixels: the pixels in a batch, all its images together, that fit into a laptop's
-    memory; None for any.
+    memory; None for any. middle: the layers that `Familiarity` looks at; None for a choice by their order,
+    empty for the input itself.
     """
 
     options = ()
     min_size = 1
+    middle = None
     bf16 = True
     memory_format = torch.channels_last
     max_batch_pixels = None
@@ -44,6 +48,7 @@ class MLP(Network):
     """
 
     options = ("hidden", "dropout")
+    middle = ()
     bf16 = False
 
     def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
@@ -63,6 +68,7 @@ class MyNet(Network):
     """The CIFAR-10 tutorial's network: conv-bn-pool-relu of 6, 12 and 24 channels, then 192-96-classes."""
 
     options = ("dropout",)
+    middle = ("blocks.3", "blocks.7", "blocks.11")
     min_size = 8  # three poolings by two
     memory_format = torch.contiguous_format  # channels-last is 4 times slower with 6 and 12 channels
 
@@ -86,6 +92,7 @@ class MyNet(Network):
 class Linear(Network):
     """One linear layer: the tensor tutorial's regression, or softmax regression on the pixels."""
 
+    middle = ()
     bf16 = False
 
     def __init__(self, channels, classes, image_size):
@@ -119,6 +126,7 @@ class ResBlock(Network):
     A residual block follows each of the first three. 28x28 shrinks to 1x1; larger images are averaged there.
     """
 
+    middle = ("body.1", "body.3", "body.5")
     bf16 = False
 
     def __init__(self, channels, classes, image_size):
@@ -143,6 +151,7 @@ class Airbench(Network):
     """
 
     options = ("width",)
+    middle = ("groups.0", "groups.1")
     min_size = 28
     max_batch_pixels = 640_000
 
@@ -265,22 +274,6 @@ def build_torchvision(name: str, channels: int, classes: int, height: int, width
     return network.train()
 
 
-def torchvision_weights(name: str):
-    """torchvision's default weights entry of a network, or None for one of ours."""
-    if name in MODELS:
-        return None
-    from torchvision import models
-
-    return models.get_model_weights(name).DEFAULT
-
-
-def usual_size(name: str) -> int:
-    """The usual image size of a network in pixels: 64 for ours, and torchvision's own crop for theirs."""
-    options_of(name)
-    weights = torchvision_weights(name)
-    return weights.transforms().crop_size[0] if weights else 64
-
-
 def load_plain(source) -> dict:
     """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it.
 
@@ -297,24 +290,97 @@ def load_plain(source) -> dict:
         raise ValueError("it is damaged, or holds other things than tensors and plain values") from None
 
 
-def head_keys(network: nn.Module) -> list[str]:
-    """The state_dict keys of the last linear or convolutional layer and its norm: what classes decide."""
-    last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
-    keys = list(network.state_dict())
-    return keys[keys.index(f"{last}.weight") :]
+MOST_STATISTICS = 320  # of more channels, every second, third, ... is taken
+
+
+class Familiarity(nn.Module):
+    """How familiar the kind of an image is: the share of held-out images that look less familiar, 0 to 1.
+
+    The score of an image is -log of the squared Mahalanobis distance of its `statistics` from one Gaussian of
+    the training images (Lee et al. 2018, without classes), and more the larger its largest logit is, up to a
+    limit. weight [d, d], bias [d]: to whitened statistics. logit: the factor, offset and limit of the logit's
+    part. table [n]: the scores of held-out images, sorted.
+    """
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__()
+        for name in ("weight", "bias", "logit", "table"):
+            self.register_buffer(name, state[name].float().contiguous())
+
+    def score(self, statistics, logits):
+        """float32 [batch] from statistics [batch, d] and logits [batch, classes]."""
+        whitened = torch.addmm(self.bias, statistics, self.weight)
+        factor, offset, limit = self.logit.unbind()
+        return torch.minimum(logits.amax(1) * factor + offset, limit) - (whitened * whitened).sum(1).log()
+
+    def forward(self, statistics, logits):
+        return (self.table < self.score(statistics, logits)[:, None]).float().mean(1)
+
+
+@contextlib.contextmanager
+def watched(network: nn.Module, layers, see):
+    """Within this block, call see(name, output) whenever one of these layers has run."""
+    handles = []
+    for name in layers:
+        hook = functools.partial(lambda name, module, inputs, output: see(name, output), name)
+        handles.append(network.get_submodule(name).register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def middle_layers(network: nn.Module, channels: int, image_size: tuple[int, int]) -> tuple[str, ...]:
+    """The layers whose channel means are a network's `statistics`; none for its input.
+
+    A network of ours names them. Torchvision's consist of blocks in sequence: of those that give maps, the
+    ones after a third and after two thirds of the blocks are taken.
+    """
+    if getattr(network, "middle", None) is not None:
+        return network.middle
+    sequences = [(p, m) for p, m in network.named_modules() if isinstance(m, nn.Sequential) or not p]
+    blocks = [f"{path}.{name}".lstrip(".") for path, m in sequences for name, _ in m.named_children()]
+    reached = []
+    with watched(network, blocks, lambda name, out: reached.append((name, out))), torch.inference_mode():
+        network.eval()(torch.zeros(1, channels, *image_size, device=next(network.parameters()).device))
+    maps = [name for name, out in reached if isinstance(out, torch.Tensor) and out.dim() > 2]
+    return tuple(dict.fromkeys(maps[len(maps) * third // 3] for third in (1, 2))) if maps else ()
+
+
+def run_with_statistics(network: nn.Module, images: torch.Tensor, layers: tuple[str, ...]):
+    """Logits [batch, classes] of normalised images [batch, C, H, W], and their statistics [batch, d].
+
+    These are the channel means of the maps after `layers`; without layers, the brightness and the roughness
+    of the image in 4x4 parts.
+    """
+    found = []
+    with watched(network, layers, lambda name, maps: found.append(maps)):
+        logits = network(images)
+    if layers:  # maps are [batch, channels, h, w]; a transformer's tokens [batch, n, channels]
+        found = [maps.mean((2, 3)) if maps.dim() == 4 else maps.mean(1) for maps in found]
+    else:
+        rough = (images - F.avg_pool2d(images, 3, 1, 1)).abs()
+        parts = min(4, images.shape[2]), min(4, images.shape[3])
+        found = [F.adaptive_avg_pool2d(maps, parts).flatten(1) for maps in (images, rough)]
+    statistics = torch.cat(found, 1)
+    return logits, statistics[:, :: -(-statistics.shape[1] // MOST_STATISTICS)]
 
 
 class Deployable(nn.Module):
-    """What is exported: resize, scale, normalise, network, softmax.
+    """What is exported: resize, scale, normalise, network, softmax, and how familiar the image looks.
 
-    uint8 images [batch, height, width, channels] of any size -> float32 probabilities [batch, classes].
+    uint8 images [batch, height, width, channels] of any size -> float32 probabilities [batch, classes] and,
+    if there is a `familiarity`, `known` [batch].
     image_size: (height, width) the network wants; mean, std: one number a channel, of pixels scaled to 0..1.
+    temperature: what the logits are divided by (Guo et al. 2017). layers: see `middle_layers`.
     """
 
-    def __init__(self, network, image_size, mean, std):
+    def __init__(self, network, image_size, mean, std, temperature=1.0, familiarity=None, layers=()):
         super().__init__()
         self.network = network
         self.image_size = tuple(image_size)
+        self.temperature, self.familiarity, self.layers = temperature, familiarity, tuple(layers)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -322,9 +388,16 @@ class Deployable(nn.Module):
         """uint8 [batch, H, W, C] of the network's own size -> float32 [batch, C, H, W], normalised."""
         return (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
+    def calibrated(self, logits):
+        """Probabilities [batch, classes]. A temperature of 1 leaves no trace in the graph."""
+        return (logits if self.temperature == 1 else logits * (1 / self.temperature)).softmax(1)
+
     def forward(self, image):
-        image = resize(image, self.image_size)
-        return self.network(self.normalise(image)).softmax(1)
+        image = self.normalise(resize(image, self.image_size))
+        if self.familiarity is None:
+            return self.calibrated(self.network(image))
+        logits, statistics = run_with_statistics(self.network, image, self.layers)
+        return self.calibrated(logits), self.familiarity(statistics, logits)
 
 
 class Regressor(Deployable):

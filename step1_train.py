@@ -30,14 +30,12 @@ import contextlib
 import copy
 import math
 import os
-import statistics
 import time
-from datetime import datetime, timezone
 
 import data
 from data.notes import note, silenced
 from step3_infer import Parser, Problem, guarded, number
-from training import recipes
+from training import command_line, recipes
 
 
 def build_parser():
@@ -66,7 +64,7 @@ def build_parser():
     text = "continue a run to the very same result (default: the newest unfinished); --epochs may be raised"
     add("--resume", nargs="?", const="", metavar="RUN", help=text)
     text = "also within an epoch: every N steps, or every N minutes"
-    add("--checkpoint-every", type=recipes.checkpoint_interval, metavar="N|Nm", help=text)
+    add("--checkpoint-every", type=command_line.checkpoint_interval, metavar="N|Nm", help=text)
     add("--quiet", action="store_true", help="print the result only")
     return parser
 
@@ -81,7 +79,7 @@ def add_data_options(parser):
     )
     add(
         "--image-size",
-        type=recipes.image_size,
+        type=command_line.image_size,
         metavar="N|HxW",
         help="of the network (default: see data/README.md)",
     )
@@ -128,6 +126,8 @@ def add_training_options(parser):
     add("--schedule", choices=schedules, metavar="NAME", help=f"of the rate: {', '.join(schedules)}")
     smoothing = number(float, 0, 0.99)
     add("--label-smoothing", type=smoothing, metavar="X", help="in the training loss")
+    text = "images that show how sure the network may be: held-out, twin or none (default: see README.md)"
+    add("--calibration", choices=recipes.CALIBRATIONS[1:], metavar="HOW", help=text)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
@@ -146,7 +146,7 @@ def answer_at_once(args: argparse.Namespace, given: dict) -> int | None:
     Returns the exit code, None to go on; raises Problem.
     """
     if args.list_models or args.list_datasets:
-        return recipes.list_names(args)
+        return command_line.list_names(args)
     if args.resume is None:
         recipes.resolve(args, given)
     return None
@@ -164,7 +164,8 @@ import torch.nn.functional as F
 import model
 from data.split import Split, make_splits
 from deploy import report
-from training import console, cpu, optimizers, processes, runs, weights
+from training import calibration, console, cpu, locking, optimizers, processes, runs, weights
+from training.result import summarise
 from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
 # --------------------------------------------------------------------------------------------------- training
@@ -247,7 +248,7 @@ def evaluate(
     for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most_images), share):
         logits = network(deployable.normalise(images)).float()
         loss += criterion(logits, targets).sum().item()
-        parts.append(logits if targets.is_floating_point() else logits.softmax(1))
+        parts.append(logits)
     if parts:
         outputs[share] = torch.cat(parts)
     outputs = trainer.processes.sum(outputs)  # zero for the images of other processes
@@ -264,7 +265,7 @@ def evaluate(
 def load_dataset(settings: argparse.Namespace) -> data.Dataset:
     """Load the dataset of the settings. Raises Problem, also for an unknown network."""
     try:
-        usual_size = model.usual_size(settings.model)
+        usual_size = weights.usual_size(settings.model)
     except ValueError as error:
         raise Problem(error, 2) from None
     options = {name: getattr(settings, name) for name in ("image_size", *data.OPTIONS)}
@@ -306,43 +307,49 @@ def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict 
     return deployable
 
 
+def set_up(settings, directory, dataset, splits, machine, checkpoint, is_twin=False) -> Trainer:
+    """The network and what works on it, as the checkpoint left them if there is one. Raises Problem."""
+    torch.manual_seed(settings.seed)
+    deployable = build(settings, dataset, checkpoint)
+    deployable.to(machine.device, memory_format=model.traits(settings.model).memory_format)
+    if machine.device.type == "cpu" and machine.dtype is not None:
+        cpu.lay_side_by_side(deployable.network)
+    trainer = Trainer(settings, directory, dataset, splits, deployable, machine, is_twin)
+    if checkpoint:
+        trainer.restore(checkpoint["training"])
+    return trainer
+
+
 # ----------------------------------------------------------------------------------------------------- result
 
 
+def train_twin(trainer: Trainer, parts: dict[str, Split]) -> model.Deployable:
+    """Train another network like the first, on `parts`; it can be resumed, too. See calibration.of_run."""
+    directory, checkpoint = trainer.processes.from_first(lambda: runs.begin_twin(trainer.run))
+    settings = calibration.settings_of_twin(trainer.settings)
+    twin = set_up(settings, directory, trainer.dataset, parts, trainer.machine, checkpoint, is_twin=True)
+    fit(twin)
+    return twin.deployable
+
+
 def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
-    """Measure the network that is the result, unless `fit` has, and write summary.json and report.html."""
-    settings, dataset, best = trainer.settings, trainer.dataset, trainer.progress.best
-    deployable = trainer.deployable
+    """Calibrate the network that is the result, measure it, and write summary.json and report.html."""
+    best, deployable = trainer.progress.best, trainer.deployable
     if best:
         deployable = copy.deepcopy(deployable)
         deployable.network.load_state_dict(best["state_dict"])
-    loss, accuracy, outputs = evaluated or evaluate(trainer, trainer.splits["test"], deployable)
+        evaluated = evaluate(trainer, trainer.splits["test"], deployable)
+    evaluated = evaluated or evaluate(trainer, trainer.splits["test"])
+    trainer.calibration = calibration.of_run(trainer, deployable, train_twin)
     if trainer.processes.rank > 0:
         return
     if best:
         console.print_kept(trainer)
-        trainer.save(accuracy)
-    summary = {
-        "dataset": settings.dataset,
-        "model": settings.model,
-        "epochs": settings.epochs,
-        "test_accuracy": accuracy,
-        "test_loss": loss,
-        "train_seconds": round(trainer.progress.elapsed, 3),
-        "parameters": sum(p.numel() for p in deployable.network.parameters()),
-        "seed": settings.seed,
-        "epoch_kept": best["epoch"] if best else settings.epochs,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    if dataset.task == "classification":
-        per_class = report.per_class(dataset.test_labels, outputs.argmax(1), dataset.classes)
-        seen = [row for row in per_class.values() if row["support"]]
-        summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
-        summary["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
-        summary["per_class"] = per_class
+    trainer.save(evaluated.accuracy)
+    summary, outputs = summarise(trainer, deployable, evaluated, report)
     runs.write_json(trainer.run, runs.SUMMARY, summary)
-    write_pictures(trainer, deployable, accuracy, outputs)
-    runs.remove_previous(trainer.run)
+    write_pictures(trainer, deployable, evaluated.accuracy, outputs)
+    runs.tidy(trainer.run)
     console.print_result(trainer, deployable.network, summary)
 
 
@@ -388,17 +395,12 @@ def run(args: argparse.Namespace, given: dict) -> int:
             settings = recipes.fit_to_images(settings, given, dataset, model.traits(settings.model))
         threads, reason = cpu.set_threads(given.get("threads"), settings.threads)
         settings = argparse.Namespace(**{**vars(settings), "threads": threads})
-        device, dtype = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
-        torch.manual_seed(settings.seed)
-        deployable = build(settings, dataset, checkpoint)
-        deployable.to(device, memory_format=model.traits(settings.model).memory_format)
-        if device.type == "cpu" and dtype is not None:
-            cpu.lay_side_by_side(deployable.network)
-        splits = make_splits(dataset, settings, device, model.resize)
+        machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
+        splits = make_splits(dataset, settings, machine.device, model.resize)
         if directory is None:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
-        trainer = Trainer(settings, directory, dataset, splits, deployable, dtype, group)
+        trainer = set_up(settings, directory, dataset, splits, machine, checkpoint)
         announce(trainer, checkpoint, reason)
         try:
             write_result(trainer, fit(trainer))
@@ -412,7 +414,7 @@ def resume(args, given, group, stack):
     """Lock and read the run to resume; returns its settings, directory and checkpoint. Raises Problem."""
     directory = group.from_first(lambda: runs.find(args.resume, unfinished=True))
     if group.rank == 0:
-        stack.enter_context(runs.locked(directory))
+        stack.enter_context(locking.locked(directory))
         runs.remove_leftovers(directory)
     arguments, checkpoint = group.from_first(lambda: runs.read(directory))
     settings = recipes.resumed(args, given, arguments, directory, runs.is_finished(directory))
@@ -420,9 +422,7 @@ def resume(args, given, group, stack):
 
 
 def announce(trainer, checkpoint, reason):
-    """Restore the checkpoint, write config.json, and print what is about to be done."""
-    if checkpoint:
-        trainer.restore(checkpoint["training"])
+    """Write config.json, and print what is about to be done."""
     if trainer.processes.rank == 0:
         used = {"device_used": str(trainer.device), "precision_used": "bf16" if trainer.dtype else "fp32"}
         runs.write_json(trainer.run, runs.CONFIG, {**vars(trainer.settings), "run": trainer.run, **used})
@@ -434,7 +434,7 @@ def announce(trainer, checkpoint, reason):
 def main(argv=None):
     args, given = parse(argv)
     if args.list_models or args.list_datasets:
-        return guarded(recipes.list_names, args, closed_pipe=0)
+        return guarded(command_line.list_names, args, closed_pipe=0)
     return guarded(run, args, given)
 
 

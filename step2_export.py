@@ -65,6 +65,11 @@ def build_parser() -> Parser:
     add("--tolerance", type=number(float, 1e-9, 0.999), metavar="X", help=limit)
     points = f"points of accuracy that int8 may lose {drop}"
     add("--max-drop", type=number(float, 0, 100), metavar="X", help=points)
+    share = number(float, 0, 1)
+    text = "keep this share of familiar images by default, such as 0.99, and call others unknown"
+    add("--reject", type=share, metavar="X", help=text)
+    add("--min-probability", type=share, metavar="P", help="call answers of less unsure, by default")
+    add("--uncalibrated", action="store_true", help="export without temperature and without known")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of the proof (default: all)")
     add("--data-dir", metavar="DIR", help="where the test split is (default: where step1 had it)")
     add("--out", metavar="DIR", help="default: exports/<name of the run>")
@@ -94,6 +99,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 from deploy import bundle, gate, int8, report  # noqa: E402
+from deploy.comparing import Outputs, some  # noqa: E402
 from deploy.gate import Run  # noqa: E402
 from deploy.samples import bundle_samples, golden_samples, one_of_each_class  # noqa: E402
 from training import runs  # noqa: E402
@@ -126,7 +132,7 @@ def export_onnx(deployable: model.Deployable, spec: dict, path: str, opset: int,
         dynamo=True,
         opset_version=opset,
         input_names=["features" if regression else "image"],
-        output_names=["prediction" if regression else "probabilities"],
+        output_names=["prediction"] if regression else ["probabilities", "known"][: 1 + bool(spec["known"])],
         dynamic_shapes=({0: "batch"} if regression else {0: "batch", 1: "height", 2: "width"},),
         verbose=False,
     )
@@ -151,8 +157,9 @@ def export_int8(
     spec = {
         **spec,
         "quantization": f"int8, {figures['quantization']}",
-        "golden": golden_samples(images, step3_infer.Model(quantized).predict(images)),
+        "golden": golden_samples(images, Outputs(*step3_infer.Model(quantized).run(images))),
         "self_test_tolerance": gate.INT8_SELF_TEST_TOLERANCE,
+        "known": spec["known"] and {**spec["known"], "tolerance": gate.INT8_KNOWN_TOLERANCE},
     }
     write_file(path, int8.finish(quantized, spec, opset))
     return figures | int8.measure_speed(unquantized, path, dataset.test_images)
@@ -190,6 +197,7 @@ FORMATS = {
     "onnx-int8": Format("model.int8.onnx", export_int8, "onnxruntime"),
     "pt2": Format("model.pt2", export_pt2, "torch"),
 }
+FILES = {name: kind.file for name, kind in FORMATS.items()}
 
 
 # -------------------------------------------------------------------------------------- write, prove, publish
@@ -198,15 +206,20 @@ FORMATS = {
 def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) -> list[str]:
     """Write, prove and publish each format, parity.json, and the bundle; returns the formats that failed."""
     expected = gate.reference(run, dataset.test_images)
-    gate.check_reference(run, dataset, expected)
+    gate.check_reference(run, dataset, expected.main)
+    known = run.spec.get("known")
     golden = one_of_each_class(dataset, GOLDEN_SAMPLES)
     spec = {
         **run.spec,
         "versions": {**run.spec["versions"], "torch_export": str(torch.__version__)},
-        "golden": golden_samples(dataset.test_images[golden], expected[golden]),
+        "golden": golden_samples(dataset.test_images[golden], some(expected, golden)),
         "self_test_tolerance": gate.SELF_TEST_TOLERANCE,
+        "known": known and {**known, "tolerance": gate.KNOWN_TOLERANCE},
+        "reject": args.reject,
+        "min_probability": args.min_probability,
     }
-    formats, parity = list(dict.fromkeys(args.format)), earlier_parity(out, spec["checkpoint_sha256"])
+    formats = list(dict.fromkeys(args.format))
+    parity = bundle.earlier_parity(out, spec["checkpoint_sha256"], FILES)
     print(f"{'format':12} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
     # Files are written and proven in a directory of their own, so that `out` never holds an unproven one.
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as workspace:
@@ -276,7 +289,7 @@ def withdraw(name: str, out: str, failures: list[str]) -> None:
 def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> None:
     """Make the bundle of the proven files in `workspace`, with samples of the test split. Raises Problem."""
     if dataset.task != "regression":
-        predicted = expected.argmax(1)
+        predicted = expected.main.argmax(1)
         spec = {**spec, "per_class": report.per_class(dataset.test_labels, predicted, spec["classes"])}
     indices = one_of_each_class(dataset, BUNDLE_SAMPLES)
     newest = max(opset, int8.OPSET) if "onnx-int8" in parity else opset
@@ -284,7 +297,7 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
         "script": step3_infer.__file__,
         "onnxruntime": onnx_file.OPSETS[newest][1],
         "spec": spec,
-        "samples": bundle_samples(dataset.test_images[indices], expected[indices], spec["classes"]),
+        "samples": bundle_samples(dataset.test_images[indices], some(expected, indices), spec["classes"]),
     }
     models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
     try:
@@ -292,25 +305,6 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
     except OSError as error:
         raise Problem(f"cannot write the bundle in {out}: {error.strerror or error}") from None
     print(f"{'bundle':12} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
-
-
-def earlier_parity(out: str, checkpoint_sha256: str) -> dict:
-    """What parity.json says of files of the same checkpoint; files of another one are removed."""
-    try:
-        parity = json.loads(Path(out, "parity.json").read_text(encoding="utf-8"))
-        parity = {k: v for k, v in parity.items() if k in FORMATS and isinstance(v, dict)}
-    except (FileNotFoundError, ValueError, AttributeError):
-        return {}
-    stale = [
-        name for name, figures in parity.items() if figures.get("checkpoint_sha256") != checkpoint_sha256
-    ]
-    for name in stale:
-        Path(out, FORMATS[name].file).unlink(missing_ok=True)
-        del parity[name]
-    if stale:
-        bundle.remove(out)
-        say(f"note: {out} held an export of another checkpoint, which is removed: {', '.join(stale)}")
-    return parity
 
 
 def write_file(path: str, content) -> None:
@@ -335,7 +329,8 @@ def read_run(path: str) -> Run:
         if schema > runs.SCHEMA:
             reason = f"has schema {schema}, this script knows up to {runs.SCHEMA}"
             raise Problem(f"{file} {reason}: update Threestep")
-        run, epochs = gate.rebuild(path, spec, checkpoint["state_dict"]), spec["arguments"]["epochs"]
+        run = gate.rebuild(path, spec, checkpoint["state_dict"], checkpoint.get("familiarity"))
+        epochs = spec["arguments"]["epochs"]
         if schema > 1:
             run.fingerprint = checkpoint["training"]["data"]
         if not {"data_dir", *data.OPTIONS} <= spec["arguments"].keys():
@@ -371,6 +366,12 @@ def run_export(args: argparse.Namespace) -> int:
     run = read_run(path)
     if run.regression and "onnx-int8" in args.format:
         raise Problem(f"onnx-int8 is for classification, {path} is a regression: leave it out of --format", 2)
+    if args.uncalibrated:
+        run = run.without_calibration()
+    if args.reject is not None and not run.spec.get("known"):
+        raise Problem(f"--reject needs a calibrated run, which {path} is not: see --calibration of step1", 2)
+    if args.min_probability is not None and run.regression:
+        raise Problem(f"--min-probability is for classification, and {path} is a regression", 2)
     if args.threads:
         torch.set_num_threads(args.threads)
         run.threads = args.threads

@@ -158,6 +158,8 @@ def read_pixels(source, channels: int, white: int) -> np.ndarray:
 class Model:
     """An exported file, ready to run by several threads at once; `spec` is what it says about itself.
 
+    reject: 0.99 keeps the most familiar 99 % of images and calls others unknown. min_probability: answers of
+    less are unsure. Both are the file's own, None for neither, and may be set.
     threads: of the engine (default: all that this process may use). once: load fast rather than run fast.
     Raises Problem if the file cannot be loaded or was not written by step2_export.py.
     """
@@ -170,26 +172,40 @@ class Model:
         if load is None:
             raise Problem(f"{path} is not a model file: step2_export.py writes {', '.join(LOADERS)}")
         self.spec, self._run = load(path, min(threads or usable_cpus(), 1024), provider, once)
+        self.reject, self.min_probability = self.spec["reject"], self.spec["min_probability"]
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Predict from uint8 [batch, height, width, channels]: probabilities, float32 [batch, classes].
 
         A regression model takes float32 features [batch, n] and gives float32 [batch, 1]. Raises Problem.
         """
+        return self.run(inputs)[0]
+
+    def run(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """What predict() returns, and how familiar each input looks, 0 to 1: float32 [batch].
+
+        It is the share of images like those trained on that look less familiar; None if the file has no such
+        output. Raises Problem.
+        """
         try:
-            outputs = self._run(inputs)
+            outputs, *more = self._run(inputs)
         except Exception as error:  # the engines' exceptions have no other base in common
             shape, reason = "x".join(map(str, inputs.shape)), one_line(error)
             raise Problem(f"the model cannot run on {shape} input, is its spec wrong? {reason}") from None
         wanted = len(inputs), len(self.spec["classes"])
         if outputs.shape != wanted:
             raise Problem(f"the model's spec is wrong: it promises outputs {wanted}, not {outputs.shape}")
-        return outputs
+        known = more[0] if self.spec["known"] and more else None
+        if bool(self.spec["known"]) != (known is not None and known.shape == wanted[:1]):
+            raise Problem("the model's spec is wrong: it does not fit the output `known`")
+        return outputs, known
 
 
 def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
-    """Predict one image: {"label", "probability", "top"}; top lists {"label", "probability"}, best first.
+    """Predict one image: {"label", "probability", "known", "top"}.
 
+    top lists {"label", "probability"}, best first. label is the first of them, or "unknown" or "unsure", see
+    Model; known says how familiar the image looks, see Model.run.
     path_or_array: a path, a binary file object, or uint8 [height, width, channels] with the model's channels
     (grey also as [height, width]). Several threads may call it at once. Raises Problem.
     """
@@ -219,16 +235,21 @@ def predict_decoded(model: Model, images: dict[int, np.ndarray], top_k: int) -> 
         keys = [key for key, pixels in images.items() if pixels.shape == shape]
         try:
             batch = np.stack([images[key] for key in keys]) if len(keys) > 1 else images[keys[0]][None]
-            probabilities = model.predict(batch)
+            probabilities, known = model.run(batch)
         except Problem as problem:
             results |= dict.fromkeys(keys, problem)
             continue
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # [batch, top_k]
         best = np.take_along_axis(probabilities, order, axis=1).astype(np.float64).round(6)
-        for key, indices, values in zip(keys, order.tolist(), best.tolist(), strict=True):
+        known = [None] * len(keys) if known is None else known.astype(np.float64).round(6).tolist()
+        for key, indices, values, share in zip(keys, order.tolist(), best.tolist(), known, strict=True):
             pairs = zip(indices, values, strict=True)
             top = [{"label": model.spec["classes"][index], "probability": value} for index, value in pairs]
-            results[key] = {**top[0], "top": top}
+            results[key] = {**top[0], "known": share, "top": top}
+            if model.reject is not None and share < round(1 - model.reject, 6):
+                results[key]["label"] = "unknown"
+            elif model.min_probability is not None and values[0] < model.min_probability:
+                results[key]["label"] = "unsure"
         for index in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)):
             results[keys[index]] = Problem("the model computes NaN or infinity for this image")
     return results
@@ -284,7 +305,7 @@ def load_onnx(path: str, threads: int, provider: str, once: bool) -> tuple[dict,
     except Exception as error:  # onnxruntime's exceptions have no other base in common
         engine = f"onnxruntime {onnxruntime.__version__}"
         raise Problem(f"{path} is not an ONNX file that {engine} can run: {one_line(error)}") from None
-    return read_spec(text, path), lambda array: session.run(None, {name: array})[0]
+    return read_spec(text, path), lambda array: session.run(None, {name: array})
 
 
 def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict, Callable]:
@@ -313,15 +334,17 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
         hint = f"torch {torch.__version__} can run (step2_export.py exports a checkpoint)"
         raise Problem(f"{path} is not a {kind} file that {hint}: {one_line(error)}") from None
 
-    def run(array: np.ndarray) -> np.ndarray:
+    def run(array: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
             array = array if array.flags.writeable else array.copy()  # torch warns of read-only arrays
-            return module(torch.from_numpy(array).to(provider)).cpu().numpy()
+            outputs = module(torch.from_numpy(array).to(provider))
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+            return [output.cpu().numpy() for output in outputs]
 
     return read_spec(extra["spec.json"], path), run
 
 
-# Suffix -> function(path, threads, provider, once) that returns the spec and a function from input to output.
+# Suffix -> function(path, threads, provider, once) that gives the spec and a function from input to outputs
 LOADERS: dict[str, Callable] = {".onnx": load_onnx, ".pt": load_torch, ".pt2": load_torch}
 
 
@@ -341,8 +364,10 @@ def read_spec(text: str | None, path: str) -> dict:
             height, width = spec["image_size"]
             valid = valid and len(classes) > 1 and channels in (1, 3)
             valid = valid and height in range(1, 1 << 15) and width in range(1, 1 << 15)
-        if not valid or not classes:
-            raise ValueError("classes, channels, image_size or white cannot be used")
+        known, *thresholds = (spec.setdefault(key, None) for key in ("known", "reject", "min_probability"))
+        valid = valid and all(share is None or 0 <= share <= 1 for share in thresholds)
+        if not valid or not classes or (known and not known["tolerance"] >= 0):
+            raise ValueError("classes, channels, image_size, white, known or thresholds cannot be used")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {type(error).__name__} {one_line(error)}") from None
     return spec
@@ -355,7 +380,7 @@ def self_test(model: Model) -> tuple[int, float, bool]:
     """
     import base64
 
-    spec, difference = model.spec, 0.0
+    spec, difference, moved = model.spec, 0.0, 0.0
     if not spec.get("golden"):
         raise Problem("this file carries no golden samples to test with")
     default = 2e-2 if "quantization" in spec else 1e-4
@@ -367,12 +392,16 @@ def self_test(model: Model) -> tuple[int, float, bool]:
             else:
                 file = io.BytesIO(base64.b64decode(sample["image"]))
                 inputs, expected = decode_image(file, spec["channels"])[None], sample["probabilities"]
-            expected = np.array(expected, float).reshape(len(spec["classes"]))
-            differences = np.abs(model.predict(inputs)[0] - expected) / np.maximum(1, np.abs(expected))
+            expected, ((outputs,), known) = np.array(expected, float), model.run(inputs)
+            expected = expected.reshape(len(spec["classes"]))
+            differences = np.abs(outputs - expected) / np.maximum(1, np.abs(expected))
             difference = float(np.maximum(difference, differences.max()))  # max() would lose NaN
+            if spec["known"]:
+                moved = max(moved, abs(float(known[0]) - float(sample["known"])))
     except (ValueError, KeyError, TypeError, OverflowError, Problem) as error:
         raise Problem(f"this file's golden samples are malformed: {error!r}") from None
-    return len(spec["golden"]), difference, difference <= tolerance
+    passed = difference <= tolerance and (not spec["known"] or moved <= spec["known"]["tolerance"])
+    return len(spec["golden"]), difference, passed
 
 
 # =============================================================================================== the program
@@ -577,11 +606,19 @@ def result_line(output_format: str, row: dict) -> str:
     """One image's row of JSON as it is, as a row of CSV, or as text, which has none for an error."""
     if output_format == "json":
         return json.dumps(row) + "\n"
-    top = [(entry["label"], entry["probability"]) for entry in row.get("top", [])]
     if output_format == "csv":
-        return csv_line(row["path"], row.get("error", ""), *itertools.chain.from_iterable(top))
-    ranked = [f"{printable(label)} {probability:.2%}" for label, probability in top]
-    return "  ".join([printable(row["path"]), *ranked]) + "\n" if top else ""
+        top = [entry[key] for entry in row.get("top", []) for key in ("label", "probability")]
+        cells = (
+            [row.get(key) for key in ("path", "error", "label", "probability", "known")] + top[:1] + top[2:]
+        )
+        return csv_line(*("" if cell is None else cell for cell in cells))
+    if "error" in row:
+        return ""
+    cells = [f"{printable(entry['label'])} {entry['probability']:.2%}" for entry in row["top"]]
+    if row["label"] != row["top"][0]["label"]:
+        cells.insert(0, row["label"])
+    known = [] if row["known"] is None else [f"known {row['known']:.1%}"]
+    return "  ".join([printable(row["path"]), *cells, *known]) + "\n"
 
 
 def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
@@ -639,7 +676,7 @@ def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -
     """Write what predict_files() yields to `out` and to --annotate; return the exit code. Raises Problem."""
     if args.format == "csv":
         more = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "probability")]
-        out.write(csv_line("path", "error", "label", "probability", *more))
+        out.write(csv_line("path", "error", "label", "probability", "known", "guess", *more))
     live = sys.stderr.isatty() and (args.output or sys.stdout is None or not sys.stdout.isatty())
     count, failures, started, shown = 0, 0, time.monotonic(), 2
     for chunk in results:
@@ -749,7 +786,8 @@ TAKES = {  # what is done, by the first of these that is given, and the options 
     "--self-test": "--model --threads --device",
     "--benchmark": "--model --threads --device --batch-size --format --output",
     "--values": "--model --threads --device --format --output",
-    "PATH": "--model --threads --device --batch-size --format --top-k --output --annotate",
+    "PATH": "--model --threads --device --batch-size --format --top-k --output --annotate "
+    "--reject --min-probability",
 }
 
 
@@ -768,6 +806,10 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("results").add_argument
     add("--format", choices=("text", "json", "csv"), help="json: one object per line (default: text)")
     add("--top-k", type=count, metavar="K", help="classes to name, best first (default: 3)")
+    share = number(float, 0, 1)
+    text = "keep this share of images like those trained on, such as 0.99; call others unknown"
+    add("--reject", type=share, metavar="X", help=text)
+    add("--min-probability", type=share, metavar="P", help="call answers with less probability unsure")
     add("--output", metavar="FILE", help="write to FILE, whole or not at all (default: standard output)")
     add("--annotate", metavar="DIR", help="also write each image to DIR with its result drawn below it")
     add = parser.add_argument_group("instead of predicting").add_mutually_exclusive_group().add_argument
@@ -847,6 +889,10 @@ def run(args: argparse.Namespace) -> int:
     if (model.spec["task"] == "regression") != bool(args.values):
         wanted = "images: give at least one PATH" if args.values else "numbers: give --values"
         raise Problem(f"{path} predicts from {wanted}", 2)
+    if args.reject is not None and not model.spec["known"]:
+        raise Problem(f"{path} does not say how familiar an image looks: --reject cannot be used", 2)
+    model.reject = model.reject if args.reject is None else args.reject
+    model.min_probability = model.min_probability if args.min_probability is None else args.min_probability
     with output_stream(args.output) as out:
         if args.values:
             return write_values(model, args.values, args.format, out)

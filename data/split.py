@@ -12,6 +12,9 @@ from data.cache import prefetch
 from data.files import stratified
 from step3_infer import Problem
 
+# Images held out for the calibration, at most. A temperature needs 1,000, a sharp threshold of `known` more.
+HELD_OUT, LARGEST_PART = 2500, 0.05
+
 
 @dataclass
 class Split:
@@ -98,26 +101,32 @@ def with_next(indices):
 
 
 def make_splits(dataset, settings, device: torch.device, resize: Callable) -> dict[str, Split]:
-    """The splits of a `data.Dataset` by name: "train", "test", and "val" from the dataset or by --val-
-    fraction.
+    """The splits of a `data.Dataset` by name: "train", "test", and perhaps "val" or "held-out".
 
-    settings: image_size, val_fraction and seed. Raises Problem if a split would be empty.
+    settings: image_size, val_fraction, calibration and seed. Raises Problem if a split would be empty.
     """
     images = settings.image_size, device, resize
     splits = {"train": make_split(dataset.train_images, dataset.train_labels, *images)}
     if dataset.val_images is not None:
         splits["val"] = make_split(dataset.val_images, dataset.val_labels, *images)
     elif settings.val_fraction:
-        labels = dataset.train_labels
-        if dataset.task == "regression":
-            labels = np.zeros(len(labels), np.int64)
-        held_out = stratified(labels, settings.val_fraction, settings.seed)
-        splits = {"train": splits["train"].part(~held_out), "val": splits["train"].part(held_out)}
+        splits["train"], splits["val"] = hold_out(splits["train"], settings.val_fraction, settings.seed)
         if not all(len(split) for split in splits.values()):
             fraction = f"--val-fraction {settings.val_fraction:g}"
             raise Problem(f"{fraction} leaves a split empty: there are too few images", 2)
+    elif settings.calibration == "held-out":
+        fraction = min(LARGEST_PART, HELD_OUT / len(splits["train"]))
+        splits["train"], splits["held-out"] = hold_out(splits["train"], fraction, settings.seed)
     splits["test"] = make_split(dataset.test_images, dataset.test_labels, *images)
     return splits
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Two parts of a split, the second with `fraction` of each class, of a regression that of all."""
+    labels = split.labels.cpu().numpy()[split.members]
+    labels = np.zeros(len(labels), np.int64) if labels.ndim > 1 else labels
+    chosen = stratified(labels, fraction, seed)
+    return split.part(~chosen), split.part(chosen)
 
 
 def make_split(

@@ -11,9 +11,10 @@ import shutil
 import string
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from deploy.card import markdown, model_card
-from step3_infer import replacing, sha256
+from step3_infer import replacing, say, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DIRECTORIES = ("cpp", "web")  # subdirectories of this one that a bundle includes
@@ -109,6 +110,28 @@ def remove(out: str) -> None:
     shutil.rmtree(os.path.join(out, "bundle"), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(archive_path(out))
+
+
+def earlier_parity(out: str, checkpoint_sha256: str, files: dict[str, str]) -> dict:
+    """What parity.json says of files of the same checkpoint; files of another one are removed.
+
+    files: their names by format.
+    """
+    try:
+        parity = json.loads(Path(out, "parity.json").read_text(encoding="utf-8"))
+        parity = {k: v for k, v in parity.items() if k in files and isinstance(v, dict)}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return {}
+    stale = [
+        name for name, figures in parity.items() if figures.get("checkpoint_sha256") != checkpoint_sha256
+    ]
+    for name in stale:
+        Path(out, files[name]).unlink(missing_ok=True)
+        del parity[name]
+    if stale:
+        remove(out)
+        say(f"note: {out} held an export of another checkpoint, which is removed: {', '.join(stale)}")
+    return parity
 
 
 def copy_files(folder, paths):

@@ -24,25 +24,25 @@ regression predicts more than 1, the relative difference.
 The spec inside the file must be the network's, too. Speed is measured, but decides nothing.
 """
 
-import itertools
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 import model
+from deploy.comparing import Outputs, accuracies, compare, compare_known, latency, predictions, promises, some
 from deploy.isolated import predict_isolated
 from step3_infer import Model, Problem
 
-BATCHES = (1, 7, 64)
 EXACT_TOLERANCE = 1e-4
 RESIZED_TOLERANCE = 5e-3
+KNOWN_TOLERANCE, RESIZED_KNOWN_TOLERANCE, INT8_KNOWN_TOLERANCE = 5e-3, 5e-2, 5e-2
 ACCURACY_TOLERANCE = 0.005
 SELF_TEST_TOLERANCE, INT8_SELF_TEST_TOLERANCE = 1e-4, 2e-2
 ISOLATED_SAMPLES = 16
-SPEC_KEYS = ("task", "classes", "channels", "image_size", "mean", "std", "checkpoint_sha256")
+SPEC_KEYS = ("task", "classes", "channels", "image_size", "mean", "std", "temperature", "checkpoint_sha256")
+CALIBRATION_KEYS = ("temperature", "calibration", "known")
 # The figures of a file that cannot be run.
 NO_FIGURES = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}
 
@@ -57,6 +57,7 @@ class Run:
     path: str
     spec: dict
     network: torch.nn.Module
+    familiarity: dict | None = None  # the tensors of model.Familiarity
     fingerprint: dict | None = None  # of the data it was trained with, see data.dataset.differences
     threads: int | None = None  # that files are run with
 
@@ -65,11 +66,20 @@ class Run:
         return self.spec["task"] == "regression"
 
     def deployable(self) -> model.Deployable:
-        cls = model.Regressor if self.regression else model.Deployable
-        return cls(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"]).eval()
+        cls, more = model.Regressor if self.regression else model.Deployable, {}
+        if self.spec.get("temperature"):
+            more["temperature"] = self.spec["temperature"]
+        if self.familiarity:
+            more["familiarity"] = model.Familiarity(self.familiarity)
+            more["layers"] = self.spec["known"]["layers"]
+        return cls(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"], **more).eval()
+
+    def without_calibration(self) -> "Run":
+        """The same run as if --calibration none had been given."""
+        return replace(self, spec={**self.spec, **dict.fromkeys(CALIBRATION_KEYS)}, familiarity=None)
 
 
-def rebuild(path: str, spec: dict, state_dict: dict) -> Run:
+def rebuild(path: str, spec: dict, state_dict: dict, familiarity: dict | None = None) -> Run:
     """The network of a checkpoint. Any exception means that the checkpoint is damaged or not one of ours."""
     channels, arguments = spec["channels"], spec["arguments"]
     options = {name: arguments[name] for name in model.options_of(spec["model"])}
@@ -77,7 +87,7 @@ def rebuild(path: str, spec: dict, state_dict: dict) -> Run:
     shape = {"channels": channels, "classes": len(spec["classes"]), "image_size": spec["image_size"]}
     network = model.build(spec["model"], **shape, **options)
     network.load_state_dict(state_dict)
-    run = Run(path, spec, network.eval())
+    run = Run(path, spec, network.eval(), familiarity)
     run.deployable()
     if not {"dataset", "test_accuracy", "parameters", "versions"} <= spec.keys():
         raise ValueError("its spec lacks keys")
@@ -87,21 +97,36 @@ def rebuild(path: str, spec: dict, state_dict: dict) -> Run:
 
 
 @torch.inference_mode()
-def reference(run: Run, inputs: np.ndarray) -> np.ndarray:
-    """What training computed: the network in eager fp32 on uint8 [N, H, W, C], as probabilities [N, classes].
+def reference(run: Run, inputs: np.ndarray) -> Outputs:
+    """What training computed: the network in eager fp32 on uint8 [N, H, W, C], calibrated.
 
-    For regression: on float32 [N, n], as predictions [N, 1]. Spelled out from the spec instead of calling
+    For regression: on float32 [N, n]. Spelled out from the spec and the checkpoint instead of calling
     Deployable, so that an error there is caught too.
     """
     spec, parts = run.spec, []
     mean, std = (torch.tensor(spec[key]) for key in ("mean", "std"))
     if run.regression:
-        return run.network((torch.from_numpy(inputs) - mean) / std).numpy()
+        return Outputs(run.network((torch.from_numpy(inputs) - mean) / std).numpy(), None)
     mean, std = mean[:, None, None], std[:, None, None]
     for part in torch.from_numpy(inputs).split(64):
         pixels = model.resize(part, spec["image_size"]).permute(0, 3, 1, 2)  # [batch, channels, H, W]
-        parts.append(run.network((pixels / 255.0 - mean) / std).softmax(1))
-    return torch.cat(parts).numpy()
+        pixels = (pixels / 255.0 - mean) / std
+        if run.familiarity is None:
+            parts.append((run.network(pixels), torch.empty(0)))
+        else:
+            parts.append(model.run_with_statistics(run.network, pixels, tuple(spec["known"]["layers"])))
+    logits, statistics = (torch.cat(column) for column in zip(*parts, strict=True))
+    probabilities = (logits / (spec.get("temperature") or 1)).softmax(1).numpy()
+    return Outputs(probabilities, run.familiarity and share_below(run.familiarity, statistics, logits))
+
+
+def share_below(familiarity: dict, statistics: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+    """`known` [N]: the place of each image's score in the sorted table; see model.Familiarity."""
+    state = {name: tensor.double().numpy() for name, tensor in familiarity.items()}
+    squared = ((statistics.double().numpy() @ state["weight"] + state["bias"]) ** 2).sum(1)
+    factor, offset, limit = state["logit"]
+    score = np.minimum(logits.amax(1).double().numpy() * factor + offset, limit) - np.log(squared)
+    return (np.searchsorted(state["table"], score) / len(state["table"])).astype(np.float32)
 
 
 def check_reference(run: Run, dataset, expected: np.ndarray) -> None:
@@ -148,10 +173,10 @@ def probes(spec: dict, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
 # ------------------------------------------------------------------------------------------------- the proofs
 
 
-def prove(run: Run, file: str, dataset, expected: np.ndarray, tolerance: float) -> tuple[dict, list[str]]:
+def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> tuple[dict, list[str]]:
     """Compare a file with the trained network; returns figures for parity.json, and failures in words.
 
-    expected: outputs of the reference on the test split, [N, classes]. Raises Problem if step3 cannot run it.
+    expected: outputs of the reference on the test split. Raises Problem if step3 cannot run it.
     """
     exported, images = Model(file, run.threads), dataset.test_images
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
@@ -159,9 +184,11 @@ def prove(run: Run, file: str, dataset, expected: np.ndarray, tolerance: float) 
     failures += [f"test split: {failure}" for failure in found]
     if run.regression:
         figures["accuracy"] = figures["top1_agreement"] = None
-        figures["mean_squared_error"] = float(((got - dataset.test_labels) ** 2).mean())
+        figures["mean_squared_error"] = float(((got.main - dataset.test_labels) ** 2).mean())
     else:
-        figures |= accuracies(exported, got, expected, dataset)
+        figures |= accuracies(exported, got.main, expected.main, dataset)
+        kept, found = promises(run.spec, got, dataset.test_labels)
+        figures, failures = figures | kept, failures + found
     figures["probes"] = {}
     for name, probe in probes(run.spec):
         wanted, got = reference(run, probe), predictions(exported, probe)
@@ -172,26 +199,29 @@ def prove(run: Run, file: str, dataset, expected: np.ndarray, tolerance: float) 
     return figures, failures + [f"isolated: {failure}" for failure in found]
 
 
-def prove_int8(run: Run, file: str, dataset, expected: np.ndarray, max_drop: float) -> tuple[dict, list[str]]:
+def prove_int8(run: Run, file: str, dataset, expected: Outputs, max_drop: float) -> tuple[dict, list[str]]:
     """The same for an int8 file, which may lose `max_drop` points of accuracy instead."""
     exported, images = Model(file, run.threads), dataset.test_images
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
-    figures, _ = compare(expected, got, 1.0)
-    figures |= accuracies(exported, got, expected, dataset)
+    figures, _ = compare(expected.main, got.main, 1.0)
+    figures |= accuracies(exported, got.main, expected.main, dataset)
+    kept, found = promises(run.spec, got, dataset.test_labels)
+    figures, failures = figures | kept, failures + found
     drop = figures["drop"] = round(100 * (figures["accuracy_trained"] - figures["accuracy"]), 3)
     if not drop <= max_drop:
         failures.append(f"it loses {drop:.2f} points of accuracy, --max-drop allows {max_drop:g}")
     for name, probe in probes(run.spec):
-        if not np.allclose(predictions(exported, probe).sum(1), 1, atol=1e-3):
+        if not np.allclose(predictions(exported, probe).main.sum(1), 1, atol=1e-3):
             failures.append(f"{name}: the probabilities do not add up to 1")
     figures |= latency(exported, images[:1])
     figures["isolated"], found = prove_isolated(run, file, images, got, EXACT_TOLERANCE)
     return figures, failures + [f"isolated: {failure}" for failure in found]
 
 
-def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: np.ndarray, tolerance: float):
+def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: Outputs, tolerance: float):
     """Compare the first inputs again, predicted by a process that has only step3_infer.py and the file."""
-    inputs, expected = inputs[:ISOLATED_SAMPLES], expected[:ISOLATED_SAMPLES]
+    inputs = inputs[:ISOLATED_SAMPLES]
+    expected = some(expected, slice(ISOLATED_SAMPLES))
     try:
         got = predict_isolated(run.spec, file, inputs)
     except Problem as problem:
@@ -211,90 +241,53 @@ def is_exact(inputs: np.ndarray, spec: dict) -> bool:
 
 
 @torch.inference_mode()
-def rounding_effect(run: Run, inputs: np.ndarray, draws: int = 4) -> float:
+def rounding_effect(run: Run, inputs: np.ndarray, draws: int = 4) -> list[float]:
     """How far the reference's outputs move, at most, when resizing rounds differently, tried at random.
 
     One grey level up or down in a hundredth of the pixels; in a whole row of an image; in a whole column,
-    because an image one pixel wide is resized to rows of equal pixels.
+    because an image one pixel wide is resized to rows of equal pixels. One figure for each output.
     """
     parts = torch.from_numpy(inputs).split(64)
     resized = torch.cat([model.resize(part, run.spec["image_size"]) for part in parts])
     n, height, width, channels = resized.shape
-    expected, generator, largest = reference(run, resized.numpy()), torch.Generator().manual_seed(0), 0.0
+    expected, generator, largest = (
+        reference(run, resized.numpy()),
+        torch.Generator().manual_seed(0),
+        [0.0, 0.0],
+    )
     for _ in range(draws):
         for size, share in ((height, width), 0.01), ((height, 1), 1 / height), ((1, width), 1 / width):
             hit = torch.rand(n, *size, channels, generator=generator) < share
             up = torch.rand(n, *size, channels, generator=generator) < 0.5
             disturbed = (resized + hit * (2 * up.int() - 1)).clamp(0, 255).to(torch.uint8)
-            largest = max(largest, float(np.abs(reference(run, disturbed.numpy()) - expected).max()))
+            pairs = zip(expected, reference(run, disturbed.numpy()), strict=True)
+            moved = [
+                0.0 if before is None else float(np.abs(after - before).max()) for before, after in pairs
+            ]
+            largest = list(map(max, largest, moved))
     return largest
 
 
-def compare_on(run: Run, inputs: np.ndarray, expected: np.ndarray, got: np.ndarray, tolerance: float):
-    """`compare` with the tolerance that the inputs' size allows."""
-    if is_exact(inputs, run.spec):
-        return compare(expected, got, tolerance)
-    tolerance = max(tolerance, RESIZED_TOLERANCE)
-    figures, failures = compare(expected, got, tolerance)
-    if failures:  # twice the effect, as its few samples are not the worst
-        figures, failures = compare(expected, got, max(tolerance, 2 * rounding_effect(run, inputs)))
+def compare_on(run: Run, inputs: np.ndarray, expected: Outputs, got: Outputs, tolerance: float):
+    """`compare` and `compare_known` with the tolerances that the inputs' size allows."""
+    limits = [tolerance, KNOWN_TOLERANCE]
+    if not is_exact(inputs, run.spec):
+        limits = [max(tolerance, RESIZED_TOLERANCE), RESIZED_KNOWN_TOLERANCE]
+    figures, failures = compare_both(expected, got, *limits)
+    if failures and not is_exact(inputs, run.spec):  # twice the effect, as its few samples are not the worst
+        limits = [
+            max(limit, 2 * effect) for limit, effect in zip(limits, rounding_effect(run, inputs), strict=True)
+        ]
+        figures, failures = compare_both(expected, got, *limits)
     return figures, failures
 
 
-def compare(expected: np.ndarray, got: np.ndarray, tolerance: float) -> tuple[dict, list[str]]:
-    """Figures of one comparison of outputs [N, classes], and the failures among them in words."""
-    difference = (np.abs(expected.astype(np.float64) - got) / np.maximum(1, np.abs(expected))).max(axis=1)
-    finite = np.isfinite(difference)
-    difference[~finite] = np.inf  # NaN agrees with nothing
-    top, got_top = expected.argmax(1), got.argmax(1)
-    rows = np.arange(len(expected))
-    changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > tolerance / 5)
-    quantiles = (0.5, 0.9, 0.99) if finite.any() else ()
-    figures = {
-        "max_abs_diff": float(difference.max()) if finite.all() else None,
-        "quantiles": {f"{q:g}": float(np.quantile(difference[finite], q)) for q in quantiles},
-        "top1_agreement": float((top == got_top).mean()),
-        "samples": len(expected),
-        "tolerance": tolerance,
-    }
-    failures = []
-    if not difference.max() <= tolerance:
-        failures.append(f"outputs differ by up to {difference.max():.1e} (limit {tolerance:.0e})")
-    if changed.any():
-        failures.append(f"{changed.sum()} of {len(expected)} answers changed")
-    return figures, failures
-
-
-def predictions(exported: Model, inputs: np.ndarray) -> np.ndarray:
-    """Outputs [N, classes] of a loaded file for inputs [N, ...], in batches of 1, 7, 64, 1, 7, 64, ..."""
-    outputs, start = [], 0
-    for size in itertools.cycle(BATCHES):
-        if start >= len(inputs):
-            return np.concatenate(outputs)
-        outputs.append(exported.predict(inputs[start : start + size]))
-        start += size
+def compare_both(expected: Outputs, got: Outputs, tolerance: float, known_tolerance: float):
+    figures, failures = compare(expected.main, got.main, tolerance)
+    known, found = compare_known(expected.known, got.known, known_tolerance)
+    return figures | known, failures + found
 
 
 def spec_failures(spec: dict, exported_spec: dict) -> list[str]:
-    wrong = [key for key in SPEC_KEYS if exported_spec.get(key) != spec[key]]
+    wrong = [key for key in SPEC_KEYS if exported_spec.get(key) != spec.get(key)]
     return [f"spec: the file's {key} are not the network's" for key in wrong]
-
-
-def accuracies(exported: Model, got: np.ndarray, expected: np.ndarray, dataset) -> dict:
-    """By name, as a user reads the answers: a wrong order of the class names costs accuracy here."""
-    answers = np.array(exported.spec["classes"])[got.argmax(1)]
-    return {
-        "accuracy": float((answers == np.array(dataset.classes)[dataset.test_labels]).mean()),
-        "accuracy_trained": float((expected.argmax(1) == dataset.test_labels).mean()),
-    }
-
-
-def latency(exported: Model, image: np.ndarray, repeats: int = 30) -> dict:
-    """Milliseconds for one decoded image, on all threads: the median, and the 10th and 90th percentile."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        exported.predict(image)
-        times.append(time.perf_counter() - started)
-    low, median, high = (round(1000 * float(value), 4) for value in np.percentile(times, (10, 50, 90)))
-    return {"latency_ms": median, "latency_spread": [low, high]}

@@ -60,6 +60,7 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float)
         if drop <= max_drop / 2:  # images that the network was trained on are easier than others
             break
     best = min(range(len(tried)), key=lambda number: tried[number]["drop_training"])
+    move_table(source, f"{source}.{best}.onnx", check_images)
     return f"{source}.{best}.onnx", {**tried[best], "tried": tried}
 
 
@@ -108,13 +109,15 @@ def nodes_in_float(graph, last_in_float: bool) -> list[str]:
     request the last layer.
     """
     names = [node.name for node in graph.node]
-    weighted = [node for node in graph.node if node.op_type in WEIGHTED]
+    main = nodes_for(graph, graph.output[0].name)
+    weighted = [node for node in main if node.op_type in WEIGHTED]
     if not weighted:
         raise ValueError("the network has no layer to quantize")
     constants = {tensor.name: tensor for tensor in graph.initializer}
     first, last = weighted[0], weighted[-1]
     excluded = names[: names.index(first.name)] + names[names.index(last.name) + 1 :]
-    for node in graph.node:
+    excluded += [node.name for node in graph.node if node not in main]  # of `known`, which must stay exact
+    for node in main:
         if node.op_type == "Add" and any(name in constants for name in node.input):
             excluded.append(node.name)
     if len(weighted) > 1:
@@ -123,6 +126,16 @@ def nodes_in_float(graph, last_in_float: bool) -> list[str]:
         if last_in_float:
             excluded.append(last.name)
     return excluded
+
+
+def nodes_for(graph, output: str) -> list:
+    """The nodes that an output depends on, in their order."""
+    needed, nodes = {output}, []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            nodes.insert(0, node)
+    return nodes
 
 
 class Batches:
@@ -150,6 +163,45 @@ def without_advice():
             yield
     finally:
         logger.removeFilter(wanted)
+
+
+# ------------------------------------------------------------------------------------------------------ known
+
+
+def move_table(source: str, quantized: str, images: np.ndarray) -> None:
+    """Give a quantized file a table of its own for `known`, as int8 moves the scores that it compares.
+
+    Each entry moves as the scores of equal rank do, from `source` to `quantized`, over uint8 images
+    [N, H, W, C] of the training split. Without `known` there is nothing to do.
+    """
+    proto = onnx.load(quantized)
+    if len(proto.graph.output) < 2:
+        return
+    before, after = (np.sort(scores(file, images)) for file in (source, quantized))
+    table = next(
+        tensor for tensor in proto.graph.initializer if tensor.name == table_and_score(proto.graph)[0]
+    )
+    entries = onnx.numpy_helper.to_array(table)
+    moved = np.sort(entries + np.interp(entries, before, after - before)).astype(np.float32)
+    table.CopyFrom(onnx.numpy_helper.from_array(moved, table.name))
+    onnx.save(proto, quantized)
+
+
+def table_and_score(graph) -> list[str]:
+    """The names of the two values whose comparison makes `known`."""
+    return list(next(node for node in nodes_for(graph, "known") if node.op_type == "Less").input)
+
+
+def scores(file: str, images: np.ndarray) -> np.ndarray:
+    """The scores [N] that a file compares with its table, of uint8 images [N, H, W, C]."""
+    import onnxruntime
+
+    proto = onnx.load(file)
+    score = table_and_score(proto.graph)[1]
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(score, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
+    return np.concatenate([session.run([score], {"image": batch})[0].ravel() for batch in batches])
 
 
 # -------------------------------------------------------------------------------------------------- finishing

@@ -10,12 +10,13 @@ import tempfile
 import numpy as np
 
 import step3_infer
+from deploy.comparing import Outputs
 from deploy.samples import to_png
 from step3_infer import Problem
 
 
-def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> np.ndarray:
-    """Outputs [N, classes] for inputs [N, ...]; images are given as PNG files. Raises Problem.
+def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
+    """Outputs for inputs [N, ...]; images are given as PNG files. Raises Problem.
 
     spec: what the file should say of itself. A class that the answer lacks becomes NaN.
     """
@@ -26,7 +27,7 @@ def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> np.ndarray:
         raise Problem(f"no temporary directory to run it in: {error.strerror or error}") from None
     if done.returncode != 0:
         raise Problem(f"step3_infer.py failed: {done.stderr.strip()}")
-    outputs = []
+    outputs, known = [], []
     for line in done.stdout.splitlines():
         result = json.loads(line)
         if spec["task"] == "regression":
@@ -34,7 +35,9 @@ def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> np.ndarray:
         else:
             probabilities = {entry["label"]: entry["probability"] for entry in result["top"]}
             outputs.append([probabilities.get(name, np.nan) for name in spec["classes"]])
-    return np.array(outputs, np.float32)
+            known.append(result["known"])
+    has_known = known and known[0] is not None
+    return Outputs(np.array(outputs, np.float32), np.array(known, np.float32) if has_known else None)
 
 
 def run_step3(spec: dict, file: str, inputs: np.ndarray, folder: str, pictures: str):

@@ -15,6 +15,7 @@ import numpy as np
 
 from deploy.card import busy, confusion_matrix, formatted, without_empty_columns
 from deploy.card import per_class as per_class  # for step1, which imports this module only
+from deploy.reliability import calibration_error as calibration_error
 from step3_infer import printable, replacing, sha256
 
 CAPTIONS = {

@@ -6,6 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from deploy.comparing import Outputs
+
 
 def one_of_each_class(dataset, count: int) -> list[int]:
     """Indices of the first test image of each of the first `count` classes; for regression the first rows."""
@@ -15,31 +17,33 @@ def one_of_each_class(dataset, count: int) -> list[int]:
     return [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in labels]
 
 
-def golden_samples(inputs: np.ndarray, outputs: np.ndarray) -> list[dict]:
-    """Inputs, images as base64 PNG, each with its outputs: uint8 [N, H, W, C] and probabilities [N, classes].
-
-    For regression: features [N, n] and predictions [N, 1].
-    """
+def golden_samples(inputs: np.ndarray, outputs: Outputs) -> list[dict]:
+    """Inputs, images uint8 [N, H, W, C] as base64 PNG, or features [N, n], each with its outputs."""
     if inputs.ndim == 2:
-        pairs = zip(inputs.tolist(), outputs.tolist(), strict=True)
+        pairs = zip(inputs.tolist(), outputs.main.tolist(), strict=True)
         return [{"features": features, "prediction": prediction} for features, prediction in pairs]
     samples = []
-    for image, probabilities in zip(inputs, outputs.tolist(), strict=True):
+    for number, (image, probabilities) in enumerate(zip(inputs, outputs.main.tolist(), strict=True)):
         encoded = base64.b64encode(to_png(image)).decode()
-        samples.append({"image": encoded, "probabilities": [round(p, 7) for p in probabilities]})
+        sample = {"image": encoded, "probabilities": [round(p, 7) for p in probabilities]}
+        samples.append(sample if outputs.known is None else {**sample, "known": known_of(outputs, number)})
     return samples
 
 
-def bundle_samples(inputs: np.ndarray, outputs: np.ndarray, classes: list[str]) -> list[tuple]:
+def known_of(outputs: Outputs, number: int) -> float | None:
+    return None if outputs.known is None else round(float(outputs.known[number]), 6)
+
+
+def bundle_samples(inputs: np.ndarray, outputs: Outputs, classes: list[str]) -> list[tuple]:
     """Each sample as the bytes of a PNG, None for regression, and what step3 --format json prints of it."""
     if inputs.ndim == 2:
-        pairs = zip(inputs.tolist(), outputs[:, 0].tolist(), strict=True)
+        pairs = zip(inputs.tolist(), outputs.main[:, 0].tolist(), strict=True)
         return [(None, {"values": features, "prediction": prediction}) for features, prediction in pairs]
     samples = []
-    for image, probabilities in zip(inputs, outputs.tolist(), strict=True):
+    for number, (image, probabilities) in enumerate(zip(inputs, outputs.main.tolist(), strict=True)):
         ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])[:3]
         top = [{"label": label, "probability": round(probability, 6)} for label, probability in ranked]
-        samples.append((to_png(image), {**top[0], "top": top}))
+        samples.append((to_png(image), {**top[0], "known": known_of(outputs, number), "top": top}))
     return samples
 
 

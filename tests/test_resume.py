@@ -18,7 +18,7 @@ from conftest import ROOT
 import data
 import step1_train
 from data.dataset import with_fingerprint
-from training import cpu, runs
+from training import cpu, locking, runs
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import soak_resume
@@ -255,7 +255,7 @@ def test_another_dataset_is_noticed(call, here, monkeypatch):
 
 def test_two_processes_do_not_resume_the_same_run(call, here, monkeypatch):
     run = stopped_run(call, here, monkeypatch)
-    with runs.locked(str(run)):
+    with locking.locked(str(run)):
         call(step1_train.main, "--resume", "a").error(1, "is being trained by another process")
 
 

@@ -20,7 +20,7 @@ import data
 import model
 import step1_train
 import step2_export
-from training import recipes, runs, trainer
+from training import command_line, locking, recipes, runs, trainer
 
 TINY = "--model mlp --hidden 16 --epochs 2".split()
 
@@ -323,8 +323,8 @@ def test_an_interrupt_while_torch_is_imported_has_no_traceback(here, slow_torch,
 
 
 def test_the_networks_listed_without_torch_are_those_there_are():
-    assert recipes.NETWORKS.keys() == model.MODELS.keys()
-    assert set(recipes.torchvision_names()) == set(model.torchvision_names())
+    assert command_line.NETWORKS.keys() == model.MODELS.keys()
+    assert set(command_line.torchvision_names()) == set(model.torchvision_names())
 
 
 @pytest.fixture
@@ -406,9 +406,9 @@ def test_a_run_in_progress_is_not_the_newest(call, here):
     for name in ("older", "newer"):
         call(step1_train.main, *TINY, "--epochs", 1, "--name", name).done()
     assert runs.find() == os.path.join("runs", "newer")
-    with runs.locked("runs/newer"):
+    with locking.locked("runs/newer"):
         assert runs.find() == os.path.join("runs", "older")
-        with runs.locked("runs/older"):
+        with locking.locked("runs/older"):
             call(step2_export.main).error(1, "runs/newer is being trained by another process")
 
 

@@ -10,6 +10,12 @@ from step3_infer import say
 from training import runs
 
 FEW = 100  # test images: the result then says how many they were
+CALIBRATION = {  # what it prints of each of recipes.CALIBRATIONS
+    "validation": "calibrate on the validation split (--calibration none: not at all)\n",
+    "held-out": "calibrate on the images held out (--calibration none: not at all)\n",
+    "twin": "calibrate by a twin, trained afterwards for half as long (--calibration none: not at all)\n",
+    "none": "",
+}
 
 
 def is_silent(trainer) -> bool:
@@ -44,6 +50,7 @@ def print_settings(trainer, threads: str = "") -> None:
         f"training  {epochs} of batch {settings.batch_size}, {settings.optimizer} "
         f"lr {settings.lr:g} {settings.schedule}, weight decay {settings.weight_decay:g},\n"
         f"          label smoothing {settings.label_smoothing:g}, augment {augment}\n"
+        f"{CALIBRATION[settings.calibration]}"
         f"machine   {machine}, {precision}, seed {settings.seed}\n"
         f"{note}"
         f"run       {trainer.run}",
@@ -52,7 +59,7 @@ def print_settings(trainer, threads: str = "") -> None:
 
 
 def print_header(trainer) -> None:
-    if not is_silent(trainer):
+    if not is_silent(trainer) and not trainer.is_twin and trainer.progress.epoch <= trainer.settings.epochs:
         print(f"epoch   train loss  accuracy  {trainer.watched:>8} loss  accuracy   seconds", flush=True)
 
 
@@ -62,7 +69,7 @@ def print_row(trainer, epoch: int, measured: tuple, seconds: float) -> None:
     measured: loss and accuracy of training, then of the split that is evaluated after each epoch.
     """
     epochs = trainer.settings.epochs
-    if is_silent(trainer) or (epochs > 50 and epoch % (epochs // 20) and epoch < epochs):
+    if is_silent(trainer) or trainer.is_twin or (epochs > 50 and epoch % (epochs // 20) and epoch < epochs):
         return
     train_loss, train_accuracy, loss, accuracy = measured
     first, second = ("-" if value is None else f"{value:.2%}" for value in (train_accuracy, accuracy))
@@ -73,7 +80,7 @@ def print_row(trainer, epoch: int, measured: tuple, seconds: float) -> None:
 
 def progress_bar(trainer, batches):
     """The batches of an epoch, with a bar on standard error if it is a terminal."""
-    title = f"epoch {trainer.progress.epoch}/{trainer.settings.epochs}"
+    title = f"{'twin' if trainer.is_twin else 'epoch'} {trainer.progress.epoch}/{trainer.settings.epochs}"
     steps = {"total": trainer.steps_per_epoch, "initial": trainer.progress.steps}
     return tqdm(batches, title, leave=False, disable=True if is_silent(trainer) else None, **steps)
 

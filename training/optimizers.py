@@ -5,8 +5,8 @@ import math
 
 import torch
 
-import model
 from training import cpu
+from training.weights import head_keys
 
 WARM_UP = 0.3  # the part of onecycle's steps in which the rate rises
 FIRST_OF_ONECYCLE = 1 / 25  # of the highest rate
@@ -41,7 +41,7 @@ def set_rate(optimizer: torch.optim.Optimizer, part: float) -> None:
 
 def freeze_backbone(network: torch.nn.Module) -> None:
     """Leave only the head trainable."""
-    head = model.head_keys(network)
+    head = head_keys(network)
     for key, parameter in network.named_parameters():
         parameter.requires_grad = key in head
 
@@ -76,7 +76,7 @@ def muon_groups(network: torch.nn.Module, parameters: list, lr: float) -> list[d
     weights = [p for p in parameters if p.ndim > 1]
     named = dict(network.named_parameters())
     first = next(p for p in named.values() if p.ndim > 1)
-    ends = [first, *(named[key] for key in model.head_keys(network) if key in named)]
+    ends = [first, *(named[key] for key in head_keys(network) if key in named)]
     ends = {id(p) for p in ends}
     return [
         {"params": [p for p in weights if id(p) not in ends], "lr": lr, "orthogonal": True},

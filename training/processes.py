@@ -128,10 +128,17 @@ def choose_device(name: str, processes: Processes) -> torch.device:
     return device
 
 
-def choose_machine(
-    settings, processes: Processes, bf16_pays: bool
-) -> tuple[torch.device, torch.dtype | None]:
-    """The device, and the dtype of autocast or None for fp32. Raises Problem if it cannot be had.
+@dataclass(frozen=True)
+class Machine:
+    """What trains: a device, the dtype of autocast or None for fp32, and this process among others."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    processes: Processes
+
+
+def choose_machine(settings, processes: Processes, bf16_pays: bool) -> Machine:
+    """The machine that the settings ask for. Raises Problem if it cannot be had.
 
     settings: device, precision, batch_size, sync_batchnorm. bf16_pays: whether the network gains from it.
     """
@@ -147,7 +154,7 @@ def choose_machine(
             bf16 = torch.cuda.is_bf16_supported()
         elif device.type == "cpu":
             bf16 = cpu.supports_bf16()
-    return device, torch.bfloat16 if bf16 else None
+    return Machine(device, torch.bfloat16 if bf16 else None, processes)
 
 
 class Stopped(Exception):

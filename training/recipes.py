@@ -6,11 +6,7 @@ module needs no torch, so that step1 can answer a wrong command line at once.
 """
 
 import argparse
-import glob
-import importlib.util
-import os
 import re
-import textwrap
 
 import data
 from step3_infer import Problem
@@ -54,13 +50,10 @@ RECIPES = {
         **{"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
     },
 }
-NETWORKS = {  # model.MODELS, described for --list-models
-    "airbench": "the default, after airbench94 (2024); --width scales its channels",
-    "linear": "one linear layer, the default for --dataset linear",
-    "mlp": "fully connected: --hidden sizes (default 128), --dropout",
-    "mynet": "the CIFAR tutorial's small convolutional network; --dropout (0.1)",
-    "resblock": "the MNIST tutorial's residual network of stride-2 convolutions",
-}
+# What the calibration looks at, see training/calibration.py. A twin serves training splits of fewer than MANY
+# images, and none those of fewer than FEW_TO_CALIBRATE.
+CALIBRATIONS = ("validation", "held-out", "twin", "none")
+MANY, FEW_TO_CALIBRATE = 20_000, 200
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
 MAY_CHANGE = (
@@ -88,6 +81,7 @@ BELONGS_TO = {
     "augment": ("images, and --dataset linear has features", lambda s: s.dataset != "linear"),
     "class_weights": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
     "label_smoothing": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
+    "calibration": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
     "patience": (
         "a validation split: give --val-fraction as well",
         lambda s: s.val_fraction or s.dataset in OWN_IMAGES,
@@ -161,7 +155,7 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
     settings = argparse.Namespace(**vars(settings))
     count = len(dataset.train_images)
     if dataset.task == "regression":
-        settings.augment, settings.image_size = [], (1, 1)
+        settings.augment, settings.image_size, settings.calibration = [], (1, 1), "none"
         settings.batch_size = min(settings.batch_size, count)
         return settings
     _, height, width, channels = dataset.train_images.shape
@@ -175,7 +169,9 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         if len(settings.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)
         settings.augment = []
-    check_validation(settings, dataset.val_images is not None)
+    has_val = dataset.val_images is not None
+    check_validation(settings, has_val)
+    settings.calibration = calibration(settings, has_val, dataset.train_labels)
     own = settings.dataset in OWN_IMAGES
     if own and "epochs" not in given:
         settings.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
@@ -194,6 +190,24 @@ def check_validation(settings: argparse.Namespace, has_val: bool) -> None:
         raise Problem("--val-fraction does not go with data that has a validation split of its own", 2)
     if settings.patience and not has_val and not settings.val_fraction:
         raise Problem("--patience needs a validation split: give --val-fraction as well", 2)
+
+
+def calibration(settings: argparse.Namespace, has_val: bool, labels) -> str:
+    """Which images show how sure the network may be: one of CALIBRATIONS. labels: of the training split, [n].
+
+    Few images suffer most if some are held out; a twin then costs the time of another run instead. Raises
+    Problem.
+    """
+    asked, has_val = settings.calibration, has_val or bool(settings.val_fraction)
+    if asked in ("held-out", "twin") and has_val:
+        raise Problem(f"--calibration {asked} does not go with a validation split, which serves as well", 2)
+    if asked:
+        return asked
+    if has_val:
+        return "validation"
+    if len(labels) < FEW_TO_CALIBRATE:
+        return "none"
+    return "twin" if len(labels) < MANY else "held-out"
 
 
 def batch_halvings(settings: argparse.Namespace, count: int | None, most_pixels: int | None) -> int:
@@ -236,48 +250,3 @@ def resumed(
         raise Problem(f"{run} is finished; --epochs above {epochs} trains it further", 2)
     settings = {name: arguments.get(name, default) for name, default in defaults.items()}
     return argparse.Namespace(**{**settings, **given})
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """An argparse type: '32' or '48x64' as (height, width)."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    size = match and (int(match[1]), int(match[2] or match[1]))
-    if not size or not 1 <= min(size) <= max(size) <= 4096:
-        message = f"{text!r} is not a size such as 32 or 48x64 (height x width, 1 to 4096)"
-        raise argparse.ArgumentTypeError(message)
-    return size
-
-
-def checkpoint_interval(text: str) -> int | str:
-    """An argparse type: '500' as a number of steps, or '10m', minutes, as it is."""
-    minutes = re.fullmatch(r"(\d{1,6}(\.\d+)?)m", text)
-    if minutes and float(minutes[1]) > 0:
-        return text
-    if re.fullmatch(r"[1-9]\d{0,8}", text):
-        return int(text)
-    message = f"{text!r} is neither a number of steps such as 500 nor of minutes such as 10m"
-    raise argparse.ArgumentTypeError(message)
-
-
-def list_names(args: argparse.Namespace) -> int:
-    """Print what --list-datasets and --list-models ask for, and return the exit code."""
-    if args.list_datasets:
-        for name, about in data.DATASETS.items():
-            print(f"{name:14} {about}")
-    if args.list_models:
-        for name, about in NETWORKS.items():
-            print(f"{name:14} {about}")
-        print(textwrap.fill("and torchvision's: " + " ".join(torchvision_names()), 79))
-    return 0
-
-
-def torchvision_names() -> list[str]:
-    """The names of torchvision's classification networks, read from its source without importing it."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None:
-        raise Problem("torchvision is not installed: pip install -r requirements.txt")
-    names = []
-    for path in glob.glob(os.path.join(os.path.dirname(spec.origin), "models", "*.py")):
-        with open(path, encoding="utf-8") as file:
-            names += re.findall(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", file.read(), re.MULTILINE)
-    return sorted(names)

@@ -25,16 +25,13 @@ import torch
 
 import model
 from step3_infer import Problem, replacing, say
+from training.locking import is_locked, locked
 from training.recipes import OWN_IMAGES, RESERVED
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two processes that resume one run are not kept apart
-    fcntl = None
 
 SCHEMA = 2  # of checkpoints; 1 can be exported, but not resumed
 RUNS, EXPORTS = "runs", "exports"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+TWIN = "twin"  # the directory of the run that calibrates another, see training/calibration.py
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
 
 
@@ -129,35 +126,6 @@ def find_newest(unfinished: bool) -> str:
 
 def is_finished(run: str) -> bool:
     return os.path.exists(os.path.join(run, SUMMARY))
-
-
-def is_locked(run: str) -> bool:
-    """Is another process training this run?"""
-    try:
-        with locked(run):
-            return False
-    except Problem:
-        return True
-
-
-@contextlib.contextmanager
-def locked(run: str) -> Iterator[None]:
-    """Keep the run directory for this process alone. Raises Problem if another process trains in it."""
-    if not fcntl:
-        yield
-        return
-    try:
-        handle = os.open(run, os.O_RDONLY)
-    except OSError as error:
-        raise Problem(f"cannot read {run}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Problem(f"{run} is being trained by another process") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -259,14 +227,16 @@ def write_metrics(run: str, rows: list[dict]) -> None:
     write(run, METRICS, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
-def save_checkpoint(run: str, spec: dict, state_dict: dict, epoch: int, training: dict) -> None:
+def save_checkpoint(
+    run: str, spec: dict, state_dict: dict, epoch: int, training: dict, familiarity: dict | None = None
+) -> None:
     """Write the checkpoint and keep the one before it. Raises CannotWrite.
 
     state_dict, epoch: the network that is the result so far, and the epoch it is from. training: all else
-    that `Trainer.restore` needs to go on.
+    that `Trainer.restore` needs to go on. familiarity: the tensors of model.Familiarity.
     """
     checkpoint = {"schema": SCHEMA, "spec": spec, "state_dict": state_dict, "arguments": spec["arguments"]}
-    checkpoint |= {"epoch": epoch, "training": training}
+    checkpoint |= {"epoch": epoch, "training": training, "familiarity": familiarity}
     content = io.BytesIO()
     torch.save(checkpoint, content)  # not to the file: torch turns a full disk into an error of its own
     write(run, CHECKPOINT, content.getbuffer(), previous=PREVIOUS)
@@ -282,8 +252,19 @@ def keep(path: str, previous: str) -> None:
         os.replace(path, previous)
 
 
-def remove_previous(run: str) -> None:
-    """Remove the checkpoint before the last, which a finished run does not need."""
+def begin_twin(run: str) -> tuple[str, dict | None]:
+    """The directory of a run's twin, and its checkpoint if it has been begun. Raises Problem."""
+    twin = os.path.join(run, TWIN)
+    try:
+        os.makedirs(twin, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(f"cannot make {twin}: {error.strerror}") from None
+    return twin, read(twin)[1] if os.listdir(twin) else None
+
+
+def tidy(run: str) -> None:
+    """Remove what a finished run does not need: its twin, and the checkpoint before the last."""
+    shutil.rmtree(os.path.join(run, TWIN), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(run, PREVIOUS))
 

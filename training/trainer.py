@@ -17,7 +17,8 @@ import data
 from data.split import Split, seed_of
 from step3_infer import SCHEMA, Problem
 from training import cpu, optimizers, runs
-from training.processes import Processes, Signals, Stopped
+from training.calibration import Calibration
+from training.processes import Machine, Signals, Stopped
 
 # The part of the logarithms of the classes' shares that --class-weights takes. With 1 the mean recall is
 # best, and the accuracy falls most.
@@ -46,7 +47,7 @@ class Progress:
 class Evaluation(NamedTuple):
     """A network over a split: mean loss without smoothing; accuracy, None for a regression; and its outputs.
 
-    outputs: numpy's float32, probabilities [n, classes], or predictions [n, 1] of a regression.
+    outputs: numpy's float32, logits [n, classes], or predictions [n, 1] of a regression.
     """
 
     loss: float
@@ -58,7 +59,7 @@ class Trainer:
     """The network of a run with its optimizer, data and progress, in one of `processes` that train together.
 
     deployable: the network with its preprocessing, on the device that trains. splits: "train", "test", and
-    "val" with --val-fraction. dtype: that of autocast, None for fp32.
+    "val" or "held-out" if there is one. is_twin: it prints nothing. calibration: made at the end.
     """
 
     def __init__(
@@ -68,18 +69,19 @@ class Trainer:
         dataset: data.Dataset,
         splits: dict[str, Split],
         deployable: torch.nn.Module,
-        dtype: torch.dtype | None,
-        processes: Processes,
+        machine: Machine,
+        is_twin: bool = False,
     ):
         self.settings, self.run, self.dataset, self.splits = settings, run, dataset, splits
-        self.deployable, self.dtype, self.processes = deployable, dtype, processes
+        self.deployable, self.machine, self.is_twin = deployable, machine, is_twin
+        self.dtype, self.processes = machine.dtype, machine.processes
         self.progress, self.device = Progress(), deployable.mean.device
         self.watched = "val" if "val" in splits else "test"  # measured after each epoch; test never selects
         self.network = deployable.network
         if settings.sync_batchnorm:
             self.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.optimizer = optimizers.make_optimizer(self.network, settings)
-        if processes.count > 1 and any(p.requires_grad for p in self.network.parameters()):
+        if self.processes.count > 1 and any(p.requires_grad for p in self.network.parameters()):
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
         self.log_priors = None
@@ -88,8 +90,9 @@ class Trainer:
             self.unequal = bool(shares.max() > UNEQUAL * shares.min())
             if settings.class_weights:
                 self.log_priors = (ADJUSTMENT * shares.log()).to(self.device)
-        self.steps_per_epoch = splits["train"].count_batches(settings.batch_size, processes.count)
+        self.steps_per_epoch = splits["train"].count_batches(settings.batch_size, self.processes.count)
         self.saved_at = time.monotonic()
+        self.calibration: Calibration | None = None
 
     def start_epoch(self, signals: Signals) -> None:
         """Prepare to count: sums on the device, the clock, and memory that the last epoch left in holes."""
@@ -226,7 +229,8 @@ class Trainer:
         best, state = self.progress.best, self.deployable.network.state_dict()
         if not all(value.isfinite().all() for value in state.values()):
             raise Problem(f"the weights are no longer finite: try a smaller --lr than {self.settings.lr:g}")
-        spec = make_spec(self.settings, self.dataset, self.deployable, test_accuracy)
+        spec = make_spec(self.settings, self.dataset, self.deployable, test_accuracy, self.calibration)
+        familiarity = self.calibration.familiarity if self.calibration else None
         training = {
             "progress": vars(self.progress),
             "network": state if best else None,  # without a best epoch it is the checkpoint's state_dict
@@ -234,7 +238,7 @@ class Trainer:
             "data": self.dataset.fingerprint,
         }
         result, epoch = (best["state_dict"], best["epoch"]) if best else (state, self.progress.epoch - 1)
-        runs.save_checkpoint(self.run, spec, result, epoch, training)
+        runs.save_checkpoint(self.run, spec, result, epoch, training, familiarity)
         if self.progress.rows:
             runs.write_metrics(self.run, self.progress.rows)
 
@@ -246,9 +250,10 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
 
 
-def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: float | None) -> dict:
+def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibration=None) -> dict:
     """What the exported file will say of itself; deploy/README.md explains the keys."""
     regression = dataset.task == "regression"
+    made = calibration and {"source": calibration.source, "images": calibration.images}
     return {
         "schema": SCHEMA,
         "task": dataset.task,
@@ -269,6 +274,9 @@ def make_spec(settings: argparse.Namespace, dataset, deployable, test_accuracy: 
             "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
         },
         "white": dataset.white,  # the level of 16-bit pixels that becomes 255
+        "temperature": calibration.temperature if calibration else None,
+        "calibration": made,
+        "known": calibration and {"layers": calibration.layers, "images": calibration.images},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -6,6 +6,7 @@ import os
 import sys
 
 import torch
+from torch import nn
 
 import model
 
@@ -15,7 +16,7 @@ class DownloadError(ValueError):
 
 
 def load(
-    network: torch.nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None
+    network: nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None
 ) -> tuple[list | None, list | None]:
     """Load the weights of a checkpoint to resume, or else of --pretrained, into a network.
 
@@ -62,7 +63,7 @@ def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None
     std: what the weights were trained with, [channels]; grey takes the middle of the three. Raises
     ValueError.
     """
-    weights, mean, std = model.torchvision_weights(name), None, None
+    weights, mean, std = torchvision_weights(name), None, None
     if weights is not None:
         usual = weights.transforms().mean, weights.transforms().std
         mean, std = ([sum(x) / 3] * channels if channels != 3 else list(x) for x in usual)
@@ -90,7 +91,7 @@ def load_pretrained(network: torch.nn.Module, state: dict) -> None:
     A first convolution for another number of channels gets the mean over them, scaled to the same response to
     grey. Raises ValueError naming the first key that does not fit, the sign of another architecture.
     """
-    own, head = network.state_dict(), set(model.head_keys(network))
+    own, head = network.state_dict(), set(head_keys(network))
     auxiliary = [key for key in state if key not in own and key.startswith(("aux", "AuxLogits"))]
     state = {key: value for key, value in state.items() if key not in auxiliary}
     first = next((key for key, value in own.items() if value.ndim == 4), None)
@@ -107,3 +108,29 @@ def load_pretrained(network: torch.nn.Module, state: dict) -> None:
     if head - fitting.keys():
         fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
     network.load_state_dict(fitting, strict=False)
+
+
+def torchvision_weights(name: str):
+    """torchvision's default weights entry of a network, or None for one of ours."""
+    if name in model.MODELS:
+        return None
+    from torchvision import models
+
+    return models.get_model_weights(name).DEFAULT
+
+
+def usual_size(name: str) -> int:
+    """The usual image size of a network in pixels: 64 for ours, and torchvision's own crop for theirs.
+
+    Raises ValueError for an unknown name.
+    """
+    model.options_of(name)
+    weights = torchvision_weights(name)
+    return weights.transforms().crop_size[0] if weights else 64
+
+
+def head_keys(network: nn.Module) -> list[str]:
+    """The state_dict keys of the last linear or convolutional layer and its norm: what classes decide."""
+    last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    keys = list(network.state_dict())
+    return keys[keys.index(f"{last}.weight") :]

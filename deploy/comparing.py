@@ -1,0 +1,128 @@
+"""How outputs are compared: a file's with the trained network's, and both with what was promised of them."""
+
+import itertools
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from step3_infer import Model
+
+BATCHES = (1, 7, 64)
+KEPT = (0.99, 0.95)  # the shares that thresholds of `known` are tried for
+
+
+class Outputs(NamedTuple):
+    """Probabilities [N, classes], or predictions [N, 1]; and `known` [N], None if there is none."""
+
+    main: np.ndarray
+    known: np.ndarray | None
+
+
+def some(outputs: Outputs, indices) -> Outputs:
+    """The outputs of some of the inputs."""
+    return Outputs(*(part if part is None else part[indices] for part in outputs))
+
+
+def predictions(exported: Model, inputs: np.ndarray) -> Outputs:
+    """Outputs of a loaded file for inputs [N, ...], in batches of 1, 7, 64, 1, 7, 64, ..."""
+    parts, start = [], 0
+    for size in itertools.cycle(BATCHES):
+        if start >= len(inputs):
+            main, known = zip(*parts, strict=True)
+            return Outputs(np.concatenate(main), None if known[0] is None else np.concatenate(known))
+        parts.append(exported.run(inputs[start : start + size]))
+        start += size
+
+
+def compare(expected: np.ndarray, got: np.ndarray, tolerance: float) -> tuple[dict, list[str]]:
+    """Figures of one comparison of outputs [N, classes], and the failures among them in words."""
+    difference = (np.abs(expected.astype(np.float64) - got) / np.maximum(1, np.abs(expected))).max(axis=1)
+    finite = np.isfinite(difference)
+    difference[~finite] = np.inf  # NaN agrees with nothing
+    top, got_top = expected.argmax(1), got.argmax(1)
+    rows = np.arange(len(expected))
+    changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > tolerance / 5)
+    quantiles = (0.5, 0.9, 0.99) if finite.any() else ()
+    figures = {
+        "max_abs_diff": float(difference.max()) if finite.all() else None,
+        "quantiles": {f"{q:g}": float(np.quantile(difference[finite], q)) for q in quantiles},
+        "top1_agreement": float((top == got_top).mean()),
+        "samples": len(expected),
+        "tolerance": tolerance,
+    }
+    failures = []
+    if not difference.max() <= tolerance:
+        failures.append(f"outputs differ by up to {difference.max():.1e} (limit {tolerance:.0e})")
+    if changed.any():
+        failures.append(f"{changed.sum()} of {len(expected)} answers changed")
+    return figures, failures
+
+
+def compare_known(expected: np.ndarray | None, got: np.ndarray | None, tolerance: float):
+    """The same for `known` [N]."""
+    if expected is None and got is None:
+        return {}, []
+    if expected is None or got is None:
+        return {}, [f"the file has {'no' if got is None else 'an unexpected'} output 'known'"]
+    difference = float(np.abs(expected.astype(np.float64) - got).max())  # NaN stays NaN
+    figures = {"known_max_diff": difference if math.isfinite(difference) else None}
+    if difference <= tolerance:
+        return figures, []
+    return figures, [f"known differs by up to {difference:.1e} (limit {tolerance:.0e})"]
+
+
+def accuracies(exported: Model, got: np.ndarray, expected: np.ndarray, dataset) -> dict:
+    """By name, as a user reads the answers: a wrong order of the class names costs accuracy here."""
+    answers = np.array(exported.spec["classes"])[got.argmax(1)]
+    return {
+        "accuracy": float((answers == np.array(dataset.classes)[dataset.test_labels]).mean()),
+        "accuracy_trained": float((expected.argmax(1) == dataset.test_labels).mean()),
+    }
+
+
+def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:
+    """Does the test split bear out what calibrated outputs promise? Figures, and failures in words.
+
+    A threshold of `known` keeps its share, within three deviations of the two samples it depends on and half
+    a point. The temperature makes the cross entropy no worse, within three standard errors.
+    """
+    figures, failures, n = {}, [], len(labels)
+    if got.known is not None:
+        figures["kept"] = {f"{keep:g}": float((got.known >= 1 - keep).mean()) for keep in KEPT}
+        for keep in KEPT:
+            deviation = math.sqrt(keep * (1 - keep) * (1 / n + 1 / spec["known"]["images"]))
+            kept = figures["kept"][f"{keep:g}"]
+            if not abs(kept - keep) <= 3 * deviation + 0.005:
+                failures.append(f"a threshold that should keep {keep:.0%} of the test split keeps {kept:.1%}")
+    if spec.get("temperature"):
+        logits = np.log(np.maximum(got.main.astype(np.float64), 1e-38))
+        before, after = (cross_entropy(logits * factor, labels) for factor in (spec["temperature"], 1.0))
+        figures |= {"nll": float(after.mean()), "nll_uncalibrated": float(before.mean())}
+        worse = after - before
+        if worse.mean() > 3 * worse.std() / math.sqrt(n):
+            means = f"from {before.mean():.4f} to {after.mean():.4f}"
+            failures.append(f"the temperature worsens the cross entropy of the test split, {means}")
+    if failures:
+        failures.append(
+            "is the test split another kind of images? --uncalibrated exports without both outputs"
+        )
+    return figures, failures
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """-log of the probability [n] that logits [n, classes] give to labels [n]."""
+    logits = logits - logits.max(1, keepdims=True)
+    return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+
+
+def latency(exported: Model, image: np.ndarray, repeats: int = 30) -> dict:
+    """Milliseconds for one decoded image, on all threads: the median, and the 10th and 90th percentile."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        exported.predict(image)
+        times.append(time.perf_counter() - started)
+    low, median, high = (round(1000 * float(value), 4) for value in np.percentile(times, (10, 50, 90)))
+    return {"latency_ms": median, "latency_spread": [low, high]}

@@ -1,0 +1,41 @@
+"""Keeping a run directory for one process."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from step3_infer import Problem
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes that resume one run are not kept apart
+    fcntl = None
+
+
+def is_locked(run: str) -> bool:
+    """Is another process training this run?"""
+    try:
+        with locked(run):
+            return False
+    except Problem:
+        return True
+
+
+@contextlib.contextmanager
+def locked(run: str) -> Iterator[None]:
+    """Keep the run directory for this process alone. Raises Problem if another process trains in it."""
+    if not fcntl:
+        yield
+        return
+    try:
+        handle = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise Problem(f"cannot read {run}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"{run} is being trained by another process") from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,47 @@
+"""What a finished run has reached: the figures of summary.json."""
+
+import statistics
+from datetime import datetime, timezone
+
+import numpy as np
+import torch
+
+
+def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]:
+    """The figures of a run, and the outputs that they are of: [n, classes] probabilities, or [n, 1].
+
+    deployable: the network that is the result; evaluated: over the test split; report: deploy.report.
+    """
+    settings, dataset, best = trainer.settings, trainer.dataset, trainer.progress.best
+    summary = {
+        "dataset": settings.dataset,
+        "model": settings.model,
+        "epochs": settings.epochs,
+        "test_accuracy": evaluated.accuracy,
+        "test_loss": evaluated.loss,
+        "train_seconds": round(trainer.progress.elapsed, 3),
+        "parameters": sum(p.numel() for p in deployable.network.parameters()),
+        "seed": settings.seed,
+        "epoch_kept": best["epoch"] if best else settings.epochs,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if dataset.task == "regression":
+        return summary, evaluated.outputs
+    logits, labels = torch.from_numpy(evaluated.outputs), torch.from_numpy(dataset.test_labels).long()
+    probabilities = logits.softmax(1)
+    if trainer.calibration:
+        logits = logits / trainer.calibration.temperature
+        summary["temperature"] = trainer.calibration.temperature
+        summary["test_loss_uncalibrated"] = evaluated.loss
+        summary["test_loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
+        summary["calibration_error_uncalibrated"] = report.calibration_error(
+            probabilities.numpy(), dataset.test_labels
+        )
+        probabilities = logits.softmax(1)
+    summary["calibration_error"] = report.calibration_error(probabilities.numpy(), dataset.test_labels)
+    per_class = report.per_class(dataset.test_labels, evaluated.outputs.argmax(1), dataset.classes)
+    seen = [row for row in per_class.values() if row["support"]]
+    summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
+    summary["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
+    summary["per_class"] = per_class
+    return summary, probabilities.numpy()
