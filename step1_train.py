@@ -194,7 +194,7 @@ def fit(trainer: Trainer) -> Evaluation | None:
             trainer.finish_epoch(trained, evaluated, seconds)
             console.print_row(trainer, epoch, (*trained, *evaluated[:2]), seconds)
             (caught,) = trainer.processes.maximum([signals.caught], trainer.device)
-            if caught and not last:
+            if caught:
                 raise processes.Stopped(caught)
     return evaluated if watched == "test" else None
 

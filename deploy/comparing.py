@@ -99,9 +99,10 @@ def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[s
     if spec.get("temperature"):
         logits = np.log(np.maximum(got.main.astype(np.float64), 1e-38))
         before, after = (cross_entropy(logits * factor, labels) for factor in (spec["temperature"], 1.0))
-        figures |= {"nll": float(after.mean()), "nll_uncalibrated": float(before.mean())}
         worse = after - before
-        if worse.mean() > 3 * worse.std() / math.sqrt(n):
+        if np.isfinite(worse).all():
+            figures |= {"nll": float(after.mean()), "nll_uncalibrated": float(before.mean())}
+        if not worse.mean() <= 3 * worse.std() / math.sqrt(n):
             means = f"from {before.mean():.4f} to {after.mean():.4f}"
             failures.append(f"the temperature worsens the cross entropy of the test split, {means}")
     if failures:

@@ -147,7 +147,10 @@ def test_spec_of_another_network(call, small_run, here, plant, in_process, key):
 
 def test_mean_and_std_swapped(call, small_run, here, monkeypatch, in_process):
     init = model.Deployable.__init__
-    swapped = lambda self, network, size, mean, std: init(self, network, size, std, mean)  # noqa: E731
+
+    def swapped(self, network, size, mean, std, **more):
+        init(self, network, size, std, mean, **more)
+
     monkeypatch.setattr(model.Deployable, "__init__", swapped)
     result = call(step2_export.main, "--format", "torchscript")
     assert_caught(result, "torchscript", here / "exports" / "small", "differ by up to")
@@ -156,7 +159,9 @@ def test_mean_and_std_swapped(call, small_run, here, monkeypatch, in_process):
 def test_wrong_resize_shows_at_other_sizes_only(call, small_run, here, monkeypatch, in_process):
     def forward(self, image):
         planes = torch.nn.functional.interpolate(image.permute(0, 3, 1, 2), size=self.image_size)  # nearest
-        return self.network(self.normalise(planes.permute(0, 2, 3, 1))).softmax(1)
+        image = self.normalise(planes.permute(0, 2, 3, 1))
+        logits, statistics = model.run_with_statistics(self.network, image, self.layers)
+        return self.calibrated(logits), self.familiarity(statistics, logits)
 
     monkeypatch.setattr(model.Deployable, "forward", forward)
     result = call(step2_export.main, "--format", "torchscript")
@@ -169,7 +174,7 @@ def test_rounding_is_allowed_what_it_does_to_this_network_and_no_more():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * 16, 3)).eval()
     network[1].weight.data *= 8  # sharp: one level in one row moves an answer by several hundredths
     spec = {"image_size": [16, 16], "mean": [0.5], "std": [0.2]}
-    run = SimpleNamespace(spec=spec, network=network, regression=False)
+    run = SimpleNamespace(spec=spec, network=network, regression=False, familiarity=None)
     thin = np.random.default_rng(0).integers(0, 256, (64, 35, 1, 1), dtype=np.uint8)
     expected = gate.reference(run, thin)
     resized = model.resize(torch.from_numpy(thin), (16, 16)).numpy()
@@ -185,8 +190,7 @@ def test_rounding_is_allowed_what_it_does_to_this_network_and_no_more():
 
 
 def test_missing_softmax(call, small_run, here, monkeypatch, in_process):
-    forward = lambda self, image: self.network(self.normalise(model.resize(image, self.image_size)))  # noqa: E731
-    monkeypatch.setattr(model.Deployable, "forward", forward)
+    monkeypatch.setattr(model.Deployable, "calibrated", lambda self, logits: logits)
     result = call(step2_export.main, "--format", "torchscript")
     assert_caught(result, "torchscript", here / "exports" / "small", "differ by up to")
 

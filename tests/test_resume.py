@@ -94,6 +94,24 @@ def test_the_best_epoch_on_the_validation_split_survives_a_stop(call, here, undi
     assert_same(here / "runs" / "digits-mynet", undisturbed / "val")
 
 
+def test_a_run_stopped_while_its_twin_trains_ends_with_the_same_calibration(
+    call, here, undisturbed, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, 14)  # 4 epochs of the run, and 14 steps of its twin
+        stopped = call(step1_train.main, *RUN)
+    assert stopped.code == 130 and "stopped and saved after 4 epochs" in stopped.err
+    assert (here / "runs" / "digits-mynet" / "twin" / "checkpoint.pt").exists()
+    resumed = call(step1_train.main, "--resume").done()
+    assert "runs/digits-mynet: test accuracy" in resumed.out
+    assert_same(here / "runs" / "digits-mynet", undisturbed / "a")
+    places = here / "runs" / "digits-mynet", undisturbed / "a"
+    one, other = (torch.load(place / "checkpoint.pt", weights_only=True) for place in places)
+    assert one["spec"]["temperature"] == other["spec"]["temperature"]
+    assert not [k for k, v in one["familiarity"].items() if not torch.equal(v, other["familiarity"][k])]
+    assert not (here / "runs" / "digits-mynet" / "twin").exists()
+
+
 def test_muon_resumes_exactly(call, here, monkeypatch):
     arguments = "--width 0.06 --epochs 3 --batch-size 100 --device cpu".split()
     call(step1_train.main, *arguments, "--name", "a").done()

@@ -99,8 +99,8 @@ def difference(predict, images, expected):
 def engines_table(run, folder, images, threads):
     """Print the differences, one row for each engine that is installed."""
     probes = {f"{h}x{w}": enlarged(images, (h, w)) for h, w in SIZES}
-    expected = gate.reference(run, images)
-    others = {name: [gate.reference(run, part) for part in parts] for name, parts in probes.items()}
+    expected = gate.reference(run, images).main
+    others = {name: [gate.reference(run, part).main for part in parts] for name, parts in probes.items()}
     heads = [
         "engine",
         "test split",

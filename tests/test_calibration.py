@@ -1,0 +1,295 @@
+"""Calibrated probabilities, and the output `known`: from their fit to what users of a file see."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import onnx_with
+from PIL import Image
+
+import model
+import step1_train
+import step2_export
+import step3_infer
+from deploy import comparing, reliability
+from training import calibration, recipes
+
+
+def noise(size, count=20):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 1), dtype=np.uint8)
+
+
+@pytest.fixture
+def noise_file(here):
+    Image.fromarray(noise(40, 1)[0, ..., 0]).save(here / "noise.png")
+    return here / "noise.png"
+
+
+def rows(result):
+    return [json.loads(line) for line in result.done().out.splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------- fitting
+
+
+def draw(temperature, n=4000):
+    """Logits [n, 5] and labels [n] for which this temperature is right."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(0, 2, (n, 5)))
+    chances = (logits / temperature).softmax(1).numpy()
+    labels = (rng.random((n, 1)) > chances.cumsum(1)).sum(1).clip(max=4)
+    return logits, torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_the_temperature_is_found(temperature):
+    assert calibration.fit_temperature(*draw(temperature)) == pytest.approx(temperature, rel=0.1)
+
+
+def test_a_network_without_a_mistake_is_not_taken_for_infallible():
+    logits = torch.eye(10).repeat(10, 1) * 8
+    temperature = calibration.fit_temperature(logits, torch.arange(10).repeat(10))
+    assert 0.3 < temperature < 3 and (logits / temperature).softmax(1).amax() < 1
+
+
+def familiarity(statistics, logits):
+    gaussian = calibration.fit_gaussian(statistics)
+    return model.Familiarity(calibration.fit_familiarity(gaussian, statistics, logits))
+
+
+def test_known_is_the_share_of_held_out_images_that_look_less_familiar():
+    generator = torch.Generator().manual_seed(0)
+    statistics, logits = (torch.randn(3000, k, generator=generator) for k in (12, 4))
+    fitted = familiarity(statistics, logits)
+    known = fitted(statistics, logits)
+    for share in (0.01, 0.05, 0.5):
+        assert (known >= share).float().mean() == pytest.approx(1 - share, abs=0.002)
+    assert (fitted(statistics + 20, logits) == 0).all()
+
+
+def test_a_channel_that_never_changes_does_no_harm():
+    statistics = torch.cat([torch.randn(300, 5), torch.zeros(300, 2)], 1)
+    assert familiarity(statistics, torch.randn(300, 3))(statistics, torch.randn(300, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "layers"), [("airbench", 2), ("mynet", 3), ("resnet18", 2), ("mlp", 0)])
+def test_middle_layers_are_found_and_leave_the_network_as_it_was(name, layers):
+    network = model.build(name, channels=3, classes=4, image_size=(32, 32)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    found = model.middle_layers(network, 3, (32, 32))
+    logits, statistics = model.run_with_statistics(network, images, found)
+    assert len(found) == layers and statistics.shape[0] == 2 and 10 < statistics.shape[1] <= 320
+    assert torch.equal(logits, network(images))
+    assert not [module for module in network.modules() if module._forward_hooks]
+
+
+def test_calibration_error():
+    probabilities = np.tile([[0.8, 0.2]], (1000, 1))
+    labels = (np.arange(1000) % 10 >= 7).astype(int)  # 70 % right
+    assert reliability.calibration_error(probabilities, labels, bins=1) == pytest.approx(0.1)
+
+
+# --------------------------------------------------------------------------------------------------- in a run
+
+FAST = "--model mlp --hidden 32 --epochs 2".split()
+
+
+def checkpoint(here, name="digits-mlp"):
+    return torch.load(here / "runs" / name / "checkpoint.pt", weights_only=True)
+
+
+def test_few_images_are_calibrated_by_a_twin(call, here):
+    result = call(step1_train.main, *FAST).done()
+    assert (
+        "a twin" in result.out and "--calibration none" in result.out and result.out.count("train loss") == 1
+    )
+    spec, summary = checkpoint(here)["spec"], json.loads((here / "runs/digits-mlp/summary.json").read_text())
+    assert "twin" in spec["calibration"]["source"] and 200 < spec["calibration"]["images"] < 300
+    assert summary["temperature"] == spec["temperature"] != 1
+    assert not (here / "runs" / "digits-mlp" / "twin").exists()
+
+
+def test_many_images_are_held_out_for_it(call, here, monkeypatch):
+    monkeypatch.setattr(recipes, "MANY", 1000)
+    result = call(step1_train.main, *FAST).done()
+    assert "1,366 train, 71 held-out, 360 test" in result.out
+    assert checkpoint(here)["spec"]["calibration"]["images"] == 71
+
+
+def test_a_validation_split_serves_as_well(call, here):
+    call(step1_train.main, *FAST, "--val-fraction", 0.2).done()
+    assert checkpoint(here)["spec"]["calibration"]["source"] == "the validation split"
+    call(step1_train.main, *FAST, "--val-fraction", 0.2, "--calibration", "twin").error(2, "validation split")
+
+
+def test_without_calibration_there_is_no_second_output(call, here, samples):
+    call(step1_train.main, *FAST, "--calibration", "none").done()
+    assert checkpoint(here)["spec"]["temperature"] is None and checkpoint(here)["familiarity"] is None
+    call(step2_export.main, "--reject", 0.99).error(2, "--reject", "--calibration")
+    call(step2_export.main).done()
+    for file in ("model.onnx", "model.pt"):
+        (row,) = rows(
+            call(step3_infer.main, "--format", "json", "--model", f"exports/digits-mlp/{file}", samples[0])
+        )
+        assert row["known"] is None
+        call(step3_infer.main, "--model", f"exports/digits-mlp/{file}", samples[0], "--reject", 0.9).error(
+            2, "--reject"
+        )
+
+
+def test_it_is_for_classes(call, here):
+    call(step1_train.main, "--dataset", "linear", "--calibration", "twin").error(
+        2, "--calibration", "classes"
+    )
+    call(step1_train.main, "--calibration", "platt").error(2, "held-out")
+
+
+# -------------------------------------------------------------------------------------------------- in a file
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
+def test_noise_is_not_known_and_digits_are(call, trained, samples, noise_file, file):
+    arguments = ["--model", trained.export / file, "--format", "json", *samples, noise_file]
+    *digits, unfamiliar = rows(call(step3_infer.main, *arguments))
+    assert unfamiliar["known"] == 0 and min(row["known"] for row in digits) > 0
+    assert {row["label"] for row in (*digits, unfamiliar)} <= set(
+        "0123456789"
+    )  # nothing is rejected by default
+
+
+def test_reject_and_min_probability_change_the_label_and_keep_the_best_guess(
+    call, trained, samples, noise_file
+):
+    arguments = ["--model", trained.export / "model.onnx", samples[3], noise_file]
+    digit, unfamiliar = rows(call(step3_infer.main, "--format", "json", "--reject", 0.99, *arguments))
+    assert digit["label"] == "3" and unfamiliar["label"] == "unknown"
+    assert unfamiliar["top"][0]["label"] in set("0123456789")
+    (digit, _) = rows(call(step3_infer.main, "--format", "json", "--min-probability", 1, *arguments))
+    assert digit["label"] == "unsure" and digit["top"][0]["label"] == "3"
+    text = call(step3_infer.main, "--reject", 0.99, *arguments).done().out.splitlines()
+    assert "unknown" not in text[0] and "known " in text[0] and text[1].split("  ")[1] == "unknown"
+    table = call(step3_infer.main, "--format", "csv", "--reject", 0.99, *arguments).done().out.splitlines()
+    assert table[0].startswith("path,error,label,probability,known,guess,label_2,probability_2")
+    assert table[2].split(",")[2] == "unknown" and table[2].split(",")[5] in set("0123456789")
+
+
+@pytest.mark.parametrize("option", ["--reject", "--min-probability"])
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "x", "nan"])
+def test_thresholds_are_shares(call, trained, samples, option, value):
+    model_file = ["--model", trained.export / "model.onnx", samples[0]]
+    call(step3_infer.main, *model_file, f"{option}={value}").error(2, option, "from 0 to 1")
+    call(step2_export.main, f"{option}={value}").error(2, option, "from 0 to 1")
+
+
+def test_a_file_can_bring_its_own_thresholds(call, small, small_run, here, samples, noise_file):
+    call(step2_export.main, "--format", "onnx", "--reject", 0.99, "--min-probability", 0.999).done()
+    file = here / "exports" / "small" / "model.onnx"
+    labels = [
+        row["label"] for row in rows(call(step3_infer.main, "--format", "json", "--model", file, noise_file))
+    ]
+    assert labels == ["unknown"]
+    answer = step3_infer.predict(samples[0], step3_infer.Model(file))
+    assert answer["label"] == "unsure" and answer["known"] > 0.01
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"known": None},
+        {"known": {"tolerance": "wide"}},
+        {"reject": 7},
+        {"min_probability": "half"},
+        {"known": 3},
+    ],
+)
+def test_a_spec_that_lies_is_one_error(call, trained, here, samples, lie):
+    file = onnx_with(trained.export / "model.onnx", here / "model.onnx", **lie)
+    result = call(step3_infer.main, "--model", file, samples[0])
+    assert result.code == 1 and "spec" in result.err and "Traceback" not in result.err
+
+
+def test_a_regression_has_neither(call, linear_export):
+    model_file = ["--model", linear_export, "--values", "1,2,3,4,5"]
+    (row,) = rows(call(step3_infer.main, *model_file, "--format", "json"))
+    assert set(row) == {"values", "prediction"}
+    call(step3_infer.main, *model_file, "--reject", 0.9).error(2, "--reject")
+
+
+@pytest.fixture(scope="module")
+def linear_export(tmp_path_factory):
+    from conftest import train_and_export
+
+    place = tmp_path_factory.mktemp("regression")
+    return train_and_export(place, "linear", "--dataset", "linear", "--epochs", "5").export / "model.onnx"
+
+
+# ------------------------------------------------------------------------------------------------- the proof
+
+
+def edit(file, change):
+    """Change a tensor of an ONNX file: change(name, array) returns a new array or None."""
+    graph = onnx.load(file)
+    for tensor in graph.graph.initializer:
+        changed = change(tensor.name, onnx.numpy_helper.to_array(tensor))
+        if changed is not None:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+    onnx.save(graph, file)
+
+
+@pytest.fixture
+def planted(call, small_run, monkeypatch, in_process):
+    """Export with a change to the file: planted(change) -> Result."""
+
+    def planted(change):
+        original = step2_export.FORMATS["onnx"]
+
+        def write(deployable, spec, path, opset, **more):
+            made = original.export(deployable, spec, path, opset, **more)
+            edit(path, change)
+            return made
+
+        monkeypatch.setitem(step2_export.FORMATS, "onnx", original._replace(export=write))
+        return call(step2_export.main, "--format", "onnx")
+
+    return planted
+
+
+def test_another_table_is_caught(planted):
+    result = planted(lambda name, array: array + np.float32(1) if array.shape == (1000,) else None)
+    result.error(1, "known differs")
+    assert "should keep" in result.err
+
+
+def test_what_the_test_split_does_not_bear_out_fails_and_says_the_way_out():
+    rng = np.random.default_rng(0)
+    spec, labels = {"known": {"images": 2500}, "temperature": 0.5}, rng.integers(0, 3, 2000)
+    sure = np.full((2000, 3), 0.005) + 0.985 * np.eye(3)[rng.integers(0, 3, 2000)]  # right by chance only
+    figures, failures = comparing.promises(spec, comparing.Outputs(sure, rng.random(2000) ** 2), labels)
+    assert [words for words in failures if "keeps" in words] and [
+        words for words in failures if "entropy" in words
+    ]
+    assert "--uncalibrated" in failures[-1] and figures["nll"] > figures["nll_uncalibrated"]
+    fair = np.full((2000, 3), 1 / 3)
+    assert comparing.promises(spec, comparing.Outputs(fair, rng.random(2000)), labels)[1] == []
+
+
+def test_a_run_can_be_exported_uncalibrated(call, small_run, here):
+    call(step2_export.main, "--format", "onnx", "--uncalibrated").done()
+    exported = step3_infer.Model(here / "exports" / "small" / "model.onnx")
+    assert exported.run(noise(8))[1] is None and exported.spec["temperature"] is None
+
+
+def test_int8_has_a_table_of_its_own(call, trained, here):
+    arguments = ["--run", trained.run, "--out", "out", "--format", "onnx", "onnx-int8"]
+    call(step2_export.main, *arguments).done()
+    parity = json.loads((here / "out" / "parity.json").read_text())
+    assert parity["onnx-int8"]["kept"]["0.95"] == pytest.approx(parity["onnx"]["kept"]["0.95"], abs=0.03)
+    tables = []
+    for file in ("model.onnx", "model.int8.onnx"):
+        arrays = map(onnx.numpy_helper.to_array, onnx.load(here / "out" / file).graph.initializer)
+        tables += [array for array in arrays if array.shape == (1000,)]
+    assert len(tables) == 2 and not np.array_equal(*tables) and (np.diff(tables[1]) >= 0).all()
+    quantized = step3_infer.Model(here / "out" / "model.int8.onnx")
+    assert (quantized.run(noise(8))[1] == 0).all()
