@@ -180,10 +180,12 @@ class Airbench(Network):
         return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
 
     @torch.no_grad()
-    def prepare(self, images: torch.Tensor, eps: float = 5e-4) -> None:
+    def prepare(self, images: torch.Tensor, eps: float = 5e-2) -> None:
         """Set the whitening layer from the 2x2 patches of normalised training images [n, channels, H, W].
 
         Its filters are the eigenvectors of the patches' covariance at unit variance, each with both signs.
+        eps: what a camera's noise adds to each variance; with less, directions that hardly vary in the
+        training images would be amplified until noise is all that the network sees.
         """
         total = count = products = 0
         for part in images.split(100):  # all at once took more memory than training does
