@@ -14,7 +14,8 @@ from data.dataset import Dataset, differences, mean_and_std, refuse_changes, wit
 from step3_infer import Problem
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-AUGMENTATIONS = ("flip", "translate", "crop", "rotate", "color", "cutout")  # augment.gather applies them
+# What augment.gather applies.
+AUGMENTATIONS = ("flip", "translate", "crop", "rotate", "blur", "color", "noise", "cutout")
 # The options of `load` that the command line of step1 has, besides the dataset, --data-dir and --image-size.
 OPTIONS = ("strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
 DATASETS = {

@@ -1,6 +1,10 @@
-"""Augmentation of whole batches: shifts and flips while gathering, then crops and rotations, then colours."""
+"""Augmentation of whole batches: shifts and flips while gathering, then crops and rotations, then what a
+camera does: blur, colours, noise.
+"""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +13,8 @@ SMALLEST_CROP = 0.35  # of the image's area
 WIDEST_CROP = 4 / 3  # its width to its height, at most, and at least the inverse
 MOST_DEGREES = 15
 COLOUR_STRENGTH = 0.4
+MOST_BLUR = 1.4  # standard deviation, in pixels
+MOST_NOISE = 12  # standard deviation, in grey levels
 LUMA = (0.299, 0.587, 0.114)  # as Pillow weighs red, green and blue
 
 
@@ -23,9 +29,9 @@ def gather(
     """A share of one batch, augmented: uint8 [share, H, W, C] from `images` [N, H, W, C] by `index` [batch].
 
     translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where
-    `flips` [N] is true; crop takes 35 to 100 % of the area at a ratio of 3:4 to 4:3; rotate turns by up to 15
-    degrees; color changes brightness, contrast and saturation by up to 40 %; cutout (DeVries and Taylor 2017)
-    greys a square of 3/8 of the size. Every process draws for the whole batch, and uses its share.
+    `flips` [N] is true; crop and rotate: see `warp`; blur, color and noise change a part of the images, see
+    CAMERA; cutout (DeVries and Taylor 2017) greys a square of 3/8 of the size. Every process draws for the
+    whole batch, and uses its share.
     """
     n, device = len(index), images.device
     index = index[share]
@@ -34,12 +40,12 @@ def gather(
         return images[index]
 
     def draw(*size):
-        return torch.rand(n, *size, generator=generator)[share].to(device)
+        return torch.rand(n, *size, generator=generator)[share]
 
     _, height, width, _ = images.shape
     rows = torch.arange(height, device=device).expand(len(index), -1)
     columns = torch.arange(width, device=device).expand(len(index), -1)
-    holes = holes_around(rows, columns, draw(2)) if "cutout" in augment else None
+    holes = holes_around(rows, columns, draw(2).to(device)) if "cutout" in augment else None
     if "translate" in augment:
         most = [max(1, size // 16) for size in (height, width)]
         dy, dx = (torch.randint(-m, m + 1, (n, 1), generator=generator)[share].to(device) for m in most)
@@ -48,9 +54,10 @@ def gather(
         columns = torch.where(flips[:, None], width - 1 - columns, columns)
     batch = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
     if "crop" in augment or "rotate" in augment:
-        batch = warp(batch, draw(5), "crop" in augment, "rotate" in augment)
-    if "color" in augment:
-        batch = change_colours(batch, draw(3))
+        batch = warp(batch, draw(5).to(device), "crop" in augment, "rotate" in augment)
+    for name, (part, numbers, change) in CAMERA.items():
+        if name in augment:
+            batch = change_some(batch, draw(1 + numbers), part, change)
     return batch if holes is None else torch.where(holes, 128, batch)
 
 
@@ -74,6 +81,7 @@ def mirror(position: torch.Tensor, size: int) -> torch.Tensor:
 def warp(images: torch.Tensor, random: torch.Tensor, crop: bool, rotate: bool) -> torch.Tensor:
     """Crop and rotate uint8 [n, H, W, C] in one bilinear resampling, mirrored at the edge.
 
+    crop takes 35 to 100 % of the area at a ratio of 3:4 to 4:3, rotate turns by up to 15 degrees.
     random: uniform in 0..1, [n, 5]: area, ratio, two offsets, angle.
     """
     area, ratio, x, y, angle = random.unbind(1)
@@ -95,19 +103,75 @@ def warp(images: torch.Tensor, random: torch.Tensor, crop: bool, rotate: bool) -
     return planes.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
+def change_some(images: torch.Tensor, random: torch.Tensor, part: float, change: Callable) -> torch.Tensor:
+    """Change this part of uint8 [n, H, W, C], chosen at random, by a function of images and random numbers.
+
+    random: uniform in 0..1, [n, k], on the CPU, where choosing does not wait for a GPU; the first number
+    decides whether an image is changed, and the function gets the others.
+    """
+    chosen = (random[:, 0] < part).nonzero()[:, 0]
+    if not len(chosen):
+        return images
+    random, chosen = random[chosen, 1:].to(images.device), chosen.to(images.device)
+    return images.index_copy(0, chosen, change(images[chosen], random))
+
+
+def blur(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """Blur uint8 [n, H, W, C] by Gaussians of up to 1.4 pixels, unlike in both directions, as motion does.
+
+    random: uniform in 0..1, [n, 2]: how much down and across.
+    """
+    sigma = (MOST_BLUR * random).clamp_(min=0.1)
+    down, across = (gaussians(side, sigma[:, k]) for k, side in enumerate(images.shape[1:3]))
+    planes = images.permute(0, 3, 1, 2).float()  # [n, C, H, W]
+    planes = down[:, None] @ planes @ across[:, None].mT
+    return planes.round_().byte().permute(0, 2, 3, 1)
+
+
+def gaussians(size: int, sigma: torch.Tensor) -> torch.Tensor:
+    """The matrices [n, size, size] that blur a line of pixels by sigma [n]; each row adds up to 1."""
+    position = torch.arange(size, device=sigma.device)
+    distance = (position[:, None] - position) / sigma[:, None, None]
+    return (-0.5 * distance.square_()).softmax(2)
+
+
 def change_colours(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """Change brightness, contrast and saturation of uint8 [n, H, W, C], as torchvision's ColorJitter does.
 
-    random: uniform in 0..1, [n, 3]. Grey images have no saturation.
+    Each by up to 40 %.     random: uniform in 0..1, [n, 3]. Grey images have no saturation.
     """
     factors = 1 + (2 * random - 1) * COLOUR_STRENGTH
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
-    pixels = (images.float() * brightness).clamp(0, 255)
-    luma = torch.tensor(LUMA, device=images.device) if images.shape[3] == 3 else None
-    grey = pixels if luma is None else (pixels * luma).sum(3, keepdim=True)
-    mean = grey.mean((1, 2, 3), keepdim=True)
-    pixels = (mean + (pixels - mean) * contrast).clamp(0, 255)
-    if luma is not None:
-        grey = (pixels * luma).sum(3, keepdim=True)
-        pixels = grey + (pixels - grey) * saturation
-    return pixels.round().clamp(0, 255).byte()
+    luma = torch.tensor(LUMA if images.shape[3] == 3 else (1.0,), device=images.device)
+    pixels = images.float().mul_(brightness).clamp_(0, 255)
+    mean = (pixels.mean((1, 2)) @ luma)[:, None, None, None]
+    pixels = torch.lerp(mean, pixels, contrast).clamp_(0, 255)
+    if images.shape[3] == 3:
+        grey = (pixels @ luma)[..., None]
+        pixels = torch.lerp(grey, pixels, saturation)
+    return pixels.round_().clamp_(0, 255).byte()
+
+
+def add_noise(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+    """Add normal noise to uint8 [n, H, W, C]; in half of the images it grows with the light, as shot noise.
+
+    random: uniform in 0..1, [n, 3]: strength, which of both kinds, and where in the table of noise to begin.
+    """
+    strength, kind = (MOST_NOISE * random[:, 0])[:, None, None, None], random[:, 1, None, None, None]
+    size, table = images[0].numel(), noise_table(images.device)
+    rows = (random[:, 2] * len(table)).long()[:, None] + torch.arange(-(-size // 256), device=images.device)
+    noise = table[rows % len(table)].flatten(1)[:, :size].view(images.shape)
+    pixels = images.float()
+    noise = noise * torch.where(kind < 0.5, 1, (pixels / 128).sqrt_())
+    return noise.mul_(strength).add_(pixels).round_().clamp_(0, 255).byte()
+
+
+@functools.lru_cache
+def noise_table(device: torch.device) -> torch.Tensor:
+    """Normal numbers, float32 [4096, 256]: drawing new ones for each image would take ten times as long."""
+    return torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+# What a camera does, in its order: the part of the images that is changed, and how many random numbers the
+# function takes.
+CAMERA = {"blur": (0.25, 2, blur), "color": (0.4, 3, change_colours), "noise": (0.5, 3, add_noise)}

@@ -69,20 +69,21 @@ def test_translate_shifts_by_a_sixteenth_and_mirrors_at_the_edge(images):
     assert {dy for dy, _ in seen} == {0, 1, 2} and {dx for _, dx in seen} == {0, 1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("name", ["crop", "rotate", "color"])
+@pytest.mark.parametrize("name", ["crop", "rotate", "blur", "color", "noise"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_photo_augmentations_change_images_repeatably_and_within_bounds(name, channels):
     rows, columns = torch.linspace(30, 90, 20)[:, None], torch.linspace(30, 90, 36)
     smooth = (rows + columns).round().byte()[None, :, :, None].expand(40, -1, -1, channels).clone()
+    before = smooth.clone()
     got = gather(smooth, [name])
-    assert got.shape == smooth.shape and got.dtype == torch.uint8
+    assert got.shape == smooth.shape and got.dtype == torch.uint8 and torch.equal(smooth, before)
     assert torch.equal(got, gather(smooth, [name])) and not torch.equal(got, gather(smooth, [name], seed=1))
-    changed = (got != smooth).flatten(1).any(1)
-    assert changed.float().mean() > 0.9
-    if name != "color":  # resampling makes no new values
-        assert got.min() >= 60 and got.max() <= 180
+    changed = (got != smooth).flatten(1).any(1).float().mean().item()
+    part, *_ = augment.CAMERA.get(name, (1,))
+    assert changed == pytest.approx(part, abs=0.25)
     constant = torch.full((8, 20, 36, channels), 77, dtype=torch.uint8)
-    if name != "color":
+    if name not in ("color", "noise"):  # resampling makes no new values
+        assert got.min() >= 60 and got.max() <= 180
         assert torch.equal(gather(constant, [name]), constant)
 
 
@@ -94,6 +95,40 @@ def test_rotation_turns_by_the_angle_in_pixels_also_of_wide_images():
     rows = (turned * torch.arange(41)[:, None]).sum(0) / turned.sum(0)
     slope = (rows[60] - rows[20]) / 40
     assert abs(abs(slope.item()) - 0.268) < 0.02  # tan 15 degrees
+
+
+def test_blur_is_a_gaussian_in_each_direction():
+    image = torch.zeros(3, 21, 31, 1, dtype=torch.uint8)
+    image[:, 10, 15] = 255
+    random = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 1.0]])  # not at all, down only, both
+    blurred = augment.blur(image, random)[..., 0].double()
+    assert torch.equal(blurred[0], image[0, ..., 0].double())
+    down = blurred[1, :, 15].sum()
+    assert down == pytest.approx(255, abs=4) and blurred[1].sum() == down
+    share = blurred[2] / blurred[2].sum()
+    rows, columns = ((torch.arange(n) - n // 2).double() ** 2 for n in (21, 31))
+    assert (share.sum(1) @ rows).sqrt() == pytest.approx(augment.MOST_BLUR / 2, rel=0.1)
+    assert (share.sum(0) @ columns).sqrt() == pytest.approx(augment.MOST_BLUR, rel=0.1)
+
+
+def test_noise_is_as_strong_as_drawn_and_grows_with_the_light_in_half_of_the_images():
+    grey = torch.tensor([32, 128]).byte()[:, None, None].expand(2, 32, 3).repeat(200, 16, 1, 1)
+    random = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
+    random[:, 0] = torch.linspace(0, 1, 200)
+    deviation = (augment.add_noise(grey, random).double() - grey).view(200, 16, 2, 32, 3)
+    dark, light = (deviation[:, :, k].flatten(1) for k in (0, 1))
+    assert light.mean().abs() < 0.1 and not deviation[0].any()
+    assert light[100:].std(1) == pytest.approx(augment.MOST_NOISE * random[100:, 0], rel=0.2)
+    ratio, shot = dark[100:].std(1) / light[100:].std(1), random[100:, 1] >= 0.5
+    assert ratio[shot].mean() == pytest.approx(0.5, abs=0.05)
+    assert ratio[~shot].mean() == pytest.approx(1, abs=0.05)
+    assert 30 < shot.sum() < 70
+
+
+def test_noise_repeats_its_table_under_an_image_larger_than_it():
+    image = torch.full((1, 700, 800, 3), 100, dtype=torch.uint8)
+    noisy = augment.add_noise(image, torch.tensor([[1.0, 0.0, 0.9999]])).float()
+    assert noisy.std() == pytest.approx(augment.MOST_NOISE, rel=0.05)
 
 
 def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
