@@ -83,7 +83,7 @@ def add_data_options(parser):
         metavar="N|HxW",
         help="of the network (default: see data/README.md)",
     )
-    text = f"{', '.join(data.AUGMENTATIONS)}, or none (default: translate, and flip for colour)"
+    text = f"{', '.join(data.AUGMENTATIONS)}, or none (default: see data/README.md)"
     add("--augment", nargs="+", choices=(*data.AUGMENTATIONS, "none"), metavar="A", help=text)
     fraction = number(float, 0, 0.9, above=True)
     text = "hold out this part of the training split and keep the epoch that does best on it"

@@ -29,9 +29,8 @@ def gather(
     """A share of one batch, augmented: uint8 [share, H, W, C] from `images` [N, H, W, C] by `index` [batch].
 
     translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where
-    `flips` [N] is true; crop and rotate: see `warp`; blur, color and noise change a part of the images, see
-    CAMERA; cutout (DeVries and Taylor 2017) greys a square of 3/8 of the size. Every process draws for the
-    whole batch, and uses its share.
+    `flips` [N] is true; crop, rotate: see `warp`; blur, color, noise: see CAMERA; cutout (DeVries and Taylor
+    2017) greys a square of 3/8 of the size. Every process draws for the whole batch, and uses its share.
     """
     n, device = len(index), images.device
     index = index[share]
