@@ -1,0 +1,109 @@
+"""deploy/camera.py: everyday changes of test images, and how a file does under them."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import data
+import step3_infer
+from deploy import camera
+
+
+def photos(size=(24, 20), channels=3):
+    """Smooth pictures: noise, enlarged."""
+    rng, pictures = np.random.default_rng(0), []
+    for _ in range(12):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
+        picture = coarse.convert("RGB" if channels == 3 else "L").resize(size[::-1], Image.Resampling.BICUBIC)
+        pictures.append(np.asarray(picture).reshape(*size, channels))
+    return np.stack(pictures)
+
+
+def change(name, images, level):
+    function, strengths, *_ = camera.CHANGES[name]
+    return function(images, strengths[level], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", camera.CHANGES)
+def test_changes_repeat_and_grow_with_their_strength(name, channels):
+    images = photos(channels=channels)
+    before, distances = images.copy(), []
+    for level in range(3):
+        changed = change(name, images, level)
+        assert changed.dtype == np.uint8 and changed.shape == images.shape
+        assert np.array_equal(changed, change(name, images, level)) and np.array_equal(images, before)
+        distances.append(np.abs(changed.astype(float) - images).mean())
+    assert 0 < distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize("name", camera.CHANGES)
+def test_changes_take_images_of_a_few_pixels(name):
+    for size in ((1, 1), (2, 9), (8, 8)):
+        images = np.full((2, *size, 1), 77, np.uint8)
+        assert change(name, images, 2).shape == images.shape
+
+
+def test_noise_has_its_sigma_and_shot_noise_its_photons():
+    grey = np.full((8, 40, 40, 3), 128, np.uint8)
+    assert camera.noise(grey, 8, np.random.default_rng(0)).std() == pytest.approx(8, rel=0.05)
+    photons = camera.shot_noise(grey, 250, np.random.default_rng(0)).std()
+    assert photons == pytest.approx(255 * (128 / 255 / 250) ** 0.5, rel=0.05)
+    assert not camera.shot_noise(0 * grey, 250, np.random.default_rng(0)).any()
+
+
+def test_blurs_keep_the_light_and_spread_it_as_far_as_they_say():
+    point = np.zeros((16, 31, 31, 1), np.uint8)
+    point[:, 15, 15] = 255
+    place = np.arange(31) - 15
+    for function, strength, reach in ((camera.defocus, 1.5, 2), (camera.motion_blur, 5, 3)):
+        spread = function(point, strength, np.random.default_rng(0))[..., 0].astype(float)
+        assert spread.sum((1, 2)) == pytest.approx(255, abs=12)
+        assert not spread[:, np.abs(place) > reach].any() and not spread[:, :, np.abs(place) > reach].any()
+
+
+def test_shift_and_rotation_move_what_is_there():
+    images = photos((9, 9), 1)
+    shifted = camera.shift(images, 2, np.random.default_rng(0))
+    for before, after in zip(images, shifted, strict=True):
+        moves = [(dy, dx) for dy in (-2, 2) for dx in (-2, 2)]
+        inside = [np.array_equal(np.roll(before, move, (0, 1))[3:6, 3:6], after[3:6, 3:6]) for move in moves]
+        assert sum(inside) == 1
+    line = np.zeros((6, 41, 41, 1), np.uint8)
+    line[:, 20] = 255
+    turned = camera.rotation(line, 10, np.random.default_rng(0))[..., 0].astype(float)
+    rows = (turned * np.arange(41)[:, None]).sum(1) / turned.sum(1)
+    assert np.abs(rows[:, 30] - rows[:, 10]) == pytest.approx(
+        np.full(6, 20 * np.tan(np.radians(10))), abs=0.5
+    )
+
+
+def test_survey_measures_each_change_and_known_where_the_file_has_it(trained):
+    digits = data.load("digits")
+    images, labels = digits.test_images[:100], digits.test_labels[:100]
+    file = step3_infer.Model(trained.export / "model.onnx")
+    rows = list(camera.survey(file, images, labels))
+    assert [row.change for row in rows] == ["none", *camera.CHANGES]
+    assert rows[0].accuracy == (file.predict(images).argmax(1) == labels).mean()
+    by_name = {row.change: row for row in rows}
+    assert by_name["pixel noise"].strength == "sigma 8" and by_name["pixel noise"].accuracy > 0.9
+    run = lambda part: (file.predict(part), part.mean((1, 2, 3)) / 255)  # noqa: E731
+    rows = list(camera.survey(SimpleNamespace(run=run), images, labels, levels=(0, 2)))
+    assert len(rows) == 1 + 2 * len(camera.CHANGES) and rows[0].known == pytest.approx(images.mean() / 255)
+    known = {(row.change, row.strength): row.known for row in rows}
+    assert known["darker", "x0.4"] < known["darker", "x0.8"] < rows[0].known
+
+
+def test_the_benchmark_prints_its_table(trained):
+    script = ROOT / "tests" / "benchmarks" / "bench_robustness.py"
+    command = [sys.executable, script, trained.export, "--images", "40", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row.removesuffix(" *") for row in rows] == ["change", *camera.CHANGES]
+    assert "motion blur *" in rows and "shift" in rows and "mean of the nine: " in done.stdout
