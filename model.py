@@ -363,8 +363,7 @@ def run_with_statistics(network: nn.Module, images: torch.Tensor, layers: tuple[
         found = [maps.mean((2, 3)) if maps.dim() == 4 else maps.mean(1) for maps in found]
     else:
         rough = (images - F.avg_pool2d(images, 3, 1, 1)).abs()
-        parts = min(4, images.shape[2]), min(4, images.shape[3])
-        found = [F.adaptive_avg_pool2d(maps, parts).flatten(1) for maps in (images, rough)]
+        found = [F.adaptive_avg_pool2d(maps, 4).flatten(1) for maps in (images, rough)]
     statistics = torch.cat(found, 1)
     return logits, statistics[:, :: -(-statistics.shape[1] // MOST_STATISTICS)]
 

@@ -126,7 +126,7 @@ def add_training_options(parser):
     add("--schedule", choices=schedules, metavar="NAME", help=f"of the rate: {', '.join(schedules)}")
     smoothing = number(float, 0, 0.99)
     add("--label-smoothing", type=smoothing, metavar="X", help="in the training loss")
-    text = "images that show how sure the network may be: held-out, twin or none (default: see deploy/README.md)"
+    text = "how sure the network may be, by held-out images, by a twin, or none (default: deploy/README.md)"
     add("--calibration", choices=recipes.CALIBRATIONS[1:], metavar="HOW", help=text)
 
 

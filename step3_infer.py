@@ -195,7 +195,7 @@ class Model:
         wanted = len(inputs), len(self.spec["classes"])
         if outputs.shape != wanted:
             raise Problem(f"the model's spec is wrong: it promises outputs {wanted}, not {outputs.shape}")
-        known = more[0] if self.spec["known"] and more else None
+        known = more[0] if more else None
         if bool(self.spec["known"]) != (known is not None and known.shape == wanted[:1]):
             raise Problem("the model's spec is wrong: it does not fit the output `known`")
         return outputs, known
