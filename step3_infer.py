@@ -26,10 +26,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import functools
+import importlib.util
 import io
 import itertools
 import json
 import logging
+import marshal
 import os
 import re
 import threading
@@ -45,8 +47,11 @@ IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 SCHEMA = 1  # the newest spec that this script understands
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
 MODEL_NAMES = ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2")  # the first that exists is used
-WINDOW_BYTES, LARGEST_STDIN = 32 << 20, 256 << 20  # pixels that a thread holds, unless one image is larger
+WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
+LARGEST_STREAM = 256 << 20  # bytes that are read of a pipe
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.31 keeps an ID of the device for events
+DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
+CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # as hidden files, not worth a word
 FETCHED = os.path.join("web", "ort", "")  # in a bundle: what the user fetched later, not part of it
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -75,6 +80,8 @@ def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
     try:
         if not hasattr(source, "read") and os.path.exists(source) and not os.path.isfile(source):
             raise Problem("is not a regular file")
+        if hasattr(source, "read") and not source.seekable():
+            source = io.BytesIO(source.read(LARGEST_STREAM))  # nobody's image is larger
         return read_pixels(source, channels, white)
     except UnidentifiedImageError:
         size = source.seek(0, os.SEEK_END) if hasattr(source, "read") else os.path.getsize(source)
@@ -434,13 +441,14 @@ def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop
     """The work of one thread of predict_files(): one of its lists, or nothing once `stop` is set."""
     results, kept, waiting = {}, {}, {}  # by index; waiting: decoded and not yet run
     channels, white = model.spec["channels"], model.spec["white"]
+    standard_input = getattr(sys.stdin, "buffer", io.BytesIO())  # which may be closed
     for index, (path, problem) in enumerate(chunk):
         if stop.is_set():
             return []
         try:
             if problem:
                 raise problem
-            waiting[index] = decode_image(standard_input() if path == "-" else path, channels, white)
+            waiting[index] = decode_image(standard_input if path == "-" else path, channels, white)
         except Problem as error:
             results[index] = error
         if keep_pixels:
@@ -453,53 +461,70 @@ def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop
     return [({"path": path, **results[k]}, kept.get(k)) for k, (path, _) in enumerate(chunk)]
 
 
-def standard_input() -> io.BytesIO:
-    """Read standard input as one file. Raises Problem."""
-    try:
-        content = sys.stdin.buffer.read(LARGEST_STDIN + 1) if sys.stdin is not None else b""
-    except OSError as error:
-        raise Problem(f"cannot be read: {error.strerror}") from None
-    if len(content) > LARGEST_STDIN:
-        raise Problem(f"is more than {LARGEST_STDIN >> 20} MB of standard input")
-    return io.BytesIO(content)
+def find_images(paths: list[str], others: list | None = None) -> Iterator[tuple[str, Problem | None]]:
+    """Yield each file, with globs expanded and directories walked; or a path and why it gives no file.
 
-
-def find_images(paths: list[str]) -> Iterator[tuple[str, Problem | None]]:
-    """Yield each file, with globs expanded and directories walked; or a path and why it gives no file."""
+    Files in directories that are not images are added to `others`.
+    """
     for path in paths:
         if any(c in path for c in "*?[") and not os.path.lexists(path):
             matches = sorted(glob.glob(path, recursive=True))
+            matches = [match for match in matches if not os.path.basename(match).startswith(DRAWN)]
             files = [match for match in matches if not os.path.isdir(match)]
             if not matches:
                 yield path, Problem("matches no file")
-            yield from find_images(files or matches)  # "**" matches the directories of its files as well
+            yield from find_images(
+                files or matches, others
+            )  # "**" matches the directories of its files as well
         elif os.path.isdir(path):
-            found = walk(path, is_image)
-            yield next(found, (path, Problem("no images in this directory")))
-            yield from found
+            empty = True
+            for file, problem in walk(path, is_visible):
+                if problem or is_image(file):
+                    empty = False
+                    yield file, problem
+                elif others is not None:
+                    others.append(file)
+            if empty:
+                yield path, Problem("no images in this directory")
         else:
             yield path, None
 
 
 def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Problem | None]]:
-    """Yield the files below a folder in name order; with accept(path) only those, and no hidden ones."""
+    """Yield the files below a folder in name order; with accept(name), only such files and folders."""
     unreadable = []
     for place, folders, files in os.walk(folder, onerror=unreadable.append):
         files += [name for name in folders if os.path.islink(os.path.join(place, name))]  # not followed
-        if accept:
-            files = [name for name in files if not name.startswith(".") and accept(os.path.join(place, name))]
-        folders[:] = sorted(name for name in folders if not (accept and name.startswith(".")))
-        yield from ((os.path.join(place, name), None) for name in sorted(files))
+        folders[:] = sorted(filter(accept or str, folders))
+        yield from ((os.path.join(place, name), None) for name in sorted(filter(accept or str, files)))
     yield from ((error.filename, Problem(f"cannot be read: {error.strerror}")) for error in unreadable)
 
 
+def is_visible(name: str) -> bool:
+    """Neither hidden, as .DS_Store and macOS' ._photo.jpg are, nor left by the system or by --annotate."""
+    drawn = name.startswith(DRAWN) and name.endswith(".png")
+    return not drawn and not name.startswith(".") and name.lower() not in CLUTTER
+
+
+def note_files(did: str, paths: list[str], why: str) -> None:
+    """Say how many files something was done to, if any, of which kinds, the first names, and why."""
+    if paths:
+        kinds = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in paths})
+        hint = "; pip install pillow-heif to read .heic" if {".heic", ".heif"} & set(kinds) else ""
+        names = ", ".join(paths[:3]) + (", ..." if paths[3:] else "")
+        many = "files" if paths[1:] else "file"
+        say(f"note: {did} {len(paths):,} {many} {why} ({', '.join(kinds)}): {names}{hint}")
+
+
 def find_model() -> str:
-    """The model beside this script, or else the newest export. Raises Problem."""
+    """The model beside this script, or else the newest export, which is named. Raises Problem."""
     for place in (glob.escape(os.path.dirname(os.path.abspath(__file__))), "exports/*"):
         paths = [path for name in MODEL_NAMES for path in glob.glob(os.path.join(place, name))]
         if paths:
             newest = os.path.dirname(max(paths, key=os.path.getmtime))
-            return next(path for path in paths if os.path.dirname(path) == newest)
+            path = next(path for path in paths if os.path.dirname(path) == newest)
+            say(f"model: {path}")
+            return path
     raise Problem("no model found beside this script or in exports/: give --model, or run step2_export.py", 2)
 
 
@@ -546,8 +571,11 @@ def read_sums(folder: str) -> dict[str, str]:
     return sums
 
 
-def mismatch(path: str, digest: str) -> str | None:
-    """Why a file does not have this SHA-256, or None if it does."""
+def mismatch(folder: str, name: str, digest: str) -> str | None:
+    """Why a file of the folder does not have this SHA-256, or None if it does."""
+    path = os.path.join(folder, name)
+    if os.path.isabs(name) or name.startswith(".."):
+        return "is outside this folder"
     if not os.path.isfile(path):  # reading a named pipe would wait forever
         return "is not a regular file" if os.path.lexists(path) else "is missing"
     try:
@@ -556,35 +584,34 @@ def mismatch(path: str, digest: str) -> str | None:
         return f"cannot be read: {error.strerror}"
 
 
+def is_addition(path: str, name: str) -> bool:
+    """May a file lie in a bundle unlisted? Nothing runs pictures and tables; .pyc files must fit a source."""
+    if not name.endswith(".pyc"):
+        return name.startswith(FETCHED) or name.lower().endswith((*IMAGE_SUFFIXES, ".csv", ".jsonl"))
+    with contextlib.suppress(Exception), open(path, "rb") as cache:
+        source = importlib.util.source_from_cache(path)
+        code = compile(np.fromfile(source, np.uint8).tobytes(), source, "exec", dont_inherit=True)
+        return marshal.loads(cache.read()[16:]) == code
+    return False
+
+
 def verify(folder: str) -> int:
     """Compare the files of a folder with its SHA256SUMS, report each mismatch, and return the exit code."""
-    sums = read_sums(folder)
-    faults = {os.path.relpath(path, folder): problem or "is not listed" for path, problem in walk(folder)}
-    faults.pop("SHA256SUMS", None)
-    fetched = [name for name in faults if name.startswith(FETCHED)]
-    for name in fetched:
-        del faults[name]
-    for name, digest in sums.items():
-        outside = name.startswith("..") or os.path.isabs(name)
-        faults[name] = "is outside this folder" if outside else mismatch(os.path.join(folder, name), digest)
+    sums, additions = read_sums(folder), []
+    faults = {name: mismatch(folder, name, digest) for name, digest in sums.items()}
+    for path, problem in walk(folder):
+        name = os.path.relpath(path, folder)
+        if not problem and name not in sums and is_addition(path, name):
+            additions.append(name)
+        elif name not in sums and name != "SHA256SUMS":
+            faults[name] = problem or "is not listed"
     faults = {name: fault for name, fault in sorted(faults.items()) if fault}
     for name, fault in faults.items():
         say(f"error: {os.path.join(folder, name)} {fault}")
+    note_files("did not compare", additions, "beside those of the bundle")
     if not faults:
         print(f"verified: {len(sums)} files match SHA256SUMS")
-    if fetched:
-        say(f"note: {len(fetched)} files in {FETCHED} were fetched by get-ort.sh and not compared")
     return 1 if faults else 0
-
-
-def warn_of_code(path: str) -> None:
-    """Say that a TorchScript or torch.export file can carry code, unless SHA256SUMS beside it lists it."""
-    if path.lower().endswith((".pt", ".pt2")) and os.path.isfile(path):
-        with contextlib.suppress(Problem):
-            digest = read_sums(os.path.dirname(os.path.abspath(path))).get(os.path.basename(path))
-            if digest and not mismatch(path, digest):
-                return
-        say(f"note: {path} can carry code and no SHA256SUMS lists it; unless you trust its source, use .onnx")
 
 
 def printable(text: str) -> str:
@@ -635,26 +662,15 @@ def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     canvas.paste(image, ((canvas.width - image.width) // 2, 0))
     ImageDraw.Draw(canvas).text(((canvas.width - width) // 2, image.height + 4), text, "black", font)
     stem = "stdin" if row["path"] == "-" else os.path.splitext(os.path.basename(row["path"]))[0][:50]
-    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem).lstrip(".") or "image"
+    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
     try:
         os.makedirs(folder, exist_ok=True)
-        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        paths = (os.path.join(folder, f"{name}.png") for name in names)
+        first = os.path.join(folder, DRAWN + stem)
+        paths = itertools.chain([f"{first}.png"], (f"{first}-{k}.png" for k in itertools.count(2)))
         with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
             canvas.save(file, "PNG")
     except OSError as error:
         raise Problem(f"cannot write into {folder}: {error.strerror or error}") from None
-
-
-def refuse_own_output(paths: list[str], folder: str) -> None:
-    """Raise Problem if `folder` is among the inputs, where the next run would find what this one draws."""
-    folder = os.path.join(os.path.realpath(folder), "")
-    for path in paths:
-        for match in [path] if os.path.lexists(path) else glob.glob(path, recursive=True):
-            walked = os.path.isdir(match)
-            place = os.path.join(os.path.realpath(match if walked else os.path.dirname(match)), "")
-            if folder == place or (walked and folder.startswith(place)):
-                raise Problem(f"--annotate {folder} is among the images of {path}: give another directory", 2)
 
 
 @contextlib.contextmanager
@@ -677,8 +693,7 @@ def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -
     if args.format == "csv":
         more = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "probability")]
         out.write(csv_line("path", "error", "label", "probability", "known", "guess", *more))
-    live = sys.stderr.isatty() and (args.output or sys.stdout is None or not sys.stdout.isatty())
-    count, failures, started, shown = 0, 0, time.monotonic(), 2
+    failures = 0
     for chunk in results:
         for row, pixels in chunk:
             if "error" in row:
@@ -688,10 +703,6 @@ def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -
                 annotate(pixels, row, args.annotate)
             out.write(result_line(args.format, row))
         out.flush()
-        count, seconds = count + len(chunk), time.monotonic() - started
-        if live and seconds > shown:
-            shown = 2 * seconds
-            say(f"{count:,} images after {seconds:.0f} s, {count / seconds:,.0f} a second")
     return 1 if failures else 0
 
 
@@ -734,6 +745,7 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
         model.predict(inputs[:1])
         ticks.append(time.perf_counter())
     first, *later = (np.diff(ticks) * 1000).tolist()
+    low, high = np.percentile(later, (10, 90)).round(4).tolist()
     figures = {
         "model": path,
         "threads": threads,
@@ -742,6 +754,8 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
         "load_seconds": round(loaded - imported, 4),
         "first_run_ms": round(first, 3),
         **{f"latency_p{q}_ms": round(float(np.percentile(later, q)), 3) for q in (50, 95, 99)},
+        "latency_spread": [low, high],  # 10th and 90th percentile, in ms
+        "busy": f"busy machine: {high / low:.3g}x spread of the latency" if high > 2 * low else None,
         "peak_memory_mb": None,  # in MB of 2**20 bytes, if the system tells
     }
     with contextlib.suppress(OSError, IndexError), open("/proc/self/status", encoding="latin-1") as file:
@@ -865,9 +879,8 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         return verify(os.path.dirname(os.path.abspath(args.model or __file__)))
     path = args.model or find_model()
-    if args.model is None:
-        say(f"model: {path}")
-    warn_of_code(path)
+    if path.lower().endswith((".pt", ".pt2")):
+        say(f"note: {path} can carry code; unless you trust its source, use .onnx")
     threads = args.threads or usable_cpus()
     if args.benchmark:
         figures = benchmark(path, threads, args.device, args.batch_size)
@@ -875,9 +888,8 @@ def run(args: argparse.Namespace) -> int:
         with output_stream(args.output) as out:
             out.write(json.dumps(figures) + "\n" if args.format == "json" else "".join(lines))
         return 0
-    if args.annotate is not None:
-        refuse_own_output(args.paths, args.annotate)
-    found = find_images(args.paths)
+    others = []
+    found = find_images(args.paths, others)
     first = list(itertools.islice(found, threads * args.batch_size))
     workers = max(1, min(threads, len(first)))
     model = Model(path, max(1, threads // workers), args.device, once=len(first) == 1)
@@ -901,7 +913,9 @@ def run(args: argparse.Namespace) -> int:
         found = itertools.chain(first, found)
         results = predict_files(model, found, workers, batch_size, top_k, args.annotate is not None)
         with contextlib.closing(results):
-            return write_images(results, args, top_k, out)
+            code = write_images(results, args, top_k, out)
+        note_files("passed over", others, "that Pillow does not know as images")
+        return code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,10 +7,9 @@ import numpy as np
 
 from data.files import SPELLINGS, Files, Listing, name_some, split_called
 from data.notes import note
-from step3_infer import Problem, is_image
+from step3_infer import Problem, is_image, is_visible
 
 WORDS = {"train": "training", "val": "validation", "test": "test"}
-CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # as hidden files, not worth a word
 PLUGINS = dict.fromkeys((".heic", ".heics", ".heif", ".heifs"), "pillow-heif")
 
 
@@ -129,11 +128,6 @@ def files_below(directory: str) -> Iterator[str]:
     for folder, below, names in os.walk(directory, onerror=refuse):
         below[:] = sorted(filter(is_visible, below))  # which os.walk descends into
         yield from (os.path.join(folder, name) for name in sorted(filter(is_visible, names)))
-
-
-def is_visible(name: str) -> bool:
-    """Neither hidden, as .DS_Store and macOS' ._photo.jpg are, nor left by the system."""
-    return not name.startswith(".") and name.lower() not in CLUTTER
 
 
 def refuse(error: OSError) -> None:

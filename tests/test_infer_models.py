@@ -1,10 +1,12 @@
 """Step 3 and the model files that are put in front of it: sums, pt2, foreign graphs, benchmark, threads."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
+import time
 import zipfile
 
 import numpy as np
@@ -69,10 +71,43 @@ def test_verify_passes_over_the_runtime_that_the_user_fetched(call, bundle):
     (bundle / "web" / "ort").mkdir(parents=True)
     (bundle / "web" / "ort" / "ort.wasm.bundle.min.js").write_text("fetched")
     result = call(step3_infer.main, "--verify", "--model", bundle / "model.onnx").done()
-    assert "4 files" in result.out and "1 files in web/ort/ were fetched" in result.err
+    assert "4 files" in result.out and "did not compare 1 file beside" in result.err
+    assert "web/ort/ort.wasm.bundle.min.js" in result.err
     (bundle / "web" / "extra.js").touch()
     result = call(step3_infer.main, "--verify", "--model", bundle / "model.onnx")
     assert result.code == 1 and "extra.js is not listed" in result.err
+
+
+def test_verify_after_the_bundle_was_used(execute, bundle, samples):
+    code = "import step3_infer; step3_infer.Model('model.onnx')"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    execute("-c", code, cwd=bundle, env=environment).done()
+    assert len(list((bundle / "__pycache__").iterdir())) == 1
+    arguments = ["--annotate", "drawn", "--format", "csv", "--output", "answers.csv", samples[0]]
+    execute("step3_infer.py", *arguments, cwd=bundle).done()
+    result = execute("step3_infer.py", "--verify", cwd=bundle).done()
+    assert "4 files match" in result.out and "did not compare 3 files" in result.err
+    assert "answers.csv" in result.err and "drawn/threestep-digit_0.png" in result.err
+
+
+def test_verify_finds_planted_code(execute, bundle):
+    import py_compile
+
+    (bundle / "evil.py").write_text("print('evil')")
+    py_compile.compile(bundle / "step3_infer.py")
+    (cache,) = (bundle / "__pycache__").iterdir()
+    honest = cache.read_bytes()
+    py_compile.compile(bundle / "evil.py", cfile=cache)
+    (bundle / "evil.py").unlink()
+    cache.write_bytes(honest[:16] + cache.read_bytes()[16:])  # the date and the size of the listed source
+    result = execute("-c", "import step3_infer", cwd=bundle)
+    assert result.out == "evil\n"
+    execute("step3_infer.py", "--verify", cwd=bundle).error(1, cache.name, "is not listed")
+    cache.rename(cache.with_name("other.cpython-399.pyc"))
+    execute("step3_infer.py", "--verify", cwd=bundle).error(1, "other.cpython-399.pyc", "is not listed")
+    (bundle / "__pycache__" / "other.cpython-399.pyc").unlink()
+    (bundle / "extra.pyc").write_bytes(honest)
+    execute("step3_infer.py", "--verify", cwd=bundle).error(1, "extra.pyc", "is not listed")
 
 
 @pytest.mark.parametrize(
@@ -96,14 +131,9 @@ def test_verify_without_sums(call, small):
     )
 
 
-def test_files_with_code_are_announced_unless_the_sums_know_them(call, bundle, samples):
-    arguments = ["--model", bundle / "model.pt", samples[0]]
-    assert call(step3_infer.main, *arguments).done().err == ""
-    (bundle / "SHA256SUMS").write_text("0" * 64 + "  model.pt\n")
-    for _ in range(2):
-        notes = call(step3_infer.main, *arguments).done().err.splitlines()
-        assert len(notes) == 1 and "can carry code" in notes[0] and "use .onnx" in notes[0]
-        (bundle / "SHA256SUMS").unlink(missing_ok=True)
+def test_files_with_code_are_announced(call, bundle, samples):
+    notes = call(step3_infer.main, "--model", bundle / "model.pt", samples[0]).done().err.splitlines()
+    assert len(notes) == 1 and "can carry code" in notes[0] and "use .onnx" in notes[0]
     assert call(step3_infer.main, "--model", bundle / "model.onnx", samples[0]).done().err == ""
 
 
@@ -306,7 +336,26 @@ def test_benchmark_as_text_and_as_json(execute, small, here):
         and 0 < figures["import_seconds"] < 60
         and figures["first_run_ms"] > 0
     )
+    low, high = figures["latency_spread"]
+    assert 0 < low <= times[0] <= high and (figures["busy"] is None) == (high <= 2 * low)
     assert figures["peak_memory_mb"] is None or 20 < figures["peak_memory_mb"] < 500
+
+
+def test_benchmark_says_that_the_machine_was_busy(call, small, monkeypatch):
+    predict, count = step3_infer.Model.predict, itertools.count()
+
+    def slow_at_times(self, inputs):
+        if next(count) % 4 == 0:
+            time.sleep(0.02)
+        return predict(self, inputs)
+
+    monkeypatch.setattr(step3_infer.Model, "predict", slow_at_times)
+    arguments = ["--model", small.export / "model.onnx", "--benchmark", "--threads", 1]
+    assert "busy machine: " in call(step3_infer.main, *arguments).done().out
+    figures = json.loads(call(step3_infer.main, *arguments, "--format", "json").done().out)
+    assert figures["busy"].startswith("busy machine: ") and figures["busy"].endswith(
+        "x spread of the latency"
+    )
 
 
 def test_benchmark_is_no_table(call, small):

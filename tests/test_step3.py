@@ -200,6 +200,13 @@ def test_standard_output_that_takes_nothing(execute, trained, samples, here, clo
         (["--self-test", "--values", "1,2"], "--values"),
         (["--verify", "--annotate", "out"], "--annotate"),
         (["--values", "1,2", "--annotate", "out"], "--annotate"),
+        (["--self-test", "--output", "out.txt"], "--output has no effect on --self-test"),
+        (["--self-test", "--format", "json"], "--format has no effect on --self-test"),
+        (["--verify", "--output", "out.txt"], "--output has no effect on --verify"),
+        (["--verify", "--threads", "2"], "--threads has no effect on --verify"),
+        (["--values", "1,2", "--top-k", "3"], "--top-k has no effect on --values"),
+        (["--values", "1,2", "--batch-size", "16"], "--batch-size has no effect on --values"),
+        (["--benchmark", "--top-k", "3"], "--top-k has no effect on --benchmark"),
     ],
 )
 def test_wrong_command_line(call, here, arguments, word):
