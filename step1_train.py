@@ -47,18 +47,12 @@ def build_parser():
     add_training_options(parser)
     add = parser.add_argument_group("machine and run").add_argument
     precisions = ("auto", "fp32", "bf16")
-    add("--precision", choices=precisions, default="auto", help="the exported network is always fp32")
-    add(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
-    )
-    seed = number(int, 0, 2**31)
-    add(
-        "--threads",
-        type=number(int, 1, 1024),
-        metavar="N",
-        help="CPU threads (default: the CPUs that are free)",
-    )
-    add("--seed", type=seed, default=0, metavar="N", help="on the CPU a seed repeats bit for bit")
+    add("--precision", choices=precisions, default="auto", help="exports are fp32 (default: auto)")
+    text = "cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)"
+    add("--device", default="auto", metavar="NAME", help=text)
+    seed, threads = number(int, 0, 2**31), number(int, 1, 1024)
+    add("--threads", type=threads, metavar="N", help="CPU threads (default: the CPUs that are free)")
+    add("--seed", type=seed, default=0, metavar="N", help="repeats bit for bit on the CPU (default: 0)")
     add("--sync-batchnorm", action="store_true", help="torchrun on GPUs: batch norm over all processes")
     add("--name", help="of the run (default: <dataset>-<model>, with -2, -3, ... if taken)")
     text = "continue a run to the very same result (default: the newest unfinished); --epochs may be raised"
@@ -71,7 +65,7 @@ def build_parser():
 
 def add_data_options(parser):
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="digits", metavar="NAME", help="a name that --list-datasets shows")
+    add("--dataset", default="digits", metavar="NAME", help="see --list-datasets (default: digits)")
     add(
         "--data-dir",
         metavar="PATH",
@@ -385,6 +379,8 @@ def run(args: argparse.Namespace, given: dict) -> int:
         else:
             settings, directory, checkpoint = resume(args, given, group, stack)
         stack.enter_context(silenced(settings.quiet or group.rank > 0))
+        if args.resume is None and settings.name:
+            group.from_first(lambda: runs.refuse_taken(settings.name))
         if args.resume is None and settings.dataset != args.dataset:
             note(f"taking {settings.data_dir} as --dataset {settings.dataset}")
         with group.first_of_each_machine_first():

@@ -21,6 +21,7 @@ DIRECTORIES = ("cpp", "web")  # subdirectories of this one that a bundle include
 EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # files in them that belong to one machine only
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
 TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # differ between exports
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # the last: Windows, of a directory that exists
 SUMS = "SHA256SUMS"
 INDEX = '<!doctype html><title>The page is in web/</title><meta http-equiv="refresh" content="0; url=web/">\n'
 FILES = {  # what the README says about each
@@ -202,5 +203,5 @@ def swap_in(new: str, final: str, aside: str) -> None:
         try:
             return os.replace(new, final)
         except OSError as error:  # another process has put its own there since: try again
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 99:
+            if error.errno not in TAKEN or attempt == 99:
                 raise

@@ -5,6 +5,7 @@ otherwise, refuse some file names, and (Windows) refuse to replace a file that i
 """
 
 import ast
+import errno
 import os
 import re
 import types
@@ -19,6 +20,7 @@ from test_own_images import QUICK, folder, run_of  # noqa: F401
 import data
 import step1_train
 from data import cache
+from deploy import bundle
 from step3_infer import Problem
 from training import runs
 
@@ -257,3 +259,28 @@ def test_files_are_closed_before_they_are_moved_or_removed(folder, here, call, m
     call(step1_train.main, "--data-dir", folder, *QUICK).done()
     call(step1_train.main, "--resume", run_of(here).name, "--epochs", 3).done()
     assert not faults
+
+
+def test_the_command_that_resumes_is_quoted_for_the_shell_of_the_system(monkeypatch):
+    run = os.path.join("runs", "my photos")
+    assert runs.resume_command(run).endswith("--resume 'my photos'")
+    monkeypatch.setattr(runs.os, "name", "nt")
+    assert runs.resume_command(run).endswith('--resume "my photos"')
+
+
+def test_a_bundle_replaces_one_that_another_process_has_put_there(tmp_path, monkeypatch):
+    """Windows says PermissionError where Linux says that a directory is not empty."""
+    replace, refused = os.replace, []
+
+    def refuse_once(source, target):
+        if os.path.basename(source) == "new" and not refused:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, "Access is denied", source)
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_once)
+    for name in ("new", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    bundle.swap_in(str(tmp_path / "new"), str(tmp_path / "final"), str(tmp_path / "aside"))
+    assert refused and (tmp_path / "final" / "a.txt").read_text() == "new"

@@ -419,3 +419,9 @@ def test_a_class_that_is_gone_is_said_on_resuming(call, here, photos):
     for split in ("train", "test"):
         shutil.rmtree(photos / split / "grey")
     call(step1_train.main, "--resume", "a", "--epochs", 3).error(1, "class 'grey' is gone")
+
+
+def test_a_name_that_is_taken_is_refused_before_the_data_is_read(call, here, monkeypatch):
+    (here / "runs" / "taken").mkdir(parents=True)
+    monkeypatch.setattr(step1_train, "load_dataset", lambda *_: pytest.fail("the data was read"))
+    call(step1_train.main, "--name", "taken").error(2, "taken exists", "--name")

@@ -18,8 +18,10 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -74,8 +76,7 @@ def claimed(settings: argparse.Namespace) -> Iterator[str]:
 
 
 def rename(new: str, base: str, unique: bool) -> str:
-    """Give a new directory the name `base` under runs/, or base-2, base-3, ... if it is taken. Raises
-    Problem.
+    """Give a new directory the name `base` under runs/, or base-2, ... if it is taken. Raises Problem.
 
     unique: refuse a name that is taken.
     """
@@ -86,7 +87,14 @@ def rename(new: str, base: str, unique: bool) -> str:
                 os.rename(new, run)
                 return run
         if unique:
-            raise Problem(f"{run} exists and a run never overwrites another; choose another --name", 2)
+            refuse_taken(base)
+
+
+def refuse_taken(name: str) -> None:
+    """Raise Problem if there is a run of this name."""
+    run = os.path.join(RUNS, name)
+    if os.path.lexists(run):
+        raise Problem(f"{run} exists and a run never overwrites another; choose another --name", 2)
 
 
 def find(name: str | None = None, unfinished: bool = False) -> str:
@@ -140,14 +148,14 @@ def removed_if_empty(run: str, rank: int) -> Iterator[None]:
         if rank == 0 and not any(os.path.exists(os.path.join(run, name)) for name in (CHECKPOINT, PREVIOUS)):
             shutil.rmtree(run, ignore_errors=True)
         elif isinstance(error, CannotWrite):
-            way_out = f"the last checkpoint is whole: {resume_command(run)}"
-            raise Problem(f"{error}; {way_out}", error.code) from None
+            raise Problem(f"{error}; the last checkpoint: {resume_command(run)}", error.code) from None
         raise
 
 
 def resume_command(run: str) -> str:
     script = sys.argv[0] if os.path.basename(sys.argv[0]).startswith("step1") else "step1_train.py"
-    return f"python {shlex.quote(script)} --resume {shlex.quote(os.path.relpath(run, RUNS))}"
+    command = ["python", script, "--resume", os.path.relpath(run, RUNS)]
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 # --------------------------------------------------------------------------------------------------- resuming
@@ -244,8 +252,7 @@ def save_checkpoint(
 
 def keep(path: str, previous: str) -> None:
     """Give a file a second name, under which it stays when a new file takes its place."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(previous)
+    Path(previous).unlink(missing_ok=True)
     try:
         os.link(path, previous)  # so that at no moment there is no file at `path`
     except OSError:  # a file system without links
@@ -265,12 +272,10 @@ def begin_twin(run: str) -> tuple[str, dict | None]:
 def tidy(run: str) -> None:
     """Remove what a finished run does not need: its twin, and the checkpoint before the last."""
     shutil.rmtree(os.path.join(run, TWIN), ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(run, PREVIOUS))
+    Path(run, PREVIOUS).unlink(missing_ok=True)
 
 
 def remove_leftovers(run: str) -> None:
     """Remove the half-written files of a process that was killed."""
     for path in glob.glob(os.path.join(glob.escape(run), ".*.tmp")):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        Path(path).unlink(missing_ok=True)
