@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     add("--reject", type=share, metavar="X", help=text)
     add("--min-probability", type=share, metavar="P", help="call answers of less unsure, by default")
     add("--uncalibrated", action="store_true", help="export without temperature and without known")
-    add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads of the proof (default: all)")
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads (default: all that are free)")
     add("--data-dir", metavar="DIR", help="where the test split is (default: where step1 had it)")
     add("--out", metavar="DIR", help="default: exports/<name of the run>")
     return parser
@@ -98,11 +98,12 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
+from data.notes import silenced  # noqa: E402
 from deploy import bundle, gate, int8, report  # noqa: E402
 from deploy.comparing import Outputs, some  # noqa: E402
 from deploy.gate import Run  # noqa: E402
 from deploy.samples import bundle_samples, golden_samples, one_of_each_class  # noqa: E402
-from training import runs  # noqa: E402
+from training import cpu, runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
 # Each writes one file with the spec inside, and returns what parity.json should say of how it was made.
@@ -141,7 +142,7 @@ def export_onnx(deployable: model.Deployable, spec: dict, path: str, opset: int,
 
 
 def export_int8(
-    deployable: model.Deployable, spec: dict, path: str, opset: int, *, dataset, max_drop: float
+    deployable: model.Deployable, spec: dict, path: str, opset: int, *, dataset, max_drop: float, threads
 ) -> dict:
     """Write an int8 ONNX file, calibrated on training images. Raises Problem.
 
@@ -150,19 +151,20 @@ def export_int8(
     opset, unquantized = max(opset, int8.OPSET), f"{path}.float.onnx"
     export_onnx(deployable, spec, unquantized, opset)
     try:
-        quantized, figures = int8.choose(unquantized, dataset.train_images, dataset.train_labels, max_drop)
+        images, labels = dataset.train_images, dataset.train_labels
+        quantized, figures = int8.choose(unquantized, images, labels, max_drop, threads)
     except ValueError as error:
         raise Problem(f"this network cannot be quantized: {error}") from None
     images = dataset.test_images[one_of_each_class(dataset, GOLDEN_SAMPLES)]
     spec = {
         **spec,
         "quantization": f"int8, {figures['quantization']}",
-        "golden": golden_samples(images, Outputs(*step3_infer.Model(quantized).run(images))),
+        "golden": golden_samples(images, Outputs(*step3_infer.Model(quantized, threads).run(images))),
         "self_test_tolerance": gate.INT8_SELF_TEST_TOLERANCE,
         "known": spec["known"] and {**spec["known"], "tolerance": gate.INT8_KNOWN_TOLERANCE},
     }
     write_file(path, int8.finish(quantized, spec, opset))
-    return figures | int8.measure_speed(unquantized, path, dataset.test_images)
+    return figures | int8.measure_speed(unquantized, path, dataset.test_images, threads)
 
 
 def export_pt2(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> dict:
@@ -243,7 +245,7 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
 
 def write_and_prove(name, run, spec, file, dataset, expected, args) -> dict:
     """Write the file of one format and prove it; returns its entry in parity.json."""
-    more = {"dataset": dataset, "max_drop": args.max_drop}
+    more = {"dataset": dataset, "max_drop": args.max_drop, "threads": run.threads}
     try:
         made = FORMATS[name].export(run.deployable(), spec, file, args.opset, **more)
         if name == "onnx-int8":
@@ -327,8 +329,7 @@ def read_run(path: str) -> Run:
         checkpoint = model.load_plain(io.BytesIO(content))
         schema, spec, epoch = checkpoint["schema"], checkpoint["spec"], checkpoint.get("epoch", 0)
         if schema > runs.SCHEMA:
-            reason = f"has schema {schema}, this script knows up to {runs.SCHEMA}"
-            raise Problem(f"{file} {reason}: update Threestep")
+            raise Problem(f"{file} has schema {schema}, known is up to {runs.SCHEMA}: update Threestep")
         run = gate.rebuild(path, spec, checkpoint["state_dict"], checkpoint.get("familiarity"))
         epochs = spec["arguments"]["epochs"]
         if schema > 1:
@@ -352,7 +353,8 @@ def load_data(run: Run, data_dir: str | None = None, splits: tuple[str, ...] = (
     name = run.spec["dataset"]
     if data_dir is not None and name in ("digits", "linear"):
         raise Problem(f"--data-dir belongs to datasets read from files; {run.path} was trained on {name}", 2)
-    dataset = data.load_for(run.spec, data_dir, model.resize)
+    with silenced(True):  # step1 has said it
+        dataset = data.load_for(run.spec, data_dir, model.resize)
     if run.fingerprint is not None:
         data.refuse_changes(run.path, run.fingerprint, dataset.fingerprint, splits)
     return dataset
@@ -372,9 +374,9 @@ def run_export(args: argparse.Namespace) -> int:
         raise Problem(f"--reject needs a calibrated run, which {path} is not: see --calibration of step1", 2)
     if args.min_probability is not None and run.regression:
         raise Problem(f"--min-probability is for classification, and {path} is a regression", 2)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-        run.threads = args.threads
+    run.threads, reason = cpu.set_threads(args.threads)
+    if reason:
+        say(f"note: running on {run.threads} CPU threads: {reason}")
     dataset = load_data(run, args.data_dir, ("train", "test") if "onnx-int8" in args.format else ("test",))
     out = args.out or os.path.join(runs.EXPORTS, os.path.basename(path))
     try:

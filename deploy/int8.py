@@ -36,7 +36,9 @@ QUANTIZATIONS = {
 # ------------------------------------------------------------------------------------------------- quantizing
 
 
-def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float) -> tuple[str, dict]:
+def choose(
+    source: str, images: np.ndarray, labels: np.ndarray, max_drop: float, threads: int | None = None
+) -> tuple[str, dict]:
     """Quantize an ONNX file in one way after another until one is accurate enough, else take the best.
 
     images, labels: of the training split, uint8 [N, H, W, C] and [N]; max_drop: how many points of accuracy
@@ -48,14 +50,14 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float)
     if len(check) < CALIBRATION:  # a small dataset
         check = calibration
     calibration_images, check_images, check_labels = images[calibration], images[check], labels[check]
-    before, tried = accuracy(source, check_images, check_labels), []
+    before, tried = accuracy(source, check_images, check_labels, threads), []
     for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
         file = f"{source}.{number}.onnx"
         try:
             quantize(source, file, calibration_images, **settings)
         except Exception as error:  # onnxruntime's quantizer raises anything at all
             raise ValueError(" ".join(str(error).split())) from None
-        drop = round(100 * (before - accuracy(file, check_images, check_labels)), 3)
+        drop = round(100 * (before - accuracy(file, check_images, check_labels, threads)), 3)
         tried.append({"quantization": name, "drop_training": drop})
         if drop <= max_drop / 2:  # images that the network was trained on are easier than others
             break
@@ -64,9 +66,9 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float)
     return f"{source}.{best}.onnx", {**tried[best], "tried": tried}
 
 
-def accuracy(file: str, images: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(file: str, images: np.ndarray, labels: np.ndarray, threads: int | None = None) -> float:
     """The share of uint8 images [N, H, W, C] that an exported file classifies correctly."""
-    exported = Model(file)
+    exported = Model(file, threads)
     batches = [images[start : start + 64] for start in range(0, len(images), 64)]
     predicted = np.concatenate([exported.predict(batch).argmax(1) for batch in batches])
     return float((predicted == labels).mean())
@@ -247,12 +249,13 @@ def merge_constants(graph, short_names: dict[str, str]) -> None:
 # ------------------------------------------------------------------------------------------------------ speed
 
 
-def measure_speed(unquantized: str, quantized: str, images: np.ndarray) -> dict:
+def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads: int | None = None) -> dict:
     """How many times as fast a file became, as `speedup` by batch size, with a `warning` if it is not faster.
 
     images: uint8 [N, H, W, C], of which as many as needed are taken.
     """
-    slow, fast, figures = Model(unquantized).predict, Model(quantized).predict, {}
+    slow, fast = (Model(file, threads).predict for file in (unquantized, quantized))
+    figures = {}
     for size in (1, 64):
         batch = np.resize(images[:size], (size, *images.shape[1:]))
         figures[str(size)] = round(speedup(slow, fast, batch), 2)

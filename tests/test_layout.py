@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "training": {"training", "model", "data", "step3_infer"},
     "deploy": {"deploy", "step3_infer"},
     "step1_train.py": {"data", "model", "training", "deploy.report", "step3_infer"},
-    "step2_export.py": {"data", "model", "training.runs", "deploy", "step3_infer"},
+    "step2_export.py": {"data", "model", "training.runs", "training.cpu", "deploy", "step3_infer"},
 }
 MAY_IMPORT_AS_WELL = {"deploy/gate.py": {"model"}}
 OWN = {"step1_train", "step2_export", "step3_infer", "data", "model", "training", "deploy", "tests"}

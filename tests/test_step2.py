@@ -9,11 +9,13 @@ import shutil
 import signal
 import zipfile
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import data
 import step1_train
@@ -21,6 +23,7 @@ import step2_export
 import step3_infer
 from data.dataset import with_fingerprint
 from deploy import gate
+from training import cpu
 
 
 def parity_of(export):
@@ -344,3 +347,38 @@ def test_output_directory_that_cannot_be_made(call, small_run, here, out):
 
 def test_as_a_process(execute, here):
     execute(ROOT / "step2_export.py", "--run", "nothing", cwd=here).error(2, "'nothing'")
+
+
+def test_threads_are_those_that_are_free_or_that_are_asked_for(call, small_run, monkeypatch):
+    used, load = [], step3_infer.Model.__init__
+
+    def record(self, path, threads=None, *more, **options):
+        used.append(threads)
+        return load(self, path, threads, *more, **options)
+
+    monkeypatch.setattr(step3_infer.Model, "__init__", record)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(cpu, "cpus_taken", lambda: 1.2)
+    arguments = ["--format", "onnx", "onnx-int8", "--max-drop", 100]
+    result = call(step2_export.main, *arguments).done()
+    assert "note: running on 2 CPU threads: other programs use 1.2 of 4 CPUs" in result.err
+    assert len(used) >= 6 and set(used) == {2}
+    used.clear()
+    assert "CPU threads" not in call(step2_export.main, *arguments, "--threads", 3).done().err
+    assert len(used) >= 6 and set(used) == {3}
+
+
+def test_what_step_1_said_of_the_data_is_not_said_again(call, here):
+    rng = np.random.default_rng(0)
+    for label, name in enumerate("ab"):
+        (here / "photos" / name).mkdir(parents=True)
+        for k in range(10):
+            pixels = rng.integers(0, 100, (8, 8), dtype=np.uint8) + 100 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(here / "photos" / name / f"{k}.png")
+    (here / "photos" / "a" / "labels.txt").touch()
+    (here / "photos" / "b" / "broken.png").write_text("no image")
+    step1 = call(step1_train.main, *"--data-dir photos --model linear --epochs 1".split()).done()
+    assert "labels.txt" in step1.err and "broken.png" in step1.err
+    step2 = call(step2_export.main, "--format", "onnx").done()
+    assert "labels.txt" not in step2.err and "broken.png" not in step2.err
