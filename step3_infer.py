@@ -4,7 +4,6 @@
     python step3_infer.py image.png                       # the model beside this script, or the newest export
     python step3_infer.py --model model.onnx photos/ 'more/*.jpg'
     python step3_infer.py --format json --top-k 5 photos/ > predictions.jsonl
-    curl -s https://example.org/cat.jpg | python step3_infer.py -
     python step3_infer.py --values 0.1,0.2,0.3,0.4,0.5    # a regression model; one --values for each row
     python step3_infer.py --self-test                     # does this machine reproduce the trained network?
     python step3_infer.py --benchmark                     # how fast is the model on this machine?
@@ -26,12 +25,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import functools
-import importlib.util
 import io
 import itertools
 import json
 import logging
-import marshal
 import os
 import re
 import threading
@@ -48,12 +45,8 @@ SCHEMA = 1  # the newest spec that this script understands
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
 MODEL_NAMES = ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2")  # the first that exists is used
 WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
-LARGEST_STREAM = 256 << 20  # bytes that are read of a pipe
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.31 keeps an ID of the device for events
 DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
-CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")  # as hidden files, not worth a word
-FETCHED = os.path.join("web", "ort", "")  # in a bundle: what the user fetched later, not part of it
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 class Problem(Exception):
@@ -81,7 +74,7 @@ def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
         if not hasattr(source, "read") and os.path.exists(source) and not os.path.isfile(source):
             raise Problem("is not a regular file")
         if hasattr(source, "read") and not source.seekable():
-            source = io.BytesIO(source.read(LARGEST_STREAM))  # nobody's image is larger
+            source = io.BytesIO(source.read(256 << 20))  # nobody's image is larger
         return read_pixels(source, channels, white)
     except UnidentifiedImageError:
         size = source.seek(0, os.SEEK_END) if hasattr(source, "read") else os.path.getsize(source)
@@ -140,7 +133,7 @@ def read_pixels(source, channels: int, white: int) -> np.ndarray:
         if image.format == "EPS":  # Pillow would run Ghostscript
             raise Problem("is PostScript, which is a program and not an image")
         image.load()
-        if image.getexif().get(ORIENTATION, 1) != 1:
+        if image.getexif().get(0x0112, 1) != 1:  # the tag of the orientation
             from PIL import ImageOps  # rarely needed, and slow to import
 
             ImageOps.exif_transpose(image, in_place=True)
@@ -165,8 +158,8 @@ def read_pixels(source, channels: int, white: int) -> np.ndarray:
 class Model:
     """An exported file, ready to run by several threads at once; `spec` is what it says about itself.
 
-    reject: 0.99 keeps the most familiar 99 % of images and calls others unknown. min_probability: answers of
-    less are unsure. Both are the file's own, None for neither, and may be set.
+    reject (0.99 keeps the most familiar 99 % of images, others are unknown) and min_probability (answers of
+    less are unsure) are the file's own and may be set; None for neither.
     threads: of the engine (default: all that this process may use). once: load fast rather than run fast.
     Raises Problem if the file cannot be loaded or was not written by step2_export.py.
     """
@@ -189,10 +182,9 @@ class Model:
         return self.run(inputs)[0]
 
     def run(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """What predict() returns, and how familiar each input looks, 0 to 1: float32 [batch].
+        """What predict() returns, and `known`, float32 [batch], None if the file has no such output.
 
-        It is the share of images like those trained on that look less familiar; None if the file has no such
-        output. Raises Problem.
+        It says how familiar an input looks: the share of familiar images that look less so. Raises Problem.
         """
         try:
             outputs, *more = self._run(inputs)
@@ -202,17 +194,15 @@ class Model:
         wanted = len(inputs), len(self.spec["classes"])
         if outputs.shape != wanted:
             raise Problem(f"the model's spec is wrong: it promises outputs {wanted}, not {outputs.shape}")
-        known = more[0] if more else None
-        if bool(self.spec["known"]) != (known is not None and known.shape == wanted[:1]):
+        if [known.shape for known in more] != ([wanted[:1]] if self.spec["known"] else []):
             raise Problem("the model's spec is wrong: it does not fit the output `known`")
-        return outputs, known
+        return outputs, more[0] if more else None
 
 
 def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
-    """Predict one image: {"label", "probability", "known", "top"}.
+    """Predict one image: {"label", "probability", "known", "top"}; top lists labels and their probabilities.
 
-    top lists {"label", "probability"}, best first. label is the first of them, or "unknown" or "unsure", see
-    Model; known says how familiar the image looks, see Model.run.
+    label is the best of them, or "unknown" or "unsure", see Model; known is that of Model.run.
     path_or_array: a path, a binary file object, or uint8 [height, width, channels] with the model's channels
     (grey also as [height, width]). Several threads may call it at once. Raises Problem.
     """
@@ -265,22 +255,15 @@ def predict_decoded(model: Model, images: dict[int, np.ndarray], top_k: int) -> 
 def usable_cpus(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
     """Count the CPUs that this process may use, by its affinity and, on Linux, its control groups' quotas."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lines = []
+    folder = root
     with contextlib.suppress(OSError), open(own, encoding="utf-8", errors="replace") as file:
-        lines = file.read().splitlines()
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)  # version 1 or 2
-        folder = os.path.join(root, controllers, group.strip("/"))
-        while len(folder) >= len(root):  # the groups above limit as well; a container does not see them
-            with contextlib.suppress(OSError, ValueError):  # ValueError: cpu.max says "max", no limit
-                texts = [open(f"{folder}/{name}", encoding="ascii").read() for name in names]  # noqa: SIM115
-                quota, period = map(int, " ".join(texts).split())
-                if quota > 0:
-                    count = min(count, max(1, -(-quota // period)))  # rounded up
-            folder = os.path.dirname(folder)
+        group = next((line[3:].strip() for line in file if line.startswith("0::")), "")  # of version 2
+        folder = os.path.join(root, group.strip("/"))
+    while len(folder) >= len(root):  # the groups above limit as well; a container does not see them
+        with contextlib.suppress(OSError, ValueError), open(f"{folder}/cpu.max", encoding="ascii") as file:
+            quota, period = map(int, file.read().split())  # a ValueError for "max", no limit
+            count = min(count, max(1, -(-quota // period)))  # rounded up
+        folder = os.path.dirname(folder)
     return count
 
 
@@ -373,48 +356,45 @@ def read_spec(text: str | None, path: str) -> dict:
             valid = valid and height in range(1, 1 << 15) and width in range(1, 1 << 15)
         known, *thresholds = (spec.setdefault(key, None) for key in ("known", "reject", "min_probability"))
         valid = valid and all(share is None or 0 <= share <= 1 for share in thresholds)
-        if not valid or not classes or (known and not known["tolerance"] >= 0):
+        if not valid or not classes or (known and not known.setdefault("tolerance", 5e-3) >= 0):
             raise ValueError("classes, channels, image_size, white, known or thresholds cannot be used")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {type(error).__name__} {one_line(error)}") from None
     return spec
 
 
+# =============================================================================================== the program
+
+import argparse  # noqa: E402
+import glob  # noqa: E402
+
+
 def self_test(model: Model) -> tuple[int, float, bool]:
     """Run the golden samples inside the file: their count, the largest difference, whether it is tolerated.
 
-    Differences are relative where outputs exceed 1; the spec has the tolerance. Raises Problem.
+    Differences are relative where outputs exceed 1; the spec has the tolerances, also of `known`. Raises
+    Problem.
     """
     import base64
 
-    spec, difference, moved = model.spec, 0.0, 0.0
+    spec, differences, moved = model.spec, [0.0], [0.0]
     if not spec.get("golden"):
         raise Problem("this file carries no golden samples to test with")
-    default = 2e-2 if "quantization" in spec else 1e-4
     try:
-        tolerance = float(spec.get("self_test_tolerance", default))
+        tolerance = float(spec.get("self_test_tolerance", 2e-2 if "quantization" in spec else 1e-4))
         for sample in spec["golden"]:
             if spec["task"] == "regression":
                 inputs, expected = np.array([sample["features"]], np.float32), sample["prediction"]
             else:
                 file = io.BytesIO(base64.b64decode(sample["image"]))
                 inputs, expected = decode_image(file, spec["channels"])[None], sample["probabilities"]
-            expected, ((outputs,), known) = np.array(expected, float), model.run(inputs)
-            expected = expected.reshape(len(spec["classes"]))
-            differences = np.abs(outputs - expected) / np.maximum(1, np.abs(expected))
-            difference = float(np.maximum(difference, differences.max()))  # max() would lose NaN
-            if spec["known"]:
-                moved = max(moved, abs(float(known[0]) - float(sample["known"])))
+            expected, (outputs, known) = np.reshape(expected, (1, len(spec["classes"]))), model.run(inputs)
+            differences.append(np.max(np.abs(outputs - expected) / np.maximum(1, np.abs(expected))))
+            moved.append(0.0 if known is None else abs(float(known[0]) - sample["known"]))
     except (ValueError, KeyError, TypeError, OverflowError, Problem) as error:
         raise Problem(f"this file's golden samples are malformed: {error!r}") from None
-    passed = difference <= tolerance and (not spec["known"] or moved <= spec["known"]["tolerance"])
-    return len(spec["golden"]), difference, passed
-
-
-# =============================================================================================== the program
-
-import argparse  # noqa: E402
-import glob  # noqa: E402
+    passed = np.max(differences) <= tolerance and max(moved) <= (spec["known"] or {}).get("tolerance", 0)
+    return len(spec["golden"]), float(np.max(differences)), bool(passed)
 
 
 def predict_files(
@@ -440,7 +420,7 @@ def predict_files(
 def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop: threading.Event) -> list:
     """The work of one thread of predict_files(): one of its lists, or nothing once `stop` is set."""
     results, kept, waiting = {}, {}, {}  # by index; waiting: decoded and not yet run
-    channels, white = model.spec["channels"], model.spec["white"]
+    expected = model.spec["channels"], model.spec["white"]
     standard_input = getattr(sys.stdin, "buffer", io.BytesIO())  # which may be closed
     for index, (path, problem) in enumerate(chunk):
         if stop.is_set():
@@ -448,7 +428,7 @@ def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop
         try:
             if problem:
                 raise problem
-            waiting[index] = decode_image(standard_input if path == "-" else path, channels, white)
+            waiting[index] = decode_image(standard_input if path == "-" else path, *expected)
         except Problem as error:
             results[index] = error
         if keep_pixels:
@@ -461,7 +441,7 @@ def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop
     return [({"path": path, **results[k]}, kept.get(k)) for k, (path, _) in enumerate(chunk)]
 
 
-def find_images(paths: list[str], others: list | None = None) -> Iterator[tuple[str, Problem | None]]:
+def find_images(paths: list[str], others: list) -> Iterator[tuple[str, Problem | None]]:
     """Yield each file, with globs expanded and directories walked; or a path and why it gives no file.
 
     Files in directories that are not images are added to `others`.
@@ -473,16 +453,14 @@ def find_images(paths: list[str], others: list | None = None) -> Iterator[tuple[
             files = [match for match in matches if not os.path.isdir(match)]
             if not matches:
                 yield path, Problem("matches no file")
-            yield from find_images(
-                files or matches, others
-            )  # "**" matches the directories of its files as well
+            yield from find_images(files or matches, others)  # "**" matches its files' directories as well
         elif os.path.isdir(path):
             empty = True
             for file, problem in walk(path, is_visible):
                 if problem or is_image(file):
                     empty = False
                     yield file, problem
-                elif others is not None:
+                else:
                     others.append(file)
             if empty:
                 yield path, Problem("no images in this directory")
@@ -502,8 +480,8 @@ def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Pro
 
 def is_visible(name: str) -> bool:
     """Neither hidden, as .DS_Store and macOS' ._photo.jpg are, nor left by the system or by --annotate."""
-    drawn = name.startswith(DRAWN) and name.endswith(".png")
-    return not drawn and not name.startswith(".") and name.lower() not in CLUTTER
+    drawn, left = name.startswith(DRAWN), ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
+    return not (drawn and name.endswith(".png")) and not name.startswith(".") and name.lower() not in left
 
 
 def note_files(did: str, paths: list[str], why: str) -> None:
@@ -512,8 +490,8 @@ def note_files(did: str, paths: list[str], why: str) -> None:
         kinds = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in paths})
         hint = "; pip install pillow-heif to read .heic" if {".heic", ".heif"} & set(kinds) else ""
         names = ", ".join(paths[:3]) + (", ..." if paths[3:] else "")
-        many = "files" if paths[1:] else "file"
-        say(f"note: {did} {len(paths):,} {many} {why} ({', '.join(kinds)}): {names}{hint}")
+        many = f"{len(paths):,} file{'s' if paths[1:] else ''}"
+        say(f"note: {did} {many} {why} ({', '.join(kinds)}): {names}{hint}")
 
 
 def find_model() -> str:
@@ -556,21 +534,6 @@ def sha256(path) -> str:
     return hashlib.sha256(np.fromfile(path, np.uint8)).hexdigest()
 
 
-def read_sums(folder: str) -> dict[str, str]:
-    """Read the SHA256SUMS of a folder: {relative path: SHA-256}. Raises Problem."""
-    path, sums = os.path.join(folder, "SHA256SUMS"), {}
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                match = re.fullmatch("([0-9a-f]{64}) [ *](.+)\n?", line)
-                if not match:
-                    raise Problem(f"{path}, line {number} is not a SHA-256, two spaces and a file name")
-                sums[os.path.normpath(match[2])] = match[1]
-    except OSError as error:
-        raise Problem(f"cannot read {path} ({error.strerror}): step2_export.py --bundle writes one") from None
-    return sums
-
-
 def mismatch(folder: str, name: str, digest: str) -> str | None:
     """Why a file of the folder does not have this SHA-256, or None if it does."""
     path = os.path.join(folder, name)
@@ -584,24 +547,25 @@ def mismatch(folder: str, name: str, digest: str) -> str | None:
         return f"cannot be read: {error.strerror}"
 
 
-def is_addition(path: str, name: str) -> bool:
-    """May a file lie in a bundle unlisted? Nothing runs pictures and tables; .pyc files must fit a source."""
-    if not name.endswith(".pyc"):
-        return name.startswith(FETCHED) or name.lower().endswith((*IMAGE_SUFFIXES, ".csv", ".jsonl"))
-    with contextlib.suppress(Exception), open(path, "rb") as cache:
-        source = importlib.util.source_from_cache(path)
-        code = compile(np.fromfile(source, np.uint8).tobytes(), source, "exec", dont_inherit=True)
-        return marshal.loads(cache.read()[16:]) == code
-    return False
-
-
 def verify(folder: str) -> int:
-    """Compare the files of a folder with its SHA256SUMS, report each mismatch, and return the exit code."""
-    sums, additions = read_sums(folder), []
+    """Compare the files of a folder with its SHA256SUMS, say what differs, and return the exit code.
+
+    Raises Problem. Pictures and tables may have been added, and what the page's get-ort.sh fetches.
+    """
+    path, additions, fetched = os.path.join(folder, "SHA256SUMS"), [], os.path.join("web", "ort", "")
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [re.fullmatch("([0-9a-f]{64}) [ *](.+)\n?", line) for line in file]
+    except OSError as error:
+        raise Problem(f"cannot read {path} ({error.strerror}): step2_export.py --bundle writes one") from None
+    if None in lines:
+        raise Problem(f"{path}, line {lines.index(None) + 1} is not a SHA-256, two spaces and a file name")
+    sums = {os.path.normpath(name): digest for digest, name in (line.groups() for line in lines)}
     faults = {name: mismatch(folder, name, digest) for name, digest in sums.items()}
     for path, problem in walk(folder):
         name = os.path.relpath(path, folder)
-        if not problem and name not in sums and is_addition(path, name):
+        harmless = name.lower().endswith((*IMAGE_SUFFIXES, ".csv", ".jsonl")) or name.startswith(fetched)
+        if name not in sums and not problem and harmless:
             additions.append(name)
         elif name not in sums and name != "SHA256SUMS":
             faults[name] = problem or "is not listed"
@@ -623,8 +587,8 @@ def csv_line(*cells) -> str:
     """A line of CSV, in which text that a spreadsheet would run as a formula starts with an apostrophe."""
     import csv
 
-    line = io.StringIO()
-    texts = [f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for text in map(str, cells)]
+    line, texts = io.StringIO(), ["" if cell is None else str(cell) for cell in cells]
+    texts = [f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for text in texts]
     csv.writer(line, lineterminator="\n").writerow(map(printable, texts))
     return line.getvalue()
 
@@ -633,26 +597,23 @@ def result_line(output_format: str, row: dict) -> str:
     """One image's row of JSON as it is, as a row of CSV, or as text, which has none for an error."""
     if output_format == "json":
         return json.dumps(row) + "\n"
+    pairs = [(entry["label"], entry["probability"]) for entry in row.get("top", [])]
     if output_format == "csv":
-        top = [entry[key] for entry in row.get("top", []) for key in ("label", "probability")]
-        cells = (
-            [row.get(key) for key in ("path", "error", "label", "probability", "known")] + top[:1] + top[2:]
-        )
-        return csv_line(*("" if cell is None else cell for cell in cells))
-    if "error" in row:
-        return ""
-    cells = [f"{printable(entry['label'])} {entry['probability']:.2%}" for entry in row["top"]]
-    if row["label"] != row["top"][0]["label"]:
-        cells.insert(0, row["label"])
-    known = [] if row["known"] is None else [f"known {row['known']:.1%}"]
-    return "  ".join([printable(row["path"]), *cells, *known]) + "\n"
+        first = [row.get(key) for key in ("path", "error", "label", "probability", "known")]
+        return csv_line(*first, *itertools.chain.from_iterable(pairs))
+    cells = [row["path"], *(f"{label} {probability:.2%}" for label, probability in pairs)]
+    if pairs and row["label"] != pairs[0][0]:
+        cells.insert(1, row["label"])
+    if row.get("known") is not None:
+        cells.append(f"known {row['known']:.1%}")
+    return "  ".join(map(printable, cells)) + "\n" if pairs else ""
 
 
 def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     """Write an image with its result drawn below it to `folder`, as a new PNG file. Raises Problem."""
     from PIL import ImageDraw, ImageFont
 
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
     factor = max(1, 192 // max(image.size))  # or a thumbnail would be smaller than its label
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     text = f"{printable(row['label'][:40])} {row['probability']:.1%}"
@@ -665,8 +626,7 @@ def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
     try:
         os.makedirs(folder, exist_ok=True)
-        first = os.path.join(folder, DRAWN + stem)
-        paths = itertools.chain([f"{first}.png"], (f"{first}-{k}.png" for k in itertools.count(2)))
+        paths = (os.path.join(folder, f"{DRAWN}{stem}{k or ''}.png") for k in itertools.count(0, -1))
         with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
             canvas.save(file, "PNG")
     except OSError as error:
@@ -691,19 +651,19 @@ def output_stream(path: str | None) -> Iterator:
 def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -> int:
     """Write what predict_files() yields to `out` and to --annotate; return the exit code. Raises Problem."""
     if args.format == "csv":
-        more = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "probability")]
-        out.write(csv_line("path", "error", "label", "probability", "known", "guess", *more))
-    failures = 0
+        more = [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in ("label", "probability")]
+        out.write(csv_line("path", "error", "label", "probability", "known", *more))
+    code = 0
     for chunk in results:
         for row, pixels in chunk:
             if "error" in row:
-                failures += 1
+                code = 1
                 say(f"error: {row['path']}: {row['error']}")
             elif args.annotate is not None:
                 annotate(pixels, row, args.annotate)
             out.write(result_line(args.format, row))
         out.flush()
-    return 1 if failures else 0
+    return code
 
 
 def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
@@ -808,7 +768,7 @@ TAKES = {  # what is done, by the first of these that is given, and the options 
 def build_parser() -> Parser:
     example = "example: python step3_infer.py --model model.onnx --top-k 3 photos/"
     parser = Parser(description="Predict with a file that step2_export.py wrote.", epilog=example)
-    count = number(int, 1, 999_999)
+    count, share = number(int, 1, 999_999), number(float, 0, 1)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="images, directories (recursive), globs, or - for stdin")
     add("--values", action="append", metavar="X,X,...", help="features for a regression; may be repeated")
@@ -820,9 +780,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("results").add_argument
     add("--format", choices=("text", "json", "csv"), help="json: one object per line (default: text)")
     add("--top-k", type=count, metavar="K", help="classes to name, best first (default: 3)")
-    share = number(float, 0, 1)
-    text = "keep this share of images like those trained on, such as 0.99; call others unknown"
-    add("--reject", type=share, metavar="X", help=text)
+    add("--reject", type=share, metavar="X", help="keep this most familiar share (0.99); others are unknown")
     add("--min-probability", type=share, metavar="P", help="call answers with less probability unsure")
     add("--output", metavar="FILE", help="write to FILE, whole or not at all (default: standard output)")
     add("--annotate", metavar="DIR", help="also write each image to DIR with its result drawn below it")
@@ -895,24 +853,23 @@ def run(args: argparse.Namespace) -> int:
     model = Model(path, max(1, threads // workers), args.device, once=len(first) == 1)
     if args.self_test:
         count, difference, passed = self_test(model)
-        verdict = "passed" if passed else "FAILED"
-        print(f"self-test {verdict}: {count} golden samples, max difference {difference:.1e}")
+        verdict = f"self-test {'passed' if passed else 'FAILED'}"
+        print(f"{verdict}: {count} golden samples, max difference {difference:.1e}")
         return 0 if passed else 1
     if (model.spec["task"] == "regression") != bool(args.values):
         wanted = "images: give at least one PATH" if args.values else "numbers: give --values"
         raise Problem(f"{path} predicts from {wanted}", 2)
     if args.reject is not None and not model.spec["known"]:
         raise Problem(f"{path} does not say how familiar an image looks: --reject cannot be used", 2)
-    model.reject = model.reject if args.reject is None else args.reject
-    model.min_probability = model.min_probability if args.min_probability is None else args.min_probability
+    for name in ("reject", "min_probability"):
+        setattr(model, name, getattr(model if getattr(args, name) is None else args, name))
     with output_stream(args.output) as out:
         if args.values:
             return write_values(model, args.values, args.format, out)
         top_k = min(args.top_k, len(model.spec["classes"]))
         batch_size = max(1, min(args.batch_size, len(first) // workers))
-        found = itertools.chain(first, found)
-        results = predict_files(model, found, workers, batch_size, top_k, args.annotate is not None)
-        with contextlib.closing(results):
+        found, drawn = itertools.chain(first, found), args.annotate is not None
+        with contextlib.closing(predict_files(model, found, workers, batch_size, top_k, drawn)) as results:
             code = write_images(results, args, top_k, out)
         note_files("passed over", others, "that Pillow does not know as images")
         return code

@@ -171,7 +171,7 @@ def test_reject_and_min_probability_change_the_label_and_keep_the_best_guess(
     text = call(step3_infer.main, "--reject", 0.99, *arguments).done().out.splitlines()
     assert "unknown" not in text[0] and "known " in text[0] and text[1].split("  ")[1] == "unknown"
     table = call(step3_infer.main, "--format", "csv", "--reject", 0.99, *arguments).done().out.splitlines()
-    assert table[0].startswith("path,error,label,probability,known,guess,label_2,probability_2")
+    assert table[0].startswith("path,error,label,probability,known,label_1,probability_1,label_2")
     assert table[2].split(",")[2] == "unknown" and table[2].split(",")[5] in set("0123456789")
 
 
