@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,16 +147,63 @@ def train_and_export(place, name, *arguments):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """The default network on the digits: few epochs, but enough for 97 %. Read only."""
-    return train_and_export(tmp_path_factory.mktemp("trained"), "digits-airbench", "--epochs", "6")
+def once(tmp_path_factory):
+    """once(name, make, *arguments): what make(place, *arguments) returns, made in a new directory by one of
+    pytest-xdist's workers for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make, *arguments):
+        place, result = base / name, base / f"{name}.pickle"
+        try:
+            place.mkdir()
+        except FileExistsError:
+            end = time.monotonic() + 300
+            while not result.exists():
+                assert time.monotonic() < end, f"the worker that makes {name} does not come to an end"
+                time.sleep(0.1)
+        else:
+            try:
+                made = make(place, *arguments)
+            except BaseException as error:
+                made = AssertionError(f"{name} was not made: {error!r}")
+                raise
+            finally:
+                (base / f"{name}.part").write_bytes(pickle.dumps(made))
+                (base / f"{name}.part").replace(result)
+        made = pickle.loads(result.read_bytes())
+        if isinstance(made, AssertionError):
+            raise made
+        return made
+
+    return once
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
+def trained(once):
+    """The default network on the digits: few epochs, but enough for 97 %. Read only."""
+    return once("trained", train_and_export, "digits-airbench", "--epochs", "6")
+
+
+@pytest.fixture(scope="session")
+def small(once):
     """A network that trains and exports in no time, with dropout. Read only."""
     arguments = "--model mlp --hidden 32 --dropout 0.5 --epochs 3".split()
-    return train_and_export(tmp_path_factory.mktemp("small"), "small", *arguments)
+    return once("small", train_and_export, "small", *arguments)
+
+
+@pytest.fixture(scope="session")
+def all_formats(once, trained):
+    """The trained run's files in all formats: a directory. Read only."""
+    return once("all-formats", export_all, trained)
+
+
+def export_all(place, trained):
+    out = shutil.copytree(trained.export, place / "digits")
+    arguments = ["--run", trained.run, "--out", out, "--format", "onnx-int8", "pt2"]
+    with same_threads():
+        assert step2_export.main([str(argument) for argument in arguments]) == 0
+    return out
 
 
 @pytest.fixture

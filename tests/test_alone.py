@@ -9,8 +9,6 @@ import pytest
 from conftest import ROOT, right
 from PIL import Image
 
-import step2_export
-
 OWN = ["model", "data", "training", "deploy"]
 FORBIDDEN = {
     "model.onnx": ["torch", "torchvision", "onnx", *OWN],
@@ -18,15 +16,6 @@ FORBIDDEN = {
     "model.pt": ["torchvision", "onnx", "onnxruntime", *OWN],
     "model.pt2": ["torchvision", "onnx", "onnxruntime", *OWN],
 }
-
-
-@pytest.fixture(scope="module")
-def all_formats(trained, tmp_path_factory):
-    """The trained run's files in all formats: a directory."""
-    out = shutil.copytree(trained.export, tmp_path_factory.mktemp("all") / "digits")
-    arguments = ["--run", trained.run, "--out", out, "--format", "onnx-int8", "pt2"]
-    assert step2_export.main([str(argument) for argument in arguments]) == 0
-    return out
 
 
 @pytest.fixture(params=FORBIDDEN)

@@ -18,27 +18,16 @@ from deploy import gate
 STRICT = 1e-4  # of a probability
 
 
-@pytest.fixture(scope="module")
-def ported(trained, tmp_path_factory):
-    """The trained run in the three formats that engines read: (run, directory)."""
-    folder = tmp_path_factory.mktemp("ported")
-    run = step2_export.read_run(str(trained.run))
-    for name in ("onnx", "torchscript", "pt2"):
-        chosen = step2_export.FORMATS[name]
-        chosen.export(run.deployable(), run.spec, str(folder / chosen.file), 18)
-    return run, folder
-
-
 @pytest.fixture(params=RUNTIMES)
-def engine(request, ported):
+def engine(request, trained, all_formats):
     """(the engine's name, the run, its function)."""
     name = request.param
     if version(name) is None:
         pytest.skip(f"{name} is not installed: pip install {RUNTIMES[name][0]}")
-    run, folder = ported
     if name == "ONNX reference" and tuple(map(int, version(name).split(".")[:2])) < (1, 22):
         pytest.skip("the reference evaluator of onnx 1.18 to 1.21 takes minutes for these images")
-    return name, run, RUNTIMES[name][2](folder, torch.get_num_threads())
+    run = step2_export.read_run(str(trained.run))
+    return name, run, RUNTIMES[name][2](all_formats, torch.get_num_threads())
 
 
 def test_own_size_is_exact(engine):
@@ -66,8 +55,8 @@ def test_other_sizes(engine, size):
     assert np.abs(predict(images) - gate.reference(run, images).main).max() <= tolerance
 
 
-def test_classes_are_read_without_the_project(ported):
-    properties = {entry.key: entry.value for entry in onnx.load(ported[1] / "model.onnx").metadata_props}
+def test_classes_are_read_without_the_project(all_formats):
+    properties = {entry.key: entry.value for entry in onnx.load(all_formats / "model.onnx").metadata_props}
     assert json.loads(properties["classes"]) == list("0123456789")
 
 

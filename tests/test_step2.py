@@ -62,24 +62,16 @@ def test_export_writes_two_files_and_the_figures(trained, small):
     )
 
 
-@pytest.fixture(scope="module")
-def pt2(trained, tmp_path_factory):
-    """The trained run as torch.export file: its directory."""
-    out = tmp_path_factory.mktemp("pt2")
-    assert step2_export.main(["--run", str(trained.run), "--out", str(out), "--format", "pt2"]) == 0
-    return out
-
-
-def test_pt2_passes_the_gate_and_tells_no_paths(pt2, trained):
-    figures = parity_of(pt2)["pt2"]
+def test_pt2_passes_the_gate_and_tells_no_paths(all_formats):
+    figures = parity_of(all_formats)["pt2"]
     assert figures["passed"] and figures["max_abs_diff"] <= 1e-4 and figures["isolated"]["samples"] == 16
-    program = torch.export.load(pt2 / "model.pt2", extra_files=(extra := {"spec.json": ""}))
+    program = torch.export.load(all_formats / "model.pt2", extra_files=(extra := {"spec.json": ""}))
     assert json.loads(extra["spec.json"])["classes"] == list("0123456789")
     assert [str(size) for size in program.graph_signature.user_inputs] == ["image"]
     with torch.inference_mode():  # batch, height and width are free
         for shape in ((1, 8, 8, 1), (3, 50, 7, 1)):
             assert program.module()(torch.zeros(shape, dtype=torch.uint8)).shape == (shape[0], 10)
-    with zipfile.ZipFile(pt2 / "model.pt2") as archive:
+    with zipfile.ZipFile(all_formats / "model.pt2") as archive:
         contents = b"".join(archive.read(name) for name in archive.namelist())
     assert not [path for path in (ROOT, os.path.dirname(torch.__file__)) if os.fsencode(path) in contents]
 
