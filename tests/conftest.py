@@ -113,6 +113,15 @@ def independent(request, monkeypatch):
 
 
 @pytest.fixture
+def undrawn(tmp_path, monkeypatch):
+    """Processes that the test starts draw no pictures: they do not find matplotlib, which takes seconds."""
+    place = tmp_path / "undrawn"
+    place.mkdir()
+    (place / "matplotlib.py").write_text("raise ImportError('left out, for time')\n")
+    monkeypatch.setenv("PYTHONPATH", str(place))
+
+
+@pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working directory."""
     place = tmp_path / "here"

@@ -257,6 +257,7 @@ def test_damaged_cache_is_built_again(call, here, folder):
     assert "decoded 48 files" in call(step1_train.main, *arguments).done().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_runs_at_once_build_one_whole_cache(here, folder, tmp_path):
     import subprocess
     import sys

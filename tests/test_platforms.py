@@ -42,6 +42,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_all_steps_work_without_what_posix_alone_has(execute, here, samples):
     step1 = ["-c", POORER, ROOT / "step1_train.py"]
     assert "ok" not in execute("-c", "import sys; sys.modules['fcntl'] = None; import fcntl; print('ok')").out
@@ -57,6 +58,7 @@ def test_all_steps_work_without_what_posix_alone_has(execute, here, samples):
     assert len(predicted.out.splitlines()) == 10
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_own_images_are_cached_without_what_posix_alone_has(execute, here, folder):  # noqa: F811
     arguments = ["-c", POORER, ROOT / "step1_train.py", "--data-dir", folder, *TINY]
     assert "decoded 48 files" in execute(*arguments, cwd=here).done().err

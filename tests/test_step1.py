@@ -228,6 +228,7 @@ def test_as_a_process_from_another_directory(execute, here):
     assert result.err == "" and (here / "runs" / "digits-mlp" / "checkpoint.pt").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_closed_standard_error_does_not_end_the_run(execute, here):
     execute(ROOT / "step1_train.py", *TINY, "--epochs", 1, cwd=here, close="2>&-").done()
     assert (here / "runs" / "digits-mlp" / "summary.json").is_file()
