@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_muon_resumes_exactly(call, here, monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
 def test_the_learning_rate_of_a_resumed_run_is_that_of_an_undisturbed_one(call, here, monkeypatch, schedule):
-    arguments = [*RUN, "--schedule", schedule, "--optimizer", "sgd", "--lr", 0.05]
+    arguments = [*RUN, "--epochs", 2, "--schedule", schedule, "--optimizer", "sgd", "--lr", 0.05]
     call(step1_train.main, *arguments, "--name", "a").done()
     with monkeypatch.context() as patch:
         stop_at(patch, 2, 9)
@@ -140,15 +141,14 @@ def test_a_run_is_resumed_with_the_threads_it_began_with_whatever_the_load(call,
     monkeypatch.setattr(cpu, "cpus_taken", lambda: 0.0)
     with monkeypatch.context() as patch:
         stop_at(patch, 2, 4)
-        stopped = call(step1_train.main, *RUN, "--name", "a")
+        stopped = call(step1_train.main, *RUN, "--epochs", 2, "--name", "a")
     assert stopped.code == 130 and "2 threads" in stopped.out
     monkeypatch.setattr(cpu, "cpus_taken", lambda: 2.0)  # by now the machine is busy
     assert "2 threads" in call(step1_train.main, "--resume", "a").done().out
     assert "1 thread," in call(step1_train.main, *RUN, "--epochs", 1, "--name", "b").done().out
 
 
-def test_a_checkpoint_of_an_earlier_version_is_not_resumed(call, here, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+def test_a_checkpoint_of_an_earlier_version_is_not_resumed(call, run):
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     torch.save({**checkpoint, "schema": 1}, run / "checkpoint.pt")
     before = (run / "checkpoint.pt").read_bytes()
@@ -156,8 +156,7 @@ def test_a_checkpoint_of_an_earlier_version_is_not_resumed(call, here, monkeypat
     assert (run / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_checkpoint_of_a_newer_version_is_not_resumed(call, here, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+def test_a_checkpoint_of_a_newer_version_is_not_resumed(call, run):
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     torch.save({**checkpoint, "schema": 99}, run / "checkpoint.pt")
     call(step1_train.main, "--resume", "a").error(1, "schema 99", "update")
@@ -185,21 +184,30 @@ def test_signals_stop_a_real_process_with_its_exit_code(here):
         assert re.search(rf"python \S*step1_train.py --resume n{int(number)}$", err.strip())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    counts = soak_resume.soak(kills=5, seed=1, place=tmp_path)
-    assert counts["killed"] == 5 and counts["finished"] >= 1
+    counts = soak_resume.soak(kills=3, seed=1, place=tmp_path)
+    assert counts["killed"] == 3 and counts["finished"] >= 1
     assert (counts["unreadable"], counts["lost"], counts["different"]) == (0, 0, 0)
 
 
-def stopped_run(call, here, monkeypatch, name="a"):
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped in its third epoch. Read only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("stopped"))
         stop_at(patch, 3, 5)
-        assert call(step1_train.main, *RUN, "--name", name).code == 130
-    return here / "runs" / name
+        assert step1_train.main([*RUN, "--name", "a"]) == 130
+        return Path.cwd() / "runs" / "a"
 
 
-def test_a_corrupt_checkpoint_falls_back_to_the_one_before(call, here, undisturbed, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+@pytest.fixture
+def run(stopped, here):
+    """The same, free to be altered, in an empty working directory: runs/a."""
+    return shutil.copytree(stopped, here / "runs" / "a")
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(call, undisturbed, run):
     content = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
     result = call(step1_train.main, "--resume", "a").done()
@@ -208,15 +216,13 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(call, here, undisturb
     assert_same(run, undisturbed / "a")
 
 
-def test_both_checkpoints_corrupt_is_one_line(call, here, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+def test_both_checkpoints_corrupt_is_one_line(call, run):
     for path in run.glob("checkpoint*"):
         path.write_bytes(b"no checkpoint")
     call(step1_train.main, "--resume", "a").error(1, "runs/a/checkpoint.pt is truncated")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(call, here, undisturbed, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+def test_a_run_killed_before_its_first_checkpoint_starts_again(call, undisturbed, run):
     for path in run.glob("checkpoint*"):
         path.unlink()
     call(step1_train.main, "--resume").done()
@@ -231,15 +237,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(call, here, undis
         (["--epochs", 2], ["--epochs can only be raised"]),
     ],
 )
-def test_what_would_alter_the_course_is_refused(call, here, monkeypatch, arguments, words):
-    run = stopped_run(call, here, monkeypatch)
+def test_what_would_alter_the_course_is_refused(call, arguments, words, run):
     before = (run / "checkpoint.pt").read_bytes()
     call(step1_train.main, "--resume", "a", *arguments).error(2, *words)
     assert (run / "checkpoint.pt").read_bytes() == before
 
 
-def test_saying_the_same_again_is_no_change(call, here, undisturbed, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+def test_saying_the_same_again_is_no_change(call, undisturbed, run):
     call(step1_train.main, *RUN, "--resume", "a").done()
     assert_same(run, undisturbed / "a")
 
@@ -262,8 +266,7 @@ def test_nothing_to_resume_is_said(call, here, undisturbed):
     call(step1_train.main, "--resume", "a").error(2, "is finished", "--epochs above 4")
 
 
-def test_another_dataset_is_noticed(call, here, monkeypatch):
-    stopped_run(call, here, monkeypatch)
+def test_another_dataset_is_noticed(call, run, monkeypatch):
     digits = data.load("digits")
     changed = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy(), fingerprint={})
     monkeypatch.setattr(data, "load", lambda *_, **__: with_fingerprint(changed))
@@ -271,14 +274,12 @@ def test_another_dataset_is_noticed(call, here, monkeypatch):
     assert "the train split has other images, or the same with other labels" in line
 
 
-def test_two_processes_do_not_resume_the_same_run(call, here, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+def test_two_processes_do_not_resume_the_same_run(call, run):
     with locking.locked(str(run)):
         call(step1_train.main, "--resume", "a").error(1, "is being trained by another process")
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, here, undisturbed, monkeypatch):
-    run = stopped_run(call, here, monkeypatch)
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, undisturbed, run, monkeypatch):
     before = (run / "checkpoint.pt").read_bytes()
     replacing = runs.replacing
 
