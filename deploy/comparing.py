@@ -7,10 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deploy.reliability import (
+    accuracy_at_coverage,
+    calibration_error,
+    calibration_error_floor,
+    unknown_kinds,
+    with_temperature,
+)
 from step3_infer import Model
 
 BATCHES = (1, 7, 64)
 KEPT = (0.99, 0.95)  # the shares that thresholds of `known` are tried for
+KNOWN_BINS = 20  # of histograms of `known`: a threshold that keeps 95 % cuts off the first one
 
 
 class Outputs(NamedTuple):
@@ -73,6 +81,20 @@ def compare_known(expected: np.ndarray | None, got: np.ndarray | None, tolerance
     return figures, [f"known differs by up to {difference:.1e} (limit {tolerance:.0e})"]
 
 
+def test_figures(
+    spec: dict, exported: Model, got: Outputs, expected: Outputs, dataset
+) -> tuple[dict, list[str]]:
+    """What the test split and unknown images say of a classifier's file: figures, and failures in words.
+
+    spec: the network's; got: the file's outputs on the test split; expected: the network's.
+    """
+    figures = accuracies(exported, got.main, expected.main, dataset)
+    if not np.isfinite(got.main).all():  # a failure of `compare`
+        return figures, []
+    promised, failures = promises(spec, got, dataset.test_labels)
+    return figures | promised | trust(spec, exported, got, dataset.test_labels), failures
+
+
 def accuracies(exported: Model, got: np.ndarray, expected: np.ndarray, dataset) -> dict:
     """By name, as a user reads the answers: a wrong order of the class names costs accuracy here."""
     answers = np.array(exported.spec["classes"])[got.argmax(1)]
@@ -89,7 +111,7 @@ def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[s
     a point. The temperature makes the cross entropy no worse, within three standard errors.
     """
     figures, failures, n = {}, [], len(labels)
-    if got.known is not None:
+    if got.known is not None and spec.get("known"):
         figures["kept"] = {f"{keep:g}": float((got.known >= 1 - keep).mean()) for keep in KEPT}
         for keep in KEPT:
             deviation = math.sqrt(keep * (1 - keep) * (1 / n + 1 / spec["known"]["images"]))
@@ -110,6 +132,37 @@ def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[s
             "is the test split another kind of images? --uncalibrated exports without both outputs"
         )
     return figures, failures
+
+
+def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict:
+    """How far to trust a file's outputs, on the test split and on unknown images; this decides nothing.
+
+    "familiar" says for each kind of image: how many there were, which share of them a threshold that keeps
+    99 % calls unknown, and how many fell into each bin of `known`.
+    """
+    probabilities = got.main
+    figures = {
+        "calibration_error": calibration_error(probabilities, labels),
+        "calibration_error_floor": calibration_error_floor(probabilities),
+        "coverage": accuracy_at_coverage(probabilities, labels),
+    }
+    if spec.get("temperature"):
+        before = with_temperature(probabilities, 1 / spec["temperature"])
+        figures["calibration_error_uncalibrated"] = calibration_error(before, labels)
+        figures["calibration_error_floor_uncalibrated"] = calibration_error_floor(before)
+    if got.known is not None:
+        known, threshold = {"test images": got.known}, np.float32(round(1 - KEPT[0], 6))
+        for name, images in unknown_kinds(*spec["image_size"], spec["channels"]):
+            known[name] = predictions(exported, images).known
+        figures["familiar"] = {
+            name: {
+                "images": len(values),
+                "unknown": float((values < threshold).mean()),
+                "histogram": np.histogram(values, KNOWN_BINS, (0, 1))[0].tolist(),
+            }
+            for name, values in known.items()
+        }
+    return figures
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import model
-from deploy.comparing import Outputs, accuracies, compare, compare_known, latency, predictions, promises, some
+from deploy.comparing import Outputs, compare, compare_known, latency, predictions, some, test_figures
 from deploy.isolated import predict_isolated
 from step3_infer import Model, Problem
 
@@ -186,9 +186,8 @@ def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> 
         figures["accuracy"] = figures["top1_agreement"] = None
         figures["mean_squared_error"] = float(((got.main - dataset.test_labels) ** 2).mean())
     else:
-        figures |= accuracies(exported, got.main, expected.main, dataset)
-        kept, found = promises(run.spec, got, dataset.test_labels)
-        figures, failures = figures | kept, failures + found
+        more, found = test_figures(run.spec, exported, got, expected, dataset)
+        figures, failures = figures | more, failures + found
     figures["probes"] = {}
     for name, probe in probes(run.spec):
         wanted, got = reference(run, probe), predictions(exported, probe)
@@ -204,9 +203,8 @@ def prove_int8(run: Run, file: str, dataset, expected: Outputs, max_drop: float)
     exported, images = Model(file, run.threads), dataset.test_images
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
     figures, _ = compare(expected.main, got.main, 1.0)
-    figures |= accuracies(exported, got.main, expected.main, dataset)
-    kept, found = promises(run.spec, got, dataset.test_labels)
-    figures, failures = figures | kept, failures + found
+    more, found = test_figures(run.spec, exported, got, expected, dataset)
+    figures, failures = figures | more, failures + found
     drop = figures["drop"] = round(100 * (figures["accuracy_trained"] - figures["accuracy"]), 3)
     if not drop <= max_drop:
         failures.append(f"it loses {drop:.2f} points of accuracy, --max-drop allows {max_drop:g}")
