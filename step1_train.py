@@ -350,7 +350,7 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
 def write_pictures(trainer, deployable, accuracy, outputs) -> None:
     """Draw a finished run's pictures and write its report.html. outputs: those of the test split."""
     settings, dataset, images = trainer.settings, trainer.dataset, {}
-    spec = make_spec(settings, dataset, deployable, accuracy)
+    spec = make_spec(settings, dataset, deployable, accuracy, trainer.calibration)
     cpu.give_back_memory()
     if dataset.task == "classification":
         augmented, labels, _ = next(trainer.splits["train"].shuffled(25, settings.augment, 1, settings.seed))

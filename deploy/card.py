@@ -1,5 +1,6 @@
 """A model in words and figures: MODEL_CARD.md, precision and recall of each class, the confusion matrix."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -21,6 +22,11 @@ def formatted(value: object, style: str, unit: str = "") -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun in the singular or plural: 1 epoch, 1,000 epochs."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def threshold(probability: float) -> str:
+    """A probability, rounded down, so that a threshold of it still lets through what has it."""
+    return f"{math.floor(1e4 * probability) / 1e4:g}"
 
 
 def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:

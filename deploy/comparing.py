@@ -151,7 +151,7 @@ def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict
         figures["calibration_error_uncalibrated"] = calibration_error(before, labels)
         figures["calibration_error_floor_uncalibrated"] = calibration_error_floor(before)
     if got.known is not None:
-        known, threshold = {"test images": got.known}, np.float32(round(1 - KEPT[0], 6))
+        known, threshold = {"test split": got.known}, np.float32(round(1 - KEPT[0], 6))
         for name, images in unknown_kinds(*spec["image_size"], spec["channels"]):
             known[name] = predictions(exported, images).known
         figures["familiar"] = {

@@ -3,82 +3,39 @@
 step1 calls `draw_run` and `write_report` after training; step2 calls `write_report` again after an export.
 """
 
-import base64
 import csv
-import html
 import json
 import os
 import string
-import struct
 
-import numpy as np
-
-from deploy.card import busy, confusion_matrix, formatted, without_empty_columns
-from deploy.card import per_class as per_class  # for step1, which imports this module only
+from deploy.card import busy, formatted
+from deploy.card import per_class as per_class  # these four for step1, which imports this module only
+from deploy.drawing import draw_familiar, picture_sections
+from deploy.drawing import draw_run as draw_run
+from deploy.page import duration, file_size, table, text
 from deploy.reliability import calibration_error as calibration_error
-from step3_infer import printable, replacing, sha256
+from deploy.reliability import calibration_error_floor as calibration_error_floor
+from step3_infer import replacing, sha256
 
-CAPTIONS = {
-    "curves.png": "Training figures are averages of an epoch, with augmentation and label smoothing if any.",
-    "predicted.png": "Predictions on the test split against the true values; points on the line are exact.",
-    "confusion.png": "Confusion matrix of the test split, coloured by the share of the true class (row).",
-    "mistakes.png": "Wrong predictions on the test split: predicted class, its probability, and true class.",
-    "samples.png": "Training images with their labels, after augmentation, as the network receives them.",
-}
 PASSED, FAILED = "<span class=good>passed</span>", "<span class=bad>FAILED</span>"
-
-
-def draw_run(
-    run_dir: str,
-    spec: dict,
-    rows: list[dict],
-    labels: np.ndarray,
-    outputs: np.ndarray,
-    images=None,
-    augmented: np.ndarray | None = None,
-    augmented_labels: np.ndarray | None = None,
-) -> list[str]:
-    """Draw the pictures of a finished run into its directory and return their paths.
-
-    spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N];
-    outputs, the probabilities [N, classes]; images, uint8 [H, W, C] by index, read only if they are drawn.
-    augmented: uint8 [n, H, W, C] of the training split with their labels [n]. For a regression, labels and
-    outputs are [N, 1], and there are no images. Raises ImportError without matplotlib, or OSError.
-    """
-    from deploy import pictures  # importing matplotlib takes a second, and it may be missing
-
-    run, date, drawn = printable(os.path.basename(os.path.normpath(run_dir))), spec["created"][:10], {}
-    if spec["task"] == "regression":
-        subtitle = f"{run} · test loss {((labels - outputs) ** 2).mean():.4g} · {date}"
-        drawn["predicted.png"] = pictures.predicted(subtitle, labels[:, 0], outputs[:, 0])
-    else:
-        subtitle = f"{run} · test accuracy {spec['test_accuracy']:.2%} · {date}"
-        names = [printable(name) for name in spec["classes"]]
-        counts = confusion_matrix(labels, outputs.argmax(1), len(names))
-        drawn["confusion.png"] = pictures.confusion(subtitle, counts, names)
-        drawn["mistakes.png"] = pictures.mistakes(subtitle, images, labels, outputs, names)
-        if augmented is not None and len(augmented):
-            drawn["samples.png"] = pictures.samples(subtitle, augmented, augmented_labels, names)
-    drawn["curves.png"] = pictures.curves(subtitle, rows)
-    for name, content in drawn.items():
-        with replacing(os.path.join(run_dir, name)) as file:
-            file.write(content)
-    return [os.path.join(run_dir, name) for name in drawn]
 
 
 def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str | None = None) -> str:
     """Write report.html into the run's directory, one file with its pictures inside, and return its path.
 
     It is built from the run's config.json, summary.json, metrics.csv and pictures; from the export of its
-    current checkpoint in `export_dir` (default: the run's name under exports_dir); and from all runs on the
-    same data under runs_dir. Missing or malformed files are left out. Raises OSError if it cannot be written.
+    current checkpoint in `export_dir` (default: the run's name under exports_dir), from which familiar.png is
+    drawn; and from all runs on the same data under runs_dir. Missing or malformed files are left out. Raises
+    OSError if it cannot be written.
     """
     run = os.path.basename(os.path.normpath(run_dir))
     config, summary = read_run(run_dir)
+    export = read_export(run_dir, export_dir or os.path.join(exports_dir, run))
+    draw_familiar(run_dir, export)
     sections = [
         *picture_sections(run_dir),
         classes_section(summary.get("per_class", {})),
-        export_section(run, read_export(run_dir, export_dir or os.path.join(exports_dir, run))),
+        export_section(run, export),
         configuration_section(config),
         epochs_section(run_dir),
         runs_section(run, config, runs_dir, exports_dir),
@@ -120,37 +77,6 @@ def read_export(run_dir, export_dir):
     return found
 
 
-def text(value):
-    """Any value as text for HTML."""
-    return html.escape(printable(str(value)))
-
-
-def duration(seconds):
-    if not isinstance(seconds, (int, float)) or seconds < 60:
-        return formatted(seconds, ".3g", " s")
-    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-
-
-def file_size(path):
-    if not os.path.isfile(path):
-        return "-"
-    size = os.path.getsize(path)
-    return f"{size:,} bytes" if size < 1e5 else f"{size / 1e6:.2f} MB"
-
-
-def table(head, rows, marked=None):
-    """An HTML table that scrolls if it is wide; cells are HTML, `marked` is the index of the row to mark."""
-    head, rows = without_empty_columns(head, rows)
-    head = "".join(f"<th scope=col>{cell}</th>" for cell in head)
-    lines = []
-    for number, (first, *cells) in enumerate(rows):
-        cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in cells)
-        mark = " class=mark aria-current=true" if number == marked else ""
-        lines.append(f"<tr{mark}><th scope=row>{first}</th>{cells}</tr>\n")
-    body = f"<thead><tr>{head}</tr></thead><tbody>\n{''.join(lines)}</tbody>"
-    return f"<div class=scroll><table>{body}</table></div>"
-
-
 def header(config, summary):
     """The line under the title."""
     data = text(config.get("dataset")) + (f" ({text(config['data_dir'])})" if config.get("data_dir") else "")
@@ -167,31 +93,26 @@ def tiles(summary):
         "balanced accuracy": formatted(summary.get("balanced_accuracy"), ".2%"),
         "macro F1": formatted(summary.get("macro_f1"), ".2%"),
         "test loss": formatted(summary.get("test_loss"), ".4g"),
+        "calibration error": formatted(summary.get("calibration_error"), ".2%"),
         "training time": duration(summary.get("train_seconds")),
         "epochs": formatted(epochs, ","),
         "best epoch": "-" if best == epochs else formatted(best, ","),
         "parameters": formatted(summary.get("parameters"), ","),
     }
-    tile = "<div><span class=soft>{}</span><b>{}</b></div>"
-    return "".join(tile.format(name, figure) for name, figure in figures.items() if figure != "-")
+    notes = {"calibration error": calibration_note(summary)}
+    tile = "<div><span class=soft>{}</span><b>{}</b>{}</div>"
+    return "".join(
+        tile.format(name, figure, notes.get(name, "")) for name, figure in figures.items() if figure != "-"
+    )
 
 
-def picture_sections(run_dir):
-    """The pictures in the run's directory: small ones side by side, then each wide one by itself."""
-    small, wide = [], []
-    for name, caption in CAPTIONS.items():
-        try:
-            with open(os.path.join(run_dir, name), "rb") as file:
-                content = file.read()
-            width, height = struct.unpack(">II", content[16:24])  # PNG's header
-        except (OSError, struct.error):
-            continue
-        size = f'width="{width}" height="{height}"' + (" class=wide" if width > 1200 else "")
-        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        image = f'<div class=scroll><img {size} alt="{caption}" src="{source}"></div>'
-        figure = f"<section><figure>{image}<figcaption>{caption}</figcaption></figure></section>"
-        (wide if width > 1200 else small).append(figure)
-    return [f"<div class=pair>{''.join(small)}</div>", *wide]
+def calibration_note(summary):
+    """What to compare the calibration error with."""
+    before = formatted(summary.get("calibration_error_uncalibrated"), ".2%")
+    floor = formatted(summary.get("calibration_error_floor"), ".2%")
+    notes = ["not calibrated" if before == "-" else f"before calibration {before}"]
+    notes += [] if floor == "-" else [f"noise floor {floor}"]
+    return f"<span class=soft>{', '.join(notes)}</span>"
 
 
 def classes_section(figures):

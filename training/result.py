@@ -39,6 +39,7 @@ def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]
         )
         probabilities = logits.softmax(1)
     summary["calibration_error"] = report.calibration_error(probabilities.numpy(), dataset.test_labels)
+    summary["calibration_error_floor"] = report.calibration_error_floor(probabilities.numpy())
     per_class = report.per_class(dataset.test_labels, evaluated.outputs.argmax(1), dataset.classes)
     seen = [row for row in per_class.values() if row["support"]]
     summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)

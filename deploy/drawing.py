@@ -1,0 +1,108 @@
+"""Which pictures a run has: they are drawn into its directory, and shown in its report."""
+
+import base64
+import contextlib
+import os
+import struct
+
+import numpy as np
+
+from deploy.card import confusion_matrix
+from step3_infer import printable, replacing
+
+CAPTIONS = {
+    "curves.png": "Training figures are averages of an epoch, with augmentation and label smoothing if any.",
+    "predicted.png": "Predictions on the test split against the true values; points on the line are exact.",
+    "confusion.png": "Confusion matrix of the test split, coloured by the share of the true class (row).",
+    "reliability.png": "How often answers of the test split are right, against the probability that they are "
+    "given. On the line, probabilities mean what they say; below, how many images have which.",
+    "coverage.png": "Accuracy on the test split if only the most probable answers are given; the others are "
+    "called unsure by --min-probability of step 3.",
+    "familiar.png": "The output known for the test split and for other kinds of pictures; the orange part is "
+    "called unknown by --reject 0.95 of step 3. An unfamiliar object that is photographed like the training "
+    "images mostly looks familiar.",
+    "mistakes.png": "Wrong predictions on the test split: predicted class, its probability, and true class.",
+    "samples.png": "Training images with their labels, after augmentation, as the network receives them.",
+}
+
+
+def draw_run(
+    run_dir: str,
+    spec: dict,
+    rows: list[dict],
+    labels: np.ndarray,
+    outputs: np.ndarray,
+    images=None,
+    augmented: np.ndarray | None = None,
+    augmented_labels: np.ndarray | None = None,
+) -> list[str]:
+    """Draw the pictures of a finished run into its directory and return their paths.
+
+    spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N];
+    outputs, the probabilities [N, classes]; images, uint8 [H, W, C] by index, read only if they are drawn.
+    augmented: uint8 [n, H, W, C] of the training split with their labels [n]. For a regression, labels and
+    outputs are [N, 1], and there are no images. Raises ImportError without matplotlib, or OSError.
+    """
+    from deploy import pictures, trust_pictures  # importing matplotlib takes a second; it may be missing
+
+    run, date, drawn = printable(os.path.basename(os.path.normpath(run_dir))), spec["created"][:10], {}
+    if spec["task"] == "regression":
+        subtitle = f"{run} · test loss {((labels - outputs) ** 2).mean():.4g} · {date}"
+        drawn["predicted.png"] = pictures.predicted(subtitle, labels[:, 0], outputs[:, 0])
+    else:
+        subtitle = f"{run} · test accuracy {spec['test_accuracy']:.2%} · {date}"
+        names = [printable(name) for name in spec["classes"]]
+        counts = confusion_matrix(labels, outputs.argmax(1), len(names))
+        drawn["confusion.png"] = pictures.confusion(subtitle, counts, names)
+        drawn["mistakes.png"] = pictures.mistakes(subtitle, images, labels, outputs, names)
+        temperature = spec.get("temperature")
+        drawn["reliability.png"] = trust_pictures.reliability(subtitle, labels, outputs, temperature)
+        drawn["coverage.png"] = trust_pictures.coverage(subtitle, labels, outputs)
+        if augmented is not None and len(augmented):
+            drawn["samples.png"] = pictures.samples(subtitle, augmented, augmented_labels, names)
+    drawn["curves.png"] = pictures.curves(subtitle, rows)
+    for name, content in drawn.items():
+        with replacing(os.path.join(run_dir, name)) as file:
+            file.write(content)
+    return [os.path.join(run_dir, name) for name in drawn]
+
+
+def draw_familiar(run_dir: str, export: dict[str, dict]) -> None:
+    """Draw familiar.png from the figures of the first exported file that has any; else remove an earlier one.
+
+    export: figures of parity.json by format. Raises OSError.
+    """
+    path = os.path.join(run_dir, "familiar.png")
+    for figures in export.values():
+        if not (figures.get("passed") and figures.get("familiar")):
+            continue
+        run, file = os.path.basename(os.path.normpath(run_dir)), figures.get("file", "")
+        try:
+            from deploy import trust_pictures
+
+            content = trust_pictures.familiar(f"{printable(run)} · {printable(file)}", figures["familiar"])
+        except (ImportError, AttributeError, LookupError, TypeError, ValueError):
+            break  # no matplotlib, or other figures than the gate's
+        with replacing(path) as png:
+            png.write(content)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def picture_sections(run_dir):
+    """The pictures in the run's directory: small ones side by side, then each wide one by itself."""
+    small, wide = [], []
+    for name, caption in CAPTIONS.items():
+        try:
+            with open(os.path.join(run_dir, name), "rb") as file:
+                content = file.read()
+            width, height = struct.unpack(">II", content[16:24])  # PNG's header
+        except (OSError, struct.error):
+            continue
+        size = f'width="{width}" height="{height}"' + (" class=wide" if width > 1200 else "")
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        image = f'<div class=scroll><img {size} alt="{caption}" src="{source}"></div>'
+        figure = f"<section><figure>{image}<figcaption>{caption}</figcaption></figure></section>"
+        (wide if width > 1200 else small).append(figure)
+    return [f"<div class=pair>{''.join(small)}</div>", *wide]
