@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from deploy.reliability import BINS
 from step3_infer import MODEL_NAMES, printable
 
 CLASSES_LISTED = 100  # by name; a card names no more
@@ -73,7 +74,7 @@ def model_card(spec: dict, parity: dict[str, dict]) -> str:
     if spec["task"] == "regression":
         sections += describe_regression(spec)
     else:
-        sections += [*describe_classes(spec), *describe_images(spec)]
+        sections += [*describe_classes(spec), *describe_images(spec), *describe_trust(spec, parity)]
     return "\n\n".join([*sections, provenance_section(spec), parity_section(parity)]) + "\n"
 
 
@@ -120,23 +121,100 @@ def describe_images(spec):
     """Input and output of a classifier, and its limits."""
     size = "x".join(map(str, spec["image_size"]))
     channels = "3 channels (red, green, blue)" if spec["channels"] == 3 else "1 channel (grey)"
+    known = "- Output `known`: float32 `[batch]`, how familiar the image looks, 0 to 1.\n"
     yield (
         "## Input and output\n\n"
         f"- Input `image`: uint8 `[batch, height, width, channels]`, {channels}, values 0 to 255,\n"
         f"  any height and width. The graph resizes images to {size} (bilinear with antialiasing, without\n"
         "  keeping the aspect ratio) and normalises them.\n"
         f"- Output `probabilities`: float32 `[batch, {len(spec['classes'])}]`, in the order of the classes.\n"
+        f"{known if spec.get('known') else ''}"
         "- Image files must be decoded as `step3_infer.py` does it: the EXIF orientation is applied, and\n"
         "  16-bit images are scaled to 8 bits."
     )
     yield (
         "## Limits\n\n"
         "- The model always predicts one of these classes, whatever the image contains.\n"
-        "- The probabilities are softmax outputs and are not calibrated: 0.9 does not mean that 90% of such\n"
-        "  predictions are correct.\n"
         "- The accuracy was measured on images that resemble the training data. It was not measured for\n"
         "  other cameras, lighting or surroundings, across groups of people, or on adversarial images.\n"
         f"- Details too small to survive the resizing to {size} are lost."
+    )
+
+
+def describe_trust(spec, parity):
+    """What the probabilities and `known` are worth, measured on the files that passed the gate."""
+    made, temperature, thresholds = spec.get("calibration"), spec.get("temperature"), []
+    text = (
+        "The probabilities are softmax outputs and are not calibrated: 0.9 does not mean that 90% of such\n"
+        "predictions are correct."
+    )
+    if temperature and made:
+        text = (
+            f"The probabilities are calibrated by a temperature of {temperature:.3g}, which was fitted on\n"
+            f"{counted(made['images'], 'image')} outside the test split (source: {markdown(made['source'])})."
+        )
+    yield f"## How far to trust the probabilities\n\n{text}"
+    passed = {figures.get("file", name): figures for name, figures in parity.items() if figures.get("passed")}
+    measured = {name: figures for name, figures in passed.items() if figures.get("coverage")}
+    if measured:
+        yield from describe_calibration(measured)
+    if spec.get("known"):
+        yield from describe_known(
+            {name: figures for name, figures in measured.items() if "familiar" in figures}
+        )
+    for option, key in {"--reject": "reject", "--min-probability": "min_probability"}.items():
+        thresholds += [] if spec.get(key) is None else [f"`{option} {spec[key]:g}`"]
+    if thresholds:
+        yield f"Unless they are told otherwise, the programs use {' and '.join(thresholds)}."
+    else:
+        yield "Unless they are given a threshold, the programs name a class for every image."
+
+
+def describe_calibration(measured):
+    """Tables of the calibration error of each file, and of accuracy against coverage."""
+    keys, rows = ("calibration_error", "calibration_error_floor"), []
+    file, first = next(iter(measured.items()))
+    if "calibration_error_uncalibrated" in first:
+        before = {key: first.get(f"{key}_uncalibrated") for key in (*keys, "nll")}
+        measured = {"before calibration": before, **measured}
+    for name, figures in measured.items():
+        shares = [formatted(figures.get(key), ".2%") for key in keys]
+        rows.append([name, *shares, formatted(figures.get("nll"), ".4f")])
+    yield markdown_table(["on the test split", "calibration error", "noise floor", "cross entropy"], rows)
+    yield (
+        "The calibration error (ECE) is the mean distance between the probability of answers and how often\n"
+        f"they are right, in {BINS} bins of equal size. As the number of images is limited, perfect\n"
+        "probabilities would show the noise floor.\n\n"
+        f"The accuracy of {file}, if `--min-probability` leaves less probable answers to a person:"
+    )
+    rows = [["100%", formatted(first.get("accuracy"), ".2%"), "-"]]
+    for share, found in first["coverage"].items():
+        rows.append([f"{float(share):.0%}", f"{found['accuracy']:.2%}", threshold(found["probability"])])
+    yield markdown_table(["answered", "right", "lowest probability"], rows)
+
+
+def describe_known(measured):
+    """Tables of what thresholds of `known` keep and reject, by file, and what `known` cannot do."""
+    yield (
+        "The output `known` is the share of held-out images that look less familiar. `--reject 0.99` is\n"
+        "meant to keep 99% of the images that are like those trained on, and calls others unknown."
+    )
+    if measured:
+        rows = [
+            [f"by `--reject {keep}`", *(f"{figures['kept'][keep]:.1%}" for figures in measured.values())]
+            for keep in ("0.99", "0.95")
+        ]
+        yield markdown_table(["kept of the test split", *measured], rows)
+        kinds = [figures["familiar"] for figures in measured.values()]
+        rows = [
+            [name, f"{kind['images']:,}", *(f"{other[name]['unknown']:.0%}" for other in kinds)]
+            for name, kind in kinds[0].items()
+            if name != "test split"
+        ]
+        yield markdown_table(["called unknown by `--reject 0.99`", "images", *measured], rows)
+    yield (
+        "`known` finds other kinds of pictures, of which only these were tried. An unfamiliar object that\n"
+        "is photographed like the training images is mostly given a known name."
     )
 
 

@@ -11,7 +11,8 @@ from deploy.card import confusion_matrix
 from step3_infer import printable, replacing
 
 CAPTIONS = {
-    "curves.png": "Training figures are averages of an epoch, with augmentation and label smoothing if any.",
+    "curves.png": "Training figures are averages of an epoch, with augmentation and label smoothing if any; "
+    "losses are those before any calibration.",
     "predicted.png": "Predictions on the test split against the true values; points on the line are exact.",
     "confusion.png": "Confusion matrix of the test split, coloured by the share of the true class (row).",
     "reliability.png": "How often answers of the test split are right, against the probability that they are "

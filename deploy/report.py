@@ -108,11 +108,10 @@ def tiles(summary):
 
 def calibration_note(summary):
     """What to compare the calibration error with."""
-    before = formatted(summary.get("calibration_error_uncalibrated"), ".2%")
+    if "temperature" not in summary:
+        return "<small class=soft>not calibrated</small>"
     floor = formatted(summary.get("calibration_error_floor"), ".2%")
-    notes = ["not calibrated" if before == "-" else f"before calibration {before}"]
-    notes += [] if floor == "-" else [f"noise floor {floor}"]
-    return f"<span class=soft>{', '.join(notes)}</span>"
+    return "" if floor == "-" else f"<small class=soft>noise floor {floor}</small>"
 
 
 def classes_section(figures):
