@@ -44,7 +44,7 @@ FORMAT_OPTIONS = {
     "tolerance": (1e-4, ("torchscript", "onnx", "pt2")),
     "max_drop": (0.5, ("onnx-int8",)),
 }
-GOLDEN_SAMPLES, BUNDLE_SAMPLES = 4, 10
+GOLDEN_SAMPLES = 4
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -102,7 +102,7 @@ from data.notes import silenced  # noqa: E402
 from deploy import bundle, gate, int8, report  # noqa: E402
 from deploy.comparing import Outputs, some  # noqa: E402
 from deploy.gate import Run  # noqa: E402
-from deploy.samples import bundle_samples, golden_samples, one_of_each_class  # noqa: E402
+from deploy.samples import from_test_split, golden_samples, one_of_each_class  # noqa: E402
 from training import cpu, runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
@@ -290,16 +290,11 @@ def withdraw(name: str, out: str, failures: list[str]) -> None:
 
 def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> None:
     """Make the bundle of the proven files in `workspace`, with samples of the test split. Raises Problem."""
-    if dataset.task != "regression":
-        predicted = expected.main.argmax(1)
-        spec = {**spec, "per_class": report.per_class(dataset.test_labels, predicted, spec["classes"])}
-    indices = one_of_each_class(dataset, BUNDLE_SAMPLES)
     newest = max(opset, int8.OPSET) if "onnx-int8" in parity else opset
     facts = {
         "script": step3_infer.__file__,
         "onnxruntime": onnx_file.OPSETS[newest][1],
-        "spec": spec,
-        "samples": bundle_samples(dataset.test_images[indices], some(expected, indices), spec["classes"]),
+        **from_test_split(spec, dataset, expected),
     }
     models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
     try:

@@ -6,7 +6,10 @@ import io
 import numpy as np
 from PIL import Image
 
-from deploy.comparing import Outputs
+from deploy.card import per_class
+from deploy.comparing import Outputs, some
+
+BUNDLE_SAMPLES = 10
 
 
 def one_of_each_class(dataset, count: int) -> list[int]:
@@ -32,6 +35,19 @@ def golden_samples(inputs: np.ndarray, outputs: Outputs) -> list[dict]:
 
 def known_of(outputs: Outputs, number: int) -> float | None:
     return None if outputs.known is None else round(float(outputs.known[number]), 6)
+
+
+def from_test_split(spec: dict, dataset, expected: Outputs) -> dict:
+    """What bundle.publish takes from the test split: `samples`, and the `spec` with `per_class` for the card.
+
+    expected: the network's outputs on the test split.
+    """
+    if dataset.task != "regression":
+        figures = per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])
+        spec = {**spec, "per_class": figures}
+    indices = one_of_each_class(dataset, BUNDLE_SAMPLES)
+    samples = bundle_samples(dataset.test_images[indices], some(expected, indices), spec["classes"])
+    return {"spec": spec, "samples": samples}
 
 
 def bundle_samples(inputs: np.ndarray, outputs: Outputs, classes: list[str]) -> list[tuple]:
