@@ -108,6 +108,7 @@ def independent(request, monkeypatch):
     torch.manual_seed(0)
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(report, "draw_run", lambda *args, **more: [])
+        monkeypatch.setattr(report, "draw_familiar", lambda *args: None)
     with same_threads():
         yield
 

@@ -73,6 +73,10 @@ def run(tmp_path):
     return tmp_path / "runs" / "this"
 
 
+NAMES = "curves", "confusion", "reliability", "coverage", "samples", "mistakes"
+OF_CLASSIFIER = [f"{name}.png" for name in NAMES]
+
+
 def check_pictures(run, *names):
     for name in names:
         with Image.open(run / name) as image:
@@ -87,7 +91,7 @@ def check_pictures(run, *names):
 def test_pictures_of_a_run(run, n):
     arguments = draw_arguments(n)
     paths = report.draw_run(run, *arguments)
-    check_pictures(run, "curves.png", "confusion.png", "samples.png", "mistakes.png")
+    check_pictures(run, *OF_CLASSIFIER)
     assert sorted(paths) == sorted(str(path) for path in run.iterdir())
     assert arguments[4].read == set(range(7))  # of the test images only the wrong predictions
 
@@ -96,7 +100,7 @@ def test_hostile_class_names_are_drawn_without_a_warning(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report.draw_run(run, *draw_arguments(6, HOSTILE, shape=(30, 10, 3)))
-    check_pictures(run, "curves.png", "confusion.png", "samples.png", "mistakes.png")
+    check_pictures(run, *OF_CLASSIFIER)
 
 
 def test_pictures_repeat_and_leave_matplotlib_as_it_was(run):
@@ -144,6 +148,68 @@ def test_pictures_of_a_regression_and_of_a_single_epoch(run):
     spec, truths = {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, np.arange(5.0)[:, None]
     report.draw_run(run, spec, [row], truths, truths + 1)
     check_pictures(run, "curves.png", "predicted.png")
+
+
+def drawn_titles(monkeypatch):
+    """The list into which the titles and legends of axes are put that pictures draw."""
+    from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
+
+    texts, set_title, make = [], Axes.set_title, Legend.__init__
+    monkeypatch.setattr(
+        Axes, "set_title", lambda self, text, **more: texts.append(text) or set_title(self, text, **more)
+    )
+    monkeypatch.setattr(
+        Legend,
+        "__init__",
+        lambda self, parent, handles, labels, **more: (
+            texts.extend(labels) or make(self, parent, handles, labels, **more)
+        ),
+    )
+    return texts
+
+
+def test_reliability_is_drawn_before_and_after(run, monkeypatch):
+    texts, arguments = drawn_titles(monkeypatch), draw_arguments(3, wrong=6)
+    report.draw_run(run, *arguments)  # 60 images, 90 % right, with probability 0.93
+    assert any(text.startswith("Not calibrated\ncalibration error ") for text in texts)
+    assert {"4 images each", "100% answered: 90.00% right"} <= set(texts)
+    texts.clear()
+    report.draw_run(run, {**arguments[0], "temperature": 0.5}, *arguments[1:])
+    before, after = (text.split("\ncalibration error ") for text in texts if "calibration error" in text)
+    assert before[0] == "Before calibration" and after[0] == "After, temperature 0.50"
+    error = report.calibration_error(arguments[3], arguments[2])
+    assert after[1] == f"{error:.2%}" and before[1] != after[1]
+
+
+FAMILIAR = {
+    "test split": {"images": 4, "unknown": 0.25, "histogram": [1, 0, 1, 2]},
+    "uniform noise": {"images": 3, "unknown": 1.0, "histogram": [3, 0, 0, 0]},
+    "black": {"images": 1, "unknown": 0.0, "histogram": [0, 1, 0, 0]},
+}
+
+
+def test_familiar_shows_the_export_of_the_current_checkpoint(run, monkeypatch):
+    texts = drawn_titles(monkeypatch)
+    write_run(run)
+    checkpoint = hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()
+    figures = {"file": "model.onnx", "passed": True, "checkpoint_sha256": checkpoint, "familiar": FAMILIAR}
+    export = run.parent.parent / "exports" / "this"
+    export.mkdir(parents=True)
+
+    def familiar_after(**changes):
+        (export / "parity.json").write_text(json.dumps({"onnx": {**figures, **changes}}))
+        return read_report(run).tags.count("img")
+
+    assert familiar_after() == 1 and (run / "familiar.png").exists()
+    assert "test split, 4 images: 25% unknown at --reject 0.99" in texts
+    assert "black, 1 image: 0% unknown at --reject 0.99" in texts
+    for other in ({"familiar": [3]}, {"familiar": {"a": {}}}, {"passed": False}, {"familiar": None}):
+        assert familiar_after() == 1
+        assert familiar_after(**other) == 0 and not (run / "familiar.png").exists(), other
+    assert familiar_after() == 1
+    (run / "checkpoint.pt").write_bytes(b"trained again")
+    assert read_report(run).tags.count("img") == 0
 
 
 def test_without_matplotlib_it_is_an_import_error(run, monkeypatch):
@@ -227,7 +293,7 @@ def test_report_is_one_file_with_the_pictures_inside(run):
     write_run(run)
     report.draw_run(run, *draw_arguments(3))
     page = read_report(run)
-    assert len(page.addresses) == page.tags.count("img") == 4
+    assert len(page.addresses) == page.tags.count("img") == len(OF_CLASSIFIER)
     for address in page.addresses:
         kind, content = address.split(",")
         assert kind == "data:image/png;base64"
@@ -331,6 +397,22 @@ def test_report_of_a_directory_with_nothing_in_it(run):
     assert "not finished" in read_report(run).text
 
 
+def test_the_calibration_error_has_its_noise_floor_beside_it(run):
+    write_run(run)
+    assert "calibration error" not in read_report(run).text  # a run of an earlier version, or a regression
+    summary = json.loads((run / "summary.json").read_text())
+
+    def after(**more):
+        (run / "summary.json").write_text(json.dumps({**summary, **more}))
+        return read_report(run).text
+
+    assert "calibration error1.20%not calibrated" in after(calibration_error=0.012)
+    calibrated = {"calibration_error": 0.012, "temperature": 0.5}
+    assert "calibration error1.20%noise floor 0.80%" in after(**calibrated, calibration_error_floor=0.008)
+    text = after(**calibrated)  # as it was before there was a floor
+    assert "calibration error1.20%" in text and "floor" not in text and "not calibrated" not in text
+
+
 def test_report_shows_what_unequal_classes_hide(small, tmp_path):
     run = tmp_path / "runs" / "small"
     shutil.copytree(small.run, run)
@@ -422,7 +504,7 @@ def test_model_card(facts, small):
         "resizes images to 8x8",
         "float32 `[batch, 10]`",
         "always predicts one of these classes",
-        "not calibrated",
+        "## How far to trust the probabilities",
         f"{spec['parameters']:,} parameters",
         f"torch {spec['versions']['torch']}",
         checkpoint,
@@ -434,6 +516,55 @@ def test_model_card(facts, small):
     figures = json.loads((small.run / "summary.json").read_text())["per_class"]
     text = card.model_card({**spec, "per_class": figures}, parity)
     assert f"| 3 | {figures['3']['precision']:.1%} |" in text
+
+
+def section(text, title):
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_model_card_says_how_far_to_trust_the_outputs(facts):
+    spec, parity = facts
+    text, found = card.model_card(spec, parity), parity["onnx"]
+    trust = section(text, "How far to trust the probabilities")
+    before, after = (
+        " | ".join(f"{found[key + more]:.2%}" for key in ("calibration_error", "calibration_error_floor"))
+        for more in ("_uncalibrated", "")
+    )
+    made = spec["calibration"]
+    for words in (
+        f"a temperature of {spec['temperature']:.3g}, which was fitted on\n{made['images']} images outside",
+        f"(source: {made['source']})",
+        f"| before calibration | {before} | {found['nll_uncalibrated']:.4f} |",
+        f"| model.onnx | {after} | {found['nll']:.4f} |",
+        f"| 100% | {found['accuracy']:.2%} | - |",
+        *(f"| {c} | {found['coverage'][k]['accuracy']:.2%} |" for c, k in (("95%", "0.95"), ("80%", "0.8"))),
+        f"| by `--reject 0.99` | {found['kept']['0.99']:.1%} |",
+        f"| uniform noise | 100 | {found['familiar']['uniform noise']['unknown']:.0%} |",
+        f"| white | 1 | {found['familiar']['white']['unknown']:.0%} |",
+        "is photographed like the training images is mostly given a known name.",
+        "Unless they are given a threshold, the programs name a class for every image.",
+    ):
+        assert words in trust, words
+    assert "| test split |" not in trust and "not calibrated" not in text
+    assert "- Output `known`: float32 `[batch]`" in text
+    text = card.model_card({**spec, "reject": 0.99, "min_probability": 0.5}, parity)
+    assert "the programs use `--reject 0.99` and `--min-probability 0.5`." in text
+
+
+def test_model_card_of_an_uncalibrated_export(facts):
+    spec, parity = facts
+    spec = {**spec, "temperature": None, "calibration": None, "known": None}
+    for figures in parity.values():
+        for key in "kept nll nll_uncalibrated familiar calibration_error_uncalibrated".split():
+            del figures[key]
+    trust = section(card.model_card(spec, parity), "How far to trust the probabilities")
+    assert "not calibrated: 0.9 does not mean" in trust and "`known`" not in trust and "--reject" not in trust
+    assert f"| model.onnx | {parity['onnx']['calibration_error']:.2%} |" in trust
+    assert "before calibration" not in trust and "cross entropy" not in trust
+    for figures in parity.values():  # as they were before there were such figures
+        del figures["coverage"]
+    trust = section(card.model_card(spec, parity), "How far to trust the probabilities")
+    assert "not calibrated" in trust and "|" not in trust
 
 
 def test_model_card_lists_no_format_that_failed(facts):
