@@ -358,7 +358,7 @@ def read_spec(text: str | None, path: str) -> dict:
         valid = valid and all(share is None or 0 <= share <= 1 for share in thresholds)
         if not valid or not classes or (known and not known.setdefault("tolerance", 5e-3) >= 0):
             raise ValueError("classes, channels, image_size, white, known or thresholds cannot be used")
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {type(error).__name__} {one_line(error)}") from None
     return spec
 
@@ -626,7 +626,7 @@ def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
     try:
         os.makedirs(folder, exist_ok=True)
-        paths = (os.path.join(folder, f"{DRAWN}{stem}{k or ''}.png") for k in itertools.count(0, -1))
+        paths = (os.path.join(folder, f"{DRAWN}{stem}{f'-{k}' if k else ''}.png") for k in itertools.count())
         with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
             canvas.save(file, "PNG")
     except OSError as error:

@@ -12,10 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
+from PIL import ExifTags
 from tqdm import tqdm
 
 from data import notes
-from step3_infer import ORIENTATION, Problem, decode_image, open_image, usable_cpus
+from step3_infer import Problem, decode_image, open_image, usable_cpus
 
 CHUNK = 256  # files a worker takes at a time
 CHUNK_BYTES = 64 << 20  # of decoded pixels that a worker holds
@@ -110,7 +111,8 @@ def probe_chunk(paths: list[str], start: int, train: int) -> Found:
         with contextlib.suppress(Exception), open_image(path) as image:
             width, height = image.size
             # Pillow decodes a whole PNG for its EXIF; only small images keep their size.
-            on_its_side = max(image.size) <= LARGEST_OWN_SIZE and image.getexif().get(ORIENTATION, 1) >= 5
+            small = max(image.size) <= LARGEST_OWN_SIZE
+            on_its_side = small and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             sizes.add((width, height) if on_its_side else (height, width))
             modes.add(image.mode)
             if image.mode.startswith("I") and number < train:

@@ -150,5 +150,7 @@ def test_directories_are_walked_in_name_order(tmp_path):
     for name in ("b/2.JPG", "b/1.png", "a/x/3.tif", "c.png", "notes.txt", "b/model.onnx"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = [os.path.relpath(path, tmp_path) for path, problem in step3_infer.find_images([str(tmp_path)])]
+    found = [
+        os.path.relpath(path, tmp_path) for path, problem in step3_infer.find_images([str(tmp_path)], [])
+    ]
     assert found == ["c.png", "a/x/3.tif", "b/1.png", "b/2.JPG"]

@@ -61,7 +61,7 @@ def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypa
     decoded, decode = [], step3_infer.decode_image
     monkeypatch.setattr(step3_infer, "decode_image", lambda path, *_: decoded.append(path) or decode(path, 1))
     model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)]), 3, 4, 1)
+    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 3, 4, 1)
     assert len(next(results)) == 4 and len(decoded) < 60
     results.close()
     time.sleep(0.2)
@@ -78,7 +78,7 @@ def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
 
     monkeypatch.setattr(step3_infer, "decode_image", slow)
     model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)]), 2, 60, 1)
+    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 2, 60, 1)
     next(results)
     results.close()
     count = len(decoded)
@@ -108,7 +108,7 @@ def test_large_directories_are_walked_lazily(tmp_path, monkeypatch):
         (tmp_path / name / "1.png").touch()
     scanned, scan = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda place: scanned.append(place) or scan(place))
-    found = step3_infer.find_images([str(tmp_path)])
+    found = step3_infer.find_images([str(tmp_path)], [])
     assert next(found)[0].endswith("a/1.png") and len(scanned) == 2
 
 

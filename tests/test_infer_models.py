@@ -12,11 +12,10 @@ import zipfile
 import numpy as np
 import onnx
 import pytest
-import torch
 from conftest import ROOT, onnx_with
 from onnx import TensorProto, helper
 
-import model as networks
+import step2_export
 import step3_infer
 
 SCRIPT = ROOT / "step3_infer.py"
@@ -85,8 +84,10 @@ def test_verify_after_the_bundle_was_used(execute, bundle, samples):
     assert len(list((bundle / "__pycache__").iterdir())) == 1
     arguments = ["--annotate", "drawn", "--format", "csv", "--output", "answers.csv", samples[0]]
     execute("step3_infer.py", *arguments, cwd=bundle).done()
+    execute("step3_infer.py", "--verify", cwd=bundle).error(1, "__pycache__", "is not listed")
+    shutil.rmtree(bundle / "__pycache__")
     result = execute("step3_infer.py", "--verify", cwd=bundle).done()
-    assert "4 files match" in result.out and "did not compare 3 files" in result.err
+    assert "4 files match" in result.out and "did not compare 2 files" in result.err
     assert "answers.csv" in result.err and "drawn/threestep-digit_0.png" in result.err
 
 
@@ -140,19 +141,10 @@ def test_files_with_code_are_announced(call, bundle, samples):
 @pytest.fixture(scope="module")
 def pt2(small, tmp_path_factory):
     """The small network as model.pt2, its spec as an extra file."""
-    checkpoint = networks.load_plain(small.run / "checkpoint.pt")
-    spec = checkpoint["spec"]
-    options = {name: spec["arguments"][name] for name in networks.options_of(spec["model"])}
-    options = {name: value for name, value in options.items() if value is not None}
-    network = networks.build(spec["model"], channels=1, classes=10, image_size=spec["image_size"], **options)
-    network.load_state_dict(checkpoint["state_dict"])
-    deployable = networks.Deployable(network, spec["image_size"], spec["mean"], spec["std"]).eval()
-    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
-    example = torch.zeros(2, 24, 40, 1, dtype=torch.uint8)
-    program = torch.export.export(deployable, (example,), dynamic_shapes=(sizes,))
+    run = step2_export.read_run(str(small.run))
     golden = step3_infer.Model(small.export / "model.onnx").spec["golden"]
     path = tmp_path_factory.mktemp("pt2") / "model.pt2"
-    torch.export.save(program, path, extra_files={"spec.json": json.dumps({**spec, "golden": golden})})
+    step2_export.export_pt2(run.deployable(), {**run.spec, "golden": golden}, path, 18)
     return path
 
 

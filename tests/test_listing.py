@@ -237,7 +237,7 @@ def test_installed_pillow_heif_is_used(tmp_path, monkeypatch):
     module.register_heif_opener = register
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
     assert sum(sizes(data.load("folder", str(tmp_path))).values()) == 8
-    found = [path for path, _ in find_images([str(tmp_path)])]
+    found = [path for path, _ in find_images([str(tmp_path)], [])]
     assert len(found) == 8 and sum(path.endswith(".heic") for path in found) == 2
 
 
@@ -250,7 +250,7 @@ def test_step3_finds_the_files_that_training_took(tmp_path):
             (tmp_path / name / file).write_text("not an image")
     from data.folders import list_folder
 
-    found = [path for path, problem in find_images([str(tmp_path)]) if problem is None]
+    found = [path for path, problem in find_images([str(tmp_path)], []) if problem is None]
     assert found == list_folder(str(tmp_path)).splits["train"].paths and len(found) == 12
 
 
