@@ -84,7 +84,7 @@ def coverage(subtitle: str, labels: np.ndarray, probabilities: np.ndarray) -> by
     room = 0.08 * max(high - low, 0.01)
     axis.set(xlabel="share of the test images that is answered", ylabel="accuracy of these answers")
     axis.set(xlim=(0, 1.02), ylim=(low - room, high + room))
-    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     for line in (axis.xaxis, axis.yaxis):
         line.set_major_formatter(percent)
     figure.legend(loc="outside lower center", fontsize=8.5)
