@@ -26,7 +26,8 @@ class Network(nn.Module):
     pixels. bf16: whether it gains from bf16, being large enough. memory_format: of its weights while it is
     trained. max_batch_pixels: the pixels in a batch, all its images together, that fit into a laptop's
     memory; None for any. middle: the layers that `Familiarity` looks at; None for a choice by their order,
-    empty for the input itself.
+    empty for the input itself. augment: what training changes in images by default besides flips and shifts;
+    the tutorials' networks have nothing, as in the tutorials, and because a step of theirs takes no longer.
     """
 
     options = ()
@@ -35,6 +36,7 @@ class Network(nn.Module):
     bf16 = True
     memory_format = torch.channels_last
     max_batch_pixels = None
+    augment = ("blur", "color", "noise")
 
     def prepare(self, images: torch.Tensor) -> None:
         """Initialise from normalised training images [n, channels, H, W]; nothing by default."""
@@ -50,6 +52,7 @@ class MLP(Network):
     options = ("hidden", "dropout")
     middle = ()
     bf16 = False
+    augment = ()
 
     def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
         super().__init__()
@@ -71,6 +74,7 @@ class MyNet(Network):
     middle = ("blocks.3", "blocks.7", "blocks.11")
     min_size = 8  # three poolings by two
     memory_format = torch.contiguous_format  # channels-last is 4 times slower with 6 and 12 channels
+    augment = ()
 
     def __init__(self, channels, classes, image_size, dropout=0.1):
         super().__init__()
@@ -94,6 +98,7 @@ class Linear(Network):
 
     middle = ()
     bf16 = False
+    augment = ()
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -128,6 +133,7 @@ class ResBlock(Network):
 
     middle = ("body.1", "body.3", "body.5")
     bf16 = False
+    augment = ()
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -180,7 +186,7 @@ class Airbench(Network):
         return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
 
     @torch.no_grad()
-    def prepare(self, images: torch.Tensor, eps: float = 5e-2) -> None:
+    def prepare(self, images: torch.Tensor, eps: float = 0.1) -> None:
         """Set the whitening layer from the 2x2 patches of normalised training images [n, channels, H, W].
 
         Its filters are the eigenvectors of the patches' covariance at unit variance, each with both signs.

@@ -13,7 +13,7 @@ SMALLEST_CROP = 0.35  # of the image's area
 WIDEST_CROP = 4 / 3  # its width to its height, at most, and at least the inverse
 MOST_DEGREES = 15
 COLOUR_STRENGTH = 0.4
-MOST_BLUR = 1.4  # standard deviation, in pixels
+MOST_BLUR = 1.2  # standard deviation, in pixels
 MOST_NOISE = 12  # standard deviation, in grey levels
 LUMA = (0.299, 0.587, 0.114)  # as Pillow weighs red, green and blue
 
@@ -116,7 +116,7 @@ def change_some(images: torch.Tensor, random: torch.Tensor, part: float, change:
 
 
 def blur(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
-    """Blur uint8 [n, H, W, C] by Gaussians of up to 1.4 pixels, unlike in both directions, as motion does.
+    """Blur uint8 [n, H, W, C] by Gaussians of up to 1.2 pixels, unlike in both directions, as motion does.
 
     random: uniform in 0..1, [n, 2]: how much down and across.
     """
@@ -173,4 +173,4 @@ def noise_table(device: torch.device) -> torch.Tensor:
 
 # What a camera does, in its order: the part of the images that is changed, and how many random numbers the
 # function takes.
-CAMERA = {"blur": (0.25, 2, blur), "color": (0.4, 3, change_colours), "noise": (0.5, 3, add_noise)}
+CAMERA = {"blur": (0.25, 2, blur), "color": (0.3, 3, change_colours), "noise": (0.5, 3, add_noise)}

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,6 +286,18 @@ def test_the_command_line_is_not_changed_by_what_is_derived():
     assert vars(args) == before and settings.image_size is None and settings.augment is None
     assert (fitted.image_size, fitted.augment, fitted.lr, fitted.epochs) == ((8, 8), ["translate"], 0.5, 50)
     assert given == {"model": "mlp", "lr": 0.5}
+
+
+@pytest.mark.parametrize("name", ["airbench", "mobilenet_v3_small", "mlp", "mynet", "resblock"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_networks_see_what_cameras_do_by_default_but_the_tutorials_do_not(name, channels):
+    args, given = step1_train.parse(["--model", name])
+    images = np.zeros((50, 32, 32, channels), np.uint8)
+    dataset = SimpleNamespace(task="classification", train_images=images, val_images=None)
+    fitted = recipes.fit_to_images(recipes.resolve(args, given), given, dataset, model.traits(name))
+    usual = ["flip", "translate"][channels == 1 :]
+    camera = [] if name in ("mlp", "mynet", "resblock") else ["blur", "color", "noise"]
+    assert fitted.augment == [*usual, *camera] and set(fitted.augment) < set(data.AUGMENTATIONS)
 
 
 @pytest.fixture

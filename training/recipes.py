@@ -164,7 +164,8 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         factor = -(-traits.min_size // min(height, width))
         settings.image_size = (height * factor, width * factor)
     if settings.augment is None:
-        settings.augment = ["flip", "translate"] if channels == 3 else ["translate"]
+        flip = ["flip"] if channels == 3 else []
+        settings.augment = [*flip, "translate", *traits.augment]
     if "none" in settings.augment:
         if len(settings.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)
