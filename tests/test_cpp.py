@@ -67,7 +67,11 @@ def compare(program, call):
             if "error" in expected:
                 continue
             assert got["label"] == expected["label"], got["path"]
-            assert (got["label"], got["probability"]) == tuple(got["top"][0].values())
+            known = expected["known"]
+            known = None if known is None else pytest.approx(known, rel=0, abs=1e-3)
+            assert got["known"] == known, got["path"]
+            assert got["probability"] == got["top"][0]["probability"]
+            assert got["label"] in (got["top"][0]["label"], "unknown", "unsure")
             tops = [{entry["label"]: entry["probability"] for entry in one["top"]} for one in (got, expected)]
             assert tops[0] == pytest.approx(tops[1], rel=0, abs=1e-4), got["path"]
         return ours, theirs
@@ -175,6 +179,71 @@ def test_a_trained_network_gives_the_same_lines(program, compare, call, trained,
     assert percents[0] == pytest.approx(percents[1], abs=0.011)
 
 
+@pytest.fixture
+def strange(samples, here):
+    """Paths of the samples and of images that look like none of them: noise, black, and a larger ramp."""
+    images = {
+        "noise": np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8),
+        "black": np.zeros((8, 8), np.uint8),
+        "ramp": np.arange(60 * 80, dtype=np.uint32).reshape(60, 80).astype(np.uint8),
+    }
+    for name, pixels in images.items():
+        Image.fromarray(pixels).save(f"{name}.png")
+    return [*samples, *(here / f"{name}.png" for name in images)]
+
+
+def labels(result):
+    """Path's stem -> label, of lines of JSON; and the rows themselves."""
+    rows = [json.loads(line) for line in result.done().out.splitlines()]
+    return {os.path.basename(row["path"]).removesuffix(".png"): row["label"] for row in rows}, rows
+
+
+def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(
+    program, compare, call, trained, strange, here
+):
+    file = trained.export / "model.pt"
+    found, rows = labels(compare(file, *strange)[0])
+    assert set(found.values()) <= set("0123456789") and all(0 <= row["known"] <= 1 for row in rows)
+    rejected, rows = labels(compare(file, "--reject", "0.99", *strange)[0])
+    assert (
+        rejected["noise"] == rejected["black"] == "unknown" and rows[-2]["top"][0]["label"] == found["black"]
+    )
+    assert list(rejected.values()).count("unknown") <= 5
+    unsure, _ = labels(compare(file, "--min-probability=1", *strange)[0])
+    assert unsure["noise"] == "unsure"
+    both = ["--reject=.5", "--min-probability", "1"]
+    answers, _ = labels(compare(file, *both, *strange)[0])
+    assert {"unknown", "unsure"} <= set(answers.values())
+    ours = run(program, "--model", file, *both, *strange).done().out
+    theirs = call(step3_infer.main, "--model", file, *both, *strange).done().out
+    assert re.sub(r"[\d.]+%", "%", ours) == re.sub(r"[\d.]+%", "%", theirs)
+    percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
+    assert percents[0] == pytest.approx(percents[1], abs=0.11)
+    assert re.search(r"noise\.png  unknown  \d \d+\.\d\d%  .*  known 0\.0%\n", ours)
+
+
+def test_the_files_own_thresholds_count_unless_others_are_given(compare, trained, strange, here):
+    file = with_spec(trained.export / "model.pt", here / "own.pt", reject=0.99, min_probability=0.9999)
+    answers, _ = labels(compare(file, *strange)[0])
+    assert answers["noise"] == "unknown"
+    assert labels(compare(file, "--reject", "1", *strange)[0])[0]["noise"] == "unsure"
+    answers, _ = labels(compare(file, "--reject", "1", "--min-probability", "0", *strange)[0])
+    assert not {"unknown", "unsure"} & set(answers.values())
+
+
+def test_files_without_known_go_on_working(program, compare, tiny, trained, strange, here):
+    found, rows = labels(compare(tiny[1], *strange)[0])
+    assert {row["known"] for row in rows} == {None} and set(found.values()) <= set(CLASSES)
+    assert " known " not in run(program, "--model", tiny[1], *strange).done().out
+    assert "unsure" in labels(compare(tiny[1], "--min-probability", "1", *strange)[0])[0].values()
+    ignored = with_spec(trained.export / "model.pt", here / "ignored.pt", known=None)
+    assert {row["known"] for row in labels(compare(ignored, *strange)[0])[1]} == {None}
+    for file in (tiny[1], ignored):
+        result = run(program, "--model", file, "--reject", "0.99", *strange)
+        result.error(2, "familiar", "--reject")
+        assert not result.out
+
+
 def test_jpegs_are_predicted_like_step3_does(program, trained, samples, tmp_path):
     """libjpeg and stb_image differ by a few grey levels."""
     file = trained.export / "model.pt"
@@ -262,6 +331,12 @@ def test_bad_inputs_are_one_error_line_each_and_the_others_are_predicted(compare
         ("--top-k 0 x.png", 2, ["--top-k", "'0'", "1 to 999999"]),
         ("--threads 1e3 x.png", 2, ["--threads", "'1e3'"]),
         ("--format csv x.png", 2, ["--format", "'csv'", "text nor json"]),
+        ("--reject 2 x.png", 2, ["--reject", "'2'", "number from 0 to 1"]),
+        ("--reject nan x.png", 2, ["--reject", "'nan'"]),
+        ("--min-probability=-0.1 x.png", 2, ["--min-probability", "'-0.1'"]),
+        ("--min-probability 0.5% x.png", 2, ["--min-probability", "'0.5%'"]),
+        ("--reject= x.png", 2, ["--reject", "''"]),
+        ("x.png --reject", 2, ["--reject", "expected one argument"]),
         ("x.png --model", 2, ["--model", "expected one argument"]),
         ("--topk=3 x.png", 2, ["--topk=3"]),
         ("x.png", 2, ["no model.pt", "--model"]),
@@ -287,6 +362,15 @@ def test_usage_errors_and_files_that_are_not_models(program, here, arguments, co
         ({"classes": ["a", "b"]}, 1, ["2 classes", "5 outputs"]),
         ({"channels": 3}, 1, ["cannot run", "spec"]),
         ({"channels": 2}, 1, ["malformed spec", "channels"]),
+        ({"reject": 0.99}, 1, ["malformed spec", "known"]),
+        ({"known": {"tolerance": 0.1}}, 1, ["does not fit the output known"]),
+        ({"known": {"layers": []}}, 1, ["malformed spec", "tolerance"]),
+        ({"known": {"tolerance": -1}}, 1, ["malformed spec", "known"]),
+        ({"known": "yes"}, 1, ["malformed spec"]),
+        ({"known": {"tolerance": 0.1}, "reject": 99}, 1, ["malformed spec", "reject"]),
+        ({"known": {"tolerance": 0.1}, "reject": "0.99"}, 1, ["malformed spec"]),
+        ({"min_probability": -0.5}, 1, ["malformed spec", "min_probability"]),
+        ({"min_probability": []}, 1, ["malformed spec"]),
         ({"task": "regression"}, 2, ["step3_infer.py --values"]),
     ],
 )
@@ -338,6 +422,27 @@ def test_self_test_tolerance_is_that_of_step3(program, call, here, trained, chan
         assert ("passed" in ours.out) == passed and ("FAILED" in ours.out) != passed
 
 
+def test_self_test_covers_known(program, call, here, trained):
+    source = trained.export / "model.pt"
+    spec = step3_infer.Model(source).spec
+    known = spec["golden"][1]["known"]
+    tolerance = spec["known"]["tolerance"]
+    for moved, passed in (
+        (known + tolerance / 2, True),
+        (known + 2 * tolerance, False),
+        (known - 0.5, False),
+    ):
+        golden = json.loads(json.dumps(spec["golden"]))
+        golden[1]["known"] = moved
+        file = with_spec(source, "changed.pt", golden=golden)
+        ours = run(program, "--self-test", "--model", file)
+        assert ours.code == call(step3_infer.main, "--self-test", "--model", file).code == (not passed)
+        assert ("passed" in ours.out) == passed and ("FAILED" in ours.out) != passed
+    del golden[1]["known"]
+    file = with_spec(source, "broken.pt", golden=golden)
+    run(program, "--self-test", "--model", file).error(1, "golden samples are malformed", "known")
+
+
 def test_self_test_tolerance_that_is_no_number(program, here, trained):
     file = with_spec(trained.export / "model.pt", "changed.pt", self_test_tolerance="much")
     run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
@@ -365,6 +470,29 @@ def test_self_test_fails_if_any_output_is_nan(program, here):
     assert result.code == 1 and "FAILED: 2 golden samples, max difference nan" in result.out.replace(
         "-nan", "nan"
     )
+    Image.new("L", (8, 8)).save("black.png")
+    run(program, "--model", "nan.pt", "black.png").error(1, "black.png", "NaN or infinity")
+
+
+class NanIsKnown(torch.nn.Module):
+    """Equal probabilities for two classes, and NaN as known for a black image."""
+
+    def forward(self, images):
+        mean = images.float().mean((1, 2, 3))
+        return torch.full((1, 2), 0.5), mean / mean
+
+
+def test_self_test_fails_if_known_is_nan(program, here):
+    golden = []
+    for level in (0, 255):
+        content = io.BytesIO()
+        Image.new("L", (8, 8), level).save(content, "PNG")
+        image = base64.b64encode(content.getvalue()).decode()
+        golden.append({"image": image, "probabilities": [0.5, 0.5], "known": 1})
+    spec = {"schema": 1, "task": "classification", "classes": ["a", "b"], "channels": 1}
+    spec |= {"image_size": [8, 8], "golden": golden, "known": {"tolerance": 0.1}}
+    step2_export.export_torchscript(NanIsKnown(), spec, here / "nan.pt", None)
+    assert "FAILED" in run(program, "--self-test", "--model", "nan.pt").out
 
 
 def test_output_that_cannot_be_written(program, trained, samples):

@@ -1,7 +1,8 @@
-// Untrusted text (paths, class names) made safe for terminals and JSON readers, and base64.
+// Untrusted text (paths, class names) made safe for terminals and JSON readers, numbers as text, and base64.
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -67,6 +68,20 @@ inline string quoted(const string& text) {
       out += hex("\\u", 4, 0xD7C0 + (c >> 10)) + hex("\\u", 4, 0xDC00 + (c & 0x3FF));
   }
   return out + '"';
+}
+
+// A number with six decimals, as results are written.
+inline double rounded(double value) {
+  char text[400];  // the largest double has 309 digits
+  std::snprintf(text, sizeof text, "%.6f", value);
+  return std::atof(text);
+}
+
+// A fraction as a percentage with this many decimals.
+inline string percent(double fraction, int decimals) {
+  char text[400];
+  std::snprintf(text, sizeof text, "%.*f%%", decimals, fraction * 100);
+  return text;
 }
 
 // Decodes base64 text. Throws std::invalid_argument.

@@ -17,6 +17,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
 #include <thread>
 
 #include "image.h"
@@ -28,20 +29,24 @@ constexpr int SCHEMA = 1;                 // the newest spec that this program u
 constexpr double FLOAT_TOLERANCE = 1e-4;  // of the self-test, if the spec has no self_test_tolerance
 constexpr double INT8_TOLERANCE = 2e-2;   // processors round int8 products differently
 const char* const USAGE =
-    "usage: threestep [--model FILE] [--threads N] [--format text|json] [--top-k K] [--self-test]\n"
-    "                 [PATH ...]\n\n"
+    "usage: threestep [--model FILE] [--threads N] [--format text|json] [--top-k K]\n"
+    "                 [--reject X] [--min-probability P] [--self-test] [PATH ...]\n\n"
     "Predict from a TorchScript file of step2_export.py.\n\n"
-    "  PATH          image files (PNG, JPEG, BMP, GIF), directories (recursively), globs\n"
-    "  --model FILE  default: model.pt beside this program, else in the current directory\n"
-    "  --threads N   CPU threads (default: as many as this process may use)\n"
-    "  --format F    text, or json: one object per line (default: text)\n"
-    "  --top-k K     classes to print, most probable first (default: 3)\n"
-    "  --self-test   run the golden samples inside the file and compare\n";
+    "  PATH                 image files (PNG, JPEG, BMP, GIF), directories (recursively), globs\n"
+    "  --model FILE         default: model.pt beside this program, else in the current directory\n"
+    "  --threads N          CPU threads (default: as many as this process may use)\n"
+    "  --format F           text, or json: one object per line (default: text)\n"
+    "  --top-k K            classes to print, most probable first (default: 3)\n"
+    "  --reject X           keep this share of images like those trained on, such as 0.99;\n"
+    "                       call others unknown (default: the file's own, or none)\n"
+    "  --min-probability P  call answers with less probability unsure (default: likewise)\n"
+    "  --self-test          run the golden samples inside the file and compare\n";
 
 struct Options {
   std::vector<string> paths;
   string model, format = "text";
   int threads = 0, top_k = 3;
+  std::optional<double> reject, min_probability;
   bool self_test = false, help = false;
 };
 
@@ -62,7 +67,23 @@ struct Model {
   json spec;
   std::vector<string> classes;
   int channels, white;  // white: the level of 16-bit greys that becomes 255
+  bool has_known;       // whether the file says how familiar an image looks; older ones do not
+  double known_tolerance;
+  std::optional<double> reject, min_probability;  // the thresholds: the file's own, or the user's
 };
+
+struct Answer {
+  std::vector<float> probabilities;  // [classes]
+  std::optional<float> known;        // the share of images like those trained on that look less familiar
+};
+
+// A share, or nothing if the spec has none of this name. Throws json::exception or Problem.
+std::optional<double> share(const Model& model, const char* name) {
+  if (!model.spec.contains(name) || model.spec[name].is_null()) return {};
+  const double value = model.spec[name].get<double>();
+  if (value < 0 || value > 1) throw Problem(model.path + " has a malformed spec: " + name + " is not 0 to 1");
+  return value;
+}
 
 // Reads the text of spec.json into the model. Throws Problem if it is missing, malformed or too new.
 void read_spec(const string& text, Model& model) {
@@ -81,6 +102,13 @@ void read_spec(const string& text, Model& model) {
     if (model.spec["task"] != "classification" || model.classes.size() < 2 ||
         (model.channels != 1 && model.channels != 3) || model.white < 1 || model.white > 65535)
       throw Problem(model.path + " has a malformed spec: its task, classes, channels or white are invalid");
+    const json known = model.spec.value("known", json());
+    model.has_known = !known.is_null();
+    model.known_tolerance = model.has_known ? known.at("tolerance").get<double>() : 0;
+    model.reject = share(model, "reject");
+    model.min_probability = share(model, "min_probability");
+    if (model.known_tolerance < 0 || (model.reject && !model.has_known))
+      throw Problem(model.path + " has a malformed spec: its known cannot be used");
   } catch (const json::exception& error) {
     throw Problem(model.path + " has a malformed spec: " + error.what());
   }
@@ -104,56 +132,70 @@ Model load(const string& path, int threads) {
   return model;
 }
 
-// Runs the model on one image; -> probabilities [classes]. Throws Problem.
-std::vector<float> predict(Model& model, Image& image) {
+// Runs the model on one image. Throws Problem.
+Answer predict(Model& model, Image& image) {
   const c10::InferenceMode guard;  // keeps nothing for gradients
-  torch::Tensor output;
+  std::vector<torch::Tensor> outputs;
   try {
     const std::vector<int64_t> shape = {1, image.height, image.width, model.channels};
     const torch::Tensor input = torch::from_blob(image.pixels.data(), shape, torch::kUInt8);
-    output = model.module.forward({input}).toTensor().to(torch::kFloat).contiguous();
+    const torch::IValue output = model.module.forward({input});
+    // A file without `known` gives a tensor and no tuple.
+    const auto elements = output.isTuple() ? output.toTupleRef().elements().vec() : std::vector{output};
+    for (const torch::IValue& element : elements)
+      outputs.push_back(element.toTensor().to(torch::kFloat).contiguous());
   } catch (const std::exception& error) {
     throw Problem("the model cannot run on this input, its spec may be wrong: " + reason(error));
   }
-  if (output.dim() != 2 || output.size(1) != int64_t(model.classes.size()))
+  const torch::Tensor& main = outputs.at(0);
+  if (main.dim() != 2 || main.size(1) != int64_t(model.classes.size()))
     throw Problem("the spec does not match the model: " + std::to_string(model.classes.size()) +
-                  " classes, " + std::to_string(output.numel()) + " outputs");
-  return {output.data_ptr<float>(), output.data_ptr<float>() + output.numel()};
+                  " classes, " + std::to_string(main.numel()) + " outputs");
+  if (model.has_known && (outputs.size() < 2 || outputs[1].numel() != 1))
+    throw Problem("the spec does not match the model: it does not fit the output known");
+  Answer answer{{main.data_ptr<float>(), main.data_ptr<float>() + main.numel()}, {}};
+  if (model.has_known) answer.known = outputs[1].item<float>();
+  return answer;
 }
 
 // The larger of two differences; NaN counts as larger than any number.
 double larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
-// One golden sample -> the largest difference of an output from the expected one, relative above 1.
-double sample_difference(const json& sample, Model& model) {
+// The largest differences from the expected outputs: of probabilities, relative above 1, and of known.
+struct Differences {
+  double probabilities = 0, known = 0;
+};
+
+// Runs one golden sample, and raises what it exceeds of `largest`.
+void compare(const json& sample, Model& model, Differences& largest) {
   Image image = decode(base64_bytes(sample.at("image")), model.channels, model.white);
   const std::vector<double> expected = sample.at("probabilities");
-  const std::vector<float> outputs = predict(model, image);
-  if (outputs.size() != expected.size()) throw Problem("wrong number of probabilities");
-  double largest = 0;
-  for (size_t k = 0; k < outputs.size(); k++) {
-    const double difference = std::abs(outputs[k] - expected[k]) / std::max(1.0, std::abs(expected[k]));
-    largest = larger(difference, largest);
+  const Answer answer = predict(model, image);
+  if (answer.probabilities.size() != expected.size()) throw Problem("wrong number of probabilities");
+  for (size_t k = 0; k < expected.size(); k++) {
+    const double difference = std::abs(answer.probabilities[k] - expected[k]);
+    largest.probabilities = larger(difference / std::max(1.0, std::abs(expected[k])), largest.probabilities);
   }
-  return largest;
+  if (answer.known)
+    largest.known = larger(std::abs(*answer.known - sample.at("known").get<double>()), largest.known);
 }
 
 // Runs the golden samples inside the file and compares the outputs with the expected ones; -> the exit code.
-// The tolerance follows the rule of step3_infer.py and of the web page.
+// The tolerances follow the rule of step3_infer.py and of the web page.
 int self_test(Model& model) {
   const json golden = model.spec.value("golden", json::array());
   if (golden.empty()) throw Problem("this file carries no golden samples to test with");
   double tolerance = model.spec.contains("quantization") ? INT8_TOLERANCE : FLOAT_TOLERANCE;
-  double largest = 0;
+  Differences largest;
   try {
     tolerance = model.spec.value("self_test_tolerance", tolerance);
-    for (const json& sample : golden) largest = larger(sample_difference(sample, model), largest);
+    for (const json& sample : golden) compare(sample, model, largest);
   } catch (const std::exception& error) {
     throw Problem("this file's golden samples are malformed: " + reason(error));
   }
-  const bool passed = largest <= tolerance;
+  const bool passed = largest.probabilities <= tolerance && largest.known <= model.known_tolerance;
   std::printf("self-test %s: %zu golden sample%s, max difference %.1e\n", passed ? "passed" : "FAILED",
-              golden.size(), golden.size() == 1 ? "" : "s", largest);
+              golden.size(), golden.size() == 1 ? "" : "s", largest.probabilities);
   return passed ? 0 : 1;
 }
 
@@ -180,31 +222,40 @@ bool report_error(const string& path, const string& message, const Options& opti
   return false;
 }
 
-// Writes the line of one image: its classes, most probable first.
-void write(const string& path, const std::vector<float>& probabilities, const Model& model,
-           const Options& options) {
+// The answer for an image whose best guess this is; the numbers are rounded as they are written.
+string judge(const Model& model, const string& guess, double probability, std::optional<double> known) {
+  if (model.reject && known && *known < rounded(1 - *model.reject)) return "unknown";
+  if (model.min_probability && probability < *model.min_probability) return "unsure";
+  return guess;
+}
+
+// Writes the line of one image: its classes, most probable first, and how familiar it looks.
+void write(const string& path, const Answer& answer, const Model& model, const Options& options) {
+  const std::vector<float>& probabilities = answer.probabilities;
   std::vector<size_t> best(probabilities.size());
   std::iota(best.begin(), best.end(), 0);
   const auto more_probable = [&](size_t a, size_t b) { return probabilities[a] > probabilities[b]; };
   std::stable_sort(best.begin(), best.end(), more_probable);
   best.resize(std::min<size_t>(options.top_k, best.size()));
-  std::vector<string> fields;
-  string text = printable(path);
-  for (const size_t k : best) {
-    char number[32];
-    std::snprintf(number, sizeof number, "%.6f", probabilities[k]);
-    const double rounded = std::atof(number);
-    fields.push_back("\"label\": " + quoted(model.classes[k]) +
-                     ", \"probability\": " + json(rounded).dump());
-    std::snprintf(number, sizeof number, " %.2f%%", rounded * 100);
-    text += "  " + printable(model.classes[k]) + number;
-  }
+  const string& guess = model.classes[best[0]];
+  const double probability = rounded(probabilities[best[0]]);
+  const auto known = answer.known ? std::optional(rounded(*answer.known)) : std::nullopt;
+  const string label = judge(model, guess, probability, known);
   if (options.format == "text") {
-    std::cout << text << "\n";
+    std::cout << printable(path);
+    if (label != guess) std::cout << "  " << label;
+    for (const size_t k : best)
+      std::cout << "  " << printable(model.classes[k]) << " " << percent(rounded(probabilities[k]), 2);
+    if (known) std::cout << "  known " << percent(*known, 1);
+    std::cout << "\n";
     return;
   }
-  std::cout << "{\"path\": " << quoted(path) << ", " << fields[0] << ", \"top\": [";
-  for (size_t k = 0; k < fields.size(); k++) std::cout << (k ? ", {" : "{") << fields[k] << "}";
+  std::cout << "{\"path\": " << quoted(path) << ", \"label\": " << quoted(label)
+            << ", \"probability\": " << json(probability)
+            << ", \"known\": " << (known ? json(*known) : json()) << ", \"top\": [";
+  for (const size_t k : best)
+    std::cout << (k == best[0] ? "{" : ", {") << "\"label\": " << quoted(model.classes[k])
+              << ", \"probability\": " << json(rounded(probabilities[k])) << "}";
   std::cout << "]}\n";
 }
 
@@ -218,7 +269,11 @@ bool predict_file(const string& path, Model& model, const Options& options) {
   } catch (const std::bad_alloc&) {
     return report_error(path, "is too large for this machine's memory", options);
   }
-  write(path, predict(model, image), model, options);
+  const Answer answer = predict(model, image);
+  for (const float probability : answer.probabilities)
+    if (!std::isfinite(probability))
+      return report_error(path, "the model computes NaN or infinity for this image", options);
+  write(path, answer, model, options);
   return true;
 }
 
@@ -228,6 +283,17 @@ int positive(const string& option, const string& text) {
   if (!digits || text.size() > 6 || std::stoi(text) < 1)
     throw Problem("argument " + option + ": '" + text + "' is not a whole number from 1 to 999999" + HELP, 2);
   return std::stoi(text);
+}
+
+// The value of an option that is a share of 1. Throws Problem.
+double fraction(const string& option, const string& text) {
+  const char* const end = text.c_str() + text.size();  // strtod alone also takes spaces, hexadecimals and inf
+  char* stop = nullptr;
+  const double value = std::strtod(text.c_str(), &stop);
+  const bool number = !text.empty() && text.find_first_not_of("0123456789.eE+-") == string::npos;
+  if (!number || stop != end || value < 0 || value > 1)
+    throw Problem("argument " + option + ": '" + text + "' is not a number from 0 to 1" + HELP, 2);
+  return value;
 }
 
 Options parse(const std::vector<string>& arguments) {
@@ -251,6 +317,10 @@ Options parse(const std::vector<string>& arguments) {
       options.threads = positive(option, value());
     else if (option == "--top-k")
       options.top_k = positive(option, value());
+    else if (option == "--reject")
+      options.reject = fraction(option, value());
+    else if (option == "--min-probability")
+      options.min_probability = fraction(option, value());
     else if (option == "--format")
       options.format = value();
     else if (argument == "--self-test")
@@ -280,6 +350,10 @@ int run(const std::vector<string>& arguments) {
   }
   Model model = load(options.model, options.threads);
   if (options.self_test) return self_test(model);
+  if (options.reject && !model.has_known)
+    throw Problem(model.path + " does not say how familiar an image looks: --reject cannot be used", 2);
+  if (options.reject) model.reject = options.reject;
+  if (options.min_probability) model.min_probability = options.min_probability;
   bool complete = true;
   for (const string& given : options.paths) {
     std::vector<string> found;
