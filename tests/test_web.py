@@ -215,15 +215,47 @@ def cards(browser):
     return [{name: float(text.removesuffix("%")) / 100 for name, text, _ in card} for card in rows]
 
 
+def known_shares(browser):
+    """How familiar the images on the page look, by the page; None where it does not say it."""
+    script = """return Array.from(document.querySelectorAll("article"),
+        (card) => card.querySelector(".known .percent")?.textContent ?? null)"""
+    return [text and float(text.removesuffix("%")) / 100 for text in browser.run(script)]
+
+
+def verdicts(browser):
+    """For each image "unknown" or "unsure", or else its best guess, as in step 3's `label`."""
+    script = """return Array.from(document.querySelectorAll("article"), (card) =>
+        card.querySelector(".verdict:not([hidden]) strong")?.textContent
+            ?? card.querySelector("li bdi").textContent)"""
+    return browser.run(script)
+
+
+def set_limit(browser, name, text):
+    """Type a threshold as a user does, and leave the input; -> what the page says then."""
+    (element,) = browser.ask("/element", using="css selector", value=name).values()
+    browser.run("$('status').textContent = ''")
+    # Control and A, backspace, the text, Tab: WebDriver's own way to clear an input leaves it as well.
+    browser.ask(f"/element/{element}/value", text=f"\ue009a\ue000\ue003{text}\ue004")
+    return browser.text("#status")[0]
+
+
 def assert_as_step3(browser, file, paths):
     model = step3_infer.Model(str(file))
-    for path, card in zip(paths, cards(browser), strict=True):
-        expected = model.predict(step3_infer.decode_image(path, model.spec["channels"])[None])[0]
+    for path, card, known in zip(paths, cards(browser), known_shares(browser), strict=True):
+        image = step3_infer.decode_image(path, model.spec["channels"])[None]
+        (expected,), shares = model.run(image)
+        share = None if shares is None else pytest.approx(shares[0], rel=0, abs=known_tolerance(path))
+        assert known == share, path
         expected = dict(zip(model.spec["classes"], expected.tolist(), strict=True))
         best = sorted(expected.values(), reverse=True)[:5]
         assert len(card) == len(best) and max(expected, key=expected.get) == next(iter(card)), path
         assert card == pytest.approx({name: expected[name] for name in card}, rel=0, abs=TOLERANCE), path
         assert list(card.values()) == pytest.approx(best, rel=0, abs=TOLERANCE), path
+
+
+def known_tolerance(path):
+    """Of a JPEG the decoders round differently, which moves `known` by some of its steps."""
+    return 0.1 if path.suffix == ".jpg" else TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "colour.onnx"])
@@ -238,6 +270,87 @@ def test_predictions_are_those_of_step3(browser, site, pictures, samples, name):
     assert len(times) == len(chosen)
     assert not [text for text in times if not re.search(r"\d pixels · \d+(\.\d)? ms$", text)]
     assert "passed" in browser.text("#selftest")[0]
+
+
+@pytest.fixture(scope="module")
+def strange(samples, tmp_path_factory):
+    """Paths of the samples and of images that look like none of them."""
+    folder = tmp_path_factory.mktemp("strange")
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    for name, pixels in ("noise", noise), ("black", noise * 0), ("photo", np.tile(noise, (6, 8))):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return [*samples, *sorted(folder.iterdir())]
+
+
+def as_step3(file, paths, reject, min_probability):
+    """The labels of step 3 with these thresholds."""
+    model = step3_infer.Model(str(file))
+    model.reject, model.min_probability = reject, min_probability
+    return [step3_infer.predict(path, model)["label"] for path in paths]
+
+
+def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(browser, site, strange):
+    folder, address = site
+    file = folder / "model.onnx"
+    assert browser.open(f"{address}/web/") == ""
+    assert browser.run("return [$('reject').value, $('least').value, $('familiar').hidden]") == [
+        "",
+        "",
+        False,
+    ]
+    browser.choose(*strange)
+    assert_as_step3(browser, file, strange)
+    assert verdicts(browser) == as_step3(file, strange, None, None)
+    shown = cards(browser)
+    said = set_limit(browser, "#reject", "99")
+    labels = verdicts(browser)
+    assert labels == as_step3(file, strange, 0.99, None) and labels[-2] == "unknown"  # of the noise
+    assert said == f"{len(strange)} images: {labels.count('unknown')} unknown, 0 unsure."
+    assert cards(browser) == shown  # the best guess is still there
+    assert "known is below 1%" in browser.text("article:nth-last-child(2) .verdict")[0]
+    set_limit(browser, "#least", "99.999")
+    labels = verdicts(browser)
+    assert labels == as_step3(file, strange, 0.99, 0.99999) and "unsure" in labels
+    set_limit(browser, "#reject", "")
+    assert verdicts(browser) == as_step3(file, strange, None, 0.99999)
+    browser.choose(strange[-2])
+    assert verdicts(browser) == ["unsure"]
+    assert re.search("noise.png.*: unsure; best guess", browser.text("#status")[0])
+
+
+def test_the_files_own_thresholds_count_until_they_are_changed(browser, site, strange):
+    folder, address = site
+    own = onnx_with(folder / "model.onnx", folder / "own.onnx", reject=0.995, min_probability=0.9999)
+    browser.open(f"{address}/web/?model=../own.onnx")
+    assert browser.run("return [$('reject').value, $('least').value]") == ["99.5", "99.99"]
+    browser.choose(*strange)
+    assert verdicts(browser) == as_step3(own, strange, 0.995, 0.9999) and "unknown" in verdicts(browser)
+    for wrong in ("101", "-1"):
+        assert "number from 0 to 100" in set_limit(browser, "#reject", wrong)
+        assert browser.run("return $('reject').getAttribute('aria-invalid')") == "true"
+        assert verdicts(browser) == as_step3(own, strange, 0.995, 0.9999)
+    set_limit(browser, "#reject", "50")
+    assert browser.run("return $('reject').hasAttribute('aria-invalid')") is False
+    assert verdicts(browser) == as_step3(own, strange, 0.5, 0.9999)
+
+
+def test_files_without_known_go_on_working(browser, site, strange):
+    folder, address = site
+    older = onnx_with(folder / "model.onnx", folder / "older.onnx", known=None)
+    assert browser.open(f"{address}/web/?model=../older.onnx") == ""
+    browser.choose(*strange)
+    assert_as_step3(browser, older, strange)
+    assert set(known_shares(browser)) == {None} and browser.run("return $('familiar').hidden")
+    set_limit(browser, "#least", "100")
+    assert verdicts(browser) == as_step3(older, strange, None, 1)
+    assert "of known" not in browser.text("#selftest")[0]
+
+
+def test_thresholds_have_names_for_screen_readers(browser, site):
+    browser.open(f"{site[1]}/web/")
+    for name, words in ("#reject", "call others unknown"), ("#least", "unsure"):
+        (element,) = browser.ask("/element", using="css selector", value=name).values()
+        assert words in browser.ask(f"/element/{element}/computedlabel", "GET")
 
 
 def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(browser, site, samples, tmp_path):
@@ -370,6 +483,9 @@ def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
         ("web/?model=../bare.onnx", "../bare.onnx carries no spec; step2_export.py"),
         ("web/?model=../broken.onnx", "../broken.onnx has a malformed spec"),
         ("web/?model=../newer.onnx", "schema 2; schemas up to 1"),
+        ("web/?model=../rejecting.onnx", "malformed spec; reject"),
+        ("web/?model=../unlimited.onnx", "malformed spec; min_probability"),
+        ("web/?model=../intolerant.onnx", "malformed spec; known"),
         ("web/?model=../lying.onnx", "do not trust; 2 classes, 3 outputs"),
         ("web/?model=../changed.onnx", "do not trust; self-test FAILED; largest difference"),
         ("web/?model=//example.org/model.onnx", "no model at //example.org/model.onnx"),
@@ -407,6 +523,22 @@ def test_self_test_tolerance_is_that_of_step3(browser, site, changes, passes):
         assert ("Self-test passed" in browser.text("#selftest")[0]) == passed
 
 
+def test_self_test_covers_known(browser, site):
+    folder, address = site
+    spec = json.loads(spec_of(folder / "model.onnx"))
+    known, tolerance = spec["golden"][1]["known"], spec["known"]["tolerance"]
+    for moved, passed in ((tolerance / 2, True), (2 * tolerance, False), (-2 * tolerance, False)):
+        golden = json.loads(json.dumps(spec["golden"]))
+        golden[1]["known"] = known + moved if known < 0.9 else known - moved
+        name = f"known-{moved}.onnx"
+        file = onnx_with(folder / "model.onnx", folder / name, golden=golden)
+        assert step3_infer.self_test(step3_infer.Model(str(file)))[2] == passed
+        assert ("Self-test FAILED" in browser.open(f"{address}/web/?model=../{name}")) != passed
+    golden[1]["known"] = None
+    onnx_with(folder / "model.onnx", folder / "nothing.onnx", golden=golden)
+    assert "golden samples do not match" in browser.open(f"{address}/web/?model=../nothing.onnx")
+
+
 @pytest.fixture(scope="module")
 def bad_models(site):
     folder, _ = site
@@ -416,6 +548,9 @@ def bad_models(site):
     onnx_with(good, folder / "broken.onnx", "{no json")
     onnx_with(good, folder / "newer.onnx", schema=2)
     onnx_with(good, folder / "lying.onnx", classes=["a", "b"])
+    onnx_with(good, folder / "rejecting.onnx", reject=99)
+    onnx_with(good, folder / "unlimited.onnx", min_probability="0.5")
+    onnx_with(good, folder / "intolerant.onnx", known={"layers": []})
     changed = [{**sample, "probabilities": sample["probabilities"][::-1]} for sample in golden]
     onnx_with(good, folder / "changed.onnx", golden=changed)
     (folder / "truncated.onnx").write_bytes(good.read_bytes()[:-100])

@@ -11,13 +11,18 @@ const FLOAT_TOLERANCE = 1e-4; // of the self-test, for a file whose spec has no 
 const INT8_TOLERANCE = 2e-2; // processors round int8 products differently
 
 let ort = null; // the runtime's module
-let model = null; // {session, spec, source, bytes}
+let model = null; // {session, spec, source, bytes, limits: the file's own thresholds, which may be changed}
 
 // A number with its noun in the singular or plural: 1 sample, 2 samples.
 const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 // A failure that the user can correct: the text is the whole message.
 class Problem extends Error {}
+
+const isShare = (value) => typeof value === "number" && value >= 0 && value <= 1;
+
+// A number with six decimals, as step3_infer.py writes and compares it.
+const rounded = (value) => Math.round(value * 1e6) / 1e6;
 
 // ----------------------------------------------------------------------------------------------------- model
 
@@ -83,8 +88,14 @@ function readSpec(bytes, source) {
   if (!(regression || spec?.task === "classification") || !named || !shaped || !levelled) {
     throw new Problem(`${source} has a malformed spec: its task, classes, channels or white are invalid.`);
   }
-  spec.white = white;
-  return spec;
+  const { known = null, reject = null, min_probability: least = null } = spec;
+  const bounded = Number.isFinite(known?.tolerance) && known.tolerance >= 0;
+  const tolerable = known === null || (bounded && !regression);
+  const limited = (reject === null || (known && isShare(reject))) && (least === null || isShare(least));
+  if (!tolerable || !limited) {
+    throw new Problem(`${source} has a malformed spec: its known, reject or min_probability are invalid.`);
+  }
+  return { ...spec, white, known, reject, min_probability: least };
 }
 
 // {bytes, source} of the first address with a model. Throws Problem.
@@ -131,21 +142,35 @@ async function useModel({ bytes, source }) {
     throw new Problem(`This browser cannot run ${source}: ${error.message}`);
   }
   await model?.session.release();
-  model = { session, spec, source, bytes: bytes.length };
+  const limits = { reject: spec.reject, probability: spec.min_probability };
+  model = { session, spec, source, bytes: bytes.length, limits };
 }
 
-// A tensor of batch 1 -> the outputs for it, one for each class. Throws Problem.
+// A tensor of batch 1 -> [outputs, one for each class; known, the share of images like those trained on that
+// look less familiar, or null if the file does not say it]. Throws Problem.
 async function run(tensor) {
   const { session, spec } = model;
-  let outputs;
+  let results;
   try {
-    outputs = (await session.run({ [session.inputNames[0]]: tensor }))[session.outputNames[0]].data;
+    results = await session.run({ [session.inputNames[0]]: tensor });
   } catch (error) {
     throw new Problem(`the model cannot run on ${tensor.dims.join("x")} input: ${error.message ?? error}`);
   }
-  if (outputs.length === spec.classes.length) return outputs;
-  const found = `${spec.classes.length} classes, ${outputs.length} outputs`;
-  throw new Problem(`the spec does not match the model: ${found}`);
+  const [outputs, known] = session.outputNames.map((name) => results[name].data);
+  if (outputs.length !== spec.classes.length) {
+    const found = `${spec.classes.length} classes, ${outputs.length} outputs`;
+    throw new Problem(`the spec does not match the model: ${found}`);
+  }
+  if (spec.known && known?.length !== 1) {
+    throw new Problem("the spec does not match the model: it does not fit the output known");
+  }
+  return [outputs, spec.known ? known[0] : null];
+}
+
+// What to answer instead of the best guess, by the rule of step3_infer.py: "unknown", "unsure", or null.
+function verdict(probabilities, known, { reject, probability }) {
+  if (reject !== null && known !== null && rounded(known) < rounded(1 - reject)) return "unknown";
+  return probability !== null && rounded(Math.max(...probabilities)) < probability ? "unsure" : null;
 }
 
 // ---------------------------------------------------------------------------------------------------- images
@@ -238,7 +263,7 @@ function stretch(pixels, white) {
   }
 }
 
-// An image file -> {bitmap (to be closed), probabilities, exact, stretched (whether 16-bit greys are
+// An image file -> {bitmap (to be closed), probabilities, known, exact, stretched (whether 16-bit greys are
 // approximate), decoding and network in milliseconds}.
 // Throws Problem.
 async function predict(file) {
@@ -250,9 +275,9 @@ async function predict(file) {
     if (stretched) stretch(pixels, white);
     const decoded = performance.now();
     const shape = [1, bitmap.height, bitmap.width, channels];
-    const probabilities = await run(new ort.Tensor("uint8", pixels, shape));
+    const [probabilities, known] = await run(new ort.Tensor("uint8", pixels, shape));
     const decoding = decoded - start, network = performance.now() - decoded;
-    return { bitmap, probabilities, exact, stretched, decoding, network };
+    return { bitmap, probabilities, known, exact, stretched, decoding, network };
   } catch (error) {
     bitmap.close();
     if (error instanceof Problem) throw error;
@@ -266,7 +291,7 @@ async function predictValues(values) {
   if (values.length !== count || !values.every(Number.isFinite)) {
     throw new Problem(`This model takes ${counted(count, "number")}, separated by commas.`);
   }
-  const [prediction] = await run(new ort.Tensor("float32", Float32Array.from(values), [1, count]));
+  const [[prediction]] = await run(new ort.Tensor("float32", Float32Array.from(values), [1, count]));
   return Number(prediction.toPrecision(7)); // what float32 holds
 }
 
@@ -287,29 +312,35 @@ function selfTestTolerance(spec) {
   return spec.self_test_tolerance ?? ("quantization" in spec ? INT8_TOLERANCE : FLOAT_TOLERANCE);
 }
 
-// Run the golden samples -> {count, difference (the largest of any output), tolerance, passed}.
-// Throws Problem.
+// Run the golden samples -> {count, difference (the largest of any output), tolerance, knownDifference and
+// knownTolerance (the same of known, null without), passed}. Throws Problem.
 async function selfTest() {
-  let count = 0, difference = 0;
+  const { known } = model.spec, tolerance = selfTestTolerance(model.spec);
+  let count = 0, difference = 0, knownDifference = known ? 0 : null;
   for (const sample of goldenSamples()) {
-    difference = Math.max(difference, await sampleDifference(sample)); // which keeps NaN
+    const differences = await sampleDifferences(sample);
+    difference = Math.max(difference, differences[0]); // which keeps NaN
+    if (known) knownDifference = Math.max(knownDifference, differences[1]);
     count += 1;
   }
-  const tolerance = selfTestTolerance(model.spec);
-  return { count, difference, tolerance, passed: difference <= tolerance };
+  const knownTolerance = known ? known.tolerance : null;
+  const passed = difference <= tolerance && (!known || knownDifference <= knownTolerance);
+  return { count, difference, tolerance, knownDifference, knownTolerance, passed };
 }
 
-// One golden sample -> the largest difference of its outputs from the expected ones, relative above 1.
-async function sampleDifference(sample) {
-  let outputs, expected;
+// One golden sample -> [the largest difference of its outputs from the expected ones, relative above 1; the
+// difference of known, null without].
+async function sampleDifferences(sample) {
+  let outputs, expected, known = null;
   if (model.spec.task === "regression") {
     [outputs, expected] = [[await predictValues(sample.features)], sample.prediction];
   } else {
-    const { bitmap, probabilities } = await predict(goldenFile(sample, "sample"));
+    const { bitmap, probabilities, ...result } = await predict(goldenFile(sample, "sample"));
     bitmap.close();
-    [outputs, expected] = [Array.from(probabilities), sample.probabilities];
+    [outputs, expected, known] = [Array.from(probabilities), sample.probabilities, result.known];
   }
-  if (expected.length !== outputs.length) throw new Problem("the golden samples do not match the model");
+  const matches = expected.length === outputs.length && (known === null || isShare(sample.known));
+  if (!matches) throw new Problem("the golden samples do not match the model");
   const difference = (output, i) => Math.abs(output - expected[i]) / Math.max(1, Math.abs(expected[i]));
-  return Math.max(...outputs.map(difference));
+  return [Math.max(...outputs.map(difference)), known === null ? null : Math.abs(known - sample.known)];
 }

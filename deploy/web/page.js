@@ -6,7 +6,8 @@ const TOP = 5; // classes displayed for an image
 const CARDS = 200; // results kept on the page
 const THUMBNAIL = 192; // pixels, two for each of the screen's
 const $ = (id) => document.getElementById(id);
-const percent = (probability) => `${(100 * probability).toFixed(2)}%`;
+const percent = (share, decimals = 2) => `${(100 * share).toFixed(decimals)}%`;
+const LIMITS = { reject: "reject", probability: "least" }; // threshold -> id of its input, in percent
 const scientific = (value) => value === 0 ? "0" : value.toExponential(1);
 const milliseconds = (time) => `${time.toFixed(time < 10 ? 1 : 0)} ms`;
 
@@ -77,6 +78,9 @@ function describe(spec) {
   $("choose").textContent = "Choose images";
   $("shoot").hidden = false;
   $("samples").hidden = regression || !goldenSamples().length;
+  $("limits").hidden = regression;
+  $("familiar").hidden = !spec.known;
+  for (const name in LIMITS) showLimit(name);
   const { numThreads } = ort.env.wasm;
   const size = Array.isArray(spec.image_size) ? spec.image_size.join(" × ") : "?"; // height first
   const input = `${spec.channels === 1 ? "grey" : "colour"}, any size, resized to ${size} inside the model`;
@@ -105,9 +109,12 @@ function describe(spec) {
 async function runSelfTest() {
   let text, passed = false;
   try {
-    const { count, difference, tolerance, ...result } = await selfTest();
+    const { count, difference, tolerance, knownDifference, knownTolerance, ...result } = await selfTest();
     passed = result.passed;
-    const measured = `largest difference ${scientific(difference)}, tolerance ${scientific(tolerance)}`;
+    let measured = `largest difference ${scientific(difference)}, tolerance ${scientific(tolerance)}`;
+    if (knownTolerance !== null) {
+      measured += `; of known ${scientific(knownDifference)}, tolerance ${scientific(knownTolerance)}`;
+    }
     text = `${passed ? "passed" : "FAILED"}: ${counted(count, "golden sample")}, ${measured}`;
     if (!count) text = "not run: the file contains no golden samples";
   } catch (error) {
@@ -115,6 +122,51 @@ async function runSelfTest() {
   }
   $("selftest").textContent = `Self-test ${text}.`;
   if (!passed) warn(`Do not trust the predictions of this page. Self-test ${text}.`);
+}
+
+// ------------------------------------------------------------------------------------------------ thresholds
+
+// Display a threshold of the model; none is an empty input.
+function showLimit(name) {
+  const share = model.limits[name];
+  $(LIMITS[name]).value = share === null ? "" : String(rounded(100 * share));
+  $(LIMITS[name]).removeAttribute("aria-invalid");
+}
+
+// Take a threshold from its input and judge the predictions on the page again. A wrong one changes nothing.
+function changeLimit(name) {
+  if (!model) return;
+  const input = $(LIMITS[name]);
+  if (!input.validity.valid) {
+    input.setAttribute("aria-invalid", "true");
+    return say("A threshold is a number from 0 to 100 percent; leave it empty for none.");
+  }
+  input.removeAttribute("aria-invalid");
+  model.limits[name] = input.value === "" ? null : rounded(Number(input.value) / 100);
+  const counts = { unknown: 0, unsure: 0 };
+  const judged = Array.from($("results").children).filter((card) => card.prediction?.model === model);
+  for (const card of judged) {
+    const answer = judge(card);
+    if (answer) counts[answer] += 1;
+  }
+  say(`${counted(judged.length, "image")}: ${counts.unknown} unknown, ${counts.unsure} unsure.`);
+}
+
+// Write the verdict on a card's prediction above its classes; -> "unknown", "unsure", or null.
+function judge(card) {
+  const { probabilities, known } = card.prediction, line = card.querySelector(".verdict");
+  const answer = verdict(probabilities, known, model.limits);
+  const { reject, probability } = model.limits;
+  const reason = answer === "unknown"
+    ? `known is below ${rounded(100 - 100 * reject)}%`
+    : `probability is below ${rounded(100 * probability)}%`;
+  line.replaceChildren();
+  line.hidden = answer === null;
+  card.classList.toggle("held", answer !== null);
+  if (!answer) return null;
+  add(line, "strong", "", answer);
+  add(line, "span", "quiet", `${reason}. Best guess:`);
+  return answer;
 }
 
 // --------------------------------------------------------------------------------------------------- results
@@ -155,12 +207,13 @@ async function classify(files) {
 }
 
 // Fill a card; -> the prediction in words.
-function fillCard(card, name, { bitmap, probabilities, exact, stretched, decoding, network }) {
+function fillCard(card, name, { bitmap, probabilities, known, exact, stretched, decoding, network }) {
   const picture = thumbnail(bitmap, name), { width, height } = bitmap;
   bitmap.close();
   card.append(picture);
   const text = add(card, "div");
   add(text, "h2", "", name);
+  add(text, "div", "verdict");
   const list = add(text, "ol");
   const ranked = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]);
   const best = ranked.slice(0, TOP);
@@ -170,13 +223,22 @@ function fillCard(card, name, { bitmap, probabilities, exact, stretched, decodin
     add(row, "span", "percent", percent(probabilities[index]));
     add(add(row, "span", "bar"), "span").style.width = `${100 * probabilities[index]}%`;
   }
+  if (known !== null) {
+    const row = add(text, "div", "known");
+    add(row, "span", "", "known");
+    add(row, "span", "percent", percent(known, 1));
+    add(add(row, "span", "bar"), "span").style.width = `${100 * known}%`;
+  }
   add(text, "p", "quiet", `${width} × ${height} pixels · ${milliseconds(decoding + network)}`);
   add(text, "p", "quiet", `decoding ${milliseconds(decoding)}, network ${milliseconds(network)}`);
   const caveat = "The image has transparent pixels, whose exact colours this browser does not expose.";
   if (!exact) add(text, "p", "quiet", caveat);
   const coarse = "The prediction is approximate: this browser reduces the image's 16-bit greys to 8 bits.";
   if (stretched) add(text, "p", "quiet", coarse);
-  return `${isolate(name)}: ${isolate(model.spec.classes[best[0]])}, ${percent(probabilities[best[0]])}`;
+  card.prediction = { model, probabilities, known };
+  const answer = judge(card), guess = isolate(model.spec.classes[best[0]]);
+  const said = `${guess}, ${percent(probabilities[best[0]])}`;
+  return `${isolate(name)}: ${answer ? `${answer}; best guess ${said}` : said}`;
 }
 
 // A canvas with the image: small images keep their pixels, which the page enlarges; others are shrunk.
@@ -225,6 +287,8 @@ $("numbers").addEventListener("submit", (event) => {
     say(await text.catch((error) => error.message));
   });
 });
+
+for (const name in LIMITS) $(LIMITS[name]).addEventListener("change", () => changeLimit(name));
 
 $("again").addEventListener("click", () => enqueue(runSelfTest));
 
