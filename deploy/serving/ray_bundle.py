@@ -6,7 +6,9 @@
     python ray_bundle.py serve bundle/ --replicas 4                    # curl --data-binary @photo.jpg :8000
 
 RAY_ADDRESS names the cluster; without it, Ray uses this machine. Each worker process receives the bundle and
-runs its step3_infer.py and model.onnx on one core. Exit codes are those of step3_infer.py: 0 success, 1 some
+runs its step3_infer.py and model.onnx on one core. An answer is a line of step3's JSON: label, probability,
+known and top. The label is "unknown" or "unsure" below the file's own thresholds, which step2_export.py sets
+with --reject and --min-probability. Exit codes are those of step3_infer.py: 0 success, 1 some
 input could not be used (its line in the results says why), 2 wrong usage. The service answers 400 if it
 receives a bad image.
 """
@@ -30,7 +32,7 @@ class Worker:
         self.model = self.step3.Model("model.onnx", threads=1)
 
     def predict(self, content: bytes) -> dict:
-        """The bytes of an image file -> label, probability and top, or the error."""
+        """The bytes of an image file -> label, probability, known and top, or the error."""
         try:
             spec = self.model.spec
             image = self.step3.decode_image(io.BytesIO(content), spec["channels"], spec["white"])
