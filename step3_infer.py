@@ -626,7 +626,9 @@ def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
     try:
         os.makedirs(folder, exist_ok=True)
-        paths = (os.path.join(folder, f"{DRAWN}{stem}{f'-{k}' if k > 1 else ''}.png") for k in itertools.count(1))
+        paths = (
+            os.path.join(folder, f"{DRAWN}{stem}{f'-{k}' if k > 1 else ''}.png") for k in itertools.count(1)
+        )
         with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
             canvas.save(file, "PNG")
     except OSError as error:
