@@ -26,8 +26,7 @@ class Network(nn.Module):
     pixels. bf16: whether it gains from bf16, being large enough. memory_format: of its weights while it is
     trained. max_batch_pixels: the pixels in a batch, all its images together, that fit into a laptop's
     memory; None for any. middle: the layers that `Familiarity` looks at; None for a choice by their order,
-    empty for the input itself. augment: what training changes in images by default besides flips and shifts;
-    the tutorials' networks have nothing, as in the tutorials, and because a step of theirs takes no longer.
+    empty for the input itself.
     """
 
     options = ()
@@ -36,7 +35,6 @@ class Network(nn.Module):
     bf16 = True
     memory_format = torch.channels_last
     max_batch_pixels = None
-    augment = ("blur", "color", "noise")
 
     def prepare(self, images: torch.Tensor) -> None:
         """Initialise from normalised training images [n, channels, H, W]; nothing by default."""
@@ -52,7 +50,6 @@ class MLP(Network):
     options = ("hidden", "dropout")
     middle = ()
     bf16 = False
-    augment = ()
 
     def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
         super().__init__()
@@ -74,7 +71,6 @@ class MyNet(Network):
     middle = ("blocks.3", "blocks.7", "blocks.11")
     min_size = 8  # three poolings by two
     memory_format = torch.contiguous_format  # channels-last is 4 times slower with 6 and 12 channels
-    augment = ()
 
     def __init__(self, channels, classes, image_size, dropout=0.1):
         super().__init__()
@@ -98,7 +94,6 @@ class Linear(Network):
 
     middle = ()
     bf16 = False
-    augment = ()
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -133,7 +128,6 @@ class ResBlock(Network):
 
     middle = ("body.1", "body.3", "body.5")
     bf16 = False
-    augment = ()
 
     def __init__(self, channels, classes, image_size):
         super().__init__()
@@ -285,8 +279,7 @@ def build_torchvision(name: str, channels: int, classes: int, height: int, width
 def load_plain(source) -> dict:
     """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it.
 
-    Raises OSError, and ValueError if the content is anything else. torch's own message is not passed on: it
-    advises to load the file with weights_only=False, which runs any code in it.
+    Raises OSError, and ValueError if the content is anything else; torch's own would advise to run it.
     """
     try:
         with warnings.catch_warnings():

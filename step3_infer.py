@@ -356,7 +356,8 @@ def read_spec(text: str | None, path: str) -> dict:
             valid = valid and height in range(1, 1 << 15) and width in range(1, 1 << 15)
         known, *thresholds = (spec.setdefault(key, None) for key in ("known", "reject", "min_probability"))
         valid = valid and all(share is None or 0 <= share <= 1 for share in thresholds)
-        if not valid or not classes or (known and not known.setdefault("tolerance", 5e-3) >= 0):
+        valid = valid and (known.setdefault("tolerance", 5e-3) >= 0 if known else thresholds[0] is None)
+        if not valid or not classes:
             raise ValueError("classes, channels, image_size, white, known or thresholds cannot be used")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {type(error).__name__} {one_line(error)}") from None
@@ -393,7 +394,7 @@ def self_test(model: Model) -> tuple[int, float, bool]:
             moved.append(0.0 if known is None else abs(float(known[0]) - sample["known"]))
     except (ValueError, KeyError, TypeError, OverflowError, Problem) as error:
         raise Problem(f"this file's golden samples are malformed: {error!r}") from None
-    passed = np.max(differences) <= tolerance and max(moved) <= (spec["known"] or {}).get("tolerance", 0)
+    passed = np.max(differences) <= tolerance and np.max(moved) <= (spec["known"] or {}).get("tolerance", 0)
     return len(spec["golden"]), float(np.max(differences)), bool(passed)
 
 
@@ -623,12 +624,10 @@ def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     canvas.paste(image, ((canvas.width - image.width) // 2, 0))
     ImageDraw.Draw(canvas).text(((canvas.width - width) // 2, image.height + 4), text, "black", font)
     stem = "stdin" if row["path"] == "-" else os.path.splitext(os.path.basename(row["path"]))[0][:50]
-    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
+    stem = os.path.join(folder, DRAWN + "".join(c if c.isalnum() or c in "._-" else "_" for c in stem))
     try:
         os.makedirs(folder, exist_ok=True)
-        paths = (
-            os.path.join(folder, f"{DRAWN}{stem}{f'-{k}' if k > 1 else ''}.png") for k in itertools.count(1)
-        )
+        paths = (f"{stem}{f'-{k}' if k > 1 else ''}.png" for k in itertools.count(1))
         with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
             canvas.save(file, "PNG")
     except OSError as error:

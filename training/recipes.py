@@ -54,6 +54,10 @@ RECIPES = {
 # images, and none those of fewer than FEW_TO_CALIBRATE.
 CALIBRATIONS = ("validation", "held-out", "twin", "none")
 MANY, FEW_TO_CALIBRATE = 20_000, 200
+# What training changes by default besides flips and shifts, so that the network holds for a camera's pictures.
+# The tutorials' networks have none of it, as in the tutorials, and because a step would take longer.
+CAMERA = ("blur", "color", "noise")
+TUTORIALS = ("linear", "mlp", "mynet", "resblock")
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
 MAY_CHANGE = (
@@ -165,7 +169,7 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         settings.image_size = (height * factor, width * factor)
     if settings.augment is None:
         flip = ["flip"] if channels == 3 else []
-        settings.augment = [*flip, "translate", *traits.augment]
+        settings.augment = [*flip, "translate", *(() if settings.model in TUTORIALS else CAMERA)]
     if "none" in settings.augment:
         if len(settings.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)
