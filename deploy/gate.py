@@ -21,7 +21,8 @@ regression predicts more than 1, the relative difference.
     accuracy of the reference     0.005 and ties, from what      training may have evaluated on a GPU; more is
                                   training reported              another test split or a changed checkpoint
 
-The spec inside the file must be the network's, too. Speed is measured, but decides nothing.
+The spec inside the file must be the network's, too. Speed is measured, and how far the outputs can be
+trusted; neither decides anything.
 """
 
 from collections.abc import Iterator
