@@ -19,7 +19,7 @@ GAUSSIAN_IMAGES = 5000  # of the training split, at most, that describe what is 
 SHRINKAGE = 0.1  # of the correlations of their statistics, towards none
 # A fifth of the images is kept from a twin, which trains for half as many epochs. On 2,000 images of CIFAR-10
 # this was closer to the best temperature than a tenth and all epochs, in less than half of the time.
-TWIN_PART, TWIN_EPOCHS = 0.2, 0.5
+TWIN_PART, TWIN_EPOCHS, FEWEST_EPOCHS = 0.2, 0.5, 10
 TABLE = 1000  # scores in a file: the steps of `known`
 
 
@@ -27,7 +27,8 @@ TABLE = 1000  # scores in a file: the steps of `known`
 class Calibration:
     """What was learned after training. source: where the images came from, in words; images: their number.
 
-    familiarity: the tensors of `model.Familiarity`.
+    familiarity: the tensors of `model.Familiarity`, layers: what it looks at, compared: the images in its
+    table.
     """
 
     temperature: float
@@ -35,6 +36,7 @@ class Calibration:
     images: int
     familiarity: dict[str, torch.Tensor]
     layers: tuple[str, ...]
+    compared: int
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -68,13 +70,13 @@ def fit_gaussian(statistics: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"weight": weight, "bias": -mean @ weight}
 
 
-def fit_familiarity(gaussian: dict, statistics: torch.Tensor, logits: torch.Tensor) -> dict:
-    """The tensors of model.Familiarity from a Gaussian and from held-out statistics [n, d] and logits [n, c].
+def fit_familiarity(gaussian: dict, statistics: torch.Tensor, largest: torch.Tensor) -> dict:
+    """The tensors of model.Familiarity, from a Gaussian, held-out statistics [n, d] and largest logits [n].
 
     Distance and logit count alike, each in its own deviations; a logit counts for one at most.
     """
     distance = (statistics.double() @ gaussian["weight"] + gaussian["bias"]).square().sum(1).log()
-    largest = logits.double().amax(1)
+    largest = largest.double()
     limit = distance.std()
     factor = limit / largest.std().clamp(min=1e-6)
     state = {
@@ -82,7 +84,7 @@ def fit_familiarity(gaussian: dict, statistics: torch.Tensor, logits: torch.Tens
         "logit": torch.stack([factor, -factor * largest.mean(), limit]),
         "table": torch.zeros(1),
     }
-    scores = model.Familiarity(state).double().score(statistics.double(), logits.double())
+    scores = model.Familiarity(state).double().score(statistics.double(), largest[:, None])
     state["table"] = torch.quantile(scores, (torch.arange(TABLE) + 0.5).double() / TABLE)
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -100,11 +102,13 @@ def describe(
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def describe_training(deployable, layers: tuple[str, ...], split: Split) -> dict[str, torch.Tensor]:
-    """The Gaussian of at most GAUSSIAN_IMAGES training images."""
-    chosen = np.arange(len(split)) % -(-len(split) // GAUSSIAN_IMAGES) == 0
-    _, statistics, _ = describe(deployable, layers, split.part(chosen))
-    return fit_gaussian(statistics)
+def some(split: Split) -> Split:
+    """At most GAUSSIAN_IMAGES of the images, evenly spread."""
+    return split.part(np.arange(len(split)) % -(-len(split) // GAUSSIAN_IMAGES) == 0)
+
+
+def layers_of(deployable, split: Split) -> tuple[str, ...]:
+    return model.middle_layers(deployable.network, split.images.shape[-1], deployable.image_size)
 
 
 def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibration:
@@ -113,22 +117,30 @@ def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibra
     deployable: the network with its preprocessing. train: what it was trained on. source: what `held_out` is,
     in words.
     """
-    layers = model.middle_layers(deployable.network, train.images.shape[-1], deployable.image_size)
-    gaussian = describe_training(deployable, layers, train)
+    layers = layers_of(deployable, train)
+    gaussian = fit_gaussian(describe(deployable, layers, some(train))[1])
     logits, statistics, labels = describe(deployable, layers, held_out)
-    familiarity = fit_familiarity(gaussian, statistics, logits)
-    return Calibration(fit_temperature(logits, labels), source, len(held_out), familiarity, layers)
+    familiarity = fit_familiarity(gaussian, statistics, logits.amax(1))
+    return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(labels))
 
 
 def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_out: Split) -> Calibration:
-    """Calibrate a network by its twin, another one that was trained in the same way without `held_out`.
+    """Calibrate a network by its twin, another one that was trained without `held_out`.
 
-    The temperature, and how familiar held-out images look, are taken from the twin; what is familiar, from
-    the network itself.
+    The temperature is the twin's. What is familiar is learned from one half of the network's own images, and
+    how familiar such images look from the other; their logits, the larger for having been trained on, are
+    reduced as the twin's are from images that it was trained on to those held out.
     """
-    made = calibrate(twin, twin_train, held_out, f"a twin trained on {len(twin_train):,} of the images")
-    made.familiarity |= describe_training(deployable, made.layers, train)
-    return made
+    layers = layers_of(deployable, train)
+    logits, _, labels = describe(twin, layers, held_out)
+    seen = describe(twin, layers, some(twin_train))[0].amax(1)
+    own, statistics, _ = describe(deployable, layers, some(train))
+    own, statistics, gaussian = own.amax(1)[1::2], statistics[1::2], fit_gaussian(statistics[::2])
+    ranks = (own.argsort().argsort() + 0.5) / len(own)
+    own = own + logits.amax(1).quantile(ranks) - seen.quantile(ranks)
+    familiarity = fit_familiarity(gaussian, statistics, own)
+    source = f"a twin trained on {len(twin_train):,} of the images"
+    return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(own))
 
 
 def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
@@ -154,5 +166,5 @@ def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
 
 
 def settings_of_twin(settings: argparse.Namespace) -> argparse.Namespace:
-    epochs = max(1, round(settings.epochs * TWIN_EPOCHS))
+    epochs = min(settings.epochs, max(FEWEST_EPOCHS, round(settings.epochs * TWIN_EPOCHS)))
     return argparse.Namespace(**{**vars(settings), "epochs": epochs})

@@ -54,7 +54,7 @@ RECIPES = {
 # images, and none those of fewer than FEW_TO_CALIBRATE.
 CALIBRATIONS = ("validation", "held-out", "twin", "none")
 MANY, FEW_TO_CALIBRATE = 20_000, 200
-# What training changes by default besides flips and shifts, so that the network holds for a camera's pictures.
+# What training changes by default besides flips and shifts, for networks that hold for a camera's pictures.
 # The tutorials' networks have none of it, as in the tutorials, and because a step would take longer.
 CAMERA = ("blur", "color", "noise")
 TUTORIALS = ("linear", "mlp", "mynet", "resblock")

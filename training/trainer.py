@@ -276,7 +276,7 @@ def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibr
         "white": dataset.white,  # the level of 16-bit pixels that becomes 255
         "temperature": calibration.temperature if calibration else None,
         "calibration": made,
-        "known": calibration and {"layers": calibration.layers, "images": calibration.images},
+        "known": calibration and {"layers": calibration.layers, "images": calibration.compared},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
