@@ -101,9 +101,9 @@ def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarr
 
 def rotation(images: np.ndarray, degrees: float, rng: np.random.Generator) -> np.ndarray:
     """To the left or to the right, mirrored at the edge."""
-    margin = min(images.shape[1:3]) // 3
-    signs = rng.choice((-1, 1), len(images))
-    padded, (height, width) = pad(images, margin, "symmetric"), images.shape[1:3]
+    (height, width), signs = images.shape[1:3], rng.choice((-1, 1), len(images))
+    margin = min(height, width) // 3
+    padded = pad(images, margin, "symmetric")
     turned = each(padded, lambda image, k: image.rotate(degrees * signs[k], Image.Resampling.BILINEAR))
     return turned[:, margin : margin + height, margin : margin + width]
 
@@ -174,17 +174,11 @@ def survey(model: Model, images: np.ndarray, labels: np.ndarray, levels=(MEDIUM,
     for name, change in CHANGES.items():
         for level in levels:
             strength = change.strengths[level]
-            result = measure(model, images, labels, change.function, strength)
-            yield Row(name, change.unit.format(strength), *result)
+            found = measure(model, images, labels, change.function, strength)
+            yield Row(name, change.unit.format(strength), *found)
 
 
-def measure(
-    model: Model,
-    images: np.ndarray,
-    labels: np.ndarray,
-    function: Callable | None = None,
-    strength: float = 0,
-) -> tuple[float, float | None]:
+def measure(model: Model, images, labels, function: Callable | None = None, strength: float = 0) -> tuple:
     """Accuracy and the mean of `known` (None without that output) on images changed by a function of these.
 
     The same images get the same random numbers in every call.
@@ -194,12 +188,7 @@ def measure(
         part = np.ascontiguousarray(images[start : start + PART])
         if function is not None:
             part = function(part, strength, np.random.default_rng((start, len(images))))
-        probabilities, familiar = run(model, part)
+        probabilities, familiar = model.run(part)
         hits += int((probabilities.argmax(1) == labels[start : start + PART]).sum())
         known += [] if familiar is None else [familiar]
     return hits / len(images), float(np.concatenate(known).mean()) if known else None
-
-
-def run(model: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Probabilities [n, classes] and `known` [n], or None if the file has no such output."""
-    return model.run(images) if hasattr(model, "run") else (model.predict(images), None)

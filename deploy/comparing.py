@@ -7,13 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deploy.reliability import (
-    accuracy_at_coverage,
-    calibration_error,
-    calibration_error_floor,
-    unknown_kinds,
-    with_temperature,
-)
+from deploy import reliability
 from step3_infer import Model
 
 BATCHES = (1, 7, 64)
@@ -49,8 +43,7 @@ def compare(expected: np.ndarray, got: np.ndarray, tolerance: float) -> tuple[di
     difference = (np.abs(expected.astype(np.float64) - got) / np.maximum(1, np.abs(expected))).max(axis=1)
     finite = np.isfinite(difference)
     difference[~finite] = np.inf  # NaN agrees with nothing
-    top, got_top = expected.argmax(1), got.argmax(1)
-    rows = np.arange(len(expected))
+    top, got_top, rows = expected.argmax(1), got.argmax(1), np.arange(len(expected))
     changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > tolerance / 5)
     quantiles = (0.5, 0.9, 0.99) if finite.any() else ()
     figures = {
@@ -81,27 +74,20 @@ def compare_known(expected: np.ndarray | None, got: np.ndarray | None, tolerance
     return figures, [f"known differs by up to {difference:.1e} (limit {tolerance:.0e})"]
 
 
-def test_figures(
-    spec: dict, exported: Model, got: Outputs, expected: Outputs, dataset
-) -> tuple[dict, list[str]]:
+def test_figures(spec: dict, exported: Model, got: Outputs, expected: Outputs, dataset):
     """What the test split and unknown images say of a classifier's file: figures, and failures in words.
 
     spec: the network's; got: the file's outputs on the test split; expected: the network's.
     """
-    figures = accuracies(exported, got.main, expected.main, dataset)
+    labels, names = dataset.test_labels, np.array(exported.spec["classes"])
+    # By name, as a user reads the answers: a wrong order of the class names costs accuracy here.
+    right = names[got.main.argmax(1)] == np.array(dataset.classes)[labels]
+    figures = {"accuracy": float(right.mean())}
+    figures["accuracy_trained"] = float((expected.main.argmax(1) == labels).mean())
     if not np.isfinite(got.main).all():  # a failure of `compare`
         return figures, []
-    promised, failures = promises(spec, got, dataset.test_labels)
-    return figures | promised | trust(spec, exported, got, dataset.test_labels), failures
-
-
-def accuracies(exported: Model, got: np.ndarray, expected: np.ndarray, dataset) -> dict:
-    """By name, as a user reads the answers: a wrong order of the class names costs accuracy here."""
-    answers = np.array(exported.spec["classes"])[got.argmax(1)]
-    return {
-        "accuracy": float((answers == np.array(dataset.classes)[dataset.test_labels]).mean()),
-        "accuracy_trained": float((expected.argmax(1) == dataset.test_labels).mean()),
-    }
+    promised, failures = promises(spec, got, labels)
+    return figures | promised | trust(spec, exported, got, labels), failures
 
 
 def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:
@@ -113,9 +99,8 @@ def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[s
     figures, failures, n = {}, [], len(labels)
     if got.known is not None and spec.get("known"):
         figures["kept"] = {f"{keep:g}": float((got.known >= 1 - keep).mean()) for keep in KEPT}
-        for keep in KEPT:
+        for keep, kept in zip(KEPT, figures["kept"].values(), strict=True):
             deviation = math.sqrt(keep * (1 - keep) * (1 / n + 1 / spec["known"]["images"]))
-            kept = figures["kept"][f"{keep:g}"]
             if not abs(kept - keep) <= 3 * deviation + 0.005:
                 failures.append(f"a threshold that should keep {keep:.0%} of the test split keeps {kept:.1%}")
     if spec.get("temperature"):
@@ -127,11 +112,8 @@ def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[s
         if not worse.mean() <= 3 * worse.std() / math.sqrt(n):
             means = f"from {before.mean():.4f} to {after.mean():.4f}"
             failures.append(f"the temperature worsens the cross entropy of the test split, {means}")
-    if failures:
-        failures.append(
-            "is the test split another kind of images? --uncalibrated exports without both outputs"
-        )
-    return figures, failures
+    hint = "is the test split another kind of images? --uncalibrated exports without both outputs"
+    return figures, [*failures, hint] if failures else []
 
 
 def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict:
@@ -140,28 +122,21 @@ def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict
     "familiar" says for each kind of image: how many there were, which share of them a threshold that keeps
     99 % calls unknown, and how many fell into each bin of `known`.
     """
-    probabilities = got.main
-    figures = {
-        "calibration_error": calibration_error(probabilities, labels),
-        "calibration_error_floor": calibration_error_floor(probabilities),
-        "coverage": accuracy_at_coverage(probabilities, labels),
-    }
+    figures, versions = {"coverage": reliability.accuracy_at_coverage(got.main, labels)}, {"": got.main}
     if spec.get("temperature"):
-        before = with_temperature(probabilities, 1 / spec["temperature"])
-        figures["calibration_error_uncalibrated"] = calibration_error(before, labels)
-        figures["calibration_error_floor_uncalibrated"] = calibration_error_floor(before)
+        versions["_uncalibrated"] = reliability.with_temperature(got.main, 1 / spec["temperature"])
+    for suffix, probabilities in versions.items():
+        figures[f"calibration_error{suffix}"] = reliability.calibration_error(probabilities, labels)
+        figures[f"calibration_error_floor{suffix}"] = reliability.calibration_error_floor(probabilities)
     if got.known is not None:
         known, threshold = {"test split": got.known}, np.float32(round(1 - KEPT[0], 6))
-        for name, images in unknown_kinds(*spec["image_size"], spec["channels"]):
+        for name, images in reliability.unknown_kinds(*spec["image_size"], spec["channels"]):
             known[name] = predictions(exported, images).known
-        figures["familiar"] = {
-            name: {
-                "images": len(values),
-                "unknown": float((values < threshold).mean()),
-                "histogram": np.histogram(values, KNOWN_BINS, (0, 1))[0].tolist(),
-            }
-            for name, values in known.items()
-        }
+        figures["familiar"] = {}
+        for name, values in known.items():
+            histogram = np.histogram(values, KNOWN_BINS, (0, 1))[0].tolist()
+            kind = {"images": len(values), "unknown": float((values < threshold).mean())}
+            figures["familiar"][name] = {**kind, "histogram": histogram}
     return figures
 
 

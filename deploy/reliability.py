@@ -5,14 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 
 BINS = 15
-DRAWS = 20  # of labels, for the noise floor
+DRAWS = 20  # of whether answers are right, for the noise floor
 COVERAGES = (0.95, 0.9, 0.8)
 
 
-def reliability_bins(
-    confidence: np.ndarray, right: np.ndarray, bins: int = BINS
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The reliability diagram: mean confidence, accuracy and number of the answers in each bin.
+def reliability_bins(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """The reliability diagram: mean confidence, accuracy and number of the answers in each bin, [3, bins].
 
     confidence [n]: the probability of each first answer; right [n]: whether it is. Bins hold equally many
     answers, sorted by confidence (Nixon et al. 2019); there are fewer than `bins` if n is smaller.
@@ -20,8 +18,7 @@ def reliability_bins(
     order = np.argsort(confidence, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     columns = [(confidence[part].mean(), right[part].mean(), len(part)) for part in parts]
-    mean, accuracy, count = np.array(columns, np.float64).reshape(-1, 3).T
-    return mean, accuracy, count.astype(int)
+    return np.array(columns, np.float64).reshape(-1, 3).T
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
@@ -33,17 +30,14 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     return binned_error(*first_answers(probabilities, labels), bins)
 
 
-def calibration_error_floor(
-    probabilities: np.ndarray, bins: int = BINS, draws: int = DRAWS, seed: int = 0
-) -> float:
+def calibration_error_floor(probabilities: np.ndarray) -> float:
     """The calibration error that these probabilities [n, classes] would show if they were perfect.
 
-    It is above 0 because n is finite: the mean over `draws` of labels drawn from the probabilities. Only
-    whether the first answer is right counts, which is drawn here.
+    It is above 0 because n is finite: the mean over random draws of whether the first answer is right.
     """
-    rng, confidence = np.random.default_rng(seed), probabilities.max(1)
-    drawn = rng.random((draws, len(confidence))) < confidence
-    return float(np.mean([binned_error(confidence, right, bins) for right in drawn]))
+    confidence = probabilities.max(1)
+    drawn = np.random.default_rng(0).random((DRAWS, len(confidence))) < confidence
+    return float(np.mean([binned_error(confidence, right, BINS) for right in drawn]))
 
 
 def first_answers(probabilities, labels):
@@ -66,11 +60,11 @@ def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.nd
 def accuracy_at_coverage(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, dict]:
     """For each share of answers, those with the highest probabilities: their accuracy and the lowest one."""
     accuracy, lowest = coverage_curve(probabilities, labels)
-    last = {share: max(round(share * len(labels)), 1) - 1 for share in COVERAGES}
-    return {
-        f"{share:g}": {"accuracy": float(accuracy[k]), "probability": float(lowest[k])}
-        for share, k in last.items()
-    }
+    figures = {}
+    for share in COVERAGES:
+        last = max(round(share * len(labels)), 1) - 1
+        figures[f"{share:g}"] = {"accuracy": float(accuracy[last]), "probability": float(lowest[last])}
+    return figures
 
 
 def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
@@ -83,14 +77,12 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
     return powers / powers.sum(1, keepdims=True)
 
 
-def unknown_kinds(
-    height: int, width: int, channels: int, count: int = 100, seed: int = 0
-) -> Iterator[tuple[str, np.ndarray]]:
+def unknown_kinds(height: int, width: int, channels: int, count: int = 100) -> Iterator[tuple]:
     """Kinds of images that no dataset is about, by name: uint8 [count, height, width, channels].
 
     Of the two that have no variety, there is one image each.
     """
-    rng, shape = np.random.default_rng(seed), (count, height, width, channels)
+    rng, shape = np.random.default_rng(0), (count, height, width, channels)
     yield "uniform noise", rng.integers(0, 256, shape, dtype=np.uint8)
     yield "Gaussian noise", np.clip(rng.normal(128, 64, shape), 0, 255).astype(np.uint8)
     yield "smooth blobs", smooth_blobs(rng, shape)
@@ -103,10 +95,8 @@ def unknown_kinds(
 def smooth_blobs(rng, shape):
     """4x4 random levels, enlarged by cosines to [count, height, width, channels], 0 to 255 in each image."""
     count, height, width, channels = shape
-    levels = rng.random((count, 4, 4, channels))
-    down, across = (
-        np.cos(np.pi * (np.arange(size)[:, None] + 0.5) * np.arange(4) / size) for size in (height, width)
-    )
+    levels, places = rng.random((count, 4, 4, channels)), [np.arange(n)[:, None] for n in (height, width)]
+    down, across = (np.cos(np.pi * (place + 0.5) * np.arange(4) / len(place)) for place in places)
     waves = np.einsum("hi,nijc,wj->nhwc", down, 2 * levels - 1, across)
     low, high = waves.min((1, 2, 3), keepdims=True), waves.max((1, 2, 3), keepdims=True)
     return (255 * (waves - low) / np.maximum(high - low, 1e-9)).astype(np.uint8)

@@ -3,16 +3,9 @@
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from deploy import reliability as measured
 from deploy.card import counted, threshold
 from deploy.pictures import BLUE, GREY, ORANGE, WIDTH, as_png, new_figure
-from deploy.reliability import (
-    accuracy_at_coverage,
-    calibration_error,
-    coverage_curve,
-    first_answers,
-    reliability_bins,
-    with_temperature,
-)
 
 CONFIDENCES = 20  # bars of the histogram of probabilities
 
@@ -23,16 +16,14 @@ def percent(value, position=None):
 
 
 @as_png
-def reliability(
-    subtitle: str, labels: np.ndarray, probabilities: np.ndarray, temperature: float | None
-) -> bytes:
+def reliability(subtitle: str, labels: np.ndarray, probabilities: np.ndarray, temperature: float | None):
     """The reliability diagram of probabilities [N, classes] for labels [N], with how many have which.
 
     With a temperature, which the probabilities have, it is drawn before and after.
     """
     parts = {"Not calibrated": probabilities}
     if temperature:
-        before = with_temperature(probabilities, 1 / temperature)
+        before = measured.with_temperature(probabilities, 1 / temperature)
         parts = {"Before calibration": before, f"After, temperature {temperature:.2f}": probabilities}
     title = f"Reliability of the probabilities, {counted(len(labels), 'test image')}"
     figure = new_figure(title, subtitle, WIDTH, 4.1)
@@ -49,15 +40,15 @@ def reliability(
 
 def plot_reliability(diagram, histogram, name, probabilities, labels, lowest):
     """The diagram, and below it the histogram of the same probabilities."""
-    confidence, accuracy, count = reliability_bins(*first_answers(probabilities, labels))
+    confidence, accuracy, count = measured.reliability_bins(*measured.first_answers(probabilities, labels))
     chance = 1.96 * np.sqrt(confidence * (1 - confidence) / count)
     ends = np.clip([confidence - chance, confidence + chance], 0, 1)
     diagram.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, label="perfect")
     diagram.vlines(confidence, *ends, color="#B6BCC4", linewidth=2, label="perfect, but for chance (95%)")
-    each = f"{count.min():,}" if count.min() == count.max() else f"{count.min():,} to {count.max():,}"
+    each = " to ".join(f"{number:,.0f}" for number in np.unique([count.min(), count.max()]))
     style = {"color": BLUE, "markersize": 3.5, "clip_on": False, "zorder": 3}
     diagram.plot(confidence, accuracy, "o", **style, label=f"{each} images each")
-    title = f"{name}\ncalibration error {calibration_error(probabilities, labels):.2%}"
+    title = f"{name}\ncalibration error {measured.calibration_error(probabilities, labels):.2%}"
     diagram.set_title(title, size=9, loc="left")
     diagram.yaxis.set_major_formatter(percent)
     histogram.hist(probabilities.max(1), np.linspace(lowest, 1, CONFIDENCES + 1), color=BLUE)
@@ -71,12 +62,12 @@ def plot_reliability(diagram, histogram, name, probabilities, labels, lowest):
 @as_png
 def coverage(subtitle: str, labels: np.ndarray, probabilities: np.ndarray) -> bytes:
     """Accuracy of the most probable answers against their share, of probabilities [N, classes]."""
-    accuracy, _ = coverage_curve(probabilities, labels)
+    accuracy, _ = measured.coverage_curve(probabilities, labels)
     shares = np.arange(1, len(accuracy) + 1) / len(accuracy)
     figure = new_figure("Accuracy if only the most probable answers are given", subtitle, WIDTH, 4.1)
     axis = figure.subplots()
     axis.plot(shares, accuracy, color=BLUE, label=f"100% answered: {accuracy[-1]:.2%} right")
-    for share, found in accuracy_at_coverage(probabilities, labels).items():
+    for share, found in measured.accuracy_at_coverage(probabilities, labels).items():
         text = f"{float(share):.0%} answered: {found['accuracy']:.2%} right, probability from "
         label = text + threshold(found["probability"])
         axis.plot(float(share), found["accuracy"], "o", color=ORANGE, markersize=5, label=label)
