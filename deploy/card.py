@@ -40,22 +40,17 @@ def per_class(labels: Sequence[int], predicted: Sequence[int], classes: Sequence
     """Precision, recall, F1 and support of each class, from whole numbers [N] and [N] (0 where undefined)."""
     counts = confusion_matrix(labels, predicted, len(classes))
     hits, truths, guesses = counts.diagonal(), counts.sum(1), counts.sum(0)
-    columns = {
-        "precision": hits / np.maximum(guesses, 1),
-        "recall": hits / np.maximum(truths, 1),
-        "f1": 2 * hits / np.maximum(guesses + truths, 1),
-        "support": truths,
-    }
-    return {
-        name: {key: column[i].item() for key, column in columns.items()} for i, name in enumerate(classes)
-    }
+    precision, recall = hits / np.maximum(guesses, 1), hits / np.maximum(truths, 1)
+    columns = (precision, recall, 2 * hits / np.maximum(guesses + truths, 1), truths)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    keys = ("precision", "recall", "f1", "support")
+    return {name: dict(zip(keys, row, strict=True)) for name, row in zip(classes, rows, strict=True)}
 
 
 def busy(figures: dict) -> str | None:
     """In words: other work slowed the latency down. None if the 90th percentile is within twice the 10th."""
-    spread = figures.get("latency_spread")
     try:
-        low, high = map(float, spread)
+        low, high = map(float, figures.get("latency_spread"))
     except (TypeError, ValueError):
         return None
     return f"busy machine: {high / low:.3g}x spread of the latency" if 0 < 2 * low < high else None
@@ -70,12 +65,13 @@ def model_card(spec: dict, parity: dict[str, dict]) -> str:
     spec: what the files contain, with `per_class` if the figures of each class are known. parity: the
     contents of parity.json, figures by format. A line whose figure is missing is left out.
     """
+    passed = {figures.get("file", name): figures for name, figures in parity.items() if figures.get("passed")}
     sections = [f"# Model card: {markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"]
     if spec["task"] == "regression":
         sections += describe_regression(spec)
     else:
-        sections += [*describe_classes(spec), *describe_images(spec), *describe_trust(spec, parity)]
-    return "\n\n".join([*sections, provenance_section(spec), parity_section(parity)]) + "\n"
+        sections += [*describe_classes(spec), *describe_images(spec), *describe_trust(spec, passed)]
+    return "\n\n".join([*sections, provenance_section(spec), parity_section(passed)]) + "\n"
 
 
 def markdown(text: object) -> str:
@@ -83,7 +79,7 @@ def markdown(text: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", printable(str(text)))
 
 
-def without_empty_columns(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+def without_empty_columns(head: list[str], rows: list[list[str]]) -> tuple[list, list]:
     """The head and rows of a table without the columns that contain only dashes."""
     keep = [k for k in range(len(head)) if any(row[k] != "-" for row in rows)]
     return [head[k] for k in keep], [[row[k] for k in keep] for row in rows]
@@ -105,12 +101,12 @@ def describe_classes(spec):
     if accuracy is not None:
         dataset = markdown(spec["dataset"])
         yield f"## Accuracy\n\nThe top-1 accuracy on the test split of {dataset} is {accuracy:.2%}."
-    seen = [figures for figures in spec.get("per_class", {}).values() if figures["support"]]
+    per_class, rows = spec.get("per_class", {}), []
+    seen = [figures for figures in per_class.values() if figures["support"]]
     if seen:
         recall, f1 = (np.mean([figures[key] for figures in seen]) for key in ("recall", "f1"))
         yield f"Averaged over the classes, the recall (balanced accuracy) is {recall:.2%}, the F1 {f1:.2%}."
-    rows = []
-    for name, figures in list(spec.get("per_class", {}).items())[:CLASSES_LISTED]:
+    for name, figures in list(per_class.items())[:CLASSES_LISTED]:
         shares = [formatted(figures[key], ".1%") for key in ("precision", "recall", "f1")]
         rows.append([markdown(name), *shares, f"{figures['support']:,}"])
     if rows:
@@ -130,9 +126,7 @@ def describe_images(spec):
         f"- Output `probabilities`: float32 `[batch, {len(spec['classes'])}]`, in the order of the classes.\n"
         f"{known if spec.get('known') else ''}"
         "- Image files must be decoded as `step3_infer.py` does it: the EXIF orientation is applied, and\n"
-        "  16-bit images are scaled to 8 bits."
-    )
-    yield (
+        "  16-bit images are scaled to 8 bits.\n\n"
         "## Limits\n\n"
         "- The model always predicts one of these classes, whatever the image contains.\n"
         "- The accuracy was measured on images that resemble the training data. It was not measured for\n"
@@ -141,29 +135,28 @@ def describe_images(spec):
     )
 
 
-def describe_trust(spec, parity):
+def describe_trust(spec, passed):
     """What the probabilities and `known` are worth, measured on the files that passed the gate."""
-    made, temperature, thresholds = spec.get("calibration"), spec.get("temperature"), []
-    text = (
-        "The probabilities are softmax outputs and are not calibrated: 0.9 does not mean that 90% of such\n"
-        "predictions are correct."
-    )
+    made, temperature = spec.get("calibration"), spec.get("temperature")
+    yield "## How far to trust the probabilities"
     if temperature and made:
-        text = (
+        images, source = counted(made["images"], "image"), markdown(made["source"])
+        yield (
             f"The probabilities are calibrated by a temperature of {temperature:.3g}, which was fitted on\n"
-            f"{counted(made['images'], 'image')} outside the test split (source: {markdown(made['source'])})."
+            f"{images} outside the test split (source: {source})."
         )
-    yield f"## How far to trust the probabilities\n\n{text}"
-    passed = {figures.get("file", name): figures for name, figures in parity.items() if figures.get("passed")}
-    measured = {name: figures for name, figures in passed.items() if figures.get("coverage")}
+    else:
+        yield (
+            "The probabilities are softmax outputs and are not calibrated: 0.9 does not mean that 90% of "
+            "such\npredictions are correct."
+        )
+    measured = {file: figures for file, figures in passed.items() if figures.get("coverage")}
     if measured:
         yield from describe_calibration(measured)
     if spec.get("known"):
-        yield from describe_known(
-            {name: figures for name, figures in measured.items() if "familiar" in figures}
-        )
-    for option, key in {"--reject": "reject", "--min-probability": "min_probability"}.items():
-        thresholds += [] if spec.get(key) is None else [f"`{option} {spec[key]:g}`"]
+        yield from describe_known({name: each for name, each in measured.items() if "familiar" in each})
+    options = {"--reject": spec.get("reject"), "--min-probability": spec.get("min_probability")}
+    thresholds = [f"`{option} {value:g}`" for option, value in options.items() if value is not None]
     if thresholds:
         yield f"Unless they are told otherwise, the programs use {' and '.join(thresholds)}."
     else:
@@ -200,17 +193,15 @@ def describe_known(measured):
         "meant to keep 99% of the images that are like those trained on, and calls others unknown."
     )
     if measured:
-        rows = [
-            [f"by `--reject {keep}`", *(f"{figures['kept'][keep]:.1%}" for figures in measured.values())]
-            for keep in ("0.99", "0.95")
-        ]
+        rows = []
+        for keep in ("0.99", "0.95"):
+            kept = [f"{figures['kept'][keep]:.1%}" for figures in measured.values()]
+            rows.append([f"by `--reject {keep}`", *kept])
         yield markdown_table(["kept of the test split", *measured], rows)
-        kinds = [figures["familiar"] for figures in measured.values()]
-        rows = [
-            [name, f"{kind['images']:,}", *(f"{other[name]['unknown']:.0%}" for other in kinds)]
-            for name, kind in kinds[0].items()
-            if name != "test split"
-        ]
+        kinds, rows = [figures["familiar"] for figures in measured.values()], []
+        for name in [name for name in kinds[0] if name != "test split"]:
+            unknown = [f"{kind[name]['unknown']:.0%}" for kind in kinds]
+            rows.append([name, f"{kinds[0][name]['images']:,}", *unknown])
         yield markdown_table(["called unknown by `--reject 0.99`", "images", *measured], rows)
     yield (
         "`known` finds other kinds of pictures, of which only these were tried. An unfamiliar object that\n"
@@ -220,13 +211,11 @@ def describe_known(measured):
 
 def describe_regression(spec):
     """Input and output of a regression, and its limits."""
-    features = counted(spec["channels"], "feature")
-    yield f"A regression model that predicts one number, {markdown(spec['classes'][0])}, from {features}."
+    features, target = counted(spec["channels"], "feature"), markdown(spec["classes"][0])
     yield (
+        f"A regression model that predicts one number, {target}, from {features}.\n\n"
         f"## Input and output\n\n- Input `features`: float32 `[batch, {spec['channels']}]`.\n"
-        "- Output `prediction`: float32 `[batch, 1]`."
-    )
-    yield (
+        "- Output `prediction`: float32 `[batch, 1]`.\n\n"
         "## Limits\n\n- The error was measured only on features that resemble the training data.\n"
         "- The model does not estimate its uncertainty."
     )
@@ -248,17 +237,16 @@ def provenance_section(spec):
     return "## Provenance\n\n" + "\n".join(lines)
 
 
-def parity_section(parity):
+def parity_section(passed):
     """The figures of each format that passed the gate, and how to repeat the comparison."""
-    passed = {name: figures for name, figures in parity.items() if figures.get("passed")}
-    files, rows = [figures.get("file", name) for name, figures in passed.items()], []
-    for file, figures in zip(files, passed.values(), strict=True):
+    rows = []
+    for file, figures in passed.items():
         row = [file, formatted(figures.get("samples"), ","), formatted(figures.get("max_abs_diff"), ".1e")]
         row += [formatted(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
         rows.append([*row, formatted(figures.get("mean_squared_error"), ".3g")])
     head = "file,test samples,largest difference,top-1 agreement,accuracy,mean squared error".split(",")
     notes = [f"{int8_note(figures)}\n\n" for figures in passed.values() if figures.get("quantization")]
-    file = next((name for name in MODEL_NAMES if name in files), "model.onnx")
+    file = next((name for name in MODEL_NAMES if name in passed), "model.onnx")
     return (
         "## Parity with the trained network\n\n"
         "Before it was published, each file was compared with the trained network on all test samples:\n\n"

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -36,9 +36,7 @@ QUANTIZATIONS = {
 # ------------------------------------------------------------------------------------------------- quantizing
 
 
-def choose(
-    source: str, images: np.ndarray, labels: np.ndarray, max_drop: float, threads: int | None = None
-) -> tuple[str, dict]:
+def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float, threads: int | None = None):
     """Quantize an ONNX file in one way after another until one is accurate enough, else take the best.
 
     images, labels: of the training split, uint8 [N, H, W, C] and [N]; max_drop: how many points of accuracy
@@ -69,14 +67,15 @@ def choose(
 def accuracy(file: str, images: np.ndarray, labels: np.ndarray, threads: int | None = None) -> float:
     """The share of uint8 images [N, H, W, C] that an exported file classifies correctly."""
     exported = Model(file, threads)
-    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
-    predicted = np.concatenate([exported.predict(batch).argmax(1) for batch in batches])
+    predicted = np.concatenate([exported.predict(batch).argmax(1) for batch in batches(images, 64)])
     return float((predicted == labels).mean())
 
 
-def quantize(
-    source: str, target: str, images: np.ndarray, *, calibration="MinMax", last_in_float=False
-) -> None:
+def batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (np.ascontiguousarray(images[start : start + size]) for start in range(0, len(images), size))
+
+
+def quantize(source: str, target: str, images: np.ndarray, *, calibration="MinMax", last_in_float=False):
     """Write `target`, the ONNX file `source` in int8, calibrated on uint8 images [N, H, W, C].
 
     calibration: the method, MinMax or Percentile. Raises whatever onnxruntime's quantizer raises,
@@ -89,9 +88,7 @@ def quantize(
     excluded = nodes_in_float(onnx.load(source).graph, last_in_float)
     with without_advice():
         quantize_static(
-            source,
-            target,
-            Batches(images),
+            *(source, target, Batches(images)),
             op_types_to_quantize=list(OP_TYPES),
             nodes_to_exclude=excluded,
             per_channel=True,
@@ -119,9 +116,7 @@ def nodes_in_float(graph, last_in_float: bool) -> list[str]:
     first, last = weighted[0], weighted[-1]
     excluded = names[: names.index(first.name)] + names[names.index(last.name) + 1 :]
     excluded += [node.name for node in graph.node if node not in main]  # of `known`, which must stay exact
-    for node in main:
-        if node.op_type == "Add" and any(name in constants for name in node.input):
-            excluded.append(node.name)
+    excluded += [node.name for node in main if node.op_type == "Add" and constants.keys() & set(node.input)]
     if len(weighted) > 1:
         if first.op_type == "Conv" and constants[first.input[1]].dims[1] <= 4:  # channels of an image
             excluded.append(first.name)
@@ -144,11 +139,10 @@ class Batches:
     """A calibration data reader: uint8 images [N, H, W, C] in batches of 16."""
 
     def __init__(self, images: np.ndarray):
-        self.batches = iter([images[start : start + 16] for start in range(0, len(images), 16)])
+        self.feeds = ({"image": batch} for batch in batches(images, 16))
 
     def get_next(self) -> dict | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {"image": np.ascontiguousarray(batch)}
+        return next(self.feeds, None)
 
 
 @contextlib.contextmanager
@@ -180,9 +174,8 @@ def move_table(source: str, quantized: str, images: np.ndarray) -> None:
     if len(proto.graph.output) < 2:
         return
     before, after = (np.sort(scores(file, images)) for file in (source, quantized))
-    table = next(
-        tensor for tensor in proto.graph.initializer if tensor.name == table_and_score(proto.graph)[0]
-    )
+    name, _ = table_and_score(proto.graph)
+    table = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
     entries = onnx.numpy_helper.to_array(table)
     moved = np.sort(entries + np.interp(entries, before, after - before)).astype(np.float32)
     table.CopyFrom(onnx.numpy_helper.from_array(moved, table.name))
@@ -202,8 +195,7 @@ def scores(file: str, images: np.ndarray) -> np.ndarray:
     score = table_and_score(proto.graph)[1]
     proto.graph.output.append(onnx.helper.make_tensor_value_info(score, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
-    return np.concatenate([session.run([score], {"image": batch})[0].ravel() for batch in batches])
+    return np.concatenate([session.run([score], {"image": b})[0].ravel() for b in batches(images, 64)])
 
 
 # -------------------------------------------------------------------------------------------------- finishing
@@ -221,12 +213,10 @@ def finish(path: str, spec: dict, opset: int) -> bytes:
     for node in proto.graph.node:
         for name in node.output:
             short_names.setdefault(name, f"t{len(short_names)}")
-        inputs = [short_names[name] for name in node.input]
-        outputs = [short_names[name] for name in node.output]
-        for field in ("input", "output", "name", "doc_string"):
-            node.ClearField(field)
-        node.input.extend(inputs)
-        node.output.extend(outputs)
+        node.input[:] = [short_names[name] for name in node.input]
+        node.output[:] = [short_names[name] for name in node.output]
+        node.ClearField("name")
+        node.ClearField("doc_string")
     del proto.graph.value_info[:], proto.metadata_props[:]
     return onnx_file.finish(proto, spec, opset)
 
@@ -238,9 +228,7 @@ def merge_constants(graph, short_names: dict[str, str]) -> None:
         name = tensor.name
         tensor.name = ""
         same = constants.setdefault(tensor.SerializeToString(), tensor)
-        if not same.name:
-            same.name = f"c{len(constants)}"
-        short_names[name] = same.name
+        same.name = short_names[name] = same.name or f"c{len(constants)}"
     merged = list(constants.values())
     del graph.initializer[:]
     graph.initializer.extend(merged)
@@ -272,14 +260,15 @@ def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float =
     """
     slow(inputs)
     fast(inputs)
-    slow_times, fast_times = [], []
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(slow_times) < 5:
-        for predict, times in ((slow, slow_times), (fast, fast_times)):
-            started = time.perf_counter()
-            predict(inputs)
-            times.append(time.perf_counter() - started)
-    return float(np.quantile(slow_times, 0.2) / np.quantile(fast_times, 0.2))
+    times, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 5:
+        started = time.perf_counter()
+        slow(inputs)
+        between = time.perf_counter()
+        fast(inputs)
+        times.append((between - started, time.perf_counter() - between))
+    slow_time, fast_time = np.quantile(times, 0.2, axis=0)
+    return float(slow_time / fast_time)
 
 
 def speed_in_words(figures: dict[str, float]) -> str:
