@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -54,9 +55,8 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
         report_unreadable(paths, about["unreadable"], options.strict)
         pixels = np.memmap(base + ".u8", np.uint8, "c", shape=tuple(about["shape"]))
     except OSError as error:
-        reason = error.strerror or error
-        message = f"cannot keep the image cache in {directory}: {reason}; choose another --cache-dir"
-        raise Problem(message) from None
+        reason = f"{error.strerror or error}; choose another --cache-dir"
+        raise Problem(f"cannot keep the image cache in {directory}: {reason}") from None
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
     return Loaded(pixels, kept, sizes, target.white)
@@ -117,11 +117,11 @@ def choose_target(paths: list[str], train: int, file: str, options: Options) -> 
     if found is None or found.channels not in (1, 3) or found.white not in WHITES:
         found = probe(paths, train)
         write_json(file, found._asdict())
-    white, channels = found.white, found.channels
+    white = found.white
     if options.white is None and white != WHITES[-1]:
         note(f"the 16-bit images use {white.bit_length()} bits only: {white} is taken as white")
     size = options.image_size or choose_size(found, options.usual_size)
-    return Target(tuple(size), options.channels or channels, options.white or white)
+    return Target(tuple(size), options.channels or found.channels, options.white or white)
 
 
 def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
@@ -136,8 +136,8 @@ def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
     if found.sizes and (smallest, largest) != (size, size):
         low, high = ("{1}x{0}".format(*shape) for shape in (smallest, largest))
         have = f"{low} pixels" if found.sizes == 1 else f"{found.sizes:,} sizes, {low} to {high} pixels"
-        way_out = "--image-size changes that"
-        note(f"the images have {have}; they are resized to {usual_size}x{usual_size} ({way_out})")
+        resized = f"resized to {usual_size}x{usual_size} (--image-size changes that)"
+        note(f"the images have {have}; they are {resized}")
     return size
 
 
@@ -157,17 +157,13 @@ def build(paths: list[str], base: str, target: Target, resize: Callable | None) 
 
     Each build writes to a file of its own and swaps it in, so that two at once do no harm.
     """
-    row_bytes = target.row_bytes()
-    temporary = f"{base}.{os.getpid()}.tmp"
-    unreadable, started = [], time.perf_counter()
+    temporary, row_bytes, started = f"{base}.{os.getpid()}.tmp", target.row_bytes(), time.perf_counter()
     try:
         with open(temporary, "w+b") as file:
             if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in an hour
                 os.posix_fallocate(file.fileno(), 0, row_bytes * len(paths))
             jobs = [(*chunk, temporary, target, resize) for chunk in chunks(paths, row_bytes)]
-            for failures in run_parallel(decode_chunk, jobs, len(paths), "decoding"):
-                unreadable += failures
-            unreadable.sort()
+            unreadable = sorted(chain.from_iterable(run_parallel(decode_chunk, jobs, len(paths), "decoding")))
             refuse_mostly_unreadable(paths, unreadable)
             kept = close_gaps(file, {index for index, _ in unreadable}, len(paths), row_bytes)
             file.truncate(kept * row_bytes)
@@ -211,14 +207,12 @@ def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:
     if not missing:
         return count
     pixels = np.memmap(file, np.uint8, "r+", shape=(count, row_bytes))
-    target = 0
-    for source in range(count):
-        if source not in missing:
-            if source != target:
-                pixels[target] = pixels[source]
-            target += 1
+    kept = [source for source in range(count) if source not in missing]
+    for target, source in enumerate(kept):
+        if source != target:
+            pixels[target] = pixels[source]
     pixels.flush()
-    return target
+    return len(kept)
 
 
 def report_unreadable(paths: list[str], unreadable: list[tuple[int, str]], strict: bool) -> None:
@@ -227,10 +221,9 @@ def report_unreadable(paths: list[str], unreadable: list[tuple[int, str]], stric
         note(f"left out: {paths[index]} {reason}")
     if unreadable and strict:
         index, reason = unreadable[0]
-        count = (
-            f"{len(unreadable)} of {len(paths):,} files cannot be read, the first: {paths[index]} {reason}"
-        )
-        raise Problem(f"{count}; --strict was given: repair or remove them")
+        count = f"{len(unreadable)} of {len(paths):,} files cannot be read"
+        first = f"the first: {paths[index]} {reason}; --strict was given: repair or remove them"
+        raise Problem(f"{count}, {first}")
 
 
 def remove_outdated(directory: str, key: str, current: str) -> None:

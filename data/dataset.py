@@ -38,12 +38,9 @@ class Dataset:
 
 def with_fingerprint(dataset: Dataset) -> Dataset:
     """The dataset with the fingerprint of its arrays: of all labels and the content of some images."""
-    splits = {
-        "train": (dataset.train_images, dataset.train_labels),
-        "test": (dataset.test_images, dataset.test_labels),
-    }
     fingerprint = {"classes": list(dataset.classes)}
-    for split, (images, labels) in splits.items():
+    for split in ("train", "test"):
+        images, labels = (getattr(dataset, f"{split}_{what}") for what in ("images", "labels"))
         some = images[:: max(1, len(images) // SAMPLED)]
         content = (str(images.shape).encode(), labels.tobytes(), some.tobytes())
         fingerprint[split] = {"images": len(images), "hash": digest(*content)}
@@ -52,10 +49,7 @@ def with_fingerprint(dataset: Dataset) -> Dataset:
 
 def digest(*contents: bytes) -> str:
     """A short hash, in hexadecimal."""
-    total = hashlib.sha256()
-    for content in contents:
-        total.update(content)
-    return total.hexdigest()[:16]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
 
 
 def differences(old: dict, new: dict, splits: tuple[str, ...] = SPLITS) -> list[str]:
@@ -91,14 +85,13 @@ def mean_and_std(images: np.ndarray) -> tuple[list[float], list[float]]:
 
     Both are exact: they come from a histogram, which also keeps the memory small.
     """
-    levels = np.arange(256)
-    means, stds = [], []
+    levels, means, stds = np.arange(256), [], []
     for channel in range(images.shape[3]):
         counts = np.zeros(256, dtype=np.int64)
         for start in range(0, len(images), 1024):
             counts += np.bincount(images[start : start + 1024, ..., channel].ravel(), minlength=256)
-        mean = (counts * levels).sum() / counts.sum()
-        std = math.sqrt((counts * (levels - mean) ** 2).sum() / counts.sum())
+        mean = np.average(levels, weights=counts)
+        std = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
         means.append(float(mean / 255))
         stds.append(std / 255 or 1.0)  # a constant channel has nothing to scale
     return means, stds

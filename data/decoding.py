@@ -89,10 +89,8 @@ def probe(paths: list[str], train: int) -> Probed:
     """
     sizes, modes, brightest = set(), set(), 0
     jobs = [(*chunk, train) for chunk in chunks(paths)]
-    for found in run_parallel(probe_chunk, jobs, len(paths), "reading headers"):
-        sizes |= found.sizes
-        modes |= found.modes
-        brightest = max(brightest, found.brightest)
+    for some_sizes, some_modes, level in run_parallel(probe_chunk, jobs, len(paths), "reading headers"):
+        sizes, modes, brightest = sizes | some_sizes, modes | some_modes, max(brightest, level)
     by_area = sorted(sizes, key=lambda size: (math.prod(size), size)) or [(0, 0)]
     white = next(white for white in WHITES if brightest <= white) if brightest else WHITES[-1]
     channels = 1 if modes and modes <= GREY_MODES else 3
@@ -100,10 +98,7 @@ def probe(paths: list[str], train: int) -> Probed:
 
 
 def probe_chunk(paths: list[str], start: int, train: int) -> Found:
-    """What is found in some files, the first of which is number `start`.
-
-    Files that cannot be read are passed over: decoding reports them.
-    """
+    """What is found in files from number `start` on, but those that cannot be read: decoding reports them."""
     sizes, modes, brightest = set(), set(), 0
     for number, path in enumerate(paths, start):
         if not os.path.isfile(path):  # opening a named pipe would block for ever
@@ -133,13 +128,8 @@ class Target(NamedTuple):
         return self.image_size[0] * self.image_size[1] * self.channels
 
 
-def decode_chunk(
-    paths: list[str], start: int, file: str, target: Target, resize: Callable | None
-) -> list[tuple[int, str]]:
-    """Decode some files and write them to the rows from `start` on of `file`.
-
-    Returns (index, reason) of those that cannot be read.
-    """
+def decode_chunk(paths: list[str], start: int, file: str, target: Target, resize: Callable | None) -> list:
+    """Decode files to the rows from `start` on of `file`; returns (index, reason) of those it cannot read."""
     block = np.zeros((len(paths), *target.image_size, target.channels), dtype=np.uint8)
     failures = []
     for row, path in enumerate(paths):

@@ -14,13 +14,8 @@ from data.dataset import Dataset
 from data.notes import note
 from step3_infer import Problem
 
-TORCHVISION = {
-    "mnist": "MNIST",
-    "fashion-mnist": "FashionMNIST",
-    "kmnist": "KMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-}
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
 def load_torchvision(name: str, data_dir: str) -> Dataset:
@@ -34,11 +29,9 @@ def load_torchvision(name: str, data_dir: str) -> Dataset:
             splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-        raise Problem(
-            f"cannot get {name} ({reason or str(error).splitlines()[-1]}): "
-            f"put {', '.join(archives)} into {directory}, "
-            "or run again with a network, or use --dataset digits, which needs none"
-        ) from None
+        failure = f"cannot get {name} ({reason or str(error).splitlines()[-1]})"
+        others = "or run again with a network, or use --dataset digits, which needs none"
+        raise Problem(f"{failure}: put {', '.join(archives)} into {directory}, {others}") from None
     arrays = {}
     for split, part in zip(("train", "test"), splits, strict=True):
         images = np.asarray(part.data)

@@ -10,13 +10,8 @@ from data.dataset import SAMPLED, digest
 from step3_infer import Problem
 
 TEST_FRACTION = 0.2  # held out if the data comes without a test split
-SPELLINGS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-
-
+TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
+SPELLINGS = {"train": TRAIN, "val": VAL, "test": TEST}
 NAMED = 3  # of many files or classes, how many a message names
 
 
@@ -85,10 +80,7 @@ class Listing:
 
 def split_called(name: str) -> str | None:
     """The split that goes by this name, in any case: "train", "val", "test", or None."""
-    for split, spellings in SPELLINGS.items():
-        if name.lower() in spellings:
-            return split
-    return None
+    return next((split for split, spellings in SPELLINGS.items() if name.lower() in spellings), None)
 
 
 def name_some(names: Iterable[str]) -> str:
@@ -119,9 +111,7 @@ def hold_out_test(listing: Listing, source: str) -> Listing:
     train = listing.splits["train"]
     held = stratified(train.labels, TEST_FRACTION, seed=0)
     if not held.any():
-        raise Problem(
-            f"{source} has one image of each class, which leaves none to test on: "
-            "each class needs two or more images"
-        )
+        reason = "which leaves none to test on: each class needs two or more images"
+        raise Problem(f"{source} has one image of each class, {reason}")
     splits = {**listing.splits, "train": train.part(~held), "test": train.part(held)}
     return Listing(listing.classes, splits)

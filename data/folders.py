@@ -16,9 +16,8 @@ PLUGINS = dict.fromkeys((".heic", ".heics", ".heif", ".heifs"), "pillow-heif")
 def list_folder(directory: str) -> Listing:
     """The images of DIR/<class>/*, or of DIR/train/<class>/* and the like. Raises Problem."""
     if not os.path.isdir(directory):
-        raise Problem(
-            f"no directory {directory}: --dataset folder reads DIR/train/<class>/* or DIR/<class>/*", 2
-        )
+        wanted = "--dataset folder reads DIR/train/<class>/* or DIR/<class>/*"
+        raise Problem(f"no directory {directory}: {wanted}", 2)
     folders, skipped = find_splits(directory), []
     classes, paths, labels = list_classes(folders.get("train", directory), skipped)
     splits = {"train": Files(directory, paths, labels)}
@@ -68,9 +67,8 @@ def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[li
     """
     classes = subfolders(directory)
     if not classes:
-        raise Problem(
-            f"{directory} has no class folders: put the images of each class into a folder of its name"
-        )
+        way_out = "put the images of each class into a folder of its name"
+        raise Problem(f"{directory} has no class folders: {way_out}")
     if len(classes) < least:
         inner = os.path.join(directory, classes[0])
         way_out = f"give --data-dir {inner}" if has_classes(inner) else "classification needs two"
@@ -81,29 +79,27 @@ def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[li
     if loose:
         names = name_some(map(os.path.basename, loose))
         note(f"images beside the class folders of {directory} are not used: {names}")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        folder, before = os.path.join(directory, name), len(skipped)
-        found = []
+    paths, counts = [], []
+    for name in classes:
+        folder, found, others = os.path.join(directory, name), [], []
         for path in files_below(folder):
-            (found if is_image(path) else skipped).append(path)
+            (found if is_image(path) else others).append(path)
         if not found:
-            hint = plugin_hint(skipped[before:])
-            raise Problem(f"class folder {folder} has no images{hint}: fill it or remove it")
+            raise Problem(f"class folder {folder} has no images{plugin_hint(others)}: fill it or remove it")
         paths += found
-        labels += [label] * len(found)
-    return classes, paths, np.array(labels, dtype=np.int64)
+        counts.append(len(found))
+        skipped += others
+    return classes, paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
 
 
 def has_classes(directory: str) -> bool:
     """Are there two or more class folders with images in them? Only names are read, for speed."""
-    names = subfolders(directory)
-    train = [name for name in names if split_called(name) == "train"]
-    if train:
-        directory = os.path.join(directory, train[0])
-        names = subfolders(directory)
+    for name in subfolders(directory):
+        if split_called(name) == "train":
+            directory = os.path.join(directory, name)
+            break
     filled = 0
-    for name in names:
+    for name in subfolders(directory):
         paths = files_below(os.path.join(directory, name))
         filled += any(os.path.splitext(path)[1] and is_image(path) for path in paths)
         if filled == 2:

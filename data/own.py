@@ -37,9 +37,8 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
 
 def check_splits(data_dir: str, listed: Listing, kept: Listing, held_out: bool) -> None:
     """Say how the readable images were split. Raises Problem if some are missing altogether."""
-    counts = {
-        split: np.bincount(files.labels, minlength=len(kept.classes)) for split, files in kept.splits.items()
-    }
+    names = kept.classes
+    counts = {k: np.bincount(files.labels, minlength=len(names)) for k, files in kept.splits.items()}
     train, test = counts["train"], counts["test"]
     if train.min() == 0:
         label = int(train.argmin())

@@ -2,10 +2,10 @@
 
 import csv
 import os
-from typing import NamedTuple
 
 import numpy as np
 
+from data.dataset import SPLITS
 from data.files import Files, Listing, Options, split_called
 from data.notes import note
 from step3_infer import Problem
@@ -13,19 +13,6 @@ from step3_infer import Problem
 IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
 LABEL_COLUMNS = ("label", "class", "target")
 SPLIT_COLUMN = "split"
-
-
-class Row(NamedTuple):
-    path: str
-    label: str
-
-
-class Columns(NamedTuple):
-    """The positions of the columns; split is None if there is no such column."""
-
-    image: int
-    label: int
-    split: int | None
 
 
 def list_csv(file: str, options: Options) -> Listing:
@@ -43,13 +30,12 @@ def list_csv(file: str, options: Options) -> Listing:
         if set(tested) != {"test"}:
             raise Problem(f"{options.test_csv} has rows whose {SPLIT_COLUMN} is not test", 2)
         rows, sources = rows | tested, {"test": options.test_csv}
-    classes = sort_classes({row.label for row in rows["train"]})
+    classes = sort_classes({label for _, label in rows["train"]})
     if len(classes) < 2:
         raise Problem(f"{file} has one class only, {classes[0]!r}: classification needs two or more")
     splits = {}
-    for split in ("train", "val", "test"):
-        if split in rows:
-            splits[split] = to_files(rows[split], classes, sources.get(split, file), options)
+    for split in filter(rows.get, SPLITS):
+        splits[split] = to_files(rows[split], classes, sources.get(split, file), options)
     return Listing(classes, splits)
 
 
@@ -59,14 +45,13 @@ def sort_classes(names: set[str]) -> list[str]:
     return sorted(names, key=int if numbers else None)
 
 
-def to_files(rows: list[Row], classes: list[str], file: str, options: Options) -> Files:
+def to_files(rows: list[tuple[str, str]], classes: list[str], file: str, options: Options) -> Files:
     """The files of one split, labelled by the classes of the training split. Raises Problem."""
-    index = {name: label for label, name in enumerate(classes)}
-    unknown = [row.label for row in rows if row.label not in index]
+    index, (paths, names) = {name: label for label, name in enumerate(classes)}, zip(*rows, strict=True)
+    unknown = [name for name in names if name not in index]
     if unknown:
         raise Problem(f"{file} has a label {unknown[0]!r} that no training image has")
-    labels = np.array([index[row.label] for row in rows], dtype=np.int64)
-    return Files(root_of(file, options), [row.path for row in rows], labels)
+    return Files(root_of(file, options), list(paths), np.array([index[name] for name in names], np.int64))
 
 
 def root_of(file: str, options: Options) -> str:
@@ -74,8 +59,8 @@ def root_of(file: str, options: Options) -> str:
     return options.image_root or os.path.dirname(file)
 
 
-def read_images(file: str, options: Options, default: str) -> dict[str, list[Row]]:
-    """The rows by split, that of all being `default` if the file does not say. Raises Problem."""
+def read_images(file: str, options: Options, default: str) -> dict[str, list[tuple[str, str]]]:
+    """The rows (path, label) by split, all `default` if the file does not say. Raises Problem."""
     lines = read_lines(file)
     header = [name.strip() for name in lines[0]]
     columns = find_columns(file, header, options)
@@ -86,24 +71,21 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[Row
         if len(cells) != len(header):
             wanted = f"expected {len(header)} fields with an image and a label"
             raise Problem(f"{file}, row {number}: {wanted}, got {cells}")
-        cells = [cell.strip() for cell in cells]
-        if not all(cells[column] for column in columns if column is not None):
+        image, label, *named = (cells[column].strip() for column in columns)
+        if not all((image, label, *named)):
             incomplete.append(number)
             continue
-        split = default if columns.split is None else split_called(cells[columns.split])
+        split = split_called(named[0]) if named else default
         if split is None:
-            found = f"{SPLIT_COLUMN} {cells[columns.split]!r}"
+            found = f"{SPLIT_COLUMN} {named[0]!r}"
             raise Problem(f"{file}, row {number}: {found} is none of train, val and test")
-        path = locate(root_of(file, options), cells[columns.image])
-        rows.setdefault(split, []).append(Row(path, cells[columns.label]))
+        rows.setdefault(split, []).append((locate(root_of(file, options), image), label))
     report_incomplete(file, incomplete, options.strict)
     if not rows:
         raise Problem(f"{file} lists no images below its first line")
-    if columns.split is not None:
-        counts = ", ".join(
-            f"{len(rows[split]):,} {split}" for split in ("train", "val", "test") if split in rows
-        )
-        note(f"the column {header[columns.split]!r} of {file} says which split a row is in: {counts}")
+    for column in columns[2:]:
+        counts = ", ".join(f"{len(rows[split]):,} {split}" for split in filter(rows.get, SPLITS))
+        note(f"the column {header[column]!r} of {file} says which split a row is in: {counts}")
     return rows
 
 
@@ -146,15 +128,15 @@ def read_lines(file: str) -> list[list[str]]:
     return lines
 
 
-def find_columns(file: str, header: list[str], options: Options) -> Columns:
-    """Where the image, the label and the split are. Raises Problem."""
+def find_columns(file: str, header: list[str], options: Options) -> list[int]:
+    """Where the image, the label and, if the file has it, the split are. Raises Problem."""
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise Problem(f"{file} names the column {twice!r} twice in its first line")
     image = find_column(file, header, options.image_column, IMAGE_COLUMNS, "--image-column")
     label = find_column(file, header, options.label_column, LABEL_COLUMNS, "--label-column")
     splits = [i for i, name in enumerate(header) if name.lower() == SPLIT_COLUMN and i not in (image, label)]
-    return Columns(image, label, splits[0] if splits else None)
+    return [image, label, *splits[:1]]
 
 
 def find_column(file: str, header: list[str], given: str | None, usual: tuple[str, ...], option: str) -> int:
@@ -163,7 +145,5 @@ def find_column(file: str, header: list[str], given: str | None, usual: tuple[st
     for name in [given.lower()] if given else usual:
         if name in lower:
             return lower.index(name)
-    wanted = repr(given) if given else " or ".join(usual)
-    raise Problem(
-        f"{file} has no column {wanted}, it has {', '.join(header) or 'none'}; name one with {option}"
-    )
+    wanted, has = repr(given) if given else " or ".join(usual), ", ".join(header) or "none"
+    raise Problem(f"{file} has no column {wanted}, it has {has}; name one with {option}")
