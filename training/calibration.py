@@ -60,9 +60,8 @@ def fit_gaussian(statistics: torch.Tensor) -> dict[str, torch.Tensor]:
     """weight and bias that whiten `statistics` [n, d]: their squared sum is a Mahalanobis distance."""
     statistics = statistics.double()
     mean, deviation = statistics.mean(0), statistics.std(0)
-    deviation = deviation.clamp(
-        min=1e-3 * deviation.max().clamp(min=1e-6)
-    )  # constant: a border, a dead channel
+    least = 1e-3 * deviation.max().clamp(min=1e-6)  # for what is constant: a border, a dead channel
+    deviation = deviation.clamp(min=least)
     scaled = (statistics - mean) / deviation
     correlation = scaled.T @ scaled / len(scaled)
     correlation = (1 - SHRINKAGE) * correlation + SHRINKAGE * torch.eye(len(mean))
@@ -76,23 +75,17 @@ def fit_familiarity(gaussian: dict, statistics: torch.Tensor, largest: torch.Ten
     Distance and logit count alike, each in its own deviations; a logit counts for one at most.
     """
     distance = (statistics.double() @ gaussian["weight"] + gaussian["bias"]).square().sum(1).log()
-    largest = largest.double()
-    limit = distance.std()
+    largest, limit = largest.double(), distance.std()
     factor = limit / largest.std().clamp(min=1e-6)
-    state = {
-        **gaussian,
-        "logit": torch.stack([factor, -factor * largest.mean(), limit]),
-        "table": torch.zeros(1),
-    }
+    logit = torch.stack([factor, -factor * largest.mean(), limit])
+    state = {**gaussian, "logit": logit, "table": torch.zeros(1)}
     scores = model.Familiarity(state).double().score(statistics.double(), largest[:, None])
     state["table"] = torch.quantile(scores, (torch.arange(TABLE) + 0.5).double() / TABLE)
     return {name: tensor.float() for name, tensor in state.items()}
 
 
 @torch.inference_mode()
-def describe(
-    deployable, layers: tuple[str, ...], split: Split
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def describe(deployable, layers: tuple[str, ...], split: Split) -> tuple[torch.Tensor, ...]:
     """Logits [n, classes], statistics [n, d] and labels [n] of a split's images, on the CPU."""
     network, parts = deployable.network.eval(), []
     pixels = split.images[0, ..., 0].numel()
@@ -149,8 +142,7 @@ def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
     train_twin: from the trainer and {"train": part, "test": the rest} of its training split to another
     deployable, trained on the part; every process calls it, the first one does the rest.
     """
-    how, splits, twin = trainer.settings.calibration, trainer.splits, None
-    train = splits["train"]
+    how, splits, train = trainer.settings.calibration, trainer.splits, trainer.splits["train"]
     if how == "none":
         return None
     if how == "twin":
@@ -158,7 +150,7 @@ def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
         twin = train_twin(trainer, parts)
     if trainer.processes.rank > 0:
         return None
-    if twin is not None:
+    if how == "twin":
         return calibrate_by_twin(deployable, train, twin, *parts.values())
     if how == "validation":
         return calibrate(deployable, train, splits["val"], "the validation split")

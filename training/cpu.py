@@ -20,13 +20,11 @@ BUSY = 0.5  # CPUs used by other programs, above which a thread less is taken
 
 
 def snapshot() -> tuple[float, float, float]:
-    """Now, the CPU seconds that this machine's usable CPUs have spent, and those of this process and its
-    children.
+    """Now, the CPU seconds that the usable CPUs have spent, and those of this process and its children.
 
     The second is 0 if the system does not say, and idle time is not counted.
     """
-    times = os.times()
-    busy = 0.0
+    times, busy = os.times(), 0.0
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         with open("/proc/stat", encoding="ascii") as file:
@@ -76,8 +74,7 @@ def supports_bf16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed buffers instead of giving them back to the kernel, which then zeroes every page
-    again.
+    """Let glibc keep freed buffers instead of giving them to the kernel, which then zeroes every page again.
 
     Activations and gradients take tens of megabytes each and are allocated in every step: half of a step went
     into page faults. Without glibc this does nothing.
@@ -99,8 +96,7 @@ def give_back_memory() -> None:
 
 
 class SideBySide(torch.autograd.Function):
-    """A 3x3 convolution of stride 1 and padding 1 whose weight gradient is taken over images laid side by
-    side.
+    """A 3x3 convolution, stride 1, padding 1; its weight gradient is taken over images laid side by side.
 
     x: [n, c, h, w]; weight: [out, c, 3, 3]. oneDNN's gradient fills the tiles of AMX along the width, which
     narrow maps leave nearly empty: at 4x4 pixels it takes four times as long.
@@ -122,10 +118,7 @@ class SideBySide(torch.autograd.Function):
 
 
 def side_by_side(images: torch.Tensor, width: int = 48) -> torch.Tensor:
-    """Images [n, c, h, w] in rows up to `width` pixels wide: [n / k, c, h, k * (w + 1)].
-
-    A zero column follows each image.
-    """
+    """Images [n, c, h, w], each with a zero column, in rows of at most `width`: [n / k, c, h, k * (w + 1)]."""
     n, c, h, w = images.shape
     k = max(k for k in range(1, max(width // (w + 1), 1) + 1) if n % k == 0)
     rows = images.new_zeros(n // k, h, k, w + 1, c)

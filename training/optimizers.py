@@ -73,11 +73,9 @@ def make_optimizer(network: torch.nn.Module, settings: argparse.Namespace) -> to
 
 def muon_groups(network: torch.nn.Module, parameters: list, lr: float) -> list[dict]:
     """Orthogonal steps for all weights but those of the first and the last layer; the rest goes to SGD."""
-    weights = [p for p in parameters if p.ndim > 1]
-    named = dict(network.named_parameters())
+    weights, named = [p for p in parameters if p.ndim > 1], dict(network.named_parameters())
     first = next(p for p in named.values() if p.ndim > 1)
-    ends = [first, *(named[key] for key in head_keys(network) if key in named)]
-    ends = {id(p) for p in ends}
+    ends = {id(p) for p in (first, *(named[key] for key in head_keys(network) if key in named))}
     return [
         {"params": [p for p in weights if id(p) not in ends], "lr": lr, "orthogonal": True},
         {"params": [p for p in weights if id(p) in ends], "lr": lr},
@@ -87,8 +85,7 @@ def muon_groups(network: torch.nn.Module, parameters: list, lr: float) -> list[d
 
 
 class Muon(torch.optim.SGD):
-    """Muon (Jordan et al. 2024) for convolution filters as well as matrices, which torch.optim.Muon does not
-    take.
+    """Muon (Jordan et al. 2024) for filters of convolutions, too, which torch.optim.Muon does not take.
 
     In the groups marked `orthogonal` the step is the momentum, seen as a matrix [out, rest], with all its
     singular values brought near 1; filters are also held at norm sqrt(out), which the batch norm behind them

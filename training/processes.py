@@ -1,5 +1,4 @@
-"""Several processes that train as one under torchrun, the device each of them uses, and the signals that stop
-a run."""
+"""Several processes that train as one under torchrun, their devices, and the signals that stop a run."""
 
 import contextlib
 import os
@@ -66,8 +65,7 @@ class Processes:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the processes that torchrun started, nccl between GPUs and gloo between CPUs; alone without
-    torchrun.
+    """Join the processes that torchrun started, nccl between GPUs, gloo between CPUs; alone without torchrun.
 
     Only the first process prints. A failure names its process, and a wrong command line is reported once. All
     leave together, and then no thread of the group is left.
@@ -105,17 +103,11 @@ def joined() -> Iterator[Processes]:
 
 
 def choose_device(name: str, processes: Processes) -> torch.device:
-    """The device that `--device` names; auto takes a GPU if there is one.
-
-    Raises Problem if it cannot be used.
-    """
+    """The device that `--device` names, with auto a GPU if there is one. Raises Problem if it is unusable."""
     chosen = name
     if name == "auto":
-        chosen = "cpu"
-        if torch.backends.mps.is_available():
-            chosen = "mps"
-        if torch.cuda.is_available():
-            chosen = "cuda"
+        other = "mps" if torch.backends.mps.is_available() else "cpu"
+        chosen = "cuda" if torch.cuda.is_available() else other
     if chosen == "cuda" and processes.count > 1:
         chosen = f"cuda:{processes.local_rank}"
     try:
@@ -166,17 +158,14 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Within its block SIGINT and SIGTERM are only noted, in `caught`, so that the current step can be
-    finished.
+    """In its block SIGINT and SIGTERM are only noted, in `caught`, so that the current step can be finished.
 
     A second SIGINT interrupts at once.
     """
 
     def __enter__(self):
-        self.caught = 0
-        self.handlers = {
-            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.caught, numbers = 0, (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def note(self, number, frame) -> None:

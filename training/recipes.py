@@ -6,6 +6,7 @@ module needs no torch, so that step1 can answer a wrong command line at once.
 """
 
 import argparse
+import math
 import re
 
 import data
@@ -16,12 +17,8 @@ OPTIMIZERS = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
     "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
     "adamw": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine"},
-    "muon": {
-        "lr": 0.12,
-        "momentum": 0.6,
-        "weight_decay": 0.004,
-        "schedule": "linear",
-    },  # after airbench94_muon
+    # After airbench94_muon.
+    "muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"},
 }
 # By network and dataset, "*" being any; of the layers that apply, each overrides those above it.
 RECIPES = {
@@ -60,36 +57,27 @@ CAMERA = ("blur", "color", "noise")
 TUTORIALS = ("linear", "mlp", "mynet", "resblock")
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
-MAY_CHANGE = (
-    "epochs",
-    "device",
-    "threads",
-    "data_dir",
-    "cache_dir",
-    "image_root",
-    "checkpoint_every",
-    "quiet",
-)
+MAY_CHANGE = ("epochs", "device", "threads", "checkpoint_every", "quiet")
+MAY_CHANGE += ("data_dir", "cache_dir", "image_root")
 OWN_IMAGES = ("folder", "csv")
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
+NEEDS_VALIDATION = "a validation split: give --val-fraction as well"
+OF_CSV = ("test_csv", "image_root", "image_column", "label_column")
+OF_IMAGES, OF_CLASSES = ("image_size", "augment"), ("class_weights", "label_smoothing", "calibration")
+
+
+def not_linear(settings: argparse.Namespace) -> bool:
+    return settings.dataset != "linear"
+
+
 # Options that have an effect under a condition only: what they belong to in words, and the condition.
 BELONGS_TO = {
     "data_dir": ("datasets other than digits and linear", lambda s: s.dataset not in ("digits", "linear")),
-    "cache_dir": ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES),
-    "strict": ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES),
-    "test_csv": ("--dataset csv", lambda s: s.dataset == "csv"),
-    "image_root": ("--dataset csv", lambda s: s.dataset == "csv"),
-    "image_column": ("--dataset csv", lambda s: s.dataset == "csv"),
-    "label_column": ("--dataset csv", lambda s: s.dataset == "csv"),
-    "image_size": ("images, and --dataset linear has features", lambda s: s.dataset != "linear"),
-    "augment": ("images, and --dataset linear has features", lambda s: s.dataset != "linear"),
-    "class_weights": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
-    "label_smoothing": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
-    "calibration": ("classes, and --dataset linear is a regression", lambda s: s.dataset != "linear"),
-    "patience": (
-        "a validation split: give --val-fraction as well",
-        lambda s: s.val_fraction or s.dataset in OWN_IMAGES,
-    ),
+    **dict.fromkeys(("cache_dir", "strict"), ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES)),
+    **dict.fromkeys(OF_CSV, ("--dataset csv", lambda s: s.dataset == "csv")),
+    **dict.fromkeys(OF_IMAGES, ("images, and --dataset linear has features", not_linear)),
+    **dict.fromkeys(OF_CLASSES, ("classes, and --dataset linear is a regression", not_linear)),
+    "patience": (NEEDS_VALIDATION, lambda s: s.val_fraction or s.dataset in OWN_IMAGES),
     "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
     "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
 }
@@ -162,7 +150,7 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         settings.augment, settings.image_size, settings.calibration = [], (1, 1), "none"
         settings.batch_size = min(settings.batch_size, count)
         return settings
-    _, height, width, channels = dataset.train_images.shape
+    height, width, channels = dataset.train_images.shape[1:]
     if settings.image_size is None:
         # Small images grow by a whole factor: every engine then resizes to the very same pixels.
         factor = -(-traits.min_size // min(height, width))
@@ -194,7 +182,7 @@ def check_validation(settings: argparse.Namespace, has_val: bool) -> None:
     if has_val and settings.val_fraction:
         raise Problem("--val-fraction does not go with data that has a validation split of its own", 2)
     if settings.patience and not has_val and not settings.val_fraction:
-        raise Problem("--patience needs a validation split: give --val-fraction as well", 2)
+        raise Problem(f"--patience needs {NEEDS_VALIDATION}", 2)
 
 
 def calibration(settings: argparse.Namespace, has_val: bool, labels) -> str:
@@ -220,20 +208,16 @@ def batch_halvings(settings: argparse.Namespace, count: int | None, most_pixels:
 
     count: of images, None if the recipe was made for them. most_pixels: in a batch, None for any.
     """
-    height, width = settings.image_size
+    limits = [] if count is None else [count // 16]
+    if most_pixels is not None:
+        limits.append(most_pixels // math.prod(settings.image_size))
     batch_size, halvings = settings.batch_size, 0
-    while batch_size > 16:
-        few_steps = count is not None and count < 16 * batch_size
-        too_large = most_pixels is not None and batch_size * height * width > most_pixels
-        if not few_steps and not too_large:
-            break
+    while batch_size > max(16, min(limits, default=batch_size)):
         batch_size, halvings = batch_size // 2, halvings + 1
     return halvings
 
 
-def resumed(
-    args: argparse.Namespace, given: dict, arguments: dict, run: str, finished: bool
-) -> argparse.Namespace:
+def resumed(args, given: dict, arguments: dict, run: str, finished: bool) -> argparse.Namespace:
     """The settings to resume a run with: its own `arguments`, and of those typed, `given`, what may change.
 
     args: the whole command line; its defaults stand for options that the run did not know. Raises Problem.
@@ -243,9 +227,7 @@ def resumed(
     unlike = [name for name, value in given.items() if value != arguments.get(name)]
     changed = [name for name in unlike if name not in MAY_CHANGE]
     if changed:
-        options = [
-            f"--{name.replace('_', '-')} {given[name]} (was {arguments.get(name)})" for name in changed
-        ]
+        options = [f"--{k.replace('_', '-')} {given[k]} (was {arguments.get(k)})" for k in changed]
         reason = "that would alter its course; leave it out, or start a new run"
         raise Problem(f"{run} cannot go on with {', '.join(options)}: {reason}", 2)
     epochs = arguments["epochs"]

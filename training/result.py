@@ -27,22 +27,21 @@ def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]
     }
     if dataset.task == "regression":
         return summary, evaluated.outputs
-    logits, labels = torch.from_numpy(evaluated.outputs), torch.from_numpy(dataset.test_labels).long()
-    probabilities = logits.softmax(1)
+    logits, labels = torch.from_numpy(evaluated.outputs), dataset.test_labels
+    probabilities = logits.softmax(1).numpy()
     if trainer.calibration:
         logits = logits / trainer.calibration.temperature
         summary["temperature"] = trainer.calibration.temperature
         summary["test_loss_uncalibrated"] = evaluated.loss
-        summary["test_loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
-        summary["calibration_error_uncalibrated"] = report.calibration_error(
-            probabilities.numpy(), dataset.test_labels
-        )
-        probabilities = logits.softmax(1)
-    summary["calibration_error"] = report.calibration_error(probabilities.numpy(), dataset.test_labels)
-    summary["calibration_error_floor"] = report.calibration_error_floor(probabilities.numpy())
-    per_class = report.per_class(dataset.test_labels, evaluated.outputs.argmax(1), dataset.classes)
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long())
+        summary["test_loss"] = loss.item()
+        summary["calibration_error_uncalibrated"] = report.calibration_error(probabilities, labels)
+        probabilities = logits.softmax(1).numpy()
+    summary["calibration_error"] = report.calibration_error(probabilities, labels)
+    summary["calibration_error_floor"] = report.calibration_error_floor(probabilities)
+    per_class = report.per_class(labels, evaluated.outputs.argmax(1), dataset.classes)
     seen = [row for row in per_class.values() if row["support"]]
     summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
     summary["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
     summary["per_class"] = per_class
-    return summary, probabilities.numpy()
+    return summary, probabilities

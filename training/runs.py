@@ -76,10 +76,7 @@ def claimed(settings: argparse.Namespace) -> Iterator[str]:
 
 
 def rename(new: str, base: str, unique: bool) -> str:
-    """Give a new directory the name `base` under runs/, or base-2, ... if it is taken. Raises Problem.
-
-    unique: refuse a name that is taken.
-    """
+    """Name a new directory `base`, or base-2, ... if it is taken, which `unique` refuses. Raises Problem."""
     for number in itertools.count(1):
         run = os.path.join(RUNS, base if number == 1 else f"{base}-{number}")
         if not os.path.lexists(run):
@@ -117,8 +114,7 @@ def find_newest(unfinished: bool) -> str:
 
     A run that another process is training is passed over.
     """
-    needed = CONFIG if unfinished else CHECKPOINT
-    changed = {}
+    needed, changed = CONFIG if unfinished else CHECKPOINT, {}
     for run in glob.glob(os.path.join(RUNS, "*")):
         if os.path.isfile(os.path.join(run, needed)) and not (unfinished and is_finished(run)):
             changed[run] = os.path.getmtime(run if unfinished else os.path.join(run, CHECKPOINT))
@@ -235,13 +231,11 @@ def write_metrics(run: str, rows: list[dict]) -> None:
     write(run, METRICS, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
-def save_checkpoint(
-    run: str, spec: dict, state_dict: dict, epoch: int, training: dict, familiarity: dict | None = None
-) -> None:
+def save_checkpoint(run: str, spec: dict, state_dict: dict, epoch: int, training: dict, familiarity=None):
     """Write the checkpoint and keep the one before it. Raises CannotWrite.
 
     state_dict, epoch: the network that is the result so far, and the epoch it is from. training: all else
-    that `Trainer.restore` needs to go on. familiarity: the tensors of model.Familiarity.
+    that `Trainer.restore` needs to go on. familiarity: the tensors of model.Familiarity, or None.
     """
     checkpoint = {"schema": SCHEMA, "spec": spec, "state_dict": state_dict, "arguments": spec["arguments"]}
     checkpoint |= {"epoch": epoch, "training": training, "familiarity": familiarity}

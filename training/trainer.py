@@ -106,9 +106,8 @@ class Trainer:
         """The rest of the current epoch: this process' (images, labels), and the size of the whole batch."""
         settings, progress = self.settings, self.progress
         order = progress.epoch, settings.seed, progress.steps
-        split = self.splits["train"]
         who = self.processes.rank, self.processes.count
-        return split.shuffled(settings.batch_size, settings.augment, *order, *who)
+        return self.splits["train"].shuffled(settings.batch_size, settings.augment, *order, *who)
 
     def start_step(self) -> None:
         """Set the learning rate, and seed dropout by the step, so that a run can be resumed at any of them.
@@ -155,8 +154,7 @@ class Trainer:
     def finish_epoch(self, trained: tuple, evaluated: Evaluation, seconds: float) -> None:
         """Record an epoch for metrics.csv, keep the network if it is the best so far, and save.
 
-        trained: the loss and accuracy while training; evaluated: those of the watched split; lr: at its
-        start.
+        trained: the loss and accuracy while training; evaluated: those of the watched split.
         """
         progress, watched = self.progress, self.watched
         names = ("train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy")
@@ -197,11 +195,9 @@ class Trainer:
         if self.sums[0].isfinite():
             return
         at = f"in epoch {self.progress.epoch}, step {self.progress.steps}"
-        lr = self.optimizer.param_groups[0]["lr"]
-        raise Problem(
-            f"the loss became {self.sums[0].item()} {at}, at learning rate {lr:.3g}: "
-            f"try a smaller --lr than {self.settings.lr:g}, or another --optimizer"
-        )
+        at += f", at learning rate {self.optimizer.param_groups[0]['lr']:.3g}"
+        way_out = f"try a smaller --lr than {self.settings.lr:g}, or another --optimizer"
+        raise Problem(f"the loss became {self.sums[0].item()} {at}: {way_out}")
 
     def save_or_stop(self) -> None:
         """Save if a checkpoint is due or a signal came to any process; after a signal raise Stopped."""
@@ -292,7 +288,5 @@ def train_mode(network: torch.nn.Module) -> None:
 
 def balanced_accuracy(labels: torch.Tensor, predicted: torch.Tensor) -> float:
     """The mean recall of the classes that occur; labels and predicted: whole numbers [n]."""
-    correct = (labels == predicted).double()
-    counts = torch.bincount(labels).clamp(min=1)
-    recalls = torch.bincount(labels, weights=correct) / counts
-    return recalls[torch.bincount(labels) > 0].mean().item()
+    counts, hits = torch.bincount(labels), torch.bincount(labels, weights=(labels == predicted).double())
+    return (hits / counts)[counts > 0].mean().item()

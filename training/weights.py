@@ -15,9 +15,7 @@ class DownloadError(ValueError):
     """Weights that could not be fetched."""
 
 
-def load(
-    network: nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None
-) -> tuple[list | None, list | None]:
+def load(network: nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None) -> tuple:
     """Load the weights of a checkpoint to resume, or else of --pretrained, into a network.
 
     Returns the (mean, std) of the inputs, [channels] each, which belong to the weights; None if they are not
@@ -79,10 +77,9 @@ def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None
             return weights.get_state_dict(progress=True, check_hash=True), mean, std
     except (OSError, RuntimeError) as error:
         place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-        raise DownloadError(
-            f"cannot download the weights of {name} ({error}): put {weights.url} at {place}, "
-            f"or give --pretrained FILE, or train from scratch without --pretrained"
-        ) from None
+        way_out = "give --pretrained FILE, or train from scratch without --pretrained"
+        failure = f"cannot download the weights of {name} ({error})"
+        raise DownloadError(f"{failure}: put {weights.url} at {place}, or {way_out}") from None
 
 
 def load_pretrained(network: torch.nn.Module, state: dict) -> None:
@@ -92,8 +89,7 @@ def load_pretrained(network: torch.nn.Module, state: dict) -> None:
     grey. Raises ValueError naming the first key that does not fit, the sign of another architecture.
     """
     own, head = network.state_dict(), set(head_keys(network))
-    auxiliary = [key for key in state if key not in own and key.startswith(("aux", "AuxLogits"))]
-    state = {key: value for key, value in state.items() if key not in auxiliary}
+    state = {key: v for key, v in state.items() if key in own or not key.startswith(("aux", "AuxLogits"))}
     first = next((key for key, value in own.items() if value.ndim == 4), None)
     if first in state and state[first].ndim == 4 and state[first].shape[1] != own[first].shape[1]:
         n_from, n_to = state[first].shape[1], own[first].shape[1]
@@ -101,9 +97,8 @@ def load_pretrained(network: torch.nn.Module, state: dict) -> None:
     wrong = [key for key in own.keys() ^ state.keys() if key not in head]
     wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
     if wrong:
-        raise ValueError(
-            f"does not fit this architecture: {len(wrong)} entries differ, such as {min(wrong)!r}"
-        )
+        differ = f"{len(wrong)} entries differ, such as {min(wrong)!r}"
+        raise ValueError(f"does not fit this architecture: {differ}")
     fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
     if head - fitting.keys():
         fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
