@@ -118,7 +118,7 @@ class SideBySide(torch.autograd.Function):
 
 
 def side_by_side(images: torch.Tensor, width: int = 48) -> torch.Tensor:
-    """Images [n, c, h, w], each with a zero column, in rows of at most `width`: [n / k, c, h, k * (w + 1)]."""
+    """Images [n, c, h, w], each with a zero column, in rows up to `width`: [n / k, c, h, k * (w + 1)]."""
     n, c, h, w = images.shape
     k = max(k for k in range(1, max(width // (w + 1), 1) + 1) if n % k == 0)
     rows = images.new_zeros(n // k, h, k, w + 1, c)
