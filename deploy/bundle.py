@@ -46,15 +46,7 @@ CPP = """    cmake -S cpp -B ~/threestep-cpp -DCMAKE_PREFIX_PATH=/path/to/libtor
 
 
 def publish(
-    out: str,
-    workspace: str,
-    models: Sequence[str],
-    parity: dict[str, dict],
-    *,
-    script: str,
-    onnxruntime: str,
-    spec: dict,
-    samples: Sequence[tuple[bytes | None, dict]],
+    out: str, workspace: str, models: Sequence[str], parity: dict, *, script, onnxruntime, spec, samples
 ) -> str:
     """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
@@ -68,14 +60,18 @@ def publish(
     os.makedirs(os.path.join(folder, "samples"))
     copy_files(folder, [*models, script])
     write_samples(folder, samples)
-    requirements = f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n"
-    write_text(folder, "requirements.txt", requirements)
-    write_text(folder, "MODEL_CARD.md", model_card(spec, parity))
-    write_text(folder, "README.md", readme(spec, [os.path.basename(path) for path in models]))
-    write_text(folder, "index.html", INDEX)
-    write_text(folder, "parity.json", json.dumps(without_timings(parity), indent=2, allow_nan=False) + "\n")
+    timeless = {name: {k: v for k, v in row.items() if k not in TIMINGS} for name, row in parity.items()}
+    texts = {
+        "requirements.txt": f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n",
+        "MODEL_CARD.md": model_card(spec, parity),
+        "README.md": readme(spec, [os.path.basename(path) for path in models]),
+        "index.html": INDEX,
+        "parity.json": json.dumps(timeless, indent=2, allow_nan=False) + "\n",
+    }
+    for name, text in texts.items():
+        write(folder, name, text.encode())
     sums = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in contents(folder)]
-    write_text(folder, SUMS, "".join(sums))
+    write(folder, SUMS, "".join(sums).encode())
     for name in contents(folder):  # whatever the umask and the clone say
         os.chmod(os.path.join(folder, name), mode(name))
     write_archive(folder, path)
@@ -91,8 +87,7 @@ def readme(spec: dict, models: Sequence[str]) -> str:
     if "model.pt" in models:
         cpp = "The C++ program is for image classifiers only." if regression else CPP
     listed = [name for name in FILES if not name.startswith("model.") or name in models]
-    with open(os.path.join(HERE, "bundle.md.template"), encoding="utf-8") as file:
-        template = string.Template(file.read())
+    template = string.Template(Path(HERE, "bundle.md.template").read_text(encoding="utf-8"))
     return template.substitute(
         title=f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}",
         inputs=f"--values {values}" if regression else "--top-k 3 samples/",
@@ -123,9 +118,7 @@ def earlier_parity(out: str, checkpoint_sha256: str, files: dict[str, str]) -> d
         parity = {k: v for k, v in parity.items() if k in files and isinstance(v, dict)}
     except (FileNotFoundError, ValueError, AttributeError):
         return {}
-    stale = [
-        name for name, figures in parity.items() if figures.get("checkpoint_sha256") != checkpoint_sha256
-    ]
+    stale = [name for name in parity if parity[name].get("checkpoint_sha256") != checkpoint_sha256]
     for name in stale:
         Path(out, files[name]).unlink(missing_ok=True)
         del parity[name]
@@ -151,22 +144,14 @@ def write_samples(folder, samples):
     for index, (png, expected) in enumerate(samples):
         if png is not None:
             name = f"samples/{index:02}.png"
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(png)
+            write(folder, name, png)
             expected = {"path": name, **expected}
         lines.append(json.dumps(expected) + "\n")
-    write_text(folder, "samples/expected.jsonl", "".join(lines))
+    write(folder, "samples/expected.jsonl", "".join(lines).encode())
 
 
-def write_text(folder, name, content):
-    with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as file:
-        file.write(content)
-
-
-def without_timings(parity):
-    return {
-        name: {key: figures[key] for key in figures if key not in TIMINGS} for name, figures in parity.items()
-    }
+def write(folder, name, content):
+    Path(folder, name).write_bytes(content)
 
 
 def mode(name):
@@ -188,8 +173,7 @@ def write_archive(folder, path):
             entry.create_system = 3  # Unix: the modes count
             entry.external_attr = (0o100000 | mode(name)) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
-            with open(os.path.join(folder, name), "rb") as source:
-                archive.writestr(entry, source.read())
+            archive.writestr(entry, Path(folder, name).read_bytes())
 
 
 def swap_in(new: str, final: str, aside: str) -> None:

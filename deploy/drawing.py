@@ -1,11 +1,9 @@
 """Which pictures a run has: they are drawn into its directory, and shown in its report."""
 
 import base64
-import contextlib
 import os
 import struct
-
-import numpy as np
+from pathlib import Path
 
 from deploy.card import confusion_matrix
 from step3_infer import printable, replacing
@@ -28,14 +26,7 @@ CAPTIONS = {
 
 
 def draw_run(
-    run_dir: str,
-    spec: dict,
-    rows: list[dict],
-    labels: np.ndarray,
-    outputs: np.ndarray,
-    images=None,
-    augmented: np.ndarray | None = None,
-    augmented_labels: np.ndarray | None = None,
+    run_dir, spec, rows, labels, outputs, images=None, augmented=None, augmented_labels=None
 ) -> list[str]:
     """Draw the pictures of a finished run into its directory and return their paths.
 
@@ -73,22 +64,18 @@ def draw_familiar(run_dir: str, export: dict[str, dict]) -> None:
 
     export: figures of parity.json by format. Raises OSError.
     """
-    path = os.path.join(run_dir, "familiar.png")
-    for figures in export.values():
-        if not (figures.get("passed") and figures.get("familiar")):
-            continue
-        run, file = os.path.basename(os.path.normpath(run_dir)), figures.get("file", "")
-        try:
-            from deploy import trust_pictures
+    path, run = os.path.join(run_dir, "familiar.png"), os.path.basename(os.path.normpath(run_dir))
+    proven = [figures for figures in export.values() if figures.get("passed") and figures.get("familiar")]
+    try:
+        subtitle, kinds = f"{printable(run)} · {printable(proven[0].get('file', ''))}", proven[0]["familiar"]
+        from deploy import trust_pictures  # only now, as importing matplotlib takes a second
 
-            content = trust_pictures.familiar(f"{printable(run)} · {printable(file)}", figures["familiar"])
-        except (ImportError, AttributeError, LookupError, TypeError, ValueError):
-            break  # no matplotlib, or other figures than the gate's
-        with replacing(path) as png:
-            png.write(content)
+        content = trust_pictures.familiar(subtitle, kinds)
+    except (ImportError, AttributeError, LookupError, TypeError, ValueError):
+        Path(path).unlink(missing_ok=True)  # nothing to draw, no matplotlib, or other figures than the gate's
         return
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def picture_sections(run_dir):
@@ -96,8 +83,7 @@ def picture_sections(run_dir):
     small, wide = [], []
     for name, caption in CAPTIONS.items():
         try:
-            with open(os.path.join(run_dir, name), "rb") as file:
-                content = file.read()
+            content = Path(run_dir, name).read_bytes()
             width, height = struct.unpack(">II", content[16:24])  # PNG's header
         except (OSError, struct.error):
             continue

@@ -6,7 +6,6 @@ to the space available and never parsed as formulas, and characters that the fon
 
 import functools
 import io
-import math
 from collections.abc import Sequence
 
 import matplotlib.style
@@ -103,13 +102,16 @@ def fit(text, inches, points, weight=None):
 @as_png
 def curves(subtitle: str, rows: list[dict]) -> bytes:
     """Loss, accuracy and learning rate by epoch; rows: those of metrics.csv, as dicts by column."""
-    columns = {key: np.array([to_float(row[key]) for row in rows]) for key in rows[0]}
+    columns = {}
+    for key in rows[0]:
+        cells = [np.nan if row[key] in (None, "") else row[key] for row in rows]  # "" in a file
+        columns[key] = np.array(cells, np.float64)
     epochs, marker = columns["epoch"], "o" if len(rows) <= 30 else ""
     metrics = ["loss", "accuracy"] if np.isfinite(columns["train_accuracy"]).any() else ["loss"]
     title = f"Training curves, {counted(len(rows), 'epoch')}"
     figure = new_figure(title, subtitle, WIDTH, 2.1 * len(metrics) + 1.3)
     heights = [1] * len(metrics) + [0.55]
-    axes = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axis, metric in zip(axes, metrics, strict=False):
         plot_metric(axis, metric, columns, marker)
     axes[-1].plot(epochs, columns["lr"], color=GREY, marker=marker, markersize=3)
@@ -118,11 +120,6 @@ def curves(subtitle: str, rows: list[dict]) -> bytes:
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.align_ylabels()
     return figure
-
-
-def to_float(cell):
-    """A cell of metrics.csv as a number, NaN where it is empty."""
-    return math.nan if cell in (None, "") else float(cell)
 
 
 def plot_metric(axis, metric, columns, marker):
@@ -195,12 +192,10 @@ def label_classes(axis, names, side):
     pitch = 72 * side * step / len(names)  # points
     size, positions = min(9, 0.88 * pitch), range(0, len(names), step)
     texts = [fit(drawable(names[i], i), 1.05, size) for i in positions]
-    if max(map(len, texts)) * 0.7 * size < pitch:
-        turned = {}
-    elif len(names) <= FEW:
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    else:
-        turned = {"rotation": 90}
+    turned = {}
+    if max(map(len, texts)) * 0.7 * size >= pitch:
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        turned = slanted if len(names) <= FEW else {"rotation": 90}
     axis.set_yticks(positions, texts, size=size)
     axis.set_xticks(positions, texts, size=size, **turned)
     axis.tick_params(length=0)
@@ -246,14 +241,11 @@ def samples(subtitle: str, images: np.ndarray, labels: np.ndarray, names: list[s
 
 
 @as_png
-def mistakes(
-    subtitle: str, images: Sequence, labels: np.ndarray, probabilities: np.ndarray, names: list[str]
-) -> bytes:
+def mistakes(subtitle: str, images: Sequence, labels: np.ndarray, probabilities: np.ndarray, names: list):
     """The most confident wrong predictions; images: uint8 [H, W, C] by index, read only if drawn."""
-    guesses = probabilities.argmax(1)
+    guesses, confidence = probabilities.argmax(1), probabilities.max(1)
     wrong = np.flatnonzero(guesses != labels)
-    order = np.argsort(-probabilities[wrong, guesses[wrong]], kind="stable")
-    chosen = wrong[order][:GRID]
+    chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:GRID]
     if not len(chosen):
         figure = new_figure("Wrong predictions", subtitle, WIDTH, 1, arranged=False)
         figure.text(0.5, 0.3, "None: every test image is classified correctly.", ha="center", size=11)
@@ -261,10 +253,10 @@ def mistakes(
     captions = []
     for i in chosen:
         guess, true = (fit(drawable(names[c], c), 0.64, 8) for c in (guesses[i], labels[i]))
-        confidence = f"{probabilities[i, guesses[i]]:.1%}"
-        captions.append([(f"pred: {guess}", ORANGE), (confidence, GREY), (f"true: {true}", INK)])
-    part = f", {len(chosen)} of {len(wrong):,}" if len(chosen) < len(wrong) else ""
-    title = f"Most confident wrong predictions{part}"
+        lines = [(f"pred: {guess}", ORANGE), (f"{confidence[i]:.1%}", GREY), (f"true: {true}", INK)]
+        captions.append(lines)
+    title = "Most confident wrong predictions"
+    title += f", {len(chosen)} of {len(wrong):,}" if len(chosen) < len(wrong) else ""
     return draw_grid(title, subtitle, [images[int(i)] for i in chosen], captions)
 
 
@@ -285,10 +277,7 @@ def draw_grid(title, subtitle, images, captions):
         middle, top = MARGIN + column * cell + (cell - gap) / 2, row * step
         bottom = top + image_height
         extent = (middle - image_width / 2, middle + image_width / 2, bottom, top)
-        if image.shape[2] == 1:
-            axis.imshow(image.squeeze(2), extent=extent, cmap="gray", vmin=0, vmax=255)
-        else:
-            axis.imshow(image, extent=extent)
+        axis.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255)  # the last three: if it is grey
         for number, (text, colour) in enumerate(lines):
             text, below = fit(text, cell - 0.08, 8), bottom + 0.05 + line * number
             axis.text(middle, below, text, ha="center", va="top", size=8, color=colour)

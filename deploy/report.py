@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import string
+from pathlib import Path
 
 from deploy.card import busy, formatted
 from deploy.card import per_class as per_class  # these four for step1, which imports this module only
@@ -40,8 +41,7 @@ def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str 
         epochs_section(run_dir),
         runs_section(run, config, runs_dir, exports_dir),
     ]
-    with open(os.path.join(os.path.dirname(__file__), "report.html.template"), encoding="utf-8") as file:
-        template = string.Template(file.read())
+    template = string.Template(Path(__file__).with_name("report.html.template").read_text(encoding="utf-8"))
     parts = {"run": text(run), "about": header(config, summary), "tiles": tiles(summary)}
     path = os.path.join(run_dir, "report.html")
     with replacing(path) as file:
@@ -52,8 +52,7 @@ def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str 
 def read_json(path):
     """The dict in a JSON file; an empty one if there is none."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -100,10 +99,8 @@ def tiles(summary):
         "parameters": formatted(summary.get("parameters"), ","),
     }
     notes = {"calibration error": calibration_note(summary)}
-    tile = "<div><span class=soft>{}</span><b>{}</b>{}</div>"
-    return "".join(
-        tile.format(name, figure, notes.get(name, "")) for name, figure in figures.items() if figure != "-"
-    )
+    known = [(name, figure, notes.get(name, "")) for name, figure in figures.items() if figure != "-"]
+    return "".join("<div><span class=soft>{}</span><b>{}</b>{}</div>".format(*tile) for tile in known)
 
 
 def calibration_note(summary):
@@ -151,10 +148,9 @@ def export_section(run, export):
         return f"<section><h2>Export</h2><p>Not exported yet: {command}</p></section>"
     head = "format,file,size,parity,largest difference,on probes,top-1 agreement,accuracy"
     inner = table([*head.split(","), "speedup (batch 1; 64)", "latency (batch 1)"], rows)
-    return (
-        "<section><h2>Export</h2><p>Each file was compared with the trained network on the test split and on "
-        f"synthetic probes.</p>{inner}<ul class=bad>{''.join(remarks)}</ul></section>"
-    )
+    about = "Each file was compared with the trained network on the test split and on synthetic probes."
+    remarks = f"<ul class=bad>{''.join(remarks)}</ul>"
+    return f"<section><h2>Export</h2><p>{about}</p>{inner}{remarks}</section>"
 
 
 def configuration_section(config):
