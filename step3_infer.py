@@ -348,8 +348,7 @@ def read_spec(text: str | None, path: str) -> dict:
             raise Problem(f"{path} has a spec of schema {spec['schema']}: it needs a newer step3_infer.py")
         classes, channels = spec["classes"], spec["channels"]
         valid = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-        valid = valid and isinstance(channels, int)
-        valid = valid and spec.setdefault("white", 65535) in range(1, 65536)  # of 16-bit pixels
+        valid = valid and isinstance(channels, int) and spec.setdefault("white", 65535) in range(1, 65536)
         if {"classification": True, "regression": False}[spec["task"]]:  # a KeyError for any other
             height, width = spec["image_size"]
             valid = valid and len(classes) > 1 and channels in (1, 3)
