@@ -155,6 +155,8 @@ def describe_trust(spec, passed):
         yield from describe_calibration(measured)
     if spec.get("known"):
         yield from describe_known({name: each for name, each in measured.items() if "familiar" in each})
+    if any(figures.get("camera") for figures in measured.values()):
+        yield from describe_camera({file: figures["camera"] for file, figures in measured.items()})
     options = {"--reject": spec.get("reject"), "--min-probability": spec.get("min_probability")}
     thresholds = [f"`{option} {value:g}`" for option, value in options.items() if value is not None]
     if thresholds:
@@ -207,6 +209,20 @@ def describe_known(measured):
         "`known` finds other kinds of pictures, of which only these were tried. An unfamiliar object that\n"
         "is photographed like the training images is mostly given a known name."
     )
+
+
+def describe_camera(measured):
+    """A table of the accuracy of each file on pictures as a camera changes them."""
+    first = next(iter(measured.values()))
+    rows = [
+        [
+            f"{change['change']} {change['strength']}",
+            *(f"{each[number]['accuracy']:.1%}" for each in measured.values()),
+        ]
+        for number, change in enumerate(first)
+    ]
+    yield "Test images, changed as cameras change them, were classified as follows."
+    yield markdown_table(["change", *measured], rows)
 
 
 def describe_regression(spec):

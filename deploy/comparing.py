@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deploy import reliability
+from deploy import camera, reliability
 from step3_infer import Model
 
 BATCHES = (1, 7, 64)
+CAMERA_IMAGES = 500  # at most
 KEPT = (0.99, 0.95)  # the shares that thresholds of `known` are tried for
 KNOWN_BINS = 20  # of histograms of `known`: a threshold that keeps 95 % cuts off the first one
 
@@ -87,7 +88,15 @@ def test_figures(spec: dict, exported: Model, got: Outputs, expected: Outputs, d
     if not np.isfinite(got.main).all():  # a failure of `compare`
         return figures, []
     promised, failures = promises(spec, got, labels)
-    return figures | promised | trust(spec, exported, got, labels), failures
+    figures |= promised | trust(spec, exported, got, labels)
+    return figures | {"camera": changed_by_a_camera(exported, dataset)}, failures
+
+
+def changed_by_a_camera(exported: Model, dataset) -> list[dict]:
+    """Accuracy and the mean of `known` under everyday changes, on test images spread over the whole split."""
+    chosen = slice(None, None, -(-len(dataset.test_labels) // CAMERA_IMAGES))
+    rows = camera.survey(exported, dataset.test_images[chosen], dataset.test_labels[chosen])
+    return [row._asdict() for row in rows]
 
 
 def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:

@@ -37,6 +37,7 @@ def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str 
         *picture_sections(run_dir),
         classes_section(summary.get("per_class", {})),
         export_section(run, export),
+        camera_section(export),
         configuration_section(config),
         epochs_section(run_dir),
         runs_section(run, config, runs_dir, exports_dir),
@@ -151,6 +152,22 @@ def export_section(run, export):
     about = "Each file was compared with the trained network on the test split and on synthetic probes."
     remarks = f"<ul class=bad>{''.join(remarks)}</ul>"
     return f"<section><h2>Export</h2><p>{about}</p>{inner}{remarks}</section>"
+
+
+def camera_section(export):
+    """The accuracy of each exported file on test images as a camera changes them, and the mean of `known`."""
+    measured = {name: figures["camera"] for name, figures in export.items() if figures.get("camera")}
+    if not measured:
+        return ""
+    rows = []
+    for changes in zip(*measured.values(), strict=True):
+        cells = [text(f"{changes[0]['change']} {changes[0]['strength']}")]
+        for change in changes:
+            cells += [formatted(change["accuracy"], ".1%"), formatted(change["known"], ".2f")]
+        rows.append(cells)
+    head = ["change", *(cell for name in measured for cell in (f"{text(name)}: accuracy", "mean of known"))]
+    about = "Some images of the test split, changed as cameras change them in everyday use."
+    return f"<section><h2>Pictures as a camera changes them</h2><p>{about}</p>{table(head, rows)}</section>"
 
 
 def configuration_section(config):

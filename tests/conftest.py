@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402
-from deploy import gate, report  # noqa: E402
+from deploy import comparing, gate, report  # noqa: E402
 
 
 @dataclass
@@ -109,6 +109,7 @@ def independent(request, monkeypatch):
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(report, "draw_run", lambda *args, **more: [])
         monkeypatch.setattr(report, "draw_familiar", lambda *args: None)
+        monkeypatch.setattr(comparing, "changed_by_a_camera", lambda *args: [])
     with same_threads():
         yield
 

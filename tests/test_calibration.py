@@ -56,7 +56,8 @@ def test_a_network_without_a_mistake_is_not_taken_for_infallible():
 
 def familiarity(statistics, logits):
     gaussian = calibration.fit_gaussian(statistics)
-    return model.Familiarity(calibration.fit_familiarity(gaussian, statistics, logits.amax(1)))
+    distance = calibration.log_distance(gaussian, statistics)
+    return model.Familiarity(calibration.fit_familiarity(gaussian, distance, logits.amax(1)))
 
 
 def test_known_is_the_share_of_held_out_images_that_look_less_familiar():

@@ -1,5 +1,6 @@
 """deploy/camera.py: everyday changes of test images, and how a file does under them."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 import data
+import step2_export
 import step3_infer
 from deploy import camera
 
@@ -117,3 +119,14 @@ def test_the_default_network_holds_under_a_camera(trained):
     for function, strength in ((camera.noise, 16), (camera.contrast, 0.5), (camera.contrast, 0.3)):
         accuracy, _ = camera.measure(file, digits.test_images, digits.test_labels, function, strength)
         assert accuracy > clean - 0.06, (function, strength)
+
+
+@pytest.mark.pictures
+def test_the_table_stands_in_the_report_and_on_the_card(call, small_run, here):
+    call(step2_export.main, "--format", "onnx", "--bundle").done()
+    figures = json.loads((here / "exports" / "small" / "parity.json").read_text())["onnx"]["camera"]
+    assert [row["change"] for row in figures] == ["none", *camera.CHANGES]
+    report = (small_run / "report.html").read_text()
+    card = (here / "exports" / "small" / "bundle" / "MODEL_CARD.md").read_text()
+    for text in (report, card):
+        assert "lower resolution x0.5" in text and f"{figures[-1]['accuracy']:.1%}" in text

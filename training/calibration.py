@@ -69,18 +69,22 @@ def fit_gaussian(statistics: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"weight": weight, "bias": -mean @ weight}
 
 
-def fit_familiarity(gaussian: dict, statistics: torch.Tensor, largest: torch.Tensor) -> dict:
-    """The tensors of model.Familiarity, from a Gaussian, held-out statistics [n, d] and largest logits [n].
+def log_distance(gaussian: dict, statistics: torch.Tensor) -> torch.Tensor:
+    """The logarithm [n] of the squared Mahalanobis distance of statistics [n, d]."""
+    return (statistics.double() @ gaussian["weight"] + gaussian["bias"]).square().sum(1).log()
+
+
+def fit_familiarity(gaussian: dict, distance: torch.Tensor, largest: torch.Tensor) -> dict:
+    """The tensors of model.Familiarity, from a Gaussian, held-out log_distance [n] and largest logits [n].
 
     Distance and logit count alike, each in its own deviations; a logit counts for one at most.
     """
-    distance = (statistics.double() @ gaussian["weight"] + gaussian["bias"]).square().sum(1).log()
     largest, limit = largest.double(), distance.std()
     factor = limit / largest.std().clamp(min=1e-6)
-    logit = torch.stack([factor, -factor * largest.mean(), limit])
-    state = {**gaussian, "logit": logit, "table": torch.zeros(1)}
-    scores = model.Familiarity(state).double().score(statistics.double(), largest[:, None])
-    state["table"] = torch.quantile(scores, (torch.arange(TABLE) + 0.5).double() / TABLE)
+    offset = -factor * largest.mean()
+    scores = torch.minimum(largest * factor + offset, limit) - distance
+    table = torch.quantile(scores, (torch.arange(TABLE) + 0.5).double() / TABLE)
+    state = {**gaussian, "logit": torch.stack([factor, offset, limit]), "table": table}
     return {name: tensor.float() for name, tensor in state.items()}
 
 
@@ -113,27 +117,39 @@ def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibra
     layers = layers_of(deployable, train)
     gaussian = fit_gaussian(describe(deployable, layers, some(train))[1])
     logits, statistics, labels = describe(deployable, layers, held_out)
-    familiarity = fit_familiarity(gaussian, statistics, logits.amax(1))
+    familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics), logits.amax(1))
     return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(labels))
+
+
+def halves(deployable, layers: tuple[str, ...], train: Split):
+    """The Gaussian of one half of training images, and log_distance and largest logits of the other half."""
+    logits, statistics, _ = describe(deployable, layers, some(train))
+    gaussian = fit_gaussian(statistics[::2])
+    return gaussian, log_distance(gaussian, statistics[1::2]), logits[1::2].amax(1).double()
+
+
+def scaled_like(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Values [n] with the median of others [m], and as far above it for the best tenth."""
+    scales = [x.quantile(0.9) - x.median() for x in (values, others)]
+    return (values - values.median()) * (scales[1] / scales[0].clamp(min=1e-6)) + others.median()
 
 
 def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_out: Split) -> Calibration:
     """Calibrate a network by its twin, another one that was trained without `held_out`.
 
-    The temperature is the twin's. What is familiar is learned from one half of the network's own images, and
-    how familiar such images look from the other; their logits, the larger for having been trained on, are
-    reduced as the twin's are from images that it was trained on to those held out.
+    The temperature is the twin's. What is familiar is learned from one half of the network's own images. How
+    familiar new images look is the twin's view of those held out, in the network's scale, which is that of
+    the other half: having been trained on, these lack the images that look least familiar.
     """
     layers = layers_of(deployable, train)
-    logits, _, labels = describe(twin, layers, held_out)
-    seen = describe(twin, layers, some(twin_train))[0].amax(1)
-    own, statistics, _ = describe(deployable, layers, some(train))
-    own, statistics, gaussian = own.amax(1)[1::2], statistics[1::2], fit_gaussian(statistics[::2])
-    ranks = (own.argsort().argsort() + 0.5) / len(own)
-    own = own + logits.amax(1).quantile(ranks) - seen.quantile(ranks)
-    familiarity = fit_familiarity(gaussian, statistics, own)
-    source = f"a twin trained on {len(twin_train):,} of the images"
-    return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(own))
+    gaussian = fit_gaussian(describe(twin, layers, some(twin_train))[1])
+    logits, statistics, labels = describe(twin, layers, held_out)
+    new = log_distance(gaussian, statistics), logits.amax(1).double()
+    gaussian, *own = halves(deployable, layers, train)
+    scaled = [scaled_like(values, others) for values, others in zip(new, own, strict=True)]
+    source, count = f"a twin trained on {len(twin_train):,} of the images", len(labels)
+    familiarity = fit_familiarity(gaussian, *scaled)
+    return Calibration(fit_temperature(logits, labels), source, count, familiarity, layers, count)
 
 
 def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
