@@ -1,6 +1,4 @@
-"""Augmentation of whole batches: shifts and flips while gathering, then crops and rotations, then what a
-camera does: blur, colours, noise.
-"""
+"""Augmentation of whole batches: shifts and flips, then crops and rotations, then blur, colours and noise."""
 
 import functools
 import math
@@ -90,9 +88,8 @@ def warp(images: torch.Tensor, random: torch.Tensor, crop: bool, rotate: bool) -
         ratio = torch.exp((2 * ratio - 1) * math.log(WIDEST_CROP))
         wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     angle = torch.deg2rad((2 * angle - 1) * MOST_DEGREES) if rotate else torch.zeros_like(angle)
-    height, width = images.shape[1:3]
     cos, sin = angle.cos(), angle.sin()
-    aspect = height / width  # so that a rotation in normalised coordinates is one in pixels
+    aspect = images.shape[1] / images.shape[2]  # so that a rotation is one in pixels, too
     shift_x, shift_y = (2 * x - 1) * (1 - wide), (2 * y - 1) * (1 - high)
     rows = [wide * cos, -high * sin * aspect, shift_x, wide * sin / aspect, high * cos, shift_y]
     theta = torch.stack(rows, 1).view(-1, 2, 3)
@@ -137,7 +134,7 @@ def gaussians(size: int, sigma: torch.Tensor) -> torch.Tensor:
 def change_colours(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """Change brightness, contrast and saturation of uint8 [n, H, W, C], as torchvision's ColorJitter does.
 
-    Each by up to 40 %.     random: uniform in 0..1, [n, 3]. Grey images have no saturation.
+    Each by up to 40 %. random: uniform in 0..1, [n, 3]. Grey images have no saturation.
     """
     factors = 1 + (2 * random - 1) * COLOUR_STRENGTH
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -82,8 +83,7 @@ def prefetch(images: np.ndarray, index: np.ndarray) -> None:
 
 
 def read_json(path: str):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_json(path: str, content) -> None:

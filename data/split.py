@@ -52,14 +52,7 @@ class Split:
         return whole + (rest >= 2 * processes or whole == 0)  # batch norm cannot train on a single image
 
     def shuffled(
-        self,
-        batch_size: int,
-        augment: list[str],
-        epoch: int,
-        seed: int,
-        done: int = 0,
-        process: int = 0,
-        processes: int = 1,
+        self, batch_size: int, augment: list[str], epoch: int, seed: int, done=0, process=0, processes=1
     ) -> Iterator[tuple]:
         """Yield (images, labels, how many the whole batch has) in random order, augmented; see `gather`.
 
@@ -124,14 +117,11 @@ def make_splits(dataset, settings, device: torch.device, resize: Callable) -> di
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Two parts of a split, the second with `fraction` of each class, of a regression that of all."""
     labels = split.labels.cpu().numpy()[split.members]
-    labels = np.zeros(len(labels), np.int64) if labels.ndim > 1 else labels
-    chosen = stratified(labels, fraction, seed)
+    chosen = stratified(labels if labels.ndim == 1 else np.zeros(len(labels)), fraction, seed)
     return split.part(~chosen), split.part(chosen)
 
 
-def make_split(
-    images: np.ndarray, labels: np.ndarray, size: tuple[int, int], device: torch.device, resize: Callable
-) -> Split:
+def make_split(images: np.ndarray, labels: np.ndarray, size, device: torch.device, resize: Callable) -> Split:
     """A Split of arrays on the device, images resized to `size` by `resize`, the exported graph's own.
 
     On a GPU, a set too large for it stays in the machine's memory.

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
@@ -50,6 +51,5 @@ def run_step3(spec: dict, file: str, inputs: np.ndarray, folder: str, pictures: 
     else:
         command += ["--top-k", str(len(spec["classes"])), pictures]
         for index, image in enumerate(inputs):
-            with open(os.path.join(pictures, f"{index:03}.png"), "wb") as picture:
-                picture.write(to_png(image))
+            Path(pictures, f"{index:03}.png").write_bytes(to_png(image))
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")

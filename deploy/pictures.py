@@ -262,10 +262,8 @@ def mistakes(subtitle: str, images: Sequence, labels: np.ndarray, probabilities:
 
 def draw_grid(title, subtitle, images, captions):
     """Images in rows of COLUMNS, each with its lines of (text, colour) under it."""
-    gap, line = 0.1, 0.155  # inches
-    cell = (WIDTH - 2 * MARGIN + gap) / COLUMNS
-    images = [np.asarray(image) for image in images]
-    ratio = images[0].shape[0] / images[0].shape[1]
+    gap, line, images = 0.1, 0.155, [np.asarray(image) for image in images]  # the numbers: inches
+    cell, ratio = (WIDTH - 2 * MARGIN + gap) / COLUMNS, images[0].shape[0] / images[0].shape[1]
     image_height = (cell - gap) * min(ratio, 2)
     image_width = image_height / ratio
     step = image_height + line * len(captions[0]) + 0.16
@@ -274,9 +272,8 @@ def draw_grid(title, subtitle, images, captions):
     axis = add_axes_at(figure, 0, 0, WIDTH, height)
     for k, (image, lines) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(k, COLUMNS)
-        middle, top = MARGIN + column * cell + (cell - gap) / 2, row * step
-        bottom = top + image_height
-        extent = (middle - image_width / 2, middle + image_width / 2, bottom, top)
+        middle, bottom = MARGIN + column * cell + (cell - gap) / 2, row * step + image_height
+        extent = (middle - image_width / 2, middle + image_width / 2, bottom, row * step)
         axis.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255)  # the last three: if it is grey
         for number, (text, colour) in enumerate(lines):
             text, below = fit(text, cell - 0.08, 8), bottom + 0.05 + line * number

@@ -24,8 +24,8 @@ def image_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     size = match and (int(match[1]), int(match[2] or match[1]))
     if not size or not 1 <= min(size) <= max(size) <= 4096:
-        message = f"{text!r} is not a size such as 32 or 48x64 (height x width, 1 to 4096)"
-        raise argparse.ArgumentTypeError(message)
+        wanted = "a size such as 32 or 48x64 (height x width, 1 to 4096)"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return size
 
 

@@ -29,8 +29,8 @@ def print_settings(trainer, threads: str = "") -> None:
     settings, dataset, network = trainer.settings, trainer.dataset, trainer.deployable.network
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    options = {name: getattr(settings, name) for name in model.options_of(settings.model)}
-    options = "".join(f", {name} {value}" for name, value in options.items() if value is not None)
+    options = [(name, getattr(settings, name)) for name in model.options_of(settings.model)]
+    options = "".join(f", {name} {value}" for name, value in options if value is not None)
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in trainer.splits.items())
     *size, channels = dataset.train_images.shape[1:]
     kind, given = f"{channels} features", ""
@@ -73,8 +73,7 @@ def print_row(trainer, epoch: int, measured: tuple, seconds: float) -> None:
         return
     train_loss, train_accuracy, loss, accuracy = measured
     first, second = ("-" if value is None else f"{value:.2%}" for value in (train_accuracy, accuracy))
-    losses = f"{train_loss:.4f}", f"{loss:.4f}"
-    line = f"{epoch:5d}   {losses[0]:>10}  {first:>8}  {losses[1]:>13}  {second:>8}  {seconds:8.1f}"
+    line = f"{epoch:5d}   {train_loss:10.4f}  {first:>8}  {loss:13.4f}  {second:>8}  {seconds:8.1f}"
     print(line, flush=True)
 
 

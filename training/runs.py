@@ -195,8 +195,7 @@ def check_schema(path: str, schema: int) -> None:
 def read_config(run: str) -> dict:
     """The arguments in config.json. Raises Problem."""
     try:
-        with open(os.path.join(run, CONFIG), encoding="utf-8") as file:
-            arguments = json.load(file)
+        arguments = json.loads(Path(run, CONFIG).read_text(encoding="utf-8"))
         return {**arguments, "image_size": tuple(arguments["image_size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Problem(f"{run} holds neither a checkpoint nor a {CONFIG} ({error}): start it again") from None

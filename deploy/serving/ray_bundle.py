@@ -62,9 +62,8 @@ def predict_files(source: str, target: str, workers: int | None) -> tuple[int, i
     workers = workers or max(1, int(cpus) - 1)
     images = ray.data.read_binary_files(source, include_paths=True)
     pool = ray.data.ActorPoolStrategy(size=workers)
-    predictions = images.map_batches(
-        Worker, batch_size=32, num_cpus=cpu_share(cpus - 1, workers), compute=pool
-    ).materialize()
+    share = cpu_share(cpus - 1, workers)
+    predictions = images.map_batches(Worker, batch_size=32, num_cpus=share, compute=pool).materialize()
     predictions.map(lambda row: row["prediction"]).write_json(target)
     return predictions.count(), predictions.sum("failed") or 0
 
@@ -92,9 +91,8 @@ def serve(replicas: int | None, port: int) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     add = parser.add_argument
     add("what", choices=("files", "serve"), help="predict files in bulk, or serve HTTP requests")
     add("bundle", help="the unpacked bundle")
@@ -116,9 +114,8 @@ def main() -> int:
         parser.error("serve takes neither a source nor a target directory")
     if args.replicas is not None and args.replicas < 1:
         parser.error("--replicas needs at least one worker process")
-    source, target = (
-        path and (path if "://" in path else os.path.abspath(path)) for path in (args.source, args.target)
-    )
+    paths = args.source, args.target
+    source, target = (path if not path or "://" in path else os.path.abspath(path) for path in paths)
     if source and "://" not in source and not os.path.exists(source):
         parser.error(f"no file or directory {args.source}")
     # Reading needs a CPU beside the one of a worker.
