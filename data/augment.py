@@ -16,14 +16,7 @@ MOST_NOISE = 12  # standard deviation, in grey levels
 LUMA = (0.299, 0.587, 0.114)  # as Pillow weighs red, green and blue
 
 
-def gather(
-    images: torch.Tensor,
-    index: torch.Tensor,
-    augment: list[str],
-    flips: torch.Tensor,
-    generator: torch.Generator,
-    share: slice = slice(None),
-) -> torch.Tensor:
+def gather(images, index, augment: list[str], flips, generator, share: slice = slice(None)) -> torch.Tensor:
     """A share of one batch, augmented: uint8 [share, H, W, C] from `images` [N, H, W, C] by `index` [batch].
 
     translate shifts by up to 1/16 of the size, mirroring at the edge; flip mirrors left to right where

@@ -22,15 +22,15 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     paths = [path for files in listing.splits.values() for path in files.paths]
     loaded = load_images(paths, len(listing.splits["train"]), data_dir, options)
     arrays, kept_splits, fingerprint = {}, {}, {"classes": listing.classes}
-    first, first_kept = 0, 0
+    first = first_kept = 0
     for split, files in listing.splits.items():
-        kept = loaded.kept[first : first + len(files)]
-        sizes = loaded.sizes[first : first + len(files)]
-        kept_splits[split] = files.part(kept)
-        fingerprint[split] = kept_splits[split].fingerprint(sizes[kept])
-        arrays[f"{split}_images"] = loaded.pixels[first_kept : first_kept + int(kept.sum())]
-        arrays[f"{split}_labels"] = kept_splits[split].labels
-        first, first_kept = first + len(files), first_kept + int(kept.sum())
+        rows = slice(first, first + len(files))
+        kept, sizes = loaded.kept[rows], loaded.sizes[rows]
+        part = kept_splits[split] = files.part(kept)
+        fingerprint[split] = part.fingerprint(sizes[kept])
+        arrays[f"{split}_images"] = loaded.pixels[first_kept : first_kept + len(part)]
+        arrays[f"{split}_labels"] = part.labels
+        first, first_kept = rows.stop, first_kept + len(part)
     check_splits(data_dir, listing, Listing(listing.classes, kept_splits), held_out)
     return Dataset(name, listing.classes, **arrays, white=loaded.white, fingerprint=fingerprint)
 

@@ -69,9 +69,9 @@ def publish(
         "parity.json": json.dumps(timeless, indent=2, allow_nan=False) + "\n",
     }
     for name, text in texts.items():
-        write(folder, name, text.encode())
+        Path(folder, name).write_bytes(text.encode())
     sums = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in contents(folder)]
-    write(folder, SUMS, "".join(sums).encode())
+    Path(folder, SUMS).write_bytes("".join(sums).encode())
     for name in contents(folder):  # whatever the umask and the clone say
         os.chmod(os.path.join(folder, name), mode(name))
     write_archive(folder, path)
@@ -144,14 +144,10 @@ def write_samples(folder, samples):
     for index, (png, expected) in enumerate(samples):
         if png is not None:
             name = f"samples/{index:02}.png"
-            write(folder, name, png)
+            Path(folder, name).write_bytes(png)
             expected = {"path": name, **expected}
         lines.append(json.dumps(expected) + "\n")
-    write(folder, "samples/expected.jsonl", "".join(lines).encode())
-
-
-def write(folder, name, content):
-    Path(folder, name).write_bytes(content)
+    Path(folder, "samples", "expected.jsonl").write_bytes("".join(lines).encode())
 
 
 def mode(name):

@@ -59,11 +59,10 @@ def make_optimizer(network: torch.nn.Module, settings: argparse.Namespace) -> to
         groups = [{"params": parameters, "lr": settings.lr}]
     split = []
     for group in groups:
-        weights = [p for p in group["params"] if p.ndim > 1]
-        others = [p for p in group["params"] if p.ndim <= 1]
-        split.append({**group, "params": weights, "weight_decay": settings.weight_decay})
-        split.append({**group, "params": others, "weight_decay": 0.0})
-    groups = [{**group, "highest_lr": group["lr"]} for group in split if group["params"]]
+        for is_weight, decay in ((True, settings.weight_decay), (False, 0.0)):
+            chosen = [p for p in group["params"] if (p.ndim > 1) == is_weight]
+            split.append({**group, "params": chosen, "weight_decay": decay, "highest_lr": group["lr"]})
+    groups = [group for group in split if group["params"]]
     if settings.optimizer == "muon":
         return Muon(groups, settings.momentum)
     if settings.optimizer == "sgd":

@@ -1,6 +1,5 @@
 """A run in progress: what works on it and how far it has come; it counts, seeds, stops, saves and resumes."""
 
-import argparse
 import contextlib
 import copy
 import importlib.metadata
@@ -13,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import data
 from data.split import Split, seed_of
 from step3_infer import SCHEMA, Problem
 from training import cpu, optimizers, runs
 from training.calibration import Calibration
-from training.processes import Machine, Signals, Stopped
+from training.processes import Signals, Stopped
 
 # The part of the logarithms of the classes' shares that --class-weights takes. With 1 the mean recall is
 # best, and the accuracy falls most.
@@ -58,19 +56,13 @@ class Evaluation(NamedTuple):
 class Trainer:
     """The network of a run with its optimizer, data and progress, in one of `processes` that train together.
 
-    deployable: the network with its preprocessing, on the device that trains. splits: "train", "test", and
-    "val" or "held-out" if there is one. is_twin: it prints nothing. calibration: made at the end.
+    run: its directory. dataset: a data.Dataset. splits: "train", "test", and "val" or "held-out" if there is
+    one. deployable: the network with its preprocessing, on the device that trains. machine: a
+    processes.Machine. is_twin: it prints nothing. calibration: made at the end.
     """
 
     def __init__(
-        self,
-        settings: argparse.Namespace,
-        run: str,
-        dataset: data.Dataset,
-        splits: dict[str, Split],
-        deployable: torch.nn.Module,
-        machine: Machine,
-        is_twin: bool = False,
+        self, settings, run, dataset, splits: dict[str, Split], deployable, machine, is_twin: bool = False
     ):
         self.settings, self.run, self.dataset, self.splits = settings, run, dataset, splits
         self.deployable, self.machine, self.is_twin = deployable, machine, is_twin
@@ -248,7 +240,9 @@ class Trainer:
 
 def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibration=None) -> dict:
     """What the exported file will say of itself; deploy/README.md explains the keys."""
-    regression = dataset.task == "regression"
+    regression, versions = dataset.task == "regression", {"python": platform.python_version()}
+    versions["torch"] = str(torch.__version__)
+    versions["torchvision"] = importlib.metadata.version("torchvision")  # importing it takes a second
     made = calibration and {"source": calibration.source, "images": calibration.images}
     return {
         "schema": SCHEMA,
@@ -264,11 +258,7 @@ def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibr
         "parameters": sum(p.numel() for p in deployable.network.parameters()),
         "test_accuracy": test_accuracy,
         "arguments": vars(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
-        },
+        "versions": versions,
         "white": dataset.white,  # the level of 16-bit pixels that becomes 255
         "temperature": calibration.temperature if calibration else None,
         "calibration": made,
