@@ -301,17 +301,14 @@ def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict 
     return deployable
 
 
-def set_up(settings, directory, dataset, splits, machine, checkpoint, is_twin=False) -> Trainer:
-    """The network and what works on it, as the checkpoint left them if there is one. Raises Problem."""
+def build_on(machine: processes.Machine, settings, dataset, checkpoint) -> model.Deployable:
+    """What `build` makes by the seed of the settings, ready to be trained on the machine. Raises Problem."""
     torch.manual_seed(settings.seed)
     deployable = build(settings, dataset, checkpoint)
     deployable.to(machine.device, memory_format=model.traits(settings.model).memory_format)
     if machine.device.type == "cpu" and machine.dtype is not None:
         cpu.lay_side_by_side(deployable.network)
-    trainer = Trainer(settings, directory, dataset, splits, deployable, machine, is_twin)
-    if checkpoint:
-        trainer.restore(checkpoint["training"])
-    return trainer
+    return deployable
 
 
 # ----------------------------------------------------------------------------------------------------- result
@@ -321,9 +318,11 @@ def train_twin(trainer: Trainer, parts: dict[str, Split]) -> model.Deployable:
     """Train another network like the first, on `parts`; it can be resumed, too. See calibration.of_run."""
     directory, checkpoint = trainer.processes.from_first(lambda: runs.begin_twin(trainer.run))
     settings = calibration.settings_of_twin(trainer.settings)
-    twin = set_up(settings, directory, trainer.dataset, parts, trainer.machine, checkpoint, is_twin=True)
+    deployable = build_on(trainer.machine, settings, trainer.dataset, checkpoint)
+    twin = Trainer(settings, directory, trainer.dataset, parts, deployable, trainer.machine, is_twin=True)
+    twin.restore(checkpoint)
     fit(twin)
-    return twin.deployable
+    return deployable
 
 
 def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
@@ -339,7 +338,8 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
         return
     if best:
         console.print_kept(trainer)
-    trainer.save(evaluated.accuracy)
+    if best or trainer.calibration:
+        trainer.save(evaluated.accuracy)
     summary, outputs = summarise(trainer, deployable, evaluated, report)
     runs.write_json(trainer.run, runs.SUMMARY, summary)
     write_pictures(trainer, deployable, evaluated.accuracy, outputs)
@@ -392,11 +392,13 @@ def run(args: argparse.Namespace, given: dict) -> int:
         threads, reason = cpu.set_threads(given.get("threads"), settings.threads)
         settings = argparse.Namespace(**{**vars(settings), "threads": threads})
         machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
+        deployable = build_on(machine, settings, dataset, checkpoint)
         splits = make_splits(dataset, settings, machine.device, model.resize)
         if directory is None:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
-        trainer = set_up(settings, directory, dataset, splits, machine, checkpoint)
+        trainer = Trainer(settings, directory, dataset, splits, deployable, machine)
+        trainer.restore(checkpoint)
         announce(trainer, checkpoint, reason)
         try:
             write_result(trainer, fit(trainer))

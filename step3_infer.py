@@ -194,9 +194,10 @@ class Model:
         wanted = len(inputs), len(self.spec["classes"])
         if outputs.shape != wanted:
             raise Problem(f"the model's spec is wrong: it promises outputs {wanted}, not {outputs.shape}")
-        if [known.shape for known in more] != ([wanted[:1]] if self.spec["known"] else []):
-            raise Problem("the model's spec is wrong: it does not fit the output `known`")
-        return outputs, more[0] if more else None
+        known = next(iter(more), None) if self.spec["known"] else None
+        if self.spec["known"] and (known is None or known.shape != wanted[:1]):
+            raise Problem("the model's spec is wrong: it promises an output `known`")
+        return outputs, known
 
 
 def predict(path_or_array, model: Model, top_k: int = 3) -> dict:

@@ -205,10 +205,11 @@ def prove_int8(run: Run, file: str, dataset, expected: Outputs, max_drop: float)
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
     figures, _ = compare(expected.main, got.main, 1.0)
     more, found = test_figures(run.spec, exported, got, expected, dataset)
-    figures, failures = figures | more, failures + found
+    figures |= more
     drop = figures["drop"] = round(100 * (figures["accuracy_trained"] - figures["accuracy"]), 3)
     if not drop <= max_drop:
         failures.append(f"it loses {drop:.2f} points of accuracy, --max-drop allows {max_drop:g}")
+    failures += found
     for name, probe in probes(run.spec):
         if not np.allclose(predictions(exported, probe).main.sum(1), 1, atol=1e-3):
             failures.append(f"{name}: the probabilities do not add up to 1")

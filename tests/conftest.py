@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402
 from deploy import comparing, gate, report  # noqa: E402
+from training import recipes  # noqa: E402
 
 
 @dataclass
@@ -103,13 +104,15 @@ def same_threads():
 
 @pytest.fixture(autouse=True)
 def independent(request, monkeypatch):
-    """No test depends on the random numbers or threads of those before it; pictures only where a test is
-    about them."""
+    """No test depends on the random numbers or threads of those before it; pictures and twins only where a
+    test is about them."""
     torch.manual_seed(0)
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(report, "draw_run", lambda *args, **more: [])
         monkeypatch.setattr(report, "draw_familiar", lambda *args: None)
         monkeypatch.setattr(comparing, "changed_by_a_camera", lambda *args: [])
+    if not request.node.get_closest_marker("calibrated"):
+        monkeypatch.setattr(recipes, "FEW_TO_CALIBRATE", 10**9)
     with same_threads():
         yield
 

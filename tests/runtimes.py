@@ -24,7 +24,7 @@ def torchscript(export, threads):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
         module = torch.jit.load(str(export / "model.pt"))
-    return torch.inference_mode()(lambda images: module(torch.from_numpy(images)).numpy())
+    return torch.inference_mode()(lambda images: module(torch.from_numpy(images))[0].numpy())
 
 
 def pt2(export, threads):
@@ -32,7 +32,7 @@ def pt2(export, threads):
 
     torch.set_num_threads(threads)
     module = torch.export.load(str(export / "model.pt2")).module()
-    return torch.inference_mode()(lambda images: module(torch.from_numpy(images)).numpy())
+    return torch.inference_mode()(lambda images: module(torch.from_numpy(images))[0].numpy())
 
 
 def openvino(export, threads):

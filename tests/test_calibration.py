@@ -16,6 +16,8 @@ import step3_infer
 from deploy import comparing, reliability
 from training import calibration, recipes
 
+pytestmark = pytest.mark.calibrated
+
 
 def noise(size, count=20):
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 1), dtype=np.uint8)
@@ -198,7 +200,7 @@ def test_a_file_can_bring_its_own_thresholds(call, small, small_run, here, sampl
 @pytest.mark.parametrize(
     "lie",
     [
-        {"known": None},
+        {"known": None, "reject": 0.9},
         {"known": {"tolerance": "wide"}},
         {"reject": 7},
         {"min_probability": "half"},

@@ -139,7 +139,7 @@ def pictures(tmp_path_factory):
     blocks = np.random.default_rng(3).integers(0, 256, (3, 5), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     for turn in range(1, 9):
         exif = Image.Exif()
-        exif[step3_infer.ORIENTATION] = turn
+        exif[0x0112] = turn
         photo.save(folder / f"turned{turn}.png", exif=exif)
         flat = Image.fromarray(blocks)  # every decoder gives the same pixels
         flat.save(folder / f"turned{turn}.jpg", exif=exif, quality=100)

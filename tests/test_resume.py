@@ -95,6 +95,7 @@ def test_the_best_epoch_on_the_validation_split_survives_a_stop(call, here, undi
     assert_same(here / "runs" / "digits-mynet", undisturbed / "val")
 
 
+@pytest.mark.calibrated
 def test_a_run_stopped_while_its_twin_trains_ends_with_the_same_calibration(
     call, here, undisturbed, monkeypatch
 ):
@@ -329,12 +330,13 @@ def test_checkpoints_within_an_epoch(call, here, monkeypatch):
         save(*args)
 
     monkeypatch.setattr(runs, "save_checkpoint", watch)
-    call(step1_train.main, *RUN, "--epochs", 1, "--checkpoint-every", 6).done()
+    run = [*RUN, "--epochs", 1, "--calibration", "none"]
+    call(step1_train.main, *run, "--checkpoint-every", 6).done()
     assert saved == [6, 12, 0]
     clock = iter(range(0, 10**6, 30))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))  # half a minute passes at each look
     saved.clear()
-    call(step1_train.main, *RUN, "--epochs", 1, "--checkpoint-every", "2m").done()
+    call(step1_train.main, *run, "--checkpoint-every", "2m").done()
     assert len(saved) == 4
     for wrong in ("soon", "0m", "0.0m", "0", "-5"):
         call(step1_train.main, *RUN, f"--checkpoint-every={wrong}").error(2, f"'{wrong}'", "10m")

@@ -293,7 +293,9 @@ def test_the_command_line_is_not_changed_by_what_is_derived():
 def test_networks_see_what_cameras_do_by_default_but_the_tutorials_do_not(name, channels):
     args, given = step1_train.parse(["--model", name])
     images = np.zeros((50, 32, 32, channels), np.uint8)
-    dataset = SimpleNamespace(task="classification", train_images=images, val_images=None)
+    dataset = SimpleNamespace(
+        task="classification", train_images=images, train_labels=np.zeros(50), val_images=None
+    )
     fitted = recipes.fit_to_images(recipes.resolve(args, given), given, dataset, model.traits(name))
     usual = ["flip", "translate"][channels == 1 :]
     camera = [] if name in ("mlp", "mynet", "resblock") else ["blur", "color", "noise"]

@@ -70,7 +70,8 @@ def test_pt2_passes_the_gate_and_tells_no_paths(all_formats):
     assert [str(size) for size in program.graph_signature.user_inputs] == ["image"]
     with torch.inference_mode():  # batch, height and width are free
         for shape in ((1, 8, 8, 1), (3, 50, 7, 1)):
-            assert program.module()(torch.zeros(shape, dtype=torch.uint8)).shape == (shape[0], 10)
+            probabilities, known = program.module()(torch.zeros(shape, dtype=torch.uint8))
+            assert probabilities.shape == (shape[0], 10) and known.shape == (shape[0],)
     with zipfile.ZipFile(all_formats / "model.pt2") as archive:
         contents = b"".join(archive.read(name) for name in archive.namelist())
     assert not [path for path in (ROOT, os.path.dirname(torch.__file__)) if os.fsencode(path) in contents]
@@ -89,7 +90,8 @@ def test_onnx_graph_is_as_promised(trained):
     graph = onnx.load(trained.export / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)
     assert [entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")] == [18]
-    (image,), (probabilities,) = graph.graph.input, graph.graph.output
+    (image,), (probabilities, known) = graph.graph.input, graph.graph.output
+    assert (known.name, known.type.tensor_type.elem_type) == ("known", onnx.TensorProto.FLOAT)
     assert (image.name, image.type.tensor_type.elem_type) == ("image", onnx.TensorProto.UINT8)
     dims = image.type.tensor_type.shape.dim
     assert all(dim.dim_param for dim in dims[:3]) and dims[3].dim_value == 1

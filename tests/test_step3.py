@@ -47,7 +47,10 @@ def bad(here):
 def test_text_names_the_classes_best_first(predict, samples):
     lines = predict(*samples).done().out.splitlines()
     assert len(lines) == 10
-    answers = [re.fullmatch(r"(.*)  (\d) ([\d.]+)%  (\d) ([\d.]+)%  (\d) ([\d.]+)%", line) for line in lines]
+    answers = [
+        re.fullmatch(r"(.*)  (\d) ([\d.]+)%  (\d) ([\d.]+)%  (\d) ([\d.]+)%  known ([\d.]+)%", line)
+        for line in lines
+    ]
     assert [answer[1] for answer in answers] == [str(path) for path in samples]
     assert right([(answer[1], answer[2]) for answer in answers]) >= 9
     assert all(float(answer[3]) >= float(answer[5]) >= float(answer[7]) for answer in answers)
@@ -60,7 +63,7 @@ def test_json_is_an_object_a_line(predict, samples):
     ]
     assert [row["path"] for row in rows] == [str(path) for path in samples]
     for row in rows:
-        assert row.keys() == {"path", "label", "probability", "top"}
+        assert row.keys() == {"path", "label", "probability", "known", "top"}
         assert row["top"][0] == {"label": row["label"], "probability": row["probability"]}
         probabilities = [entry["probability"] for entry in row["top"]]
         assert probabilities == sorted(probabilities, reverse=True) and abs(sum(probabilities) - 1) < 1e-4
@@ -155,7 +158,7 @@ def test_output_is_not_there_when_the_work_breaks_off(predict, samples, here, mo
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(step3_infer.Model, "predict", interrupt)
+    monkeypatch.setattr(step3_infer.Model, "run", interrupt)
     assert predict("--output", "answers.txt", *samples).code == 130
     assert os.listdir() == ["answers.txt"] and (here / "answers.txt").read_text() == "of yesterday"
 

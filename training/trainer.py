@@ -230,8 +230,11 @@ class Trainer:
         if self.progress.rows:
             runs.write_metrics(self.run, self.progress.rows)
 
-    def restore(self, training: dict) -> None:
-        """Continue from a checkpoint's `training`."""
+    def restore(self, checkpoint: dict | None) -> None:
+        """Continue from a checkpoint, if there is one."""
+        if checkpoint is None:
+            return
+        training = checkpoint["training"]
         self.progress = Progress(**training["progress"])
         if self.processes.rank > 0:
             self.progress.sums = [0.0, 0.0, 0.0]  # the first process has those of all
