@@ -194,10 +194,9 @@ class Model:
         wanted = len(inputs), len(self.spec["classes"])
         if outputs.shape != wanted:
             raise Problem(f"the model's spec is wrong: it promises outputs {wanted}, not {outputs.shape}")
-        known = next(iter(more), None) if self.spec["known"] else None
-        if self.spec["known"] and (known is None or known.shape != wanted[:1]):
+        if self.spec["known"] and [known.shape for known in more] != [wanted[:1]]:
             raise Problem("the model's spec is wrong: it promises an output `known`")
-        return outputs, known
+        return outputs, more[0] if self.spec["known"] else None
 
 
 def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
