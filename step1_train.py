@@ -66,17 +66,10 @@ def build_parser():
 def add_data_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="digits", metavar="NAME", help="see --list-datasets (default: digits)")
-    add(
-        "--data-dir",
-        metavar="PATH",
-        help="of the files, or to download them to (default: data/); the CSV file",
-    )
-    add(
-        "--image-size",
-        type=command_line.image_size,
-        metavar="N|HxW",
-        help="of the network (default: see data/README.md)",
-    )
+    text = "of the files, or to download them to (default: data/); the CSV file"
+    add("--data-dir", metavar="PATH", help=text)
+    size = command_line.image_size
+    add("--image-size", type=size, metavar="N|HxW", help="of the network (default: see data/README.md)")
     text = f"{', '.join(data.AUGMENTATIONS)}, or none (default: see data/README.md)"
     add("--augment", nargs="+", choices=(*data.AUGMENTATIONS, "none"), metavar="A", help=text)
     fraction = number(float, 0, 0.9, above=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from step3_infer import Model
 
@@ -125,11 +125,6 @@ def resolution(images: np.ndarray, factor: float, rng: np.random.Generator) -> n
     small = max(1, round(width * factor)), max(1, round(height * factor))
     bilinear = Image.Resampling.BILINEAR
     return each(images, lambda image, _: image.resize(small, bilinear).resize((width, height), bilinear))
-
-
-def gaussian_blur(images: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """Pillow's."""
-    return each(images, lambda image, _: image.filter(ImageFilter.GaussianBlur(radius)))
 
 
 def each(images: np.ndarray, function: Callable) -> np.ndarray:

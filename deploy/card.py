@@ -2,7 +2,9 @@
 
 import math
 import re
+import string
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -115,23 +117,13 @@ def describe_classes(spec):
 
 def describe_images(spec):
     """Input and output of a classifier, and its limits."""
-    size = "x".join(map(str, spec["image_size"]))
-    channels = "3 channels (red, green, blue)" if spec["channels"] == 3 else "1 channel (grey)"
     known = "- Output `known`: float32 `[batch]`, how familiar the image looks, 0 to 1.\n"
-    yield (
-        "## Input and output\n\n"
-        f"- Input `image`: uint8 `[batch, height, width, channels]`, {channels}, values 0 to 255,\n"
-        f"  any height and width. The graph resizes images to {size} (bilinear with antialiasing, without\n"
-        "  keeping the aspect ratio) and normalises them.\n"
-        f"- Output `probabilities`: float32 `[batch, {len(spec['classes'])}]`, in the order of the classes.\n"
-        f"{known if spec.get('known') else ''}"
-        "- Image files must be decoded as `step3_infer.py` does it: the EXIF orientation is applied, and\n"
-        "  16-bit images are scaled to 8 bits.\n\n"
-        "## Limits\n\n"
-        "- The model always predicts one of these classes, whatever the image contains.\n"
-        "- The accuracy was measured on images that resemble the training data. It was not measured for\n"
-        "  other cameras, lighting or surroundings, across groups of people, or on adversarial images.\n"
-        f"- Details too small to survive the resizing to {size} are lost."
+    template = Path(__file__).with_name("card.md.template").read_text(encoding="utf-8")
+    yield string.Template(template.rstrip()).substitute(
+        size="x".join(map(str, spec["image_size"])),
+        channels="3 channels (red, green, blue)" if spec["channels"] == 3 else "1 channel (grey)",
+        classes=len(spec["classes"]),
+        known=known if spec.get("known") else "",
     )
 
 
@@ -146,10 +138,7 @@ def describe_trust(spec, passed):
             f"{images} outside the test split (source: {source})."
         )
     else:
-        yield (
-            "The probabilities are softmax outputs and are not calibrated: 0.9 does not mean that 90% of "
-            "such\npredictions are correct."
-        )
+        yield "The probabilities are softmax outputs, not calibrated: 0.9 does not mean that 90% are right."
     measured = {file: figures for file, figures in passed.items() if figures.get("coverage")}
     if measured:
         yield from describe_calibration(measured)
@@ -213,14 +202,10 @@ def describe_known(measured):
 
 def describe_camera(measured):
     """A table of the accuracy of each file on pictures as a camera changes them."""
-    first = next(iter(measured.values()))
-    rows = [
-        [
-            f"{change['change']} {change['strength']}",
-            *(f"{each[number]['accuracy']:.1%}" for each in measured.values()),
-        ]
-        for number, change in enumerate(first)
-    ]
+    rows = []
+    for changes in zip(*measured.values(), strict=True):
+        accuracies = [f"{change['accuracy']:.1%}" for change in changes]
+        rows.append([f"{changes[0]['change']} {changes[0]['strength']}", *accuracies])
     yield "Test images, changed as cameras change them, were classified as follows."
     yield markdown_table(["change", *measured], rows)
 

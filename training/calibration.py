@@ -104,28 +104,17 @@ def some(split: Split) -> Split:
     return split.part(np.arange(len(split)) % -(-len(split) // GAUSSIAN_IMAGES) == 0)
 
 
-def layers_of(deployable, split: Split) -> tuple[str, ...]:
-    return model.middle_layers(deployable.network, split.images.shape[-1], deployable.image_size)
-
-
 def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibration:
     """Calibrate a network on images that it was not trained on.
 
     deployable: the network with its preprocessing. train: what it was trained on. source: what `held_out` is,
     in words.
     """
-    layers = layers_of(deployable, train)
+    layers = model.middle_layers(deployable.network, train.images.shape[-1], deployable.image_size)
     gaussian = fit_gaussian(describe(deployable, layers, some(train))[1])
     logits, statistics, labels = describe(deployable, layers, held_out)
     familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics), logits.amax(1))
     return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(labels))
-
-
-def halves(deployable, layers: tuple[str, ...], train: Split):
-    """The Gaussian of one half of training images, and log_distance and largest logits of the other half."""
-    logits, statistics, _ = describe(deployable, layers, some(train))
-    gaussian = fit_gaussian(statistics[::2])
-    return gaussian, log_distance(gaussian, statistics[1::2]), logits[1::2].amax(1).double()
 
 
 def scaled_like(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -141,11 +130,13 @@ def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_ou
     familiar new images look is the twin's view of those held out, in the network's scale, which is that of
     the other half: having been trained on, these lack the images that look least familiar.
     """
-    layers = layers_of(deployable, train)
+    layers = model.middle_layers(deployable.network, train.images.shape[-1], deployable.image_size)
     gaussian = fit_gaussian(describe(twin, layers, some(twin_train))[1])
     logits, statistics, labels = describe(twin, layers, held_out)
     new = log_distance(gaussian, statistics), logits.amax(1).double()
-    gaussian, *own = halves(deployable, layers, train)
+    logits_of_own, of_own, _ = describe(deployable, layers, some(train))
+    gaussian = fit_gaussian(of_own[::2])
+    own = log_distance(gaussian, of_own[1::2]), logits_of_own[1::2].amax(1).double()
     scaled = [scaled_like(values, others) for values, others in zip(new, own, strict=True)]
     source, count = f"a twin trained on {len(twin_train):,} of the images", len(labels)
     familiarity = fit_familiarity(gaussian, *scaled)

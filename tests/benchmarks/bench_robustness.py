@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,9 +26,15 @@ import model  # noqa: E402
 from deploy import camera  # noqa: E402
 from step3_infer import Model  # noqa: E402
 
+
+def gaussian_blur(images: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
+    """Pillow's, of uint8 [n, H, W, C]."""
+    return camera.each(images, lambda image, _: image.filter(ImageFilter.GaussianBlur(radius)))
+
+
 NINE = (
     *((camera.noise, sigma) for sigma in (4, 8, 16)),
-    (camera.gaussian_blur, 0.7),
+    (gaussian_blur, 0.7),
     (camera.resolution, 0.5),
     (camera.jpeg, 30),
     (camera.rotation, 10),
