@@ -74,15 +74,19 @@ def log_distance(gaussian: dict, statistics: torch.Tensor) -> torch.Tensor:
     return (statistics.double() @ gaussian["weight"] + gaussian["bias"]).square().sum(1).log()
 
 
-def fit_familiarity(gaussian: dict, distance: torch.Tensor, largest: torch.Tensor) -> dict:
-    """The tensors of model.Familiarity, from a Gaussian, held-out log_distance [n] and largest logits [n].
+def fit_familiarity(gaussian: dict, distance: torch.Tensor, largest: torch.Tensor | None = None) -> dict:
+    """The tensors of model.Familiarity, from a Gaussian, and new images' log_distance and largest logits [n].
 
-    Distance and logit count alike, each in its own deviations; a logit counts for one at most.
+    Distance and logit count alike, each in its own deviations; a logit counts for one at most. Without
+    logits, the distance alone counts.
     """
-    largest, limit = largest.double(), distance.std()
-    factor = limit / largest.std().clamp(min=1e-6)
-    offset = -factor * largest.mean()
-    scores = torch.minimum(largest * factor + offset, limit) - distance
+    factor, offset, limit = (torch.tensor(0.0).double(),) * 3
+    if largest is not None:
+        limit = distance.std()
+        factor = limit / largest.double().std().clamp(min=1e-6)
+        offset = -factor * largest.double().mean()
+    logit = torch.zeros_like(distance) if largest is None else largest.double() * factor + offset
+    scores = torch.minimum(logit, limit) - distance
     table = torch.quantile(scores, (torch.arange(TABLE) + 0.5).double() / TABLE)
     state = {**gaussian, "logit": torch.stack([factor, offset, limit]), "table": table}
     return {name: tensor.float() for name, tensor in state.items()}
@@ -117,30 +121,20 @@ def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibra
     return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(labels))
 
 
-def scaled_like(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Values [n] with the median of others [m], and as far above it for the best tenth."""
-    scales = [x.quantile(0.9) - x.median() for x in (values, others)]
-    return (values - values.median()) * (scales[1] / scales[0].clamp(min=1e-6)) + others.median()
-
-
 def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_out: Split) -> Calibration:
     """Calibrate a network by its twin, another one that was trained without `held_out`.
 
-    The temperature is the twin's. What is familiar is learned from one half of the network's own images. How
-    familiar new images look is the twin's view of those held out, in the network's scale, which is that of
-    the other half: having been trained on, these lack the images that look least familiar.
+    The temperature is the twin's. What is familiar is learned from one half of the network's own images, and
+    how far from it such images are from the other half: training hardly changes these distances. It changes
+    the logits, so that they say nothing of new images, and are left out.
     """
     layers = model.middle_layers(deployable.network, train.images.shape[-1], deployable.image_size)
-    gaussian = fit_gaussian(describe(twin, layers, some(twin_train))[1])
-    logits, statistics, labels = describe(twin, layers, held_out)
-    new = log_distance(gaussian, statistics), logits.amax(1).double()
-    logits_of_own, of_own, _ = describe(deployable, layers, some(train))
-    gaussian = fit_gaussian(of_own[::2])
-    own = log_distance(gaussian, of_own[1::2]), logits_of_own[1::2].amax(1).double()
-    scaled = [scaled_like(values, others) for values, others in zip(new, own, strict=True)]
-    source, count = f"a twin trained on {len(twin_train):,} of the images", len(labels)
-    familiarity = fit_familiarity(gaussian, *scaled)
-    return Calibration(fit_temperature(logits, labels), source, count, familiarity, layers, count)
+    logits, _, labels = describe(twin, layers, held_out)
+    _, statistics, _ = describe(deployable, layers, some(train))
+    gaussian = fit_gaussian(statistics[::2])
+    familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics[1::2]))
+    source, compared = f"a twin trained on {len(twin_train):,} of the images", len(statistics) // 2
+    return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, compared)
 
 
 def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
