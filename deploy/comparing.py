@@ -107,7 +107,7 @@ def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[s
     """
     figures, failures, n = {}, [], len(labels)
     if got.known is not None and spec.get("known"):
-        figures["kept"] = {f"{keep:g}": float((got.known >= 1 - keep).mean()) for keep in KEPT}
+        figures["kept"] = {f"{keep:g}": float((got.known >= threshold(keep)).mean()) for keep in KEPT}
         for keep, kept in zip(KEPT, figures["kept"].values(), strict=True):
             deviation = math.sqrt(keep * (1 - keep) * (1 / n + 1 / spec["known"]["images"]))
             if not abs(kept - keep) <= 3 * deviation + 0.005:
@@ -138,15 +138,20 @@ def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict
         figures[f"calibration_error{suffix}"] = reliability.calibration_error(probabilities, labels)
         figures[f"calibration_error_floor{suffix}"] = reliability.calibration_error_floor(probabilities)
     if got.known is not None:
-        known, threshold = {"test split": got.known}, np.float32(round(1 - KEPT[0], 6))
+        known = {"test split": got.known}
         for name, images in reliability.unknown_kinds(*spec["image_size"], spec["channels"]):
             known[name] = predictions(exported, images).known
         figures["familiar"] = {}
         for name, values in known.items():
             histogram = np.histogram(values, KNOWN_BINS, (0, 1))[0].tolist()
-            kind = {"images": len(values), "unknown": float((values < threshold).mean())}
+            kind = {"images": len(values), "unknown": float((values < threshold(KEPT[0])).mean())}
             figures["familiar"][name] = {**kind, "histogram": histogram}
     return figures
+
+
+def threshold(keep: float) -> np.float32:
+    """The least `known` that is kept, as step3 compares: 1 - 0.99 is a little more than 0.01."""
+    return np.float32(round(1 - keep, 6))
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

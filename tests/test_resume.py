@@ -103,7 +103,8 @@ def test_a_run_stopped_while_its_twin_trains_ends_with_the_same_calibration(
         stop_at(patch, 5, 14)  # 4 epochs of the run, and 14 steps of its twin
         stopped = call(step1_train.main, *RUN)
     assert stopped.code == 130 and "stopped and saved after 4 epochs" in stopped.err
-    assert (here / "runs" / "digits-mynet" / "twin" / "checkpoint.pt").exists()
+    twin = here / "runs" / "digits-mynet" / "twin"
+    assert (twin / "checkpoint.pt").exists()
     resumed = call(step1_train.main, "--resume").done()
     assert "runs/digits-mynet: test accuracy" in resumed.out
     assert_same(here / "runs" / "digits-mynet", undisturbed / "a")
@@ -112,6 +113,21 @@ def test_a_run_stopped_while_its_twin_trains_ends_with_the_same_calibration(
     assert one["spec"]["temperature"] == other["spec"]["temperature"]
     assert not [k for k, v in one["familiarity"].items() if not torch.equal(v, other["familiarity"][k])]
     assert not (here / "runs" / "digits-mynet" / "twin").exists()
+
+
+@pytest.mark.calibrated
+def test_a_kill_while_the_twin_writes_its_first_checkpoint_loses_nothing(
+    call, here, undisturbed, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, 14)
+        assert call(step1_train.main, *RUN).code == 130
+    twin = here / "runs" / "digits-mynet" / "twin"
+    shutil.rmtree(twin)
+    twin.mkdir()
+    (twin / ".checkpoint.pt-1a2b3c4d.tmp").write_bytes(b"half")
+    call(step1_train.main, "--resume").done()
+    assert_same(here / "runs" / "digits-mynet", undisturbed / "a")
 
 
 def test_muon_resumes_exactly(call, here, monkeypatch):

@@ -259,6 +259,7 @@ def begin_twin(run: str) -> tuple[str, dict | None]:
         os.makedirs(twin, exist_ok=True)
     except OSError as error:
         raise CannotWrite(f"cannot make {twin}: {error.strerror}") from None
+    remove_leftovers(twin)  # a kill may have come before its first checkpoint was whole
     return twin, read(twin)[1] if os.listdir(twin) else None
 
 
