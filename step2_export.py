@@ -366,7 +366,7 @@ def run_export(args: argparse.Namespace) -> int:
     if args.uncalibrated:
         run = run.without_calibration()
     if args.reject is not None and not run.spec.get("known"):
-        raise Problem(f"--reject needs a calibrated run, which {path} is not: see --calibration of step1", 2)
+        raise Problem("--reject needs --calibration in step1's run, and no --uncalibrated here", 2)
     if args.min_probability is not None and run.regression:
         raise Problem(f"--min-probability is for classification, and {path} is a regression", 2)
     run.threads, reason = cpu.set_threads(args.threads)
