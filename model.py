@@ -12,7 +12,6 @@ import contextlib
 import difflib
 import functools
 import itertools
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -209,13 +208,6 @@ class Airbench(Network):
 MODELS = {"airbench": Airbench, "linear": Linear, "mlp": MLP, "mynet": MyNet, "resblock": ResBlock}
 
 
-def torchvision_names() -> list[str]:
-    """The names of torchvision's classification networks."""
-    from torchvision import models
-
-    return models.list_models(module=models)
-
-
 def traits(name: str) -> type[Network]:
     """What training asks of the network of this name: its class, or Network itself for torchvision's."""
     return MODELS.get(name, Network)
@@ -225,7 +217,9 @@ def options_of(name: str) -> tuple[str, ...]:
     """The build options that the network of this name takes. Raises ValueError for an unknown name."""
     if name in MODELS:
         return MODELS[name].options
-    names = torchvision_names()
+    from torchvision import models
+
+    names = models.list_models(module=models)
     if name not in names:
         near = difflib.get_close_matches(name, [*MODELS, *names], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MODELS)}, and torchvision's."
@@ -274,21 +268,6 @@ def build_torchvision(name: str, channels: int, classes: int, height: int, width
     with torch.no_grad():
         network.eval()(torch.zeros(1, channels, height, width))
     return network.train()
-
-
-def load_plain(source) -> dict:
-    """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it.
-
-    Raises OSError, and ValueError if the content is anything else; torch's own would advise to run it.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(source, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # torch.load fails in a dozen ways
-        raise ValueError("it is damaged, or holds other things than tensors and plain values") from None
 
 
 MOST_STATISTICS = 320  # of more channels, every second, third, ... is taken
@@ -370,30 +349,30 @@ def run_with_statistics(network: nn.Module, images: torch.Tensor, layers: tuple[
 class Deployable(nn.Module):
     """What is exported: resize, scale, normalise, network, softmax, and how familiar the image looks.
 
-    uint8 images [batch, height, width, channels] of any size -> float32 probabilities [batch, classes] and,
-    if there is a `familiarity`, `known` [batch].
+    uint8 images [batch, height, width, channels] of any size, or uint8 or float32 ones of image_size only
+    without `any_size`, -> float32 probabilities [batch, classes] and, with a `familiarity`, `known` [batch].
     image_size: (height, width) the network wants; mean, std: one number a channel, of pixels scaled to 0..1.
     temperature: what the logits are divided by (Guo et al. 2017). layers: see `middle_layers`.
     """
 
     def __init__(self, network, image_size, mean, std, temperature=1.0, familiarity=None, layers=()):
         super().__init__()
-        self.network = network
+        self.network, self.any_size = network, True
         self.image_size = tuple(image_size)
         self.temperature, self.familiarity, self.layers = temperature, familiarity, tuple(layers)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def normalise(self, image):
-        """uint8 [batch, H, W, C] of the network's own size -> float32 [batch, C, H, W], normalised."""
-        return (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        """Pixels 0..255 [batch, H, W, C] of the network's size -> normalised float32 [batch, C, H, W]."""
+        return (image.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
 
     def calibrated(self, logits):
         """Probabilities [batch, classes]. A temperature of 1 leaves no trace in the graph."""
         return (logits if self.temperature == 1 else logits * (1 / self.temperature)).softmax(1)
 
     def forward(self, image):
-        image = self.normalise(resize(image, self.image_size))
+        image = self.normalise(resize(image, self.image_size) if self.any_size else image)
         if self.familiarity is None:
             return self.calibrated(self.network(image))
         logits, statistics = run_with_statistics(self.network, image, self.layers)
@@ -410,11 +389,32 @@ class Regressor(Deployable):
         return self.network(self.normalise(features))
 
 
-def resize(image: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [batch, H, W, C] -> uint8 [batch, *image_size, C]: bilinear with antialias, as Pillow resizes.
+BANDS = 6  # of output rows, so that a photo is never whole in memory as floats
 
-    On uint8 before any cast, so that a photo never exists as floats.
+
+def resize(image: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [batch, H, W, C] -> float32 [batch, *image_size, C], bilinear with antialias, not rounded.
+
+    As Pillow resizes, by two matrix products, which all engines compute alike. A band needs only the input
+    rows from `start` to `end`, which are linear in H because not every exporter takes more than that.
     """
-    image = image.permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=tuple(image_size), mode="bilinear", antialias=True)
-    return image.permute(0, 2, 3, 1)
+    (n, H, W, C), (h, w) = image.shape, image_size
+    weights, image, parts = triangle_filter(h, H, image.device), image.reshape(n, H, W * C), []
+    bands = min(BANDS, h)
+    margin = -(-h // (3 * bands))
+    for top, bottom in itertools.pairwise(h * band // bands for band in range(bands + 1)):
+        start = (H - 1) * max(top - margin, 0) // h
+        end = H - (H - 1) * max(h - bottom - margin, 0) // h
+        parts.append(weights[top:bottom, start:end] @ image[:, start:end].float())
+    rows = torch.cat(parts, 1).reshape(n * h, W, C)
+    return (triangle_filter(w, W, image.device) @ rows).reshape(n, h, w, C)
+
+
+def triangle_filter(n_out: int, n_in: int, device) -> torch.Tensor:
+    """float32 [n_out, n_in]: the weights of resizing n_in pixels to n_out; each row adds up to 1."""
+    source = 2 * torch.arange(n_in, dtype=torch.int32, device=device) + 1  # centres, doubled to be whole
+    target = 2 * torch.arange(n_out, dtype=torch.int32, device=device)[:, None] + 1
+    distances = (target * n_in - source * n_out).float().abs()
+    reach = (source[-1:] + 1).float().clamp(min=2 * n_out)
+    weights = (1 - distances / reach).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)

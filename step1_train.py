@@ -155,6 +155,8 @@ from training import calibration, console, cpu, locking, optimizers, processes, 
 from training.result import summarise
 from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
+WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is made from
+
 # --------------------------------------------------------------------------------------------------- training
 
 
@@ -289,7 +291,8 @@ def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict 
     deployable = cls(network, settings.image_size, mean, std)
     fresh = not settings.pretrained and not checkpoint
     if fresh and not regression and isinstance(network, model.Network):
-        some = torch.from_numpy(dataset.train_images[:: max(1, len(dataset.train_images) // 2000)])
+        wanted = min(2000, WHITENING_PIXELS // math.prod(settings.image_size))
+        some = torch.from_numpy(dataset.train_images[:: -(-len(dataset.train_images) // wanted)])
         network.prepare(deployable.normalise(model.resize(some, settings.image_size)))
     return deployable
 

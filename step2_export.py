@@ -214,6 +214,7 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
     spec = {
         **run.spec,
         "versions": {**run.spec["versions"], "torch_export": str(torch.__version__)},
+        "resize": None if run.regression else "bilinear antialias",
         "golden": golden_samples(dataset.test_images[golden], some(expected, golden)),
         "self_test_tolerance": gate.SELF_TEST_TOLERANCE,
         "known": known and {**known, "tolerance": gate.KNOWN_TOLERANCE},
@@ -321,7 +322,7 @@ def read_run(path: str) -> Run:
     file = os.path.join(path, runs.CHECKPOINT)
     try:
         content = Path(file).read_bytes()
-        checkpoint = model.load_plain(io.BytesIO(content))
+        checkpoint = runs.load_plain(io.BytesIO(content))
         schema, spec, epoch = checkpoint["schema"], checkpoint["spec"], checkpoint.get("epoch", 0)
         if schema > runs.SCHEMA:
             raise Problem(f"{file} has schema {schema}, known is up to {runs.SCHEMA}: update Threestep")

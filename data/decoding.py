@@ -148,9 +148,9 @@ def decode_chunk(paths: list[str], start: int, file: str, target: Target, resize
 
 
 def resize_one(image: np.ndarray, image_size: tuple[int, int], resize: Callable) -> np.ndarray:
-    """One uint8 image [height, width, channels], resized."""
+    """One uint8 image [height, width, channels], resized and rounded."""
     import torch  # here, because images that all have the right size do not need it
 
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # the workers already share the cores
-    return resize(torch.from_numpy(image.copy())[None], image_size)[0].numpy()
+    return resize(torch.from_numpy(image.copy())[None], image_size)[0].round().byte().numpy()

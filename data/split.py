@@ -122,13 +122,14 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
 
 def make_split(images: np.ndarray, labels: np.ndarray, size, device: torch.device, resize: Callable) -> Split:
-    """A Split of arrays on the device, images resized to `size` by `resize`, the exported graph's own.
+    """A Split of arrays on the device, images resized to `size` by `resize`, the exported graph's own,
+    and rounded.
 
     On a GPU, a set too large for it stays in the machine's memory.
     """
     tensor = torch.from_numpy(images)
     if tensor.dtype == torch.uint8 and tuple(tensor.shape[1:3]) != tuple(size):
-        tensor = torch.cat([resize(part, size) for part in tensor.split(1024)]).contiguous()
+        tensor = torch.cat([resize(part, size).round().byte() for part in tensor.split(1024)]).contiguous()
     if device.type != "cuda" or tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         tensor = tensor.to(device)
     return Split(tensor, torch.from_numpy(labels).to(device), torch.arange(len(labels)), images)

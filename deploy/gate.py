@@ -5,10 +5,8 @@ of step3_infer.py, in batches of 1, 7 and 64. A tolerance limits the largest dif
 regression predicts more than 1, the relative difference.
 
     inputs                        tolerance                      why
-    test split and probes whose   --tolerance, default 1e-4      all engines see the same pixels, and their
-    size is a whole factor                                       float32 differs by about 1e-6
-    test split and probes of      5e-3, or twice what rounding   engines that resize may round one grey level
-    other sizes                   does to this network           differently, in about 1 % of the pixels
+    test split, and probes of     --tolerance, default 1e-4      float32 differs by about 1e-6 between engines
+    many sizes
     the same, top-1               no change except in ties,      engines may decide differently between
                                   a fifth of the tolerance       classes that are equal
     16 test samples in an         as above; int8: 1e-4, from     the file must need step3_infer.py and nothing
@@ -36,9 +34,7 @@ from deploy.comparing import Outputs, compare, compare_known, latency, predictio
 from deploy.isolated import predict_isolated
 from step3_infer import Model, Problem
 
-EXACT_TOLERANCE = 1e-4
-RESIZED_TOLERANCE = 5e-3
-KNOWN_TOLERANCE, RESIZED_KNOWN_TOLERANCE, INT8_KNOWN_TOLERANCE = 5e-3, 5e-2, 5e-2
+KNOWN_TOLERANCE, INT8_KNOWN_TOLERANCE = 5e-3, 5e-2
 ACCURACY_TOLERANCE = 0.005
 SELF_TEST_TOLERANCE, INT8_SELF_TEST_TOLERANCE = 1e-4, 2e-2
 ISOLATED_SAMPLES = 16
@@ -181,7 +177,7 @@ def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> 
     """
     exported, images = Model(file, run.threads), dataset.test_images
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
-    figures, found = compare_on(run, images, expected, got, tolerance)
+    figures, found = compare_both(expected, got, tolerance)
     failures += [f"test split: {failure}" for failure in found]
     if run.regression:
         figures["accuracy"] = figures["top1_agreement"] = None
@@ -192,7 +188,7 @@ def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> 
     figures["probes"] = {}
     for name, probe in probes(run.spec):
         wanted, got = reference(run, probe), predictions(exported, probe)
-        figures["probes"][name], found = compare_on(run, probe, wanted, got, tolerance)
+        figures["probes"][name], found = compare_both(wanted, got, tolerance)
         failures += [f"{name}: {failure}" for failure in found]
     figures |= latency(exported, images[:1])
     figures["isolated"], found = prove_isolated(run, file, images, expected, tolerance)
@@ -214,7 +210,7 @@ def prove_int8(run: Run, file: str, dataset, expected: Outputs, max_drop: float)
         if not np.allclose(predictions(exported, probe).main.sum(1), 1, atol=1e-3):
             failures.append(f"{name}: the probabilities do not add up to 1")
     figures |= latency(exported, images[:1])
-    figures["isolated"], found = prove_isolated(run, file, images, got, EXACT_TOLERANCE)
+    figures["isolated"], found = prove_isolated(run, file, images, got, SELF_TEST_TOLERANCE)
     return figures, failures + [f"isolated: {failure}" for failure in found]
 
 
@@ -225,59 +221,13 @@ def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: Outputs, t
         got = predict_isolated(run.spec, file, inputs)
     except Problem as problem:
         return {"samples": 0}, [str(problem)]
-    return compare_on(run, inputs, expected, got, tolerance)
+    return compare_both(expected, got, tolerance)
 
 
-# -------------------------------------------------------------------------------------------------- comparing
-
-
-def is_exact(inputs: np.ndarray, spec: dict) -> bool:
-    """Do all engines resize these images to the same pixels? They do at whole factors."""
-    if inputs.ndim == 2:  # features
-        return True
-    sizes = zip(inputs.shape[1:3], spec["image_size"], strict=True)
-    return all(a % b == 0 or b % a == 0 for a, b in sizes)
-
-
-@torch.inference_mode()
-def rounding_effect(run: Run, inputs: np.ndarray) -> list[float]:
-    """How far the reference's outputs move, at most, when resizing rounds differently, tried at random.
-
-    One grey level up or down in a hundredth of the pixels; in a whole row of an image; in a whole column,
-    because an image one pixel wide is resized to rows of equal pixels. One figure for each output.
-    """
-    parts = torch.from_numpy(inputs).split(64)
-    resized = torch.cat([model.resize(part, run.spec["image_size"]) for part in parts])
-    n, height, width, channels = resized.shape
-    expected, largest = reference(run, resized.numpy()), [0.0, 0.0]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        for size, share in ((height, width), 0.01), ((height, 1), 1 / height), ((1, width), 1 / width):
-            hit = torch.rand(n, *size, channels, generator=generator) < share
-            up = torch.rand(n, *size, channels, generator=generator) < 0.5
-            disturbed = (resized + hit * (2 * up.int() - 1)).clamp(0, 255).to(torch.uint8)
-            for number, after in enumerate(reference(run, disturbed.numpy())):
-                if after is not None:
-                    moved = float(np.abs(after - expected[number]).max())
-                    largest[number] = max(largest[number], moved)
-    return largest
-
-
-def compare_on(run: Run, inputs: np.ndarray, expected: Outputs, got: Outputs, tolerance: float):
-    """`compare` and `compare_known` with the tolerances that the inputs' size allows."""
-    if is_exact(inputs, run.spec):
-        return compare_both(expected, got, tolerance, KNOWN_TOLERANCE)
-    limits = np.array([max(tolerance, RESIZED_TOLERANCE), RESIZED_KNOWN_TOLERANCE])
-    figures, failures = compare_both(expected, got, *limits.tolist())
-    if failures:  # twice the effect, as its few samples are not the worst
-        limits = np.maximum(limits, 2 * np.array(rounding_effect(run, inputs)))
-        figures, failures = compare_both(expected, got, *limits.tolist())
-    return figures, failures
-
-
-def compare_both(expected: Outputs, got: Outputs, tolerance: float, known_tolerance: float):
+def compare_both(expected: Outputs, got: Outputs, tolerance: float) -> tuple[dict, list[str]]:
+    """`compare` and `compare_known`: figures, and failures in words."""
     figures, failures = compare(expected.main, got.main, tolerance)
-    known, found = compare_known(expected.known, got.known, known_tolerance)
+    known, found = compare_known(expected.known, got.known, KNOWN_TOLERANCE)
     return figures | known, failures + found
 
 

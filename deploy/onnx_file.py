@@ -19,6 +19,9 @@ def finish(proto, spec: dict, opset: int) -> bytes:
 
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces of this machine
+        if node.op_type == "Reshape":  # OpenCV refuses allowzero, which means nothing without a zero
+            del node.attribute[:]
+    del proto.graph.value_info[:]  # tract takes the names of free sizes in it for different ones
     reorder_gelu(proto.graph)
     proto.ir_version = OPSETS[opset][0]  # the exporter's own IR version would shut out older onnxruntimes
     spec = {**spec, "opset": opset, "onnxruntime_min": OPSETS[opset][1]}

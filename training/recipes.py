@@ -152,7 +152,7 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         return settings
     height, width, channels = dataset.train_images.shape[1:]
     if settings.image_size is None:
-        # Small images grow by a whole factor: every engine then resizes to the very same pixels.
+        # By a whole factor, small images keep their pixels apart.
         factor = -(-traits.min_size // min(height, width))
         settings.image_size = (height * factor, width * factor)
     if settings.augment is None:

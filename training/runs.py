@@ -20,12 +20,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-import model
 from step3_infer import Problem, replacing, say
 from training.locking import is_locked, locked
 from training.recipes import OWN_IMAGES, RESERVED
@@ -165,7 +165,7 @@ def read(run: str) -> tuple[dict, dict | None]:
     reasons = []
     for path in (os.path.join(run, CHECKPOINT), os.path.join(run, PREVIOUS)):
         try:
-            checkpoint = model.load_plain(path)
+            checkpoint = load_plain(path)
             check_schema(path, checkpoint["schema"])
             arguments, training = checkpoint["arguments"], checkpoint["training"]
             training["progress"], training["optimizer"]
@@ -182,6 +182,21 @@ def read(run: str) -> tuple[dict, dict | None]:
     if reasons:
         raise Problem(reasons[0])
     return read_config(run), None
+
+
+def load_plain(source) -> dict:
+    """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it.
+
+    Raises OSError, and ValueError if the content is anything else; torch's own would advise to run it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # torch.load fails in a dozen ways
+        raise ValueError("it is damaged, or holds other things than tensors and plain values") from None
 
 
 def check_schema(path: str, schema: int) -> None:

@@ -253,7 +253,7 @@ def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibr
         "classes": list(dataset.classes),
         "channels": dataset.train_images.shape[-1],  # for regression: the number of features
         "image_size": list(settings.image_size),
-        "resize": None if regression else "bilinear antialias uint8",
+        "resize": None if regression else "bilinear antialias",
         "mean": deployable.mean.flatten().tolist(),
         "std": deployable.std.flatten().tolist(),
         "dataset": settings.dataset,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import model
+from training.runs import load_plain
 
 
 class DownloadError(ValueError):
@@ -38,7 +39,7 @@ def read_weights(path: str) -> tuple[dict, dict]:
     with or without DataParallel's prefix `module.`. Raises ValueError.
     """
     try:
-        content = model.load_plain(path)
+        content = load_plain(path)
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except (OSError, ValueError) as error:

@@ -108,7 +108,7 @@ def engines_table(run, folder, images, threads):
         *(f"{name} {kind}" for name in probes for kind in ("image", "noise")),
     ]
     print("\n| " + " | ".join(heads) + " |\n|---|" + "---:|" * (len(heads) - 1))
-    for name, (package, _, loader) in RUNTIMES.items():
+    for name, (package, loader) in RUNTIMES.items():
         if version(name) is None:
             print(f"| {name}: not installed (pip install {package}) |")
             continue
