@@ -1,6 +1,7 @@
-// Predicts from a model.pt of step2_export.py as step3_infer.py does, with LibTorch and without Python.
+// Predicts from a file of step2_export.py as step3_infer.py does, without Python: from a model.onnx with
+// onnxruntime or from a model.pt with LibTorch, whichever it was built with (backend.h).
 //
-//     threestep --model model.pt --top-k 3 photos/ 'more/*.jpg'
+//     threestep --model model.onnx --top-k 3 photos/ 'more/*.jpg'
 //     threestep --format json photos/ > predictions.jsonl
 //     threestep --self-test                  # does this machine compute what the training machine did?
 //
@@ -8,18 +9,16 @@
 // program decodes an image to uint8 [1, height, width, channels], runs the model and prints the prediction.
 // Exit codes: 0 done, 1 some input could not be used, 2 usage.
 
-#include <ATen/Parallel.h>
-#include <torch/script.h>
-#include <torch/version.h>
-
 #include <cmath>
 #include <cstdio>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
 #include <thread>
 
+#include "backend.h"
 #include "image.h"
 #include "text.h"
 
@@ -28,19 +27,22 @@ using nlohmann::json;
 constexpr int SCHEMA = 1;                 // the newest spec that this program understands
 constexpr double FLOAT_TOLERANCE = 1e-4;  // of the self-test, if the spec has no self_test_tolerance
 constexpr double INT8_TOLERANCE = 2e-2;   // processors round int8 products differently
-const char* const USAGE =
-    "usage: threestep [--model FILE] [--threads N] [--format text|json] [--top-k K]\n"
-    "                 [--reject X] [--min-probability P] [--self-test] [PATH ...]\n\n"
-    "Predict from a TorchScript file of step2_export.py.\n\n"
-    "  PATH                 image files (PNG, JPEG, BMP, GIF), directories (recursively), globs\n"
-    "  --model FILE         default: model.pt beside this program, else in the current directory\n"
-    "  --threads N          CPU threads (default: as many as this process may use)\n"
-    "  --format F           text, or json: one object per line (default: text)\n"
-    "  --top-k K            classes to print, most probable first (default: 3)\n"
-    "  --reject X           keep this share of images like those trained on, such as 0.99;\n"
-    "                       call others unknown (default: the file's own, or none)\n"
-    "  --min-probability P  call answers with less probability unsure (default: likewise)\n"
-    "  --self-test          run the golden samples inside the file and compare\n";
+
+string usage() {
+  const string model = "default: " + MODELS[0] + " beside this program, else in the current directory";
+  return "usage: threestep [--model FILE] [--threads N] [--format text|json] [--top-k K]\n"
+         "                 [--reject X] [--min-probability P] [--self-test] [PATH ...]\n\n"
+         "Predict from " + FORMAT + " (" + SUFFIX + ") of step2_export.py, with " + engine() + ".\n\n"
+         "  PATH                 image files (PNG, JPEG, BMP, GIF), directories (recursively), globs\n"
+         "  --model FILE         " + model + "\n"
+         "  --threads N          CPU threads (default: as many as this process may use)\n"
+         "  --format F           text, or json: one object per line (default: text)\n"
+         "  --top-k K            classes to print, most probable first (default: 3)\n"
+         "  --reject X           keep this share of images like those trained on, such as 0.99;\n"
+         "                       call others unknown (default: the file's own, or none)\n"
+         "  --min-probability P  call answers with less probability unsure (default: likewise)\n"
+         "  --self-test          run the golden samples inside the file and compare\n";
+}
 
 struct Options {
   std::vector<string> paths;
@@ -50,10 +52,9 @@ struct Options {
   bool self_test = false, help = false;
 };
 
-// The first line of an exception's message, without LibTorch's stack trace.
+// The first line of an exception's message.
 string reason(const std::exception& error) {
-  const auto* torch_error = dynamic_cast<const c10::Error*>(&error);
-  const string text = torch_error ? torch_error->what_without_backtrace() : error.what();
+  const string text = message(error);
   return text.substr(0, text.find('\n'));
 }
 
@@ -63,7 +64,7 @@ void say(const string& message) { std::cerr << printable(message) << std::endl; 
 
 struct Model {
   string path;
-  torch::jit::Module module;
+  Network network;
   json spec;
   std::vector<string> classes;
   int channels, white;  // white: the level of 16-bit greys that becomes 255
@@ -85,8 +86,9 @@ std::optional<double> share(const Model& model, const char* name) {
   return value;
 }
 
-// Reads the text of spec.json into the model. Throws Problem if it is missing, malformed or too new.
-void read_spec(const string& text, Model& model) {
+// Reads the spec of the file into the model. Throws Problem if it is missing, malformed or too new.
+void read_spec(Model& model) {
+  const string& text = model.network.spec;
   if (text.empty()) throw Problem(model.path + " carries no spec: it was not made by step2_export.py");
   try {
     model.spec = json::parse(text);
@@ -114,47 +116,55 @@ void read_spec(const string& text, Model& model) {
   }
 }
 
+// Throws Problem if the name says that the file is for another build of this program, or for none.
+void check_suffix(const string& path) {
+  static const std::map<string, string> programs = {
+      {".onnx", "the program built with -DBACKEND=onnxruntime"},
+      {".pt", "the program built with -DBACKEND=torch"},
+      {".pt2", "step3_infer.py"}};
+  string suffix = fs::path(path).extension().string();
+  for (char& c : suffix) c = std::tolower(static_cast<unsigned char>(c));
+  const auto program = programs.find(suffix);
+  if (suffix != SUFFIX && program != programs.end())
+    throw Problem(path + " needs " + program->second + "; this program runs the " + SUFFIX +
+                  " file of an export, with " + engine());
+}
+
+Network load_network(const string& path, int threads) {
+  const int available = std::max(1, int(std::thread::hardware_concurrency()));
+  try {
+    return Network(path, threads ? std::min(threads, 1024) : available);
+  } catch (const std::exception& error) {
+    throw Problem(path + " is not " + FORMAT + " that " + engine() + " can run: " + reason(error));
+  }
+}
+
 Model load(const string& path, int threads) {
   std::error_code error;
   if (!fs::is_regular_file(path, error))
     throw Problem("no model file " + path + "; python step2_export.py makes one");
-  at::set_num_threads(threads ? std::min(threads, 1024) : int(std::thread::hardware_concurrency()));
-  Model model{path};
-  torch::jit::ExtraFilesMap extra{{"spec.json", ""}};
-  try {
-    model.module = torch::jit::load(path, torch::kCPU, extra);
-    model.module.eval();
-  } catch (const std::exception& error) {
-    throw Problem(path + " is not a TorchScript file that LibTorch " TORCH_VERSION " can run: " +
-                  reason(error));
-  }
-  read_spec(extra["spec.json"], model);
+  check_suffix(path);
+  Model model{path, load_network(path, threads)};
+  read_spec(model);
   return model;
 }
 
 // Runs the model on one image. Throws Problem.
 Answer predict(Model& model, Image& image) {
-  const c10::InferenceMode guard;  // keeps nothing for gradients
-  std::vector<torch::Tensor> outputs;
+  std::vector<Output> outputs;
   try {
-    const std::vector<int64_t> shape = {1, image.height, image.width, model.channels};
-    const torch::Tensor input = torch::from_blob(image.pixels.data(), shape, torch::kUInt8);
-    const torch::IValue output = model.module.forward({input});
-    // A file without `known` gives a tensor and no tuple.
-    const auto elements = output.isTuple() ? output.toTupleRef().elements().vec() : std::vector{output};
-    for (const torch::IValue& element : elements)
-      outputs.push_back(element.toTensor().to(torch::kFloat).contiguous());
+    outputs = model.network.run(image.pixels.data(), image.height, image.width, model.channels);
   } catch (const std::exception& error) {
     throw Problem("the model cannot run on this input, its spec may be wrong: " + reason(error));
   }
-  const torch::Tensor& main = outputs.at(0);
-  if (main.dim() != 2 || main.size(1) != int64_t(model.classes.size()))
-    throw Problem("the spec does not match the model: " + std::to_string(model.classes.size()) +
-                  " classes, " + std::to_string(main.numel()) + " outputs");
-  if (model.has_known && (outputs.size() < 2 || outputs[1].numel() != 1))
+  const size_t classes = model.classes.size(), count = outputs.empty() ? 0 : outputs[0].values.size();
+  if (count == 0 || outputs[0].shape != std::vector<int64_t>{1, int64_t(classes)})
+    throw Problem("the spec does not match the model: " + std::to_string(classes) + " classes, " +
+                  std::to_string(count) + " outputs");
+  if (model.has_known && (outputs.size() < 2 || outputs[1].values.size() != 1))
     throw Problem("the spec does not match the model: it does not fit the output known");
-  Answer answer{{main.data_ptr<float>(), main.data_ptr<float>() + main.numel()}, {}};
-  if (model.has_known) answer.known = outputs[1].item<float>();
+  Answer answer{outputs[0].values, {}};
+  if (model.has_known) answer.known = outputs[1].values[0];
   return answer;
 }
 
@@ -207,11 +217,12 @@ const char* const HELP = " (--help shows all options)";
 // The model beside this program, else in the current directory. Throws Problem if there is none.
 string find_model() {
   std::error_code error;  // without /proc, the program's directory is unknown
-  const fs::path beside = fs::read_symlink("/proc/self/exe", error).replace_filename("model.pt");
-  for (const fs::path& path : {beside, fs::path("model.pt")})
-    if (fs::is_regular_file(path, error)) return path.string();
+  const fs::path program = fs::read_symlink("/proc/self/exe", error);
+  for (const fs::path& place : {program.parent_path(), fs::path()})
+    for (const string& name : MODELS)
+      if (fs::is_regular_file(place / name, error)) return (place / name).string();
   const string remedy = "; give --model, or run step2_export.py";
-  throw Problem("no model.pt beside this program or in the current directory" + remedy, 2);
+  throw Problem("no " + MODELS[0] + " beside this program or in the current directory" + remedy, 2);
 }
 
 // Reports an input that cannot be used: as an error line, and with --format json among the results; -> false.
@@ -341,7 +352,7 @@ Options parse(const std::vector<string>& arguments) {
 int run(const std::vector<string>& arguments) {
   Options options = parse(arguments);
   if (options.help) {
-    std::cout << USAGE;
+    std::cout << usage();
     return 0;
   }
   if (options.model.empty()) {
