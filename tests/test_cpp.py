@@ -1,4 +1,5 @@
-"""The C++ program, built here: it prints what step 3 prints for the same files, and fails as it does."""
+"""The C++ program, built here for each engine: it prints what step 3 prints for the same files, and fails as
+it does."""
 
 import base64
 import io
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Result
+from conftest import ROOT, Result, onnx_with
 from PIL import Image
 
 import model
@@ -25,18 +27,37 @@ import step3_infer
 CLASSES = ["cat", "dög", 'a "quoted" \\ one', "two\nlines", "\u202eemoji \U0001f600"]
 
 
+SUFFIXES = {"torch": ".pt", "onnxruntime": ".onnx"}  # of the files that each engine runs
+NOT_HERE = (
+    r"No CMAKE_CXX_COMPILER could be found"
+    r"|[\w./]+ not found: install .*? conan"
+    r"|(onnxruntime_c_api\.h|libonnxruntime) not found: .*? environment"
+)
+
+
+@pytest.fixture(scope="module", params=SUFFIXES)
+def backend(request):
+    """The engine that the program is built with."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """Path of the program, built against the torch of this Python."""
+def suffix(backend):
+    """The suffix of the files that the program runs."""
+    return SUFFIXES[backend]
+
+
+@pytest.fixture(scope="module")
+def program(backend, tmp_path_factory):
+    """Path of the program, built against this Python's torch or onnxruntime; the headers of onnxruntime come
+    from the system or from the directory that ONNXRUNTIME_DIR names."""
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake (apt install cmake)")
     build = tmp_path_factory.mktemp("cpp")
-    flags = [f"-DPYTHON={sys.executable}", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]  # compiles faster than with -O3
+    flags = [f"-DBACKEND={backend}", f"-DPYTHON={sys.executable}"]
+    flags += ["-DCMAKE_CXX_FLAGS_RELEASE=-O0"]  # compiles faster than with -O3
     done = run("cmake", "-S", ROOT / "deploy" / "cpp", "-B", build, *flags)
-    message = " ".join(done.err.split())
-    if missing := re.search(
-        r"No CMAKE_CXX_COMPILER could be found|[\w./]+ not found: install .*? conan", message
-    ):
+    if missing := re.search(NOT_HERE, " ".join(done.err.split())):
         pytest.skip(missing[0])
     assert done.code == 0, done.err
     built = run("cmake", "--build", build)
@@ -80,8 +101,8 @@ def compare(program, call):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """channels -> path of a model.pt, a linear layer whose large weights react to every pixel."""
+def tiny(program, suffix, tmp_path_factory):
+    """channels -> path of a model file, a linear layer whose large weights react to every pixel."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     for channels in (1, 3):
@@ -90,12 +111,29 @@ def tiny(tmp_path_factory):
         deployable = model.Deployable(network, (8, 8), [0.5] * channels, [0.2] * channels).eval()
         spec = {"schema": 1, "task": "classification", "classes": CLASSES}
         spec |= {"channels": channels, "image_size": [8, 8]}
-        step2_export.export_torchscript(deployable, spec, folder / f"{channels}.pt", None)
-    return {channels: folder / f"{channels}.pt" for channels in (1, 3)}
+        export(deployable, spec, folder / f"{channels}{suffix}")
+    return {channels: folder / f"{channels}{suffix}" for channels in (1, 3)}
 
 
-def with_spec(source, target, text=None, **changes):
-    """Copy a model.pt, its spec changed by key, or replaced by `text` (None with no changes: removed)."""
+@pytest.fixture(scope="module")
+def shipped(trained, suffix):
+    """Path of the trained network's file."""
+    return trained.export / f"model{suffix}"
+
+
+def export(module, spec, path):
+    """Write a file of step2_export.py in the format that the suffix says; -> its path."""
+    exporter = step2_export.export_onnx if path.suffix == ".onnx" else step2_export.export_torchscript
+    exporter(module, {"known": None, **spec}, path, 18)
+    return path
+
+
+def with_spec(source, name, text=None, **changes):
+    """Copy a model file to `name` with its suffix, its spec changed by key, or replaced by `text` (None with
+    no changes: removed); -> its path."""
+    target = Path(f"{name}{Path(source).suffix}")
+    if target.suffix == ".onnx":
+        return onnx_with(source, target, text, **changes)
     extra = {"spec.json": ""}
     with warnings.catch_warnings():  # torch calls TorchScript deprecated
         warnings.simplefilter("ignore")
@@ -161,19 +199,18 @@ def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(program, compare,
     values = np.random.default_rng(white).integers(0, white * 9 // 8, (8, 8), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "photos" / "grey.png")
     for channels in (1, 3):
-        scaled = with_spec(tiny[channels], tmp_path / f"{channels}.pt", white=white)
+        scaled = with_spec(tiny[channels], tmp_path / f"{channels}", white=white)
         ours, _ = compare(scaled, tmp_path / "photos")
         plain, _ = compare(tiny[channels], tmp_path / "photos")
         assert ours.done().out != plain.done().out
-    with_spec(tiny[1], tmp_path / "none.pt", white=0)
-    run(program, "--model", tmp_path / "none.pt", tmp_path / "photos").error(1, "malformed spec", "white")
+    none = with_spec(tiny[1], tmp_path / "none", white=0)
+    run(program, "--model", none, tmp_path / "photos").error(1, "malformed spec", "white")
 
 
-def test_a_trained_network_gives_the_same_lines(program, compare, call, trained, samples, tmp_path):
-    file = trained.export / "model.pt"
-    compare(file, *samples)
-    ours = run(program, "--model", file, *samples).done().out
-    theirs = call(step3_infer.main, "--model", file, *samples).done().out
+def test_a_trained_network_gives_the_same_lines(program, compare, call, shipped, samples):
+    compare(shipped, *samples)
+    ours = run(program, "--model", shipped, *samples).done().out
+    theirs = call(step3_infer.main, "--model", shipped, *samples).done().out
     assert re.sub(r"[\d.]+%", "%", ours) == re.sub(r"[\d.]+%", "%", theirs)
     percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
     assert percents[0] == pytest.approx(percents[1], abs=0.011)
@@ -199,31 +236,30 @@ def labels(result):
 
 
 def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(
-    program, compare, call, trained, strange, here
+    program, compare, call, shipped, strange, here
 ):
-    file = trained.export / "model.pt"
-    found, rows = labels(compare(file, *strange)[0])
+    found, rows = labels(compare(shipped, *strange)[0])
     assert set(found.values()) <= set("0123456789") and all(0 <= row["known"] <= 1 for row in rows)
-    rejected, rows = labels(compare(file, "--reject", "0.99", *strange)[0])
+    rejected, rows = labels(compare(shipped, "--reject", "0.99", *strange)[0])
     assert (
         rejected["noise"] == rejected["black"] == "unknown" and rows[-2]["top"][0]["label"] == found["black"]
     )
     assert list(rejected.values()).count("unknown") <= 5
-    unsure, _ = labels(compare(file, "--min-probability=1", *strange)[0])
+    unsure, _ = labels(compare(shipped, "--min-probability=1", *strange)[0])
     assert unsure["noise"] == "unsure"
     both = ["--reject=.5", "--min-probability", "1"]
-    answers, _ = labels(compare(file, *both, *strange)[0])
+    answers, _ = labels(compare(shipped, *both, *strange)[0])
     assert {"unknown", "unsure"} <= set(answers.values())
-    ours = run(program, "--model", file, *both, *strange).done().out
-    theirs = call(step3_infer.main, "--model", file, *both, *strange).done().out
+    ours = run(program, "--model", shipped, *both, *strange).done().out
+    theirs = call(step3_infer.main, "--model", shipped, *both, *strange).done().out
     assert re.sub(r"[\d.]+%", "%", ours) == re.sub(r"[\d.]+%", "%", theirs)
     percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
     assert percents[0] == pytest.approx(percents[1], abs=0.11)
     assert re.search(r"noise\.png  unknown  \d \d+\.\d\d%  .*  known 0\.0%\n", ours)
 
 
-def test_the_files_own_thresholds_count_unless_others_are_given(compare, trained, strange, here):
-    file = with_spec(trained.export / "model.pt", here / "own.pt", reject=0.99, min_probability=0.9999)
+def test_the_files_own_thresholds_count_unless_others_are_given(compare, shipped, strange, here):
+    file = with_spec(shipped, here / "own", reject=0.99, min_probability=0.9999)
     answers, _ = labels(compare(file, *strange)[0])
     assert answers["noise"] == "unknown"
     assert labels(compare(file, "--reject", "1", *strange)[0])[0]["noise"] == "unsure"
@@ -231,12 +267,12 @@ def test_the_files_own_thresholds_count_unless_others_are_given(compare, trained
     assert not {"unknown", "unsure"} & set(answers.values())
 
 
-def test_files_without_known_go_on_working(program, compare, tiny, trained, strange, here):
+def test_files_without_known_go_on_working(program, compare, tiny, shipped, strange, here):
     found, rows = labels(compare(tiny[1], *strange)[0])
     assert {row["known"] for row in rows} == {None} and set(found.values()) <= set(CLASSES)
     assert " known " not in run(program, "--model", tiny[1], *strange).done().out
     assert "unsure" in labels(compare(tiny[1], "--min-probability", "1", *strange)[0])[0].values()
-    ignored = with_spec(trained.export / "model.pt", here / "ignored.pt", known=None)
+    ignored = with_spec(shipped, here / "ignored", known=None)
     assert {row["known"] for row in labels(compare(ignored, *strange)[0])[1]} == {None}
     for file in (tiny[1], ignored):
         result = run(program, "--model", file, "--reject", "0.99", *strange)
@@ -244,15 +280,14 @@ def test_files_without_known_go_on_working(program, compare, tiny, trained, stra
         assert not result.out
 
 
-def test_jpegs_are_predicted_like_step3_does(program, trained, samples, tmp_path):
+def test_jpegs_are_predicted_like_step3_does(program, shipped, samples, tmp_path):
     """libjpeg and stb_image differ by a few grey levels."""
-    file = trained.export / "model.pt"
     for path in samples:
         photo = Image.open(path).resize((64, 48), Image.BICUBIC).convert("RGB")
         photo.save(tmp_path / f"{path.stem}.jpg", quality=95)
-    lines = run(program, "--model", file, "--format", "json", tmp_path).done().out.splitlines()
+    lines = run(program, "--model", shipped, "--format", "json", tmp_path).done().out.splitlines()
     for line, path in zip(map(json.loads, lines), sorted(tmp_path.glob("*.jpg")), strict=True):
-        expected = step3_infer.predict(path, step3_infer.Model(file))
+        expected = step3_infer.predict(path, step3_infer.Model(shipped))
         assert line["label"] == expected["label"]
         assert line["probability"] == pytest.approx(expected["probability"], abs=0.02)
 
@@ -317,7 +352,7 @@ def test_bad_inputs_are_one_error_line_each_and_the_others_are_predicted(compare
     good = pictures / "palette.png"
     ours, theirs = compare(tiny[3], good, *bad, good)
     assert ours.code == 1 and len(ours.err.splitlines()) == len(bad)
-    assert len(theirs.err.splitlines()) == len(bad) + 1  # step 3 adds a note
+    assert theirs.err.count("error: ") == len(bad)
     lines = [json.loads(line) for line in ours.out.splitlines()]
     assert lines[0] == lines[-1] and lines[0]["label"] in CLASSES
     for line, error, (name, reason) in zip(lines[1:-1], ours.err.splitlines(), bad.items(), strict=True):
@@ -339,15 +374,32 @@ def test_bad_inputs_are_one_error_line_each_and_the_others_are_predicted(compare
         ("x.png --reject", 2, ["--reject", "expected one argument"]),
         ("x.png --model", 2, ["--model", "expected one argument"]),
         ("--topk=3 x.png", 2, ["--topk=3"]),
-        ("x.png", 2, ["no model.pt", "--model"]),
-        ("--model nowhere.pt x.png", 1, ["nowhere.pt", "step2_export.py"]),
-        ("--model text.pt x.png", 1, ["text.pt", "not a TorchScript file"]),
+        ("--model nowhere.pt2 x.png", 1, ["nowhere.pt2", "step2_export.py"]),
+        ("--model text.PT2 x.png", 1, ["text.PT2 needs step3_infer.py"]),
     ],
 )
-def test_usage_errors_and_files_that_are_not_models(program, here, arguments, code, words):
-    (here / "text.pt").write_text("no model")
+def test_usage_errors(program, here, arguments, code, words):
+    (here / "text.PT2").write_text("no model")
     result = run(program, *arguments.split())
     result.error(code, *words)
+    assert len(result.err.splitlines()) == 1 and not result.out
+
+
+def test_files_that_are_not_models(program, backend, suffix, shipped, here):
+    run(program, "x.png").error(2, f"no model{suffix}", "--model")
+    content = shipped.read_bytes()
+    kind = {"torch": "a TorchScript", "onnxruntime": "an ONNX"}[backend]
+    for name, damaged in (("text", b"no model"), ("cut", content[: len(content) // 2]), ("empty", b"")):
+        (here / f"{name}{suffix}").write_bytes(damaged)
+        result = run(program, "--model", f"{name}{suffix}", "x.png")
+        result.error(1, f"{name}{suffix} is not {kind} file that", "can run: ")
+        assert len(result.err.splitlines()) == 1 and not result.out
+
+
+def test_a_file_for_the_other_engine_names_the_ways_out(program, backend, suffix, trained):
+    (other,) = SUFFIXES.keys() - {backend}
+    result = run(program, "--model", trained.export / f"model{SUFFIXES[other]}", "x.png")
+    result.error(1, f"needs the program built with -DBACKEND={other}; this program runs the {suffix} file")
     assert len(result.err.splitlines()) == 1 and not result.out
 
 
@@ -375,27 +427,26 @@ def test_usage_errors_and_files_that_are_not_models(program, here, arguments, co
     ],
 )
 def test_invalid_specs(program, here, tiny, pictures, change, code, words):
-    file = with_spec(tiny[1], here / "model.pt", **change)
+    file = with_spec(tiny[1], here / "model", **change)
     run(program, "--model", file, pictures / "palette.png").error(code, *words)
 
 
-def test_self_test(program, here, trained):
-    shutil.copy(trained.export / "model.pt", here)
+def test_self_test(program, here, shipped):
+    source = Path(shutil.copy(shipped, here)).name
     passed = run(program, "--self-test").done()
     assert re.fullmatch(r"self-test passed: 4 golden samples, max difference \d\.\de-\d\d\n", passed.out)
-    assert passed.err == "model: model.pt\n"
-    golden = step3_infer.Model("model.pt").spec["golden"]
+    assert passed.err == f"model: {source}\n"
+    golden = step3_infer.Model(source).spec["golden"]
     golden[2]["probabilities"][0] += 0.001
-    changed = run(program, "--self-test", "--model", with_spec("model.pt", "changed.pt", golden=golden))
+    changed = run(program, "--self-test", "--model", with_spec(source, "changed", golden=golden))
     assert changed.code == 1 and changed.out == "self-test FAILED: 4 golden samples, max difference 1.0e-03\n"
-    one = with_spec("model.pt", "one.pt", golden=golden[:1])
+    one = with_spec(source, "one", golden=golden[:1])
     assert ": 1 golden sample, max" in run(program, "--self-test", "--model", one).done().out
     golden[0]["image"] = "no base64!"
-    file = with_spec("model.pt", "broken.pt", golden=golden)
+    file = with_spec(source, "broken", golden=golden)
     run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
-    run(program, "--self-test", "--model", with_spec("model.pt", "none.pt", golden=[])).error(
-        1, "no golden samples"
-    )
+    file = with_spec(source, "none", golden=[])
+    run(program, "--self-test", "--model", file).error(1, "no golden samples")
 
 
 @pytest.mark.parametrize(
@@ -407,24 +458,22 @@ def test_self_test(program, here, trained):
         ({"self_test_tolerance": 1e-4, "quantization": "int8"}, {5e-3: False}),
     ],
 )
-def test_self_test_tolerance_is_that_of_step3(program, call, here, trained, changes, passes):
-    source = trained.export / "model.pt"
-    spec = step3_infer.Model(source).spec
+def test_self_test_tolerance_is_that_of_step3(program, call, here, shipped, changes, passes):
+    spec = step3_infer.Model(shipped).spec
     spec.pop("self_test_tolerance", None)
     for difference, passed in passes.items():
         golden = json.loads(json.dumps(spec["golden"]))
         golden[1]["probabilities"][3] += difference
         text = json.dumps({**spec, "golden": golden, **changes})
-        file = with_spec(source, "changed.pt", text)
+        file = with_spec(shipped, "changed", text)
         ours = run(program, "--self-test", "--model", file)
         theirs = call(step3_infer.main, "--self-test", "--model", file)
         assert ours.code == theirs.code == (0 if passed else 1), (ours, theirs)
         assert ("passed" in ours.out) == passed and ("FAILED" in ours.out) != passed
 
 
-def test_self_test_covers_known(program, call, here, trained):
-    source = trained.export / "model.pt"
-    spec = step3_infer.Model(source).spec
+def test_self_test_covers_known(program, call, here, shipped):
+    spec = step3_infer.Model(shipped).spec
     known = spec["golden"][1]["known"]
     tolerance = spec["known"]["tolerance"]
     for moved, passed in (
@@ -434,17 +483,17 @@ def test_self_test_covers_known(program, call, here, trained):
     ):
         golden = json.loads(json.dumps(spec["golden"]))
         golden[1]["known"] = moved
-        file = with_spec(source, "changed.pt", golden=golden)
+        file = with_spec(shipped, "changed", golden=golden)
         ours = run(program, "--self-test", "--model", file)
         assert ours.code == call(step3_infer.main, "--self-test", "--model", file).code == (not passed)
         assert ("passed" in ours.out) == passed and ("FAILED" in ours.out) != passed
     del golden[1]["known"]
-    file = with_spec(source, "broken.pt", golden=golden)
+    file = with_spec(shipped, "broken", golden=golden)
     run(program, "--self-test", "--model", file).error(1, "golden samples are malformed", "known")
 
 
-def test_self_test_tolerance_that_is_no_number(program, here, trained):
-    file = with_spec(trained.export / "model.pt", "changed.pt", self_test_tolerance="much")
+def test_self_test_tolerance_that_is_no_number(program, here, shipped):
+    file = with_spec(shipped, "changed", self_test_tolerance="much")
     run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
 
 
@@ -456,7 +505,7 @@ class NanForBlack(torch.nn.Module):
         return torch.full((1, 2), 0.5) * mean / mean
 
 
-def test_self_test_fails_if_any_output_is_nan(program, here):
+def test_self_test_fails_if_any_output_is_nan(program, suffix, here):
     golden = []
     for level in (0, 255):  # NaN first: a later number must not replace it
         content = io.BytesIO()
@@ -465,13 +514,13 @@ def test_self_test_fails_if_any_output_is_nan(program, here):
         golden.append({"image": image, "probabilities": [0.5, 0.5]})
     spec = {"schema": 1, "task": "classification", "classes": ["a", "b"], "channels": 1}
     spec |= {"image_size": [8, 8], "golden": golden}
-    step2_export.export_torchscript(NanForBlack(), spec, here / "nan.pt", None)
-    result = run(program, "--self-test", "--model", "nan.pt")
+    file = export(NanForBlack().eval(), spec, here / f"nan{suffix}")
+    result = run(program, "--self-test", "--model", file)
     assert result.code == 1 and "FAILED: 2 golden samples, max difference nan" in result.out.replace(
         "-nan", "nan"
     )
     Image.new("L", (8, 8)).save("black.png")
-    run(program, "--model", "nan.pt", "black.png").error(1, "black.png", "NaN or infinity")
+    run(program, "--model", file, "black.png").error(1, "black.png", "NaN or infinity")
 
 
 class NanIsKnown(torch.nn.Module):
@@ -482,7 +531,7 @@ class NanIsKnown(torch.nn.Module):
         return torch.full((1, 2), 0.5), mean / mean
 
 
-def test_self_test_fails_if_known_is_nan(program, here):
+def test_self_test_fails_if_known_is_nan(program, suffix, here):
     golden = []
     for level in (0, 255):
         content = io.BytesIO()
@@ -491,11 +540,19 @@ def test_self_test_fails_if_known_is_nan(program, here):
         golden.append({"image": image, "probabilities": [0.5, 0.5], "known": 1})
     spec = {"schema": 1, "task": "classification", "classes": ["a", "b"], "channels": 1}
     spec |= {"image_size": [8, 8], "golden": golden, "known": {"tolerance": 0.1}}
-    step2_export.export_torchscript(NanIsKnown(), spec, here / "nan.pt", None)
-    assert "FAILED" in run(program, "--self-test", "--model", "nan.pt").out
+    file = export(NanIsKnown().eval(), spec, here / f"nan{suffix}")
+    assert "FAILED" in run(program, "--self-test", "--model", file).out
 
 
-def test_output_that_cannot_be_written(program, trained, samples):
+def test_output_that_cannot_be_written(program, shipped, samples):
     with open("/dev/full", "w") as full:
-        result = run(program, "--model", trained.export / "model.pt", *samples, stdout=full)
+        result = run(program, "--model", shipped, *samples, stdout=full)
     result.error(1, "standard output")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+def test_an_int8_file_gives_the_same_lines(program, compare, all_formats, samples, here):
+    shutil.copy(all_formats / "model.int8.onnx", here)
+    compare("model.int8.onnx", *samples)
+    passed = run(program, "--self-test").done()
+    assert "passed" in passed.out and passed.err == "model: model.int8.onnx\n"
