@@ -38,11 +38,11 @@ FILES = {  # what the README says about each
     "cpp/": "the source of the C++ program",
     "SHA256SUMS": "the sums that `--verify` and `sha256sum -c SHA256SUMS` compare",
 }
-CPP = """    cmake -S cpp -B ~/threestep-cpp -DCMAKE_PREFIX_PATH=/path/to/libtorch
+CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxruntime
     cmake --build ~/threestep-cpp
-    ~/threestep-cpp/threestep --model model.pt photos/
+    ~/threestep-cpp/threestep --model model.onnx photos/
 
-[cpp/README.md](cpp/README.md) lists the packages that the build needs."""
+[cpp/README.md](cpp/README.md) says where to get onnxruntime, and how to run `model.pt` instead."""
 
 
 def publish(
@@ -83,9 +83,9 @@ def readme(spec: dict, models: Sequence[str]) -> str:
     """The README.md of a bundle: how to run it, and what each file is. models: names of its model files."""
     regression = spec["task"] == "regression"
     values = ",".join(["0.5"] * spec["channels"])
-    cpp = "The C++ program runs `model.pt`, which this bundle does not contain (`--format torchscript`)."
-    if "model.pt" in models:
-        cpp = "The C++ program is for image classifiers only." if regression else CPP
+    cpp = CPP if "model.onnx" in models else "[cpp/README.md](cpp/README.md) says how to build and run it."
+    if regression:
+        cpp = "The C++ program is for image classifiers only."
     listed = [name for name in FILES if not name.startswith("model.") or name in models]
     template = string.Template(Path(HERE, "bundle.md.template").read_text(encoding="utf-8"))
     return template.substitute(
