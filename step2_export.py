@@ -37,14 +37,15 @@ import step3_infer
 from deploy import onnx_file
 from step3_infer import Parser, Problem, guarded, number, replacing, say
 
-FORMAT_NAMES = ("torchscript", "onnx", "onnx-int8", "pt2")  # the keys of FORMATS, below
+FORMAT_NAMES = ("torchscript", "onnx", "onnx-int8", "pt2", "executorch")  # of FORMATS, below
 # option: (its default, the formats that it belongs to)
 FORMAT_OPTIONS = {
     "opset": (18, ("onnx", "onnx-int8")),
-    "tolerance": (1e-4, ("torchscript", "onnx", "pt2")),
+    "tolerance": (1e-4, ("torchscript", "onnx", "pt2", "executorch")),
     "max_drop": (0.5, ("onnx-int8",)),
+    "fixed": (None, ("onnx", "onnx-int8", "executorch")),
+    "input": ("uint8", ("onnx", "onnx-int8", "executorch")),
 }
-GOLDEN_SAMPLES = 4
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -55,10 +56,14 @@ def build_parser() -> Parser:
         description="Export a trained run and prove that the files agree with it; writes exports/<name>/.",
         epilog="example: python step2_export.py --run digits-airbench --format onnx",
     )
-    opset, tolerance, drop = (f"(default: {default:g})" for default, _ in FORMAT_OPTIONS.values())
+    opset, tolerance, drop = (f"(default: {default:g})" for default, _ in [*FORMAT_OPTIONS.values()][:3])
     add, names = parser.add_argument, f"one or more of {', '.join(FORMAT_NAMES)} (default: torchscript onnx)"
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
     add("--format", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=names)
+    text = "also ONNX files of the network's own size, for compilers: of N images, or any number"
+    add("--fixed", nargs="?", const=0, type=number(int, 1, 65536), metavar="N", help=text)
+    text = "pixels that files of a fixed size take, for compilers without uint8 (default: uint8)"
+    add("--input", choices=("uint8", "float32"), metavar="TYPE", help=text)
     add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip")
     add("--opset", type=int, choices=tuple(onnx_file.OPSETS), metavar="N", help=f"of ONNX, 18 to 23 {opset}")
     limit = f"largest probability difference allowed {tolerance}"
@@ -88,6 +93,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, default)
         elif not set(formats) & set(args.format):
             parser.error(f"--{name.replace('_', '-')} belongs to --format {' or '.join(formats)}")
+    if args.input != "uint8" and args.fixed is None and "executorch" not in args.format:
+        parser.error("--input belongs to --fixed")
     return args
 
 
@@ -99,10 +106,11 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 from data.notes import silenced  # noqa: E402
-from deploy import bundle, gate, int8, report  # noqa: E402
-from deploy.comparing import Outputs, some  # noqa: E402
+from deploy import bundle, fixed, gate, int8, report  # noqa: E402
+from deploy.comparing import predictions, some  # noqa: E402
+from deploy.fixed import example_of, free_sizes  # noqa: E402
 from deploy.gate import Run  # noqa: E402
-from deploy.samples import from_test_split, golden_samples, one_of_each_class  # noqa: E402
+from deploy.samples import GOLDEN_SAMPLES, from_test_split, golden_samples, one_of_each_class  # noqa: E402
 from training import cpu, runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
@@ -134,7 +142,7 @@ def export_onnx(deployable: model.Deployable, spec: dict, path: str, opset: int,
         opset_version=opset,
         input_names=["features" if regression else "image"],
         output_names=["prediction"] if regression else ["probabilities", "known"][: 1 + bool(spec["known"])],
-        dynamic_shapes=({0: "batch"} if regression else {0: "batch", 1: "height", 2: "width"},),
+        dynamic_shapes=(dict(enumerate(free_sizes(spec))),),
         verbose=False,
     )
     write_file(path, onnx_file.finish(program.model_proto, spec, opset))
@@ -159,7 +167,7 @@ def export_int8(
     spec = {
         **spec,
         "quantization": f"int8, {figures['quantization']}",
-        "golden": golden_samples(images, Outputs(*step3_infer.Model(quantized, threads).run(images))),
+        "golden": golden_samples(images, predictions(step3_infer.Model(quantized, threads), images), spec),
         "self_test_tolerance": gate.INT8_SELF_TEST_TOLERANCE,
         "known": spec["known"] and {**spec["known"], "tolerance": gate.INT8_KNOWN_TOLERANCE},
     }
@@ -170,7 +178,7 @@ def export_int8(
 def export_pt2(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> dict:
     """Write a torch.export file; batch, height and width are free; the spec is its extra file spec.json."""
     free = torch.export.Dim.DYNAMIC
-    sizes = {0: free} if spec["task"] == "regression" else {0: free, 1: free, 2: free}
+    sizes = {number: free for number, _ in enumerate(free_sizes(spec))}
     program = torch.export.export(deployable, (example_of(spec),), dynamic_shapes=(sizes,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
@@ -178,13 +186,6 @@ def export_pt2(deployable: model.Deployable, spec: dict, path: str, opset: int, 
     torch.export.save(program, content, extra_files={"spec.json": json.dumps(spec)})
     write_file(path, content.getbuffer())
     return {}
-
-
-def example_of(spec: dict) -> torch.Tensor:
-    """An input to trace with, of no size that the network knows."""
-    if spec["task"] == "regression":
-        return torch.zeros(2, spec["channels"])
-    return torch.zeros(2, 24, 40, spec["channels"], dtype=torch.uint8)
 
 
 class Format(NamedTuple):
@@ -198,6 +199,9 @@ FORMATS = {
     "onnx": Format("model.onnx", export_onnx, "onnxruntime"),
     "onnx-int8": Format("model.int8.onnx", export_int8, "onnxruntime"),
     "pt2": Format("model.pt2", export_pt2, "torch"),
+    "onnx-fixed": Format("model.fixed.onnx", export_onnx, "onnxruntime"),
+    "onnx-int8-fixed": Format("model.fixed.int8.onnx", export_int8, "onnxruntime"),
+    "executorch": Format("model.pte", fixed.export_executorch, "executorch"),
 }
 FILES = {name: kind.file for name, kind in FORMATS.items()}
 
@@ -215,15 +219,18 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
         **run.spec,
         "versions": {**run.spec["versions"], "torch_export": str(torch.__version__)},
         "resize": None if run.regression else "bilinear antialias",
-        "golden": golden_samples(dataset.test_images[golden], some(expected, golden)),
+        "golden": golden_samples(dataset.test_images[golden], some(expected, golden), {"fixed": None}),
         "self_test_tolerance": gate.SELF_TEST_TOLERANCE,
         "known": known and {**known, "tolerance": gate.KNOWN_TOLERANCE},
+        "fixed": None,
         "reject": args.reject,
         "min_probability": args.min_probability,
     }
-    formats = list(dict.fromkeys(args.format))
+    formats = [*dict.fromkeys(args.format)]
+    if args.fixed is not None:
+        formats += [f"{name}-fixed" for name in formats if f"{name}-fixed" in FORMATS]
     parity = bundle.earlier_parity(out, spec["checkpoint_sha256"], FILES)
-    print(f"{'format':12} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
+    print(f"{'format':15} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
     # Files are written and proven in a directory of their own, so that `out` never holds an unproven one.
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as workspace:
         for name in formats:
@@ -247,9 +254,12 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
 def write_and_prove(name, run, spec, file, dataset, expected, args) -> dict:
     """Write the file of one format and prove it; returns its entry in parity.json."""
     more = {"dataset": dataset, "max_drop": args.max_drop, "threads": run.threads}
+    if name.endswith("-fixed") or name == "executorch":
+        batch = args.fixed or (1 if name == "executorch" else None)
+        spec = fixed.of_fixed_size(run, spec, dataset, batch, args.input)
     try:
-        made = FORMATS[name].export(run.deployable(), spec, file, args.opset, **more)
-        if name == "onnx-int8":
+        made = FORMATS[name].export(run.deployable(not spec["fixed"]), spec, file, args.opset, **more)
+        if name.startswith("onnx-int8"):
             figures, failures = gate.prove_int8(run, file, dataset, expected, args.max_drop)
         else:
             figures, failures = gate.prove(run, file, dataset, expected, args.tolerance)
@@ -272,10 +282,10 @@ def publish(name: str, file: str, out: str, figures: dict) -> None:
     write_file(final, Path(file).read_bytes())
     accuracy = "-" if figures["accuracy"] is None else f"{figures['accuracy']:.2%}"
     size, difference = f"{os.path.getsize(final) / 1e6:5.2f} MB", figures["max_abs_diff"]
-    print(f"{name:12} {final:36} {size} {difference:9.1e} {accuracy:>9}", flush=True)
+    print(f"{name:15} {final:36} {size} {difference:9.1e} {accuracy:>9}", flush=True)
     if "speedup" in figures:
         speed = int8.speed_in_words(figures["speedup"])
-        print(f"{'':12} {figures['quantization']}; speed relative to float32: {speed}", flush=True)
+        print(f"{'':15} {figures['quantization']}; speed relative to float32: {speed}", flush=True)
     if "warning" in figures:
         say(f"warning: {final}: {figures['warning']}")
 
@@ -302,7 +312,7 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
         archive = bundle.publish(out, workspace, models, parity, **facts)
     except OSError as error:
         raise Problem(f"cannot write the bundle in {out}: {error.strerror or error}") from None
-    print(f"{'bundle':12} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
+    print(f"{'bundle':15} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
 
 
 def write_file(path: str, content) -> None:
@@ -364,6 +374,8 @@ def run_export(args: argparse.Namespace) -> int:
     run = read_run(path)
     if run.regression and "onnx-int8" in args.format:
         raise Problem(f"onnx-int8 is for classification, {path} is a regression: leave it out of --format", 2)
+    if run.regression and (args.fixed is not None or "executorch" in args.format):
+        raise Problem(f"{path} is a regression, which resizes nothing: leave out --fixed and executorch", 2)
     if args.uncalibrated:
         run = run.without_calibration()
     if args.reject is not None and not run.spec.get("known"):

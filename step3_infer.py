@@ -2,12 +2,8 @@
 """Step 3 of 3: predict with an exported model file. A machine needs only that file and this script.
 
     python step3_infer.py image.png                       # the model beside this script, or the newest export
-    python step3_infer.py --model model.onnx photos/ 'more/*.jpg'
-    python step3_infer.py --format json --top-k 5 photos/ > predictions.jsonl
-    python step3_infer.py --values 0.1,0.2,0.3,0.4,0.5    # a regression model; one --values for each row
+    python step3_infer.py --model model.onnx --format json photos/ 'more/*.jpg'
     python step3_infer.py --self-test                     # does this machine reproduce the trained network?
-    python step3_infer.py --benchmark                     # how fast is the model on this machine?
-    python step3_infer.py --verify                        # do all files match SHA256SUMS?
     from step3_infer import Model, predict; predict("image.png", Model("model.onnx"))["label"]     # in Python
 
 The script needs numpy and Pillow, and onnxruntime for .onnx files or torch for .pt and .pt2 files. The model
@@ -43,7 +39,8 @@ from PIL import Image, UnidentifiedImageError  # noqa: E402
 IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 SCHEMA = 1  # the newest spec that this script understands
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
-MODEL_NAMES = ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2")  # the first that exists is used
+MODEL_NAMES = "model.onnx model.int8.onnx model.pt model.pt2 model.fixed.onnx model.fixed.int8.onnx".split()
+MODEL_NAMES += ["model.pte"]  # the first that exists is used
 WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.31 keeps an ID of the device for events
 DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
@@ -173,6 +170,7 @@ class Model:
             raise Problem(f"{path} is not a model file: step2_export.py writes {', '.join(LOADERS)}")
         self.spec, self._run = load(path, min(threads or usable_cpus(), 1024), provider, once)
         self.reject, self.min_probability = self.spec["reject"], self.spec["min_probability"]
+        self.batch = self.spec["fixed"]["batch"] if self.spec["fixed"] else None  # None: any
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Predict from uint8 [batch, height, width, channels]: probabilities, float32 [batch, classes].
@@ -186,17 +184,51 @@ class Model:
 
         It says how familiar an input looks: the share of familiar images that look less so. Raises Problem.
         """
+        size, spec = len(inputs), self.spec
+        if size > (self.batch or size):
+            raise Problem(f"the model takes batches of {self.batch}, not of {size}")
         try:
-            outputs, *more = self._run(inputs)
+            inputs = fit(inputs, spec)
+            if size < (self.batch or 0):  # the engine takes no less
+                inputs = np.concatenate([inputs, np.repeat(inputs[-1:], self.batch - size, axis=0)])
+            outputs, *more = (output[:size] for output in self._run(inputs))
         except Exception as error:  # the engines' exceptions have no other base in common
             shape, reason = "x".join(map(str, inputs.shape)), one_line(error)
             raise Problem(f"the model cannot run on {shape} input, is its spec wrong? {reason}") from None
-        wanted = len(inputs), len(self.spec["classes"])
+        wanted = size, len(spec["classes"])
         if outputs.shape != wanted:
             raise Problem(f"the model's spec is wrong: it promises outputs {wanted}, not {outputs.shape}")
-        if self.spec["known"] and [known.shape for known in more] != [wanted[:1]]:
+        if spec["known"] and [known.shape for known in more] != [wanted[:1]]:
             raise Problem("the model's spec is wrong: it promises an output `known`")
-        return outputs, more[0] if self.spec["known"] else None
+        return outputs, more[0] if spec["known"] else None
+
+
+def fit(images: np.ndarray, spec: dict) -> np.ndarray:
+    """What an engine is given of uint8 images [batch, H, W, channels]: a file of fixed size, resized ones."""
+    if not spec["fixed"]:
+        return images
+    wanted = np.dtype(spec["fixed"]["input"])
+    if images.shape[1:3] != tuple(spec["image_size"]):
+        images = resize(images, spec["image_size"])
+        images = images if wanted == np.float32 else np.rint(images)
+    return images.astype(wanted, copy=False)
+
+
+def resize(images: np.ndarray, image_size) -> np.ndarray:
+    """uint8 [batch, H, W, channels] -> float32 [batch, *image_size, channels], as files of any size do it.
+
+    Bilinear with antialias, as Pillow resizes, but not rounded.
+    """
+    for axis, n_out in enumerate(image_size, 1):
+        n_in, lines = images.shape[axis], []
+        source, target = 2 * np.arange(n_in) + 1, 2 * np.arange(n_out)[:, None] + 1
+        weights = np.maximum(1 - np.abs(target * n_in - source * n_out) / (2 * max(n_in, n_out)), 0)
+        for weight in weights / weights.sum(1, keepdims=True):
+            reached = np.flatnonzero(weight)  # so that a photo is never whole in memory as floats
+            part = np.take(images, reached, axis).astype(np.float32)
+            lines.append(np.tensordot(weight[reached].astype(np.float32), part, (0, axis)))
+        images = np.stack(lines, axis)
+    return images
 
 
 def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
@@ -228,6 +260,8 @@ def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
 def predict_decoded(model: Model, images: dict[int, np.ndarray], top_k: int) -> dict[int, dict | Problem]:
     """What predict() returns, or why not, for uint8 images of any sizes; those of one size run together."""
     results = {}
+    if model.batch:  # which mixed sizes fill together
+        images = {key: fit(pixels[None], model.spec)[0] for key, pixels in images.items()}
     for shape in dict.fromkeys(pixels.shape for pixels in images.values()):
         keys = [key for key, pixels in images.items() if pixels.shape == shape]
         try:
@@ -334,8 +368,33 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
     return read_spec(extra["spec.json"], path), run
 
 
+def load_executorch(path: str, threads: int, provider: str, once: bool) -> tuple[dict, Callable]:
+    """Load an ExecuTorch program (.pte), whose spec is in a zip archive at its end. See LOADERS."""
+    import zipfile
+
+    try:
+        import torch
+        from executorch.runtime import Runtime
+    except ImportError as error:
+        raise Problem(f"{path} needs executorch: pip install executorch ({error})") from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read("spec.json").decode()
+        method = Runtime.get().load_program(path).load_method("forward")
+    except Exception as error:  # the runtime raises any exception on broken files
+        raise Problem(f"{path} is not an ExecuTorch file of step2_export.py: {one_line(error)}") from None
+    lock = threading.Lock()  # a method runs once at a time
+
+    def run(array: np.ndarray) -> list[np.ndarray]:
+        with lock:
+            return [output.numpy().copy() for output in method.execute([torch.from_numpy(array.copy())])]
+
+    return read_spec(text, path), run
+
+
 # Suffix -> function(path, threads, provider, once) that gives the spec and a function from input to outputs
-LOADERS: dict[str, Callable] = {".onnx": load_onnx, ".pt": load_torch, ".pt2": load_torch}
+LOADERS: dict[str, Callable] = dict.fromkeys((".pt", ".pt2"), load_torch)
+LOADERS |= {".onnx": load_onnx, ".pte": load_executorch}
 
 
 def read_spec(text: str | None, path: str) -> dict:
@@ -355,9 +414,12 @@ def read_spec(text: str | None, path: str) -> dict:
             valid = valid and height in range(1, 1 << 15) and width in range(1, 1 << 15)
         known, *thresholds = (spec.setdefault(key, None) for key in ("known", "reject", "min_probability"))
         valid = valid and all(share is None or 0 <= share <= 1 for share in thresholds)
+        fixed = spec.setdefault("fixed", None) or {"batch": None, "input": "uint8"}
+        valid = valid and (fixed["batch"] is None or fixed["batch"] in range(1, 1 << 20))
+        valid = valid and fixed["input"] in ("uint8", "float32")
         valid = valid and (known.setdefault("tolerance", 5e-3) >= 0 if known else thresholds[0] is None)
         if not valid or not classes:
-            raise ValueError("classes, channels, image_size, white, known or thresholds cannot be used")
+            raise ValueError("classes, channels, sizes, white, known or thresholds cannot be used")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Problem(f"{path} has a malformed spec: {type(error).__name__} {one_line(error)}") from None
     return spec
@@ -696,7 +758,7 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     imported = time.perf_counter()
     model = Model(path, threads, provider)
     loaded = time.perf_counter()
-    spec, rng = model.spec, np.random.default_rng(0)
+    spec, rng, batch_size = model.spec, np.random.default_rng(0), model.batch or batch_size
     inputs = rng.standard_normal((batch_size, spec["channels"]), dtype=np.float32)
     if spec["task"] != "regression":
         inputs = rng.integers(0, 256, (batch_size, *spec["image_size"], spec["channels"]), dtype=np.uint8)
@@ -841,16 +903,18 @@ def run(args: argparse.Namespace) -> int:
         say(f"note: {path} can carry code; unless you trust its source, use .onnx")
     threads = args.threads or usable_cpus()
     if args.benchmark:
-        figures = benchmark(path, threads, args.device, args.batch_size)
+        figures = benchmark(path, threads, args.device, args.batch_size or 16)
         lines = [f"{name:18}  {printable(str(value))}\n" for name, value in figures.items()]
         with output_stream(args.output) as out:
             out.write(json.dumps(figures) + "\n" if args.format == "json" else "".join(lines))
         return 0
-    others = []
+    others, batch_size = [], args.batch_size or 16
     found = find_images(args.paths, others)
-    first = list(itertools.islice(found, threads * args.batch_size))
+    first = list(itertools.islice(found, threads * batch_size))
     workers = max(1, min(threads, len(first)))
     model = Model(path, max(1, threads // workers), args.device, once=len(first) == 1)
+    if (args.batch_size or 0) > (model.batch or batch_size):
+        raise Problem(f"{path} takes batches of {model.batch}: leave out --batch-size", 2)
     if args.self_test:
         count, difference, passed = self_test(model)
         verdict = f"self-test {'passed' if passed else 'FAILED'}"
@@ -867,7 +931,7 @@ def run(args: argparse.Namespace) -> int:
         if args.values:
             return write_values(model, args.values, args.format, out)
         top_k = min(args.top_k, len(model.spec["classes"]))
-        batch_size = max(1, min(args.batch_size, len(first) // workers))
+        batch_size = model.batch or max(1, min(batch_size, len(first) // workers))
         found, drawn = itertools.chain(first, found), args.annotate is not None
         with contextlib.closing(predict_files(model, found, workers, batch_size, top_k, drawn)) as results:
             code = write_images(results, args, top_k, out)
@@ -888,7 +952,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{name} has no effect on {asked}, which takes only {TAKES[asked]}")
     if args.benchmark and args.format == "csv":
         parser.error("--benchmark writes --format text or json, not csv")
-    parser.set_defaults(device="cpu", batch_size=16, format="text", top_k=3)
+    parser.set_defaults(device="cpu", format="text", top_k=3)
     return guarded(run, parser.parse_args(argv), closed_pipe=0)
 
 

@@ -179,11 +179,12 @@ def measure(model: Model, images, labels, function: Callable | None = None, stre
     The same images get the same random numbers in every call.
     """
     hits, known = 0, []
-    for start in range(0, len(images), PART):
-        part = np.ascontiguousarray(images[start : start + PART])
+    size = model.batch or PART
+    for start in range(0, len(images), size):
+        part = np.ascontiguousarray(images[start : start + size])
         if function is not None:
             part = function(part, strength, np.random.default_rng((start, len(images))))
         probabilities, familiar = model.run(part)
-        hits += int((probabilities.argmax(1) == labels[start : start + PART]).sum())
+        hits += int((probabilities.argmax(1) == labels[start : start + size]).sum())
         known += [] if familiar is None else [familiar]
     return hits / len(images), float(np.concatenate(known).mean()) if known else None

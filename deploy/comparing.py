@@ -29,9 +29,9 @@ def some(outputs: Outputs, indices) -> Outputs:
 
 
 def predictions(exported: Model, inputs: np.ndarray) -> Outputs:
-    """Outputs of a loaded file for inputs [N, ...], in batches of 1, 7, 64, 1, 7, 64, ..."""
+    """Outputs of a loaded file for inputs [N, ...], in batches of 1, 7, 64, 1, ..., or its only size."""
     parts, start = [], 0
-    for size in itertools.cycle(BATCHES):
+    for size in itertools.cycle([exported.batch] if exported.batch else BATCHES):
         if start >= len(inputs):
             main, known = zip(*parts, strict=True)
             return Outputs(np.concatenate(main), None if known[0] is None else np.concatenate(known))

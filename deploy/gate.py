@@ -30,10 +30,12 @@ import numpy as np
 import torch
 
 import model
+import step3_infer
 from deploy.comparing import Outputs, compare, compare_known, latency, predictions, some, test_figures
 from deploy.isolated import predict_isolated
 from step3_infer import Model, Problem
 
+RESIZE_TOLERANCE = 1e-3  # grey levels
 KNOWN_TOLERANCE, INT8_KNOWN_TOLERANCE = 5e-3, 5e-2
 ACCURACY_TOLERANCE = 0.005
 SELF_TEST_TOLERANCE, INT8_SELF_TEST_TOLERANCE = 1e-4, 2e-2
@@ -62,14 +64,16 @@ class Run:
     def regression(self) -> bool:
         return self.spec["task"] == "regression"
 
-    def deployable(self) -> model.Deployable:
+    def deployable(self, any_size: bool = True) -> model.Deployable:
         cls, more = model.Regressor if self.regression else model.Deployable, {}
         if self.spec.get("temperature"):
             more["temperature"] = self.spec["temperature"]
         if self.familiarity:
             more["familiarity"] = model.Familiarity(self.familiarity)
             more["layers"] = self.spec["known"]["layers"]
-        return cls(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"], **more).eval()
+        made = cls(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"], **more).eval()
+        made.any_size = any_size
+        return made
 
     def without_calibration(self) -> "Run":
         """The same run as if --calibration none had been given."""
@@ -127,6 +131,23 @@ def share_below(familiarity: dict, statistics: torch.Tensor, logits: torch.Tenso
     return (np.searchsorted(state["table"], score) / len(state["table"])).astype(np.float32)
 
 
+def resized_outside(run: Run, spec: dict, inputs: np.ndarray) -> np.ndarray:
+    """What step3 gives a file of this spec for inputs [N, ...]: for one of fixed size, resized images.
+
+    Raises Problem if step3 resizes otherwise than the network does.
+    """
+    if not spec.get("fixed") or inputs.shape[1:3] == tuple(run.spec["image_size"]):
+        return inputs
+    parts = []
+    for part in np.array_split(inputs, -(-len(inputs) // 64)):
+        wanted = model.resize(torch.from_numpy(part), run.spec["image_size"]).numpy()
+        difference = np.abs(step3_infer.resize(part, run.spec["image_size"]) - wanted).max()
+        if not difference <= RESIZE_TOLERANCE:
+            raise Problem(f"step3_infer.py resizes otherwise, by {difference:.1e} grey levels")
+        parts.append(step3_infer.fit(part, spec))
+    return np.concatenate(parts)
+
+
 def check_reference(run: Run, dataset, expected: np.ndarray) -> None:
     """Is this the test split that the run reported on? Raises Problem if class names or accuracy say no."""
     if list(dataset.classes) != run.spec["classes"]:
@@ -177,6 +198,8 @@ def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> 
     """
     exported, images = Model(file, run.threads), dataset.test_images
     failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
+    given = resized_outside(run, exported.spec, images)
+    expected = expected if given is images else reference(run, given)
     figures, found = compare_both(expected, got, tolerance)
     failures += [f"test split: {failure}" for failure in found]
     if run.regression:
@@ -187,7 +210,8 @@ def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> 
         figures, failures = figures | more, failures + found
     figures["probes"] = {}
     for name, probe in probes(run.spec):
-        wanted, got = reference(run, probe), predictions(exported, probe)
+        wanted = reference(run, resized_outside(run, exported.spec, probe))
+        got = predictions(exported, probe)
         figures["probes"][name], found = compare_both(wanted, got, tolerance)
         failures += [f"{name}: {failure}" for failure in found]
     figures |= latency(exported, images[:1])

@@ -3,7 +3,9 @@
 Weights and activations become 8-bit integers between QuantizeLinear and DequantizeLinear nodes, their ranges
 taken from calibration images that run through the graph's own preprocessing. Preprocessing, softmax and the
 layer that reads the image, which int8 makes slower, stay in float32. Weights have 7 bits and a scale for each
-channel: their products cannot saturate, so processors with and without VNNI compute the same.
+channel: their products cannot saturate, so processors with and without VNNI compute the same. Activations are
+unsigned, which onnxruntime runs fastest; in a file of fixed size they are signed, with zero point 0, because
+TensorRT and NPUs take nothing else.
 """
 
 import contextlib
@@ -16,7 +18,8 @@ import numpy as np
 import onnx
 
 from deploy import onnx_file
-from step3_infer import Model
+from deploy.comparing import predictions
+from step3_infer import Model, fit
 
 OPSET = 20  # at least: the first with GELU as one operator, which in pieces would be quantized piece by piece
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -45,14 +48,16 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
     """
     order = np.random.default_rng(0).permutation(len(images))
     calibration, check = np.sort(order[:CALIBRATION]), np.sort(order[CALIBRATION : CALIBRATION + CHECK])
+    exported = Model(source, threads)
     if len(check) < CALIBRATION:  # a small dataset
         check = calibration
-    calibration_images, check_images, check_labels = images[calibration], images[check], labels[check]
+    calibration_images = fit(images[calibration], exported.spec)
+    check_images, check_labels = fit(images[check], exported.spec), labels[check]
     before, tried = accuracy(source, check_images, check_labels, threads), []
     for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
         file = f"{source}.{number}.onnx"
         try:
-            quantize(source, file, calibration_images, **settings)
+            quantize(source, file, calibration_images, exported.spec, **settings)
         except Exception as error:  # onnxruntime's quantizer raises anything at all
             raise ValueError(" ".join(str(error).split())) from None
         drop = round(100 * (before - accuracy(file, check_images, check_labels, threads)), 3)
@@ -60,23 +65,25 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
         if drop <= max_drop / 2:  # images that the network was trained on are easier than others
             break
     best = min(range(len(tried)), key=lambda number: tried[number]["drop_training"])
-    move_table(source, f"{source}.{best}.onnx", check_images)
+    move_table(source, f"{source}.{best}.onnx", check_images, exported.batch)
     return f"{source}.{best}.onnx", {**tried[best], "tried": tried}
 
 
 def accuracy(file: str, images: np.ndarray, labels: np.ndarray, threads: int | None = None) -> float:
     """The share of uint8 images [N, H, W, C] that an exported file classifies correctly."""
     exported = Model(file, threads)
-    predicted = np.concatenate([exported.predict(batch).argmax(1) for batch in batches(images, 64)])
-    return float((predicted == labels).mean())
+    return float((predictions(exported, images).main.argmax(1) == labels).mean())
 
 
-def batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (np.ascontiguousarray(images[start : start + size]) for start in range(0, len(images), size))
+def batches(images: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
+    """Batches of 16 images [N, H, W, C], or of `size`, the only one that a file takes."""
+    last = len(images) if size is None else len(images) - size + 1
+    size = size or 16
+    return (np.ascontiguousarray(images[start : start + size]) for start in range(0, last, size))
 
 
-def quantize(source: str, target: str, images: np.ndarray, *, calibration="MinMax", last_in_float=False):
-    """Write `target`, the ONNX file `source` in int8, calibrated on uint8 images [N, H, W, C].
+def quantize(source, target, images: np.ndarray, spec: dict, *, calibration="MinMax", last_in_float=False):
+    """Write `target`, the ONNX file `source` in int8, calibrated on images [N, H, W, C] as it takes them.
 
     calibration: the method, MinMax or Percentile. Raises whatever onnxruntime's quantizer raises,
     and ValueError if nothing can be quantized.
@@ -86,18 +93,21 @@ def quantize(source: str, target: str, images: np.ndarray, *, calibration="MinMa
     if calibration != "MinMax":
         images = images[: max(16, HISTOGRAM_PIXELS // (images.shape[1] * images.shape[2]))]
     excluded = nodes_in_float(onnx.load(source).graph, last_in_float)
+    # A fully connected layer may leave float32: logits in 8 bits would make coarse probabilities.
+    options = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
+    if spec["fixed"]:
+        options |= {"ActivationSymmetric": True, "QuantizeBias": False}  # TensorRT takes no int32
     with without_advice():
         quantize_static(
-            *(source, target, Batches(images)),
+            *(source, target, Batches(images, spec["fixed"] and spec["fixed"]["batch"])),
             op_types_to_quantize=list(OP_TYPES),
             nodes_to_exclude=excluded,
             per_channel=True,
             reduce_range=True,  # 7 bits
-            activation_type=QuantType.QUInt8,
+            activation_type=QuantType.QInt8 if spec["fixed"] else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod[calibration],
-            # A fully connected layer may leave float32: logits in 8 bits would make coarse probabilities.
-            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+            extra_options=options,
         )
 
 
@@ -136,10 +146,10 @@ def nodes_for(graph, output: str) -> list:
 
 
 class Batches:
-    """A calibration data reader: uint8 images [N, H, W, C] in batches of 16."""
+    """A calibration data reader, of images [N, H, W, C]."""
 
-    def __init__(self, images: np.ndarray):
-        self.feeds = ({"image": batch} for batch in batches(images, 16))
+    def __init__(self, images: np.ndarray, size: int | None):
+        self.feeds = ({"image": batch} for batch in batches(images, size))
 
     def get_next(self) -> dict | None:
         return next(self.feeds, None)
@@ -164,16 +174,16 @@ def without_advice():
 # ------------------------------------------------------------------------------------------------------ known
 
 
-def move_table(source: str, quantized: str, images: np.ndarray) -> None:
+def move_table(source: str, quantized: str, images: np.ndarray, size: int | None) -> None:
     """Give a quantized file a table of its own for `known`, as int8 moves the scores that it compares.
 
-    Each entry moves as the scores of equal rank do, from `source` to `quantized`, over uint8 images
-    [N, H, W, C] of the training split. Without `known` there is nothing to do.
+    Each entry moves as the scores of equal rank do, from `source` to `quantized`, over images [N, H, W, C] of
+    the training split as the files take them, in batches of `size`. Without `known` there is nothing to do.
     """
     proto = onnx.load(quantized)
     if len(proto.graph.output) < 2:
         return
-    before, after = (np.sort(scores(file, images)) for file in (source, quantized))
+    before, after = (np.sort(scores(file, images, size)) for file in (source, quantized))
     name, _ = table_and_score(proto.graph)
     table = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
     entries = onnx.numpy_helper.to_array(table)
@@ -187,15 +197,15 @@ def table_and_score(graph) -> list[str]:
     return list(next(node for node in nodes_for(graph, "known") if node.op_type == "Less").input)
 
 
-def scores(file: str, images: np.ndarray) -> np.ndarray:
-    """The scores [N] that a file compares with its table, of uint8 images [N, H, W, C]."""
+def scores(file: str, images: np.ndarray, size: int | None) -> np.ndarray:
+    """The scores [N] that a file compares with its table, of images [N, H, W, C] in batches of `size`."""
     import onnxruntime
 
     proto = onnx.load(file)
     score = table_and_score(proto.graph)[1]
     proto.graph.output.append(onnx.helper.make_tensor_value_info(score, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run([score], {"image": b})[0].ravel() for b in batches(images, 64)])
+    return np.concatenate([session.run([score], {"image": b})[0].ravel() for b in batches(images, size)])
 
 
 # -------------------------------------------------------------------------------------------------- finishing
@@ -242,11 +252,11 @@ def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads:
 
     images: uint8 [N, H, W, C], of which as many as needed are taken.
     """
-    slow, fast = (Model(file, threads).predict for file in (unquantized, quantized))
+    slow, fast = (Model(file, threads) for file in (unquantized, quantized))
     figures = {}
-    for size in (1, 64):
-        batch = np.resize(images[:size], (size, *images.shape[1:]))
-        figures[str(size)] = round(speedup(slow, fast, batch), 2)
+    for size in [fast.batch] if fast.batch else (1, 64):
+        batch = fit(np.resize(images[:size], (size, *images.shape[1:])), fast.spec)
+        figures[str(size)] = round(speedup(slow.predict, fast.predict, batch), 2)
     if min(figures.values()) >= FASTER:
         return {"speedup": figures}
     warning = f"it is not faster than float32 on this machine ({speed_in_words(figures)})"

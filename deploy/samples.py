@@ -8,8 +8,9 @@ from PIL import Image
 
 from deploy.card import per_class
 from deploy.comparing import Outputs, some
+from step3_infer import fit
 
-BUNDLE_SAMPLES = 10
+GOLDEN_SAMPLES, BUNDLE_SAMPLES = 4, 10
 
 
 def one_of_each_class(dataset, count: int) -> list[int]:
@@ -20,8 +21,11 @@ def one_of_each_class(dataset, count: int) -> list[int]:
     return [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in labels]
 
 
-def golden_samples(inputs: np.ndarray, outputs: Outputs) -> list[dict]:
-    """Inputs, images uint8 [N, H, W, C] as base64 PNG, or features [N, n], each with its outputs."""
+def golden_samples(inputs: np.ndarray, outputs: Outputs, spec: dict) -> list[dict]:
+    """Inputs, images uint8 [N, H, W, C] as base64 PNG, or features [N, n], each with its outputs.
+
+    Of a file of fixed size also the tensors that an engine is given, [height, width, C], as base64.
+    """
     if inputs.ndim == 2:
         pairs = zip(inputs.tolist(), outputs.main.tolist(), strict=True)
         return [{"features": features, "prediction": prediction} for features, prediction in pairs]
@@ -29,6 +33,8 @@ def golden_samples(inputs: np.ndarray, outputs: Outputs) -> list[dict]:
     for number, (image, probabilities) in enumerate(zip(inputs, outputs.main.tolist(), strict=True)):
         encoded = base64.b64encode(to_png(image)).decode()
         sample = {"image": encoded, "probabilities": [round(p, 7) for p in probabilities]}
+        if spec["fixed"]:
+            sample["tensor"] = base64.b64encode(fit(image[None], spec).tobytes()).decode()
         samples.append(sample if outputs.known is None else {**sample, "known": known_of(outputs, number)})
     return samples
 

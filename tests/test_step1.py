@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torchvision import models
 
 import data
 import model
@@ -340,7 +341,7 @@ def test_an_interrupt_while_torch_is_imported_has_no_traceback(here, slow_torch,
 
 def test_the_networks_listed_without_torch_are_those_there_are():
     assert command_line.NETWORKS.keys() == model.MODELS.keys()
-    assert set(command_line.torchvision_names()) == set(model.torchvision_names())
+    assert set(command_line.torchvision_names()) == set(models.list_models(module=models))
 
 
 @pytest.fixture
