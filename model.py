@@ -288,13 +288,14 @@ class Familiarity(nn.Module):
             self.register_buffer(name, state[name].float().contiguous())
 
     def score(self, statistics, logits):
-        """float32 [batch] from statistics [batch, d] and logits [batch, classes]."""
+        """float32 [batch, 1] from statistics [batch, d] and logits [batch, classes]."""
         whitened = torch.addmm(self.bias, statistics, self.weight)
         factor, offset, limit = self.logit.unbind()
-        return torch.minimum(logits.amax(1) * factor + offset, limit) - (whitened * whitened).sum(1).log()
+        best = logits.amax(1, keepdim=True) * factor + offset  # of two dimensions, as OpenCV 4 cannot add one
+        return torch.minimum(best, limit) - (whitened * whitened).sum(1, keepdim=True).log()
 
     def forward(self, statistics, logits):
-        return (self.table < self.score(statistics, logits)[:, None]).float().mean(1)
+        return (self.table < self.score(statistics, logits)).float().mean(1)
 
 
 @contextlib.contextmanager

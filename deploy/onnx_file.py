@@ -23,11 +23,33 @@ def finish(proto, spec: dict, opset: int) -> bytes:
             del node.attribute[:]
     del proto.graph.value_info[:]  # tract takes the names of free sizes in it for different ones
     reorder_gelu(proto.graph)
+    pool_maxima(proto.graph)
     proto.ir_version = OPSETS[opset][0]  # the exporter's own IR version would shut out older onnxruntimes
     spec = {**spec, "opset": opset, "onnxruntime_min": OPSETS[opset][1]}
     onnx.helper.set_model_props(proto, {"spec": json.dumps(spec), "classes": json.dumps(spec["classes"])})
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
+
+
+def pool_maxima(graph) -> None:
+    """Turn ReduceMax over height and width into GlobalMaxPool and Flatten: ncnn knows no ReduceMax."""
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for number, node in reversed(list(enumerate(graph.node))):
+        if node.op_type == "ReduceMax" and len(node.input) > 1 and node.input[1] in constants:
+            axes = onnx.numpy_helper.to_array(constants[node.input[1]]).tolist()
+            keep = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
+            if sorted(axes) in ([2, 3], [-2, -1]) and not keep:
+                pooled = f"{node.output[0]}_pooled"
+                pool = onnx.helper.make_node("GlobalMaxPool", [node.input[0]], [pooled])
+                flat = onnx.helper.make_node("Flatten", [pooled], [node.output[0]], axis=1)
+                graph.node.remove(node)
+                graph.node.insert(number, flat)
+                graph.node.insert(number, pool)
+    used = {name for node in graph.node for name in node.input}
+    for name in constants.keys() - used:
+        graph.initializer.remove(constants[name])
 
 
 def reorder_gelu(graph) -> None:
