@@ -1,0 +1,132 @@
+"""Files of one fixed size: their graph, how step3 runs them, and what is refused."""
+
+import base64
+import json
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import same_threads
+from PIL import Image
+
+import model
+import step2_export
+import step3_infer
+from deploy import gate
+
+
+@pytest.fixture(scope="session")
+def fixed_files(once, trained):
+    """The trained run's files of fixed size, for four images at once: a directory. Read only."""
+    return once("fixed", export_fixed, trained)
+
+
+def export_fixed(place, trained):
+    arguments = ["--run", trained.run, "--out", place / "digits", "--format", "onnx", "onnx-int8", "--fixed", "4"]
+    with same_threads():
+        assert step2_export.main([str(argument) for argument in arguments]) == 0
+    return place / "digits"
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (57, 43), (1, 300), (480, 641)])
+def test_step3_resizes_as_the_network(size):
+    images = noise(2, *size, 3)
+    wanted = model.resize(torch.from_numpy(images), (32, 28)).numpy()
+    assert np.abs(step3_infer.resize(images, (32, 28)) - wanted).max() < 1e-3
+
+
+def test_the_graph_is_fixed_and_casts_first(fixed_files):
+    graph = onnx.load(fixed_files / "model.fixed.onnx").graph
+    shape = graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in shape] == [4, 32, 32, 1]
+    assert [node.op_type for node in graph.node if "image" in node.input] == ["Cast"]
+    assert not {"Shape", "Range", "Resize"} & {node.op_type for node in graph.node}
+
+
+def test_int8_is_symmetric(fixed_files):
+    graph = onnx.load(fixed_files / "model.fixed.int8.onnx").graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    points = [constants[node.input[2]] for node in graph.node if node.op_type.endswith("QuantizeLinear")]
+    assert points and all(point.dtype == np.int8 and not point.any() for point in points)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (43, 57)])
+def test_step3_gives_it_resized_images(fixed_files, trained, size):
+    run, images = step2_export.read_run(str(trained.run)), noise(4, *size, 1)
+    rounded = model.resize(torch.from_numpy(images), (32, 32)).round().byte().numpy()
+    got = step3_infer.Model(fixed_files / "model.fixed.onnx").run(images)
+    wanted = gate.reference(run, rounded)
+    assert np.abs(got[0] - wanted.main).max() <= 1e-4 and np.abs(got[1] - wanted.known).max() <= 5e-3
+
+
+@pytest.mark.parametrize("name", ["model.fixed.onnx", "model.fixed.int8.onnx"])
+def test_golden_tensors_are_for_any_engine(fixed_files, name):
+    session = onnxruntime.InferenceSession(fixed_files / name)
+    spec = json.loads(session.get_modelmeta().custom_metadata_map["spec"])
+    assert spec["fixed"] == {"batch": 4, "input": "uint8"}
+    tensors = [np.frombuffer(base64.b64decode(sample["tensor"]), np.uint8) for sample in spec["golden"]]
+    got = session.run(None, {"image": np.stack(tensors).reshape(4, 32, 32, 1)})[0]
+    wanted = np.array([sample["probabilities"] for sample in spec["golden"]])
+    assert np.abs(got - wanted).max() <= spec["self_test_tolerance"]
+
+
+def test_batches(call, fixed_files, samples, here):
+    file = fixed_files / "model.fixed.onnx"
+    exported = step3_infer.Model(file)
+    assert exported.batch == 4 and len(exported.predict(noise(3, 20, 20, 1))) == 3
+    with pytest.raises(step3_infer.Problem, match="batches of 4, not of 5"):
+        exported.predict(noise(5, 32, 32, 1))
+    Image.fromarray(noise(40, 30)).save(here / "odd.png")
+    result = call(step3_infer.main, "--model", file, "--top-k", "1", *samples[:5], here / "odd.png").done()
+    assert len(result.out.splitlines()) == 6
+    call(step3_infer.main, "--model", file, "--self-test").done()
+    refused = call(step3_infer.main, "--model", file, "--batch-size", "5", samples[0])
+    assert refused.code == 2 and "takes batches of 4: leave out --batch-size" in refused.err
+
+
+def test_float_input_is_not_rounded(call, trained, here, in_process):
+    options = ["--run", trained.run, "--format", "onnx", "--fixed", "--input", "float32", "--out", here / "out"]
+    call(step2_export.main, *options).done()
+    exported, images = step3_infer.Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
+    wanted = gate.reference(step2_export.read_run(str(trained.run)), images).main
+    assert exported.batch is None and np.abs(exported.predict(images) - wanted).max() <= 1e-4
+    parity = json.loads((here / "out" / "parity.json").read_text())
+    assert parity["onnx-fixed"]["passed"] and parity["onnx"]["passed"]
+
+
+def test_gate_catches_another_resizing_outside(call, small_run, here, monkeypatch, in_process):
+    shift = step3_infer.resize
+    monkeypatch.setattr(step3_infer, "resize", lambda images, size: shift(np.roll(images, 1, axis=1), size))
+    result = call(step2_export.main, "--format", "onnx", "--fixed")
+    assert result.code == 1 and "resizes otherwise" in result.err
+    assert not (here / "exports" / "small" / "model.fixed.onnx").exists()
+
+
+def test_spec_that_lies(fixed_files, here, call, samples):
+    shutil.copy(fixed_files / "model.fixed.onnx", here / "model.onnx")
+    proto = onnx.load(here / "model.onnx")
+    spec = json.loads(next(entry.value for entry in proto.metadata_props if entry.key == "spec"))
+    for lie in ({"batch": 0, "input": "uint8"}, {"batch": 4, "input": "int64"}, {"batch": 4}, 7):
+        onnx.helper.set_model_props(proto, {"spec": json.dumps({**spec, "fixed": lie})})
+        onnx.save(proto, here / "model.onnx")
+        result = call(step3_infer.main, "--model", here / "model.onnx", samples[0])
+        assert result.code == 1 and len(result.err.splitlines()) == 1 and "malformed spec" in result.err
+
+
+def test_what_is_refused(call, here, monkeypatch, small_run):
+    result = call(step2_export.main, "--input", "float32")
+    assert result.code == 2 and "--input belongs to --fixed" in result.err
+    result = call(step2_export.main, "--fixed", "0")
+    assert result.code == 2
+    result = call(step2_export.main, "--fixed", "--format", "torchscript")
+    assert result.code == 2 and "--fixed belongs to --format onnx" in result.err
+    monkeypatch.setitem(__import__("sys").modules, "executorch", None)
+    result = call(step2_export.main, "--format", "executorch")
+    assert result.code == 1 and "pip install executorch" in result.err
