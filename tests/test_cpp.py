@@ -424,6 +424,7 @@ def test_a_file_for_the_other_engine_names_the_ways_out(program, backend, suffix
         ({"min_probability": -0.5}, 1, ["malformed spec", "min_probability"]),
         ({"min_probability": []}, 1, ["malformed spec"]),
         ({"task": "regression"}, 2, ["step3_infer.py --values"]),
+        ({"fixed": {"batch": 1, "input": "uint8"}}, 2, ["takes resized images only", "model."]),
     ],
 )
 def test_invalid_specs(program, here, tiny, pictures, change, code, words):

@@ -104,6 +104,8 @@ void read_spec(Model& model) {
     if (model.spec["task"] != "classification" || model.classes.size() < 2 ||
         (model.channels != 1 && model.channels != 3) || model.white < 1 || model.white > 65535)
       throw Problem(model.path + " has a malformed spec: its task, classes, channels or white are invalid");
+    if (!model.spec.value("fixed", json()).is_null())
+      throw Problem(model.path + " takes resized images only: use " + MODELS[0] + ", which resizes", 2);
     const json known = model.spec.value("known", json());
     model.has_known = !known.is_null();
     model.known_tolerance = model.has_known ? known.at("tolerance").get<double>() : 0;

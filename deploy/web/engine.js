@@ -88,6 +88,9 @@ function readSpec(bytes, source) {
   if (!(regression || spec?.task === "classification") || !named || !shaped || !levelled) {
     throw new Problem(`${source} has a malformed spec: its task, classes, channels or white are invalid.`);
   }
+  if (spec.fixed) {
+    throw new Problem(`${source} takes resized images only. Use model.onnx of the same export, which resizes.`);
+  }
   const { known = null, reject = null, min_probability: least = null } = spec;
   const bounded = Number.isFinite(known?.tolerance) && known.tolerance >= 0;
   const tolerable = known === null || (bounded && !regression);
