@@ -37,14 +37,15 @@ import step3_infer
 from deploy import onnx_file
 from step3_infer import Parser, Problem, guarded, number, replacing, say
 
-FORMAT_NAMES = ("torchscript", "onnx", "onnx-int8", "pt2", "executorch")  # of FORMATS, below
+FORMAT_NAMES = ("torchscript", "onnx", "onnx-int8", "pt2", "executorch", "litert")  # of FORMATS, below
+COMPILED = ("executorch", "litert")  # always of a fixed size
 # option: (its default, the formats that it belongs to)
 FORMAT_OPTIONS = {
     "opset": (18, ("onnx", "onnx-int8")),
-    "tolerance": (1e-4, ("torchscript", "onnx", "pt2", "executorch")),
+    "tolerance": (1e-4, ("torchscript", "onnx", "pt2", *COMPILED)),
     "max_drop": (0.5, ("onnx-int8",)),
-    "fixed": (None, ("onnx", "onnx-int8", "executorch")),
-    "input": ("uint8", ("onnx", "onnx-int8", "executorch")),
+    "fixed": (None, ("torchscript", "onnx", "onnx-int8", *COMPILED)),
+    "input": ("uint8", ("torchscript", "onnx", "onnx-int8", *COMPILED)),
 }
 
 
@@ -60,7 +61,7 @@ def build_parser() -> Parser:
     add, names = parser.add_argument, f"one or more of {', '.join(FORMAT_NAMES)} (default: torchscript onnx)"
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
     add("--format", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=names)
-    text = "also ONNX files of the network's own size, for compilers: of N images, or any number"
+    text = "also files of the network's own size, for compilers: of N images, or any number"
     add("--fixed", nargs="?", const=0, type=number(int, 1, 65536), metavar="N", help=text)
     text = "pixels that files of a fixed size take, for compilers without uint8 (default: uint8)"
     add("--input", choices=("uint8", "float32"), metavar="TYPE", help=text)
@@ -93,7 +94,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, default)
         elif not set(formats) & set(args.format):
             parser.error(f"--{name.replace('_', '-')} belongs to --format {' or '.join(formats)}")
-    if args.input != "uint8" and args.fixed is None and "executorch" not in args.format:
+    if args.input != "uint8" and args.fixed is None and not set(COMPILED) & set(args.format):
         parser.error("--input belongs to --fixed")
     return args
 
@@ -199,9 +200,11 @@ FORMATS = {
     "onnx": Format("model.onnx", export_onnx, "onnxruntime"),
     "onnx-int8": Format("model.int8.onnx", export_int8, "onnxruntime"),
     "pt2": Format("model.pt2", export_pt2, "torch"),
+    "torchscript-fixed": Format("model.fixed.pt", export_torchscript, "torch"),
     "onnx-fixed": Format("model.fixed.onnx", export_onnx, "onnxruntime"),
     "onnx-int8-fixed": Format("model.fixed.int8.onnx", export_int8, "onnxruntime"),
     "executorch": Format("model.pte", fixed.export_executorch, "executorch"),
+    "litert": Format("model.tflite", fixed.export_litert, "ai-edge-litert"),
 }
 FILES = {name: kind.file for name, kind in FORMATS.items()}
 
@@ -254,8 +257,8 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
 def write_and_prove(name, run, spec, file, dataset, expected, args) -> dict:
     """Write the file of one format and prove it; returns its entry in parity.json."""
     more = {"dataset": dataset, "max_drop": args.max_drop, "threads": run.threads}
-    if name.endswith("-fixed") or name == "executorch":
-        batch = args.fixed or (1 if name == "executorch" else None)
+    if name.endswith("-fixed") or name in COMPILED:
+        batch = args.fixed or (1 if name in COMPILED else None)
         spec = fixed.of_fixed_size(run, spec, dataset, batch, args.input)
     try:
         made = FORMATS[name].export(run.deployable(not spec["fixed"]), spec, file, args.opset, **more)
@@ -374,8 +377,8 @@ def run_export(args: argparse.Namespace) -> int:
     run = read_run(path)
     if run.regression and "onnx-int8" in args.format:
         raise Problem(f"onnx-int8 is for classification, {path} is a regression: leave it out of --format", 2)
-    if run.regression and (args.fixed is not None or "executorch" in args.format):
-        raise Problem(f"{path} is a regression, which resizes nothing: leave out --fixed and executorch", 2)
+    if run.regression and (args.fixed is not None or set(COMPILED) & set(args.format)):
+        raise Problem(f"{path} is a regression: leave out --fixed, executorch and litert", 2)
     if args.uncalibrated:
         run = run.without_calibration()
     if args.reject is not None and not run.spec.get("known"):

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -47,10 +48,27 @@ def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -
     except ImportError as error:
         raise Problem(f"--format executorch needs executorch: pip install executorch ({error})") from None
     program = torch.export.export(deployable, (example_of(spec),))
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    write_with_spec(path, lowered.to_executorch().buffer, spec)
+    return {}
+
+
+def export_litert(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
+    """Write a LiteRT (TensorFlow Lite) file, followed by a zip archive with the spec. Raises Problem."""
+    try:
+        import litert_torch
+    except ImportError as error:
+        raise Problem(f"--format litert needs litert-torch: pip install litert-torch ({error})") from None
+    converted = litert_torch.convert(deployable, (example_of(spec),))
+    converted.export(path)
+    write_with_spec(path, Path(path).read_bytes(), spec)
+    return {}
+
+
+def write_with_spec(path: str, content: bytes, spec: dict) -> None:
+    """Write a model, and after it a zip archive with the spec and the class names, as LiteRT's tools do."""
     with replacing(path) as file:
-        file.write(lowered.buffer)
-        with zipfile.ZipFile(file, "w") as archive:
+        file.write(content)
+        with zipfile.ZipFile(file, "a") as archive:
             archive.writestr(zipfile.ZipInfo("spec.json"), json.dumps(spec))
             archive.writestr(zipfile.ZipInfo("labels.txt"), "\n".join(spec["classes"]))
-    return {}

@@ -1,7 +1,7 @@
 """Engines that run an exported file, for tests/test_portability.py and tests/benchmarks/bench_engines.py.
 
-Each function takes the path of a file and a number of threads, and returns a function from images [N, H, W, C]
-to probabilities [N, classes]. None of the project's code runs in it, only the file.
+Each function takes the path of a file and a number of threads, and returns a function from images
+[N, H, W, C] to probabilities [N, classes]. None of the project's code runs in it, only the file.
 """
 
 import importlib.metadata
@@ -96,6 +96,21 @@ def executorch(path, threads):
     return lambda images: method.execute([torch.from_numpy(images)])[0].numpy().copy()
 
 
+def litert(path, threads):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=threads)
+    interpreter.allocate_tensors()
+    (given,), taken = interpreter.get_input_details(), interpreter.get_output_details()[0]
+
+    def run(images):
+        interpreter.set_tensor(given["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(taken["index"]).copy()
+
+    return run
+
+
 def onnx_reference(path, threads):
     from onnx.reference import ReferenceEvaluator
 
@@ -113,6 +128,7 @@ RUNTIMES = {
     "tract": ("tract", ".onnx", tract),
     "MNN": ("MNN", ".onnx", mnn),
     "ExecuTorch": ("executorch", ".pte", executorch),
+    "LiteRT": ("ai-edge-litert", ".tflite", litert),
     "ONNX reference": ("onnx", ".onnx", onnx_reference),
 }
 

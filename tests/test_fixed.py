@@ -25,7 +25,8 @@ def fixed_files(once, trained):
 
 
 def export_fixed(place, trained):
-    arguments = ["--run", trained.run, "--out", place / "digits", "--format", "onnx", "onnx-int8", "--fixed", "4"]
+    arguments = ["--run", trained.run, "--out", place / "digits", "--fixed", "4"]
+    arguments += ["--format", "onnx", "onnx-int8"]
     with same_threads():
         assert step2_export.main([str(argument) for argument in arguments]) == 0
     return place / "digits"
@@ -92,8 +93,8 @@ def test_batches(call, fixed_files, samples, here):
 
 
 def test_float_input_is_not_rounded(call, trained, here, in_process):
-    options = ["--run", trained.run, "--format", "onnx", "--fixed", "--input", "float32", "--out", here / "out"]
-    call(step2_export.main, *options).done()
+    options = ["--format", "onnx", "--fixed", "--input", "float32", "--out", here / "out"]
+    call(step2_export.main, "--run", trained.run, *options).done()
     exported, images = step3_infer.Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
     wanted = gate.reference(step2_export.read_run(str(trained.run)), images).main
     assert exported.batch is None and np.abs(exported.predict(images) - wanted).max() <= 1e-4

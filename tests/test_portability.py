@@ -18,7 +18,7 @@ from deploy import gate
 STRICT = 1e-4  # of a probability
 
 
-@pytest.fixture(params=RUNTIMES)
+@pytest.fixture(params=["onnxruntime", "TorchScript", "pt2", "OpenVINO", "OpenCV", "tract", "ONNX reference"])
 def engine(request, trained, all_formats):
     """(the engine's name, the run, its function)."""
     name = request.param
@@ -27,7 +27,8 @@ def engine(request, trained, all_formats):
     if name == "ONNX reference" and tuple(map(int, version(name).split(".")[:2])) < (1, 22):
         pytest.skip("the reference evaluator of onnx 1.18 to 1.21 takes minutes for these images")
     run = step2_export.read_run(str(trained.run))
-    return name, run, RUNTIMES[name][1](all_formats, torch.get_num_threads())
+    _, suffix, load = RUNTIMES[name]
+    return name, run, load(all_formats / f"model{suffix}", torch.get_num_threads())
 
 
 def test_own_size_is_exact(engine):

@@ -8,7 +8,8 @@ grey levels, which shows missing antialiasing. Files of fixed size are given wha
 
 Prints a row for each engine and file: the largest difference of a probability from onnxruntime with the same
 file at each size, how many answers changed, and the time to load and to run one image of the network's size,
-the fastest fifth, with onnxruntime's time for the same file, taken in turn with it.
+the fastest fifth, with onnxruntime's time for the same file, taken in turn with it. An ExecuTorch or LiteRT
+file is compared with model.fixed.onnx.
 """
 
 import argparse
@@ -78,9 +79,8 @@ def measure(name: str, file: str, beside: str, inputs: str, threads: int) -> dic
     started = time.perf_counter()
     run = RUNTIMES[name][2](file, threads)
     row = {"load": 1000 * (time.perf_counter() - started), "max": {}, "changed": 0, "answers": 0}
-    reference, spec = Model(file if name == "ExecuTorch" else beside, threads), None
-    spec, other = reference.spec, onnxruntime(beside, threads)
-    right = Model(beside, threads).spec
+    spec, right = Model(file, threads).spec, Model(beside, threads).spec
+    other = onnxruntime(beside, threads)
     arrays = np.load(inputs)
     for size in arrays.files:
         images = fit(arrays[size], spec)
@@ -108,9 +108,10 @@ def print_row(label: str, row: dict) -> None:
 def in_a_process(name: str, file: Path, inputs: str, threads: int) -> dict | str:
     """`measure` in a new process, or why there is no row."""
     beside = file if file.suffix == ".onnx" else file.with_name("model.onnx")
-    if file.suffix == ".pte":
+    if file.suffix in (".pte", ".tflite"):
         beside = file.with_name("model.fixed.onnx")
-    command = [sys.executable, __file__, "--one", name, str(file), str(beside), inputs, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--one", name, str(file), str(beside), inputs]
+    command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if lines:
@@ -153,7 +154,8 @@ def main():
                 continue
             for file in files:
                 if file.suffix == suffix:
-                    label, row = f"{name} {version(name)}, {file.name}", in_a_process(name, file, inputs, args.threads)
+                    label = f"{name} {version(name)}, {file.name}"
+                    row = in_a_process(name, file, inputs, args.threads)
                     if isinstance(row, str):
                         print(f"| {label}: {row} |", flush=True)
                     else:

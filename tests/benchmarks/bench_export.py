@@ -1,11 +1,9 @@
-"""What shipping costs and keeps: int8 beside float32, and the file in every installed engine. Run by hand.
+"""What shipping costs and keeps: int8 beside float32, and the bundle's self-test. Run by hand.
 
     python tests/benchmarks/bench_export.py runs/cifar10-airbench --threads 1
 
-Exports the run in all formats with a bundle, into a temporary directory, and prints two tables: the figures
-of int8 and of the self-test, and for each engine the largest difference of a probability from the trained
-network in eager float32, on the whole test split and on enlarged test images and noise. Timings are the
-fastest fifth of each file's, taken in turn.
+Exports the run in its formats with a bundle, into a temporary directory, and prints the figures of int8 and of
+the self-test. Timings are the fastest fifth of each file's, in turn. bench_engines.py compares engines.
 """
 
 import argparse
@@ -23,25 +21,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from runtimes import RUNTIMES, version  # noqa: E402
-
 import step2_export  # noqa: E402
-from deploy import gate, int8  # noqa: E402
+from deploy import int8  # noqa: E402
 from step3_infer import Model  # noqa: E402
 
-SIZES = ((64, 64), (57, 43), (480, 640), (3000, 4000))
-SLOW = {"ONNX reference": 64}  # test images, where all of them would take hours
+
+FORMATS = ("torchscript", "onnx", "onnx-int8", "pt2")
 
 
 def export(run, data_dir, folder, threads):
     """Export a run in all formats and as a bundle, as users of step 2 do; returns (parity.json, seconds)."""
     torch.set_num_threads(threads)
-    arguments = ["--run", str(run), "--out", str(folder), "--bundle", "--format", *step2_export.FORMATS]
+    arguments = ["--run", str(run), "--out", str(folder), "--bundle", "--format", *FORMATS]
     if data_dir:
         arguments += ["--data-dir", data_dir]
     started = time.perf_counter()
@@ -75,51 +70,6 @@ def cold_self_test(folder):
             )
             times.append(time.perf_counter() - started)
     return statistics.median(times), times[0]
-
-
-def enlarged(images, size):
-    """A few test images, uint8 [N, H, W, C], at another size; and one of noise, which shows antialiasing."""
-    count = 2 if size[0] > 1000 else 8
-    pictures = [
-        Image.fromarray(np.asarray(image).squeeze()).resize(size[::-1], Image.BICUBIC)
-        for image in images[:count]
-    ]
-    smooth = np.stack([np.asarray(picture).reshape(*size, images.shape[3]) for picture in pictures])
-    return smooth, np.random.default_rng(0).integers(0, 256, (1, *size, images.shape[3]), dtype=np.uint8)
-
-
-def difference(predict, images, expected):
-    """(Largest difference of a probability, changed predictions) in batches of 64, or of 1 large image."""
-    step = 64 if images.shape[1] < 1000 else 1
-    parts = [predict(np.ascontiguousarray(images[k : k + step])) for k in range(0, len(images), step)]
-    got = np.concatenate(parts)
-    return np.abs(got - expected).max(), int((got.argmax(1) != expected.argmax(1)).sum())
-
-
-def engines_table(run, folder, images, threads):
-    """Print the differences, one row for each engine that is installed."""
-    probes = {f"{h}x{w}": enlarged(images, (h, w)) for h, w in SIZES}
-    expected = gate.reference(run, images).main
-    others = {name: [gate.reference(run, part).main for part in parts] for name, parts in probes.items()}
-    heads = [
-        "engine",
-        "test split",
-        "changed",
-        *(f"{name} {kind}" for name in probes for kind in ("image", "noise")),
-    ]
-    print("\n| " + " | ".join(heads) + " |\n|---|" + "---:|" * (len(heads) - 1))
-    for name, (package, loader) in RUNTIMES.items():
-        if version(name) is None:
-            print(f"| {name}: not installed (pip install {package}) |")
-            continue
-        predict, n = loader(folder, threads), SLOW.get(name, len(images))
-        worst, changed = difference(predict, images[:n], expected[:n])
-        cells = [f"{name} {version(name)}", f"{worst:.1e}", f"{changed} of {n:,}"]
-        for size, parts in probes.items():
-            for part, wanted in zip(parts, others[size], strict=True):
-                skip = name in SLOW and part.shape[1] > 1000
-                cells.append("-" if skip else f"{difference(predict, part, wanted)[0]:.1e}")
-        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def int8_table(folder, figures, images, args):
@@ -156,7 +106,6 @@ def main():
         print(
             f"| --self-test of the bundle in a new process, seconds | {median:.2f} (the first {first:.2f}) |"
         )
-        engines_table(run, folder, images, args.threads)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
