@@ -6,9 +6,8 @@
     python step3_infer.py --self-test                     # does this machine reproduce the trained network?
     from step3_infer import Model, predict; predict("image.png", Model("model.onnx"))["label"]     # in Python
 
-The script needs numpy and Pillow, and onnxruntime for .onnx files or torch for .pt and .pt2 files. The model
-file contains resizing, normalising and softmax, and the class names in its `spec`. Exit codes: 0 success, 1
-some input could not be used, 2 wrong usage. The library comes first, the program after it.
+It needs numpy and Pillow, and onnxruntime for .onnx files or torch for .pt and .pt2 files, which contain
+preprocessing and class names. Exit codes: 0 success, 1 some input could not be used, 2 wrong usage.
 """
 
 import signal
@@ -38,12 +37,7 @@ from PIL import Image, UnidentifiedImageError  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 SCHEMA = 1  # the newest spec that this script understands
-IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
-MODEL_NAMES = "model.onnx model.int8.onnx model.pt model.pt2 model.fixed.onnx model.fixed.int8.onnx".split()
-MODEL_NAMES += ["model.pte"]  # the first that exists is used
-WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.31 keeps an ID of the device for events
-DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
 
 
 class Problem(Exception):
@@ -59,13 +53,21 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-# ----------------------------------------------------------------------------------------------------- images
+@contextlib.contextmanager
+def problems(message: str, kinds=Exception, code: int = 1, form: str = "{}: {}") -> Iterator[None]:
+    """Turn exceptions of these kinds into a Problem: the message and their reason, in this form."""
+    try:
+        yield
+    except kinds as error:  # those of engines have no base in common but Exception
+        reason = error.strerror if kinds is OSError else None
+        raise Problem(form.format(message, reason or one_line(error)), code) from None
+
+
 def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
     """Decode one image file to uint8 [height, width, channels], where channels is 1 (grey) or 3 (RGB).
 
     source: a path or a binary file object. The EXIF orientation is applied, an animation gives its first
-    frame, 16-bit greys from `white` on become 255; palettes, CMYK and alpha go through Pillow's convert().
-    Raises Problem with the reason; the caller adds the file name.
+    frame, 16-bit greys from `white` on become 255. Raises Problem, to which the caller adds the file name.
     """
     try:
         if not hasattr(source, "read") and os.path.exists(source) and not os.path.isfile(source):
@@ -91,35 +93,19 @@ def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
 
 def open_image(source) -> Image.Image:
     """Image.open for every format that image_suffixes() knows, also while another thread is loading them."""
-    try:
+    with contextlib.suppress(UnidentifiedImageError):
         return Image.open(source)
-    except UnidentifiedImageError:
-        image_suffixes()
-        return Image.open(source)
+    image_suffixes()
+    return Image.open(source)
 
 
 @functools.cache
 def image_suffixes() -> set[str]:
     """Load all formats of Pillow, and HEIC with pillow-heif; return the suffixes of those that it opens."""
-    Image.init()
+    suffixes = Image.registered_extensions()  # which loads the formats
     with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    formats = {*Image.OPEN, "MPO"}  # Pillow opens MPO as a JPEG
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
-
-
-def is_image(path: str) -> bool:
-    """Whether a file is an image by its suffix or, if it has none, by its content."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix:
-        return suffix in IMAGE_SUFFIXES or suffix in image_suffixes()  # which takes a while to load
-    with contextlib.suppress(Exception):  # Pillow's plugins raise any exception on broken files
-        if os.path.isfile(path):  # opening a named pipe would wait forever
-            open_image(path).close()
-            return True
-    return False
+        __import__("pillow_heif").register_heif_opener()
+    return {suffix for suffix, name in suffixes.items() if name in {*Image.OPEN, "MPO"}}  # MPO is a JPEG
 
 
 def read_pixels(source, channels: int, white: int) -> np.ndarray:
@@ -151,14 +137,12 @@ def read_pixels(source, channels: int, white: int) -> np.ndarray:
         return pixels
 
 
-# ------------------------------------------------------------------------------------------------------ model
 class Model:
     """An exported file, ready to run by several threads at once; `spec` is what it says about itself.
 
     reject (0.99 keeps the most familiar 99 % of images, others are unknown) and min_probability (answers of
-    less are unsure) are the file's own and may be set; None for neither.
-    threads: of the engine (default: all that this process may use). once: load fast rather than run fast.
-    Raises Problem if the file cannot be loaded or was not written by step2_export.py.
+    less are unsure) are the file's own and may be set; None for neither. threads: of the engine (default: all
+    usable ones). once: load fast rather than run fast. Raises Problem for files but those of step2_export.py.
     """
 
     def __init__(self, path, threads: int | None = None, provider: str = "cpu", once: bool = False):
@@ -174,16 +158,12 @@ class Model:
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """Predict from uint8 [batch, height, width, channels]: probabilities, float32 [batch, classes].
-
-        A regression model takes float32 features [batch, n] and gives float32 [batch, 1]. Raises Problem.
-        """
+        A regression model takes float32 features [batch, n] and gives float32 [batch, 1]. Raises Problem."""
         return self.run(inputs)[0]
 
     def run(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """What predict() returns, and `known`, float32 [batch], None if the file has no such output.
-
-        It says how familiar an input looks: the share of familiar images that look less so. Raises Problem.
-        """
+        """What predict() returns, and `known`, float32 [batch], the share of familiar images that look less
+        so, or None if the file has no such output. Raises Problem."""
         size, spec = len(inputs), self.spec
         if size > (self.batch or size):
             raise Problem(f"the model takes batches of {self.batch}, not of {size}")
@@ -207,18 +187,14 @@ def fit(images: np.ndarray, spec: dict) -> np.ndarray:
     """What an engine is given of uint8 images [batch, H, W, channels]: a file of fixed size, resized ones."""
     if not spec["fixed"]:
         return images
-    wanted = np.dtype(spec["fixed"]["input"])
     if images.shape[1:3] != tuple(spec["image_size"]):
         images = resize(images, spec["image_size"])
-        images = images if wanted == np.float32 else np.rint(images)
-    return images.astype(wanted, copy=False)
+        images = images if spec["fixed"]["input"] == "float32" else np.rint(images)
+    return images.astype(spec["fixed"]["input"], copy=False)
 
 
 def resize(images: np.ndarray, image_size) -> np.ndarray:
-    """uint8 [batch, H, W, channels] -> float32 [batch, *image_size, channels], as files of any size do it.
-
-    Bilinear with antialias, as Pillow resizes, but not rounded.
-    """
+    """uint8 [batch, H, W, C] -> float32 [batch, *image_size, C], bilinear and antialiased, not rounded."""
     for axis, n_out in enumerate(image_size, 1):
         n_in, lines = images.shape[axis], []
         source, target = 2 * np.arange(n_in) + 1, 2 * np.arange(n_out)[:, None] + 1
@@ -234,9 +210,8 @@ def resize(images: np.ndarray, image_size) -> np.ndarray:
 def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
     """Predict one image: {"label", "probability", "known", "top"}; top lists labels and their probabilities.
 
-    label is the best of them, or "unknown" or "unsure", see Model; known is that of Model.run.
-    path_or_array: a path, a binary file object, or uint8 [height, width, channels] with the model's channels
-    (grey also as [height, width]). Several threads may call it at once. Raises Problem.
+    label is the best of them, "unknown" or "unsure", see Model; known: see Model.run. path_or_array: a path,
+    a binary file object, or uint8 [height, width, channels], grey also as [height, width]. Raises Problem.
     """
     channels = model.spec["channels"]
     if model.spec["task"] == "regression":
@@ -247,19 +222,17 @@ def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
             wanted = f"the model takes uint8 [height, width, {channels}]"
             raise Problem(f"the array is {image.dtype} {list(path_or_array.shape)}, but {wanted}")
     else:
-        try:
+        with problems(str(path_or_array), Problem, form="{} {}"):
             image = decode_image(path_or_array, channels, model.spec["white"])
-        except Problem as problem:
-            raise Problem(f"{path_or_array} {problem}") from None
     result = predict_decoded(model, {0: np.ascontiguousarray(image)}, top_k)[0]
-    if isinstance(result, Problem):
-        raise result
+    if "error" in result:
+        raise Problem(result["error"])
     return result
 
 
-def predict_decoded(model: Model, images: dict[int, np.ndarray], top_k: int) -> dict[int, dict | Problem]:
-    """What predict() returns, or why not, for uint8 images of any sizes; those of one size run together."""
-    results = {}
+def predict_decoded(model: Model, images: dict[int, np.ndarray], top_k: int) -> dict[int, dict]:
+    """What predict() returns, or {"error"}, of uint8 images of any sizes; those of one size run together."""
+    results, classes = {}, model.spec["classes"]
     if model.batch:  # which mixed sizes fill together
         images = {key: fit(pixels[None], model.spec)[0] for key, pixels in images.items()}
     for shape in dict.fromkeys(pixels.shape for pixels in images.values()):
@@ -268,21 +241,20 @@ def predict_decoded(model: Model, images: dict[int, np.ndarray], top_k: int) -> 
             batch = np.stack([images[key] for key in keys]) if len(keys) > 1 else images[keys[0]][None]
             probabilities, known = model.run(batch)
         except Problem as problem:
-            results |= dict.fromkeys(keys, problem)
+            results |= {key: {"error": str(problem)} for key in keys}
             continue
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]  # [batch, top_k]
         best = np.take_along_axis(probabilities, order, axis=1).astype(np.float64).round(6)
         known = [None] * len(keys) if known is None else known.astype(np.float64).round(6).tolist()
         for key, indices, values, share in zip(keys, order.tolist(), best.tolist(), known, strict=True):
-            pairs = zip(indices, values, strict=True)
-            top = [{"label": model.spec["classes"][index], "probability": value} for index, value in pairs]
+            top = [{"label": classes[i], "probability": p} for i, p in zip(indices, values, strict=True)]
             results[key] = {**top[0], "known": share, "top": top}
             if model.reject is not None and share < round(1 - model.reject, 6):
                 results[key]["label"] = "unknown"
             elif model.min_probability is not None and values[0] < model.min_probability:
                 results[key]["label"] = "unsure"
         for index in np.flatnonzero(~np.isfinite(probabilities).all(axis=1)):
-            results[keys[index]] = Problem("the model computes NaN or infinity for this image")
+            results[keys[index]] = {"error": "the model computes NaN or infinity for this image"}
     return results
 
 
@@ -303,10 +275,8 @@ def usable_cpus(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") ->
 
 def load_onnx(path: str, threads: int, provider: str, once: bool) -> tuple[dict, Callable]:
     """Load a file into onnxruntime, which runs in the calling thread if `threads` is 1. See LOADERS."""
-    try:
+    with problems(f"{path} needs onnxruntime: pip install onnxruntime", ImportError, form="{} ({})"):
         import onnxruntime
-    except ImportError as error:
-        raise Problem(f"{path} needs onnxruntime: pip install onnxruntime ({error})") from None
     providers = onnxruntime.get_available_providers()
     available = {name.removesuffix("ExecutionProvider").lower(): name for name in providers}
     if provider.lower() not in available:
@@ -319,49 +289,40 @@ def load_onnx(path: str, threads: int, provider: str, once: bool) -> tuple[dict,
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The fallback prints to standard output and takes the CPU instead; before 1.23 no argument disables it.
     no_fallback = {"_enable_fallback": property(lambda self: False, lambda self, value: None)}
-    engine = type("Session", (onnxruntime.InferenceSession,), no_fallback)
-    try:
+    session_class = type("Session", (onnxruntime.InferenceSession,), no_fallback)
+    with problems(f"{path} is not an ONNX file that onnxruntime {onnxruntime.__version__} can run"):
         is_utf8 = path == path.encode(errors="ignore").decode()  # onnxruntime opens no other names
         source = path if is_utf8 else np.fromfile(path, np.uint8).tobytes()
-        session = engine(source, options, [available[provider.lower()]])
+        session = session_class(source, options, [available[provider.lower()]])
         name = session.get_inputs()[0].name
         text = session.get_modelmeta().custom_metadata_map.get("spec")
-    except Exception as error:  # onnxruntime's exceptions have no other base in common
-        engine = f"onnxruntime {onnxruntime.__version__}"
-        raise Problem(f"{path} is not an ONNX file that {engine} can run: {one_line(error)}") from None
     return read_spec(text, path), lambda array: session.run(None, {name: array})
 
 
 def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict, Callable]:
     """Load a TorchScript (.pt) or torch.export (.pt2) file into torch. See LOADERS."""
-    try:
+    advice = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+    advice = f"use the .onnx file of this export instead, or {advice}"
+    with problems(f"{path} needs torch: {advice}", ImportError, form="{}"):
         import torch
-    except ImportError:
-        advice = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
-        raise Problem(f"{path} needs torch: use the .onnx file of this export instead, or {advice}") from None
-    try:
+    with problems(f"torch cannot use --device {provider}, try cpu", (RuntimeError, AssertionError), 2):
         torch.zeros(1, device=provider)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Problem(f"torch cannot use --device {provider}, try cpu: {one_line(error)}", 2) from None
     torch.set_num_threads(threads)
     logging.getLogger("torch.export").disabled = True  # it logs a traceback of each exception it raises
     kind = "torch.export" if path.lower().endswith(".pt2") else "TorchScript"
-    extra = {"spec.json": ""}
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)  # LibTorch has nothing newer
+    extra, engine = {"spec.json": ""}, f"torch {torch.__version__}"
+    fault = f"{path} is not a {kind} file that {engine} can run (step2_export.py exports a checkpoint)"
+    with problems(fault), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)  # LibTorch has nothing newer
+        with open(path, "rb") as file:
             if kind == "TorchScript":
                 module = torch.jit.load(file, map_location=provider, _extra_files=extra).eval()
             else:
                 module = torch.export.load(file, extra_files=extra).module().to(provider)
-    except Exception as error:  # torch raises any exception on broken files
-        hint = f"torch {torch.__version__} can run (step2_export.py exports a checkpoint)"
-        raise Problem(f"{path} is not a {kind} file that {hint}: {one_line(error)}") from None
 
     def run(array: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            array = array if array.flags.writeable else array.copy()  # torch warns of read-only arrays
-            outputs = module(torch.from_numpy(array).to(provider))
+            outputs = module(torch.tensor(array, device=provider))  # copied, as it may be read-only
             outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
             return [output.cpu().numpy() for output in outputs]
 
@@ -370,31 +331,26 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
 
 def load_executorch(path: str, threads: int, provider: str, once: bool) -> tuple[dict, Callable]:
     """Load an ExecuTorch program (.pte), whose spec is in a zip archive at its end. See LOADERS."""
-    import zipfile
+    with problems(f"{path} needs executorch: pip install executorch", ImportError, form="{} ({})"):
+        import zipfile
 
-    try:
         import torch
         from executorch.runtime import Runtime
-    except ImportError as error:
-        raise Problem(f"{path} needs executorch: pip install executorch ({error})") from None
-    try:
+    with problems(f"{path} is not an ExecuTorch file of step2_export.py"):
         with zipfile.ZipFile(path) as archive:
             text = archive.read("spec.json").decode()
         method = Runtime.get().load_program(path).load_method("forward")
-    except Exception as error:  # the runtime raises any exception on broken files
-        raise Problem(f"{path} is not an ExecuTorch file of step2_export.py: {one_line(error)}") from None
     lock = threading.Lock()  # a method runs once at a time
 
     def run(array: np.ndarray) -> list[np.ndarray]:
         with lock:
-            return [output.numpy().copy() for output in method.execute([torch.from_numpy(array.copy())])]
+            return [output.numpy().copy() for output in method.execute([torch.tensor(array)])]
 
     return read_spec(text, path), run
 
 
 # Suffix -> function(path, threads, provider, once) that gives the spec and a function from input to outputs
-LOADERS: dict[str, Callable] = dict.fromkeys((".pt", ".pt2"), load_torch)
-LOADERS |= {".onnx": load_onnx, ".pte": load_executorch}
+LOADERS = {".pt": load_torch, ".pt2": load_torch, ".onnx": load_onnx, ".pte": load_executorch}
 
 
 def read_spec(text: str | None, path: str) -> dict:
@@ -426,19 +382,20 @@ def read_spec(text: str | None, path: str) -> dict:
 
 
 # =============================================================================================== the program
-
 import argparse  # noqa: E402
+import base64  # noqa: E402
+import csv  # noqa: E402
 import glob  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+
+IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
+MODEL_NAMES = [f"model.{kind}" for kind in "onnx int8.onnx pt pt2 fixed.onnx fixed.int8.onnx pte".split()]
+WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
+DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
 
 
 def self_test(model: Model) -> tuple[int, float, bool]:
-    """Run the golden samples inside the file: their count, the largest difference, whether it is tolerated.
-
-    Differences are relative where outputs exceed 1; the spec has the tolerances, also of `known`. Raises
-    Problem.
-    """
-    import base64
-
+    """Run the golden samples: their count, largest difference (relative above 1), verdict. Raises Problem."""
     spec, differences, moved = model.spec, [0.0], [0.0]
     if not spec.get("golden"):
         raise Problem("this file carries no golden samples to test with")
@@ -459,18 +416,13 @@ def self_test(model: Model) -> tuple[int, float, bool]:
     return len(spec["golden"]), float(np.max(differences)), bool(passed)
 
 
-def predict_files(
-    model: Model, found: Iterator, workers: int, batch_size: int, top_k: int, keep_pixels: bool = False
-) -> Iterator[list]:
-    """Predict what find_images() yields, in its order: lists of (a row of JSON, pixels or None)."""
-    from concurrent.futures import ThreadPoolExecutor
-
+def predict_files(model, found: Iterator, workers: int, batch_size: int, top_k: int, keep=False) -> Iterator:
+    """Predict what find_images() yields, in its order: lists of (a row of JSON, pixels if `keep`)."""
     stop, running = threading.Event(), []
-    chunks = iter(lambda: list(itertools.islice(found, batch_size)), [])  # until one is empty
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for chunk in chunks:
-                running.append(pool.submit(predict_chunk, model, chunk, top_k, keep_pixels, stop))
+            while chunk := list(itertools.islice(found, batch_size)):
+                running.append(pool.submit(predict_chunk, model, chunk, top_k, keep, stop))
                 if len(running) > 2 * workers:  # memory holds only a few lists
                     yield running.pop(0).result()
             while running:
@@ -479,7 +431,7 @@ def predict_files(
             stop.set()
 
 
-def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop: threading.Event) -> list:
+def predict_chunk(model: Model, chunk: list, top_k: int, keep: bool, stop: threading.Event) -> list:
     """The work of one thread of predict_files(): one of its lists, or nothing once `stop` is set."""
     results, kept, waiting = {}, {}, {}  # by index; waiting: decoded and not yet run
     expected = model.spec["channels"], model.spec["white"]
@@ -492,22 +444,29 @@ def predict_chunk(model: Model, chunk: list, top_k: int, keep_pixels: bool, stop
                 raise problem
             waiting[index] = decode_image(standard_input if path == "-" else path, *expected)
         except Problem as error:
-            results[index] = error
-        if keep_pixels:
-            kept[index] = waiting.get(index)
+            results[index] = {"error": str(error)}
+        kept[index] = waiting.get(index) if keep else None
         if sum(image.nbytes for image in waiting.values()) > WINDOW_BYTES:
             results |= predict_decoded(model, waiting, top_k)
             waiting = {}
     results |= predict_decoded(model, waiting, top_k)
-    results = {k: {"error": str(r)} if isinstance(r, Problem) else r for k, r in results.items()}
-    return [({"path": path, **results[k]}, kept.get(k)) for k, (path, _) in enumerate(chunk)]
+    return [({"path": path, **results[k]}, kept[k]) for k, (path, _) in enumerate(chunk)]
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its suffix or, if it has none, by its content."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix:
+        return suffix in IMAGE_SUFFIXES or suffix in image_suffixes()  # which takes a while to load
+    with contextlib.suppress(Exception):  # Pillow's plugins raise any exception on broken files
+        if os.path.isfile(path):  # opening a named pipe would wait forever
+            open_image(path).close()
+            return True
+    return False
 
 
 def find_images(paths: list[str], others: list) -> Iterator[tuple[str, Problem | None]]:
-    """Yield each file, with globs expanded and directories walked; or a path and why it gives no file.
-
-    Files in directories that are not images are added to `others`.
-    """
+    """Yield each file, globs expanded and directories walked, or a path and why not; the rest to `others`."""
     for path in paths:
         if any(c in path for c in "*?[") and not os.path.lexists(path):
             matches = sorted(glob.glob(path, recursive=True))
@@ -557,7 +516,7 @@ def note_files(did: str, paths: list[str], why: str) -> None:
 
 
 def find_model() -> str:
-    """The model beside this script, or else the newest export, which is named. Raises Problem."""
+    """The model beside this script, or in the newest export, the first of MODEL_NAMES. Raises Problem."""
     for place in (glob.escape(os.path.dirname(os.path.abspath(__file__))), "exports/*"):
         paths = [path for name in MODEL_NAMES for path in glob.glob(os.path.join(place, name))]
         if paths:
@@ -610,20 +569,15 @@ def mismatch(folder: str, name: str, digest: str) -> str | None:
 
 
 def verify(folder: str) -> int:
-    """Compare the files of a folder with its SHA256SUMS, say what differs, and return the exit code.
-
-    Raises Problem. Pictures and tables may have been added, and what the page's get-ort.sh fetches.
-    """
+    """Compare a folder with its SHA256SUMS, additions aside; return the exit code. Raises Problem."""
     path, additions, fetched = os.path.join(folder, "SHA256SUMS"), [], os.path.join("web", "ort", "")
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = [re.fullmatch("([0-9a-f]{64}) [ *](.+)\n?", line) for line in file]
-    except OSError as error:
-        raise Problem(f"cannot read {path} ({error.strerror}): step2_export.py --bundle writes one") from None
+    form, how = "{} ({}): step2_export.py --bundle writes one", {"errors": "surrogateescape"}
+    with problems(f"cannot read {path}", OSError, form=form), open(path, encoding="utf-8", **how) as file:
+        lines = [re.fullmatch("([0-9a-f]{64}) [ *](.+)\n?", line) for line in file]
     if None in lines:
         raise Problem(f"{path}, line {lines.index(None) + 1} is not a SHA-256, two spaces and a file name")
     sums = {os.path.normpath(name): digest for digest, name in (line.groups() for line in lines)}
-    faults = {name: mismatch(folder, name, digest) for name, digest in sums.items()}
+    faults = {name: fault for name, digest in sums.items() if (fault := mismatch(folder, name, digest))}
     for path, problem in walk(folder):
         name = os.path.relpath(path, folder)
         harmless = name.lower().endswith((*IMAGE_SUFFIXES, ".csv", ".jsonl")) or name.startswith(fetched)
@@ -631,8 +585,7 @@ def verify(folder: str) -> int:
             additions.append(name)
         elif name not in sums and name != "SHA256SUMS":
             faults[name] = problem or "is not listed"
-    faults = {name: fault for name, fault in sorted(faults.items()) if fault}
-    for name, fault in faults.items():
+    for name, fault in sorted(faults.items()):
         say(f"error: {os.path.join(folder, name)} {fault}")
     note_files("did not compare", additions, "beside those of the bundle")
     if not faults:
@@ -647,8 +600,6 @@ def printable(text: str) -> str:
 
 def csv_line(*cells) -> str:
     """A line of CSV, in which text that a spreadsheet would run as a formula starts with an apostrophe."""
-    import csv
-
     line, texts = io.StringIO(), ["" if cell is None else str(cell) for cell in cells]
     texts = [f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for text in texts]
     csv.writer(line, lineterminator="\n").writerow(map(printable, texts))
@@ -686,13 +637,11 @@ def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     ImageDraw.Draw(canvas).text(((canvas.width - width) // 2, image.height + 4), text, "black", font)
     stem = "stdin" if row["path"] == "-" else os.path.splitext(os.path.basename(row["path"]))[0][:50]
     stem = os.path.join(folder, DRAWN + "".join(c if c.isalnum() or c in "._-" else "_" for c in stem))
-    try:
+    with problems(f"cannot write into {folder}", OSError):
         os.makedirs(folder, exist_ok=True)
         paths = (f"{stem}{f'-{k}' if k > 1 else ''}.png" for k in itertools.count(1))
         with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
             canvas.save(file, "PNG")
-    except OSError as error:
-        raise Problem(f"cannot write into {folder}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -703,17 +652,15 @@ def output_stream(path: str | None) -> Iterator:
             raise Problem("standard output is closed; give --output FILE")
         yield sys.stdout
         return
-    try:
-        with replacing(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
-            yield out
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror or error}") from None
+    how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with problems(f"cannot write {path}", OSError), replacing(path, "w", **how) as out:
+        yield out
 
 
-def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -> int:
+def write_images(results: Iterator, args: argparse.Namespace, others: list, classes: int, out) -> int:
     """Write what predict_files() yields to `out` and to --annotate; return the exit code. Raises Problem."""
     if args.format == "csv":
-        more = [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in ("label", "probability")]
+        more = [f"{key}_{k + 1}" for k in range(min(args.top_k, classes)) for key in ("label", "probability")]
         out.write(csv_line("path", "error", "label", "probability", "known", *more))
     code = 0
     for chunk in results:
@@ -725,6 +672,7 @@ def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -
                 annotate(pixels, row, args.annotate)
             out.write(result_line(args.format, row))
         out.flush()
+    note_files("passed over", others, "that Pillow does not know as images")
     return code
 
 
@@ -732,10 +680,8 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
     """Predict from the rows of --values and write the results to `out`; return 0. Raises Problem."""
     features, count = [], model.spec["channels"]
     for row in rows:
-        try:
+        with problems(f"--values {row} is not a list of numbers such as 0.1,0.2", ValueError, 2, "{}"):
             features.append(np.array([float(value) for value in row.split(",")], np.float32))
-        except ValueError:
-            raise Problem(f"--values {row} is not a list of numbers such as 0.1,0.2", 2) from None
         if len(features[-1]) != count:
             raise Problem(f"--values {row} has {len(features[-1])} values, this model takes {count}", 2)
     if output_format == "csv":
@@ -750,8 +696,6 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
 
 def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     """Time a model's import, load, first run, latency on all threads and, in batches on each, throughput."""
-    from concurrent.futures import ThreadPoolExecutor
-
     started = time.perf_counter()
     with contextlib.suppress(ImportError):  # Model reports it
         __import__("onnxruntime" if path.lower().endswith(".onnx") else "torch")
@@ -768,18 +712,13 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
         ticks.append(time.perf_counter())
     first, *later = (np.diff(ticks) * 1000).tolist()
     low, high = np.percentile(later, (10, 90)).round(4).tolist()
-    figures = {
-        "model": path,
-        "threads": threads,
-        "batch_size": batch_size,
-        "import_seconds": round(IMPORT_SECONDS + imported - started, 4),
-        "load_seconds": round(loaded - imported, 4),
-        "first_run_ms": round(first, 3),
-        **{f"latency_p{q}_ms": round(float(np.percentile(later, q)), 3) for q in (50, 95, 99)},
-        "latency_spread": [low, high],  # 10th and 90th percentile, in ms
-        "busy": f"busy machine: {high / low:.3g}x spread of the latency" if high > 2 * low else None,
-        "peak_memory_mb": None,  # in MB of 2**20 bytes, if the system tells
-    }
+    figures = {"model": path, "threads": threads, "batch_size": batch_size}
+    figures["import_seconds"] = round(IMPORT_SECONDS + imported - started, 4)
+    figures |= {"load_seconds": round(loaded - imported, 4), "first_run_ms": round(first, 3)}
+    figures |= {f"latency_p{q}_ms": round(float(np.percentile(later, q)), 3) for q in (50, 95, 99)}
+    figures["latency_spread"] = [low, high]  # 10th and 90th percentile, in ms
+    figures["busy"] = f"busy machine: {high / low:.3g}x spread of the latency" if high > 2 * low else None
+    figures["peak_memory_mb"] = None  # in MB of 2**20 bytes, if the system tells
     with contextlib.suppress(OSError, IndexError), open("/proc/self/status", encoding="latin-1") as file:
         figures["peak_memory_mb"] = round(int(file.read().split("VmHWM:")[1].split()[0]) / 1024, 1)
     model, done, started = Model(path, 1, provider), 0, time.perf_counter()
@@ -790,12 +729,10 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     return figures
 
 
-# ----------------------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, and with a width, as asking the terminal imports shutil and more."""
 
     def __init__(self, **settings):
-        # A width, because asking the terminal imports shutil, lzma and more.
         super().__init__(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=78), **settings)
 
     def error(self, message):
@@ -917,8 +854,8 @@ def run(args: argparse.Namespace) -> int:
         raise Problem(f"{path} takes batches of {model.batch}: leave out --batch-size", 2)
     if args.self_test:
         count, difference, passed = self_test(model)
-        verdict = f"self-test {'passed' if passed else 'FAILED'}"
-        print(f"{verdict}: {count} golden samples, max difference {difference:.1e}")
+        verdict = "passed" if passed else "FAILED"
+        print(f"self-test {verdict}: {count} golden samples, max difference {difference:.1e}")
         return 0 if passed else 1
     if (model.spec["task"] == "regression") != bool(args.values):
         wanted = "images: give at least one PATH" if args.values else "numbers: give --values"
@@ -930,13 +867,11 @@ def run(args: argparse.Namespace) -> int:
     with output_stream(args.output) as out:
         if args.values:
             return write_values(model, args.values, args.format, out)
-        top_k = min(args.top_k, len(model.spec["classes"]))
         batch_size = model.batch or max(1, min(batch_size, len(first) // workers))
         found, drawn = itertools.chain(first, found), args.annotate is not None
-        with contextlib.closing(predict_files(model, found, workers, batch_size, top_k, drawn)) as results:
-            code = write_images(results, args, top_k, out)
-        note_files("passed over", others, "that Pillow does not know as images")
-        return code
+        results = predict_files(model, found, workers, batch_size, args.top_k, drawn)
+        with contextlib.closing(results):
+            return write_images(results, args, others, len(model.spec["classes"]), out)
 
 
 def main(argv: list[str] | None = None) -> int:
