@@ -157,9 +157,8 @@ from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
 WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is made from
 
+
 # --------------------------------------------------------------------------------------------------- training
-
-
 def fit(trainer: Trainer) -> Evaluation | None:
     """Train until the last epoch, and return how it does on the test split; None with a validation split.
 
@@ -249,8 +248,6 @@ def evaluate(
 
 
 # ------------------------------------------------------------------------------------------- data and network
-
-
 def load_dataset(settings: argparse.Namespace) -> data.Dataset:
     """Load the dataset of the settings. Raises Problem, also for an unknown network."""
     try:
@@ -308,8 +305,6 @@ def build_on(machine: processes.Machine, settings, dataset, checkpoint) -> model
 
 
 # ----------------------------------------------------------------------------------------------------- result
-
-
 def train_twin(trainer: Trainer, parts: dict[str, Split]) -> model.Deployable:
     """Train another network like the first, on `parts`; it can be resumed, too. See calibration.of_run."""
     directory, checkpoint = trainer.processes.from_first(lambda: runs.begin_twin(trainer.run))
@@ -363,8 +358,6 @@ def write_pictures(trainer, deployable, accuracy, outputs) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-
-
 def run(args: argparse.Namespace, given: dict) -> int:
     """Step 1 in this process, or in each of torchrun's. Returns the exit code; raises Problem."""
     cpu.keep_freed_memory()

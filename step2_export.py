@@ -50,8 +50,6 @@ FORMAT_OPTIONS = {
 
 
 # ------------------------------------------------------------------------------------------- the command line
-
-
 def build_parser() -> Parser:
     parser = Parser(
         description="Export a trained run and prove that the files agree with it; writes exports/<name>/.",
@@ -210,8 +208,6 @@ FILES = {name: kind.file for name, kind in FORMATS.items()}
 
 
 # -------------------------------------------------------------------------------------- write, prove, publish
-
-
 def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) -> list[str]:
     """Write, prove and publish each format, parity.json, and the bundle; returns the formats that failed."""
     expected = gate.reference(run, dataset.test_images)
@@ -328,8 +324,6 @@ def write_file(path: str, content) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the work
-
-
 def read_run(path: str) -> Run:
     """Rebuild the trained network from the checkpoint in a run directory. Raises Problem."""
     file = os.path.join(path, runs.CHECKPOINT)

@@ -59,8 +59,6 @@ def busy(figures: dict) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------- model card
-
-
 def model_card(spec: dict, parity: dict[str, dict]) -> str:
     """MODEL_CARD.md of an export.
 

@@ -47,8 +47,6 @@ NO_FIGURES = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "s
 
 
 # ---------------------------------------------------------------------------------------- the trained network
-
-
 @dataclass
 class Run:
     """A trained run, read back from its checkpoint: its spec, and the network in eval mode on the CPU."""
@@ -189,8 +187,6 @@ def probes(spec: dict) -> Iterator[tuple[str, np.ndarray]]:
 
 
 # ------------------------------------------------------------------------------------------------- the proofs
-
-
 def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> tuple[dict, list[str]]:
     """Compare a file with the trained network; returns figures for parity.json, and failures in words.
 

@@ -37,8 +37,6 @@ QUANTIZATIONS = {
 
 
 # ------------------------------------------------------------------------------------------------- quantizing
-
-
 def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float, threads: int | None = None):
     """Quantize an ONNX file in one way after another until one is accurate enough, else take the best.
 
@@ -172,8 +170,6 @@ def without_advice():
 
 
 # ------------------------------------------------------------------------------------------------------ known
-
-
 def move_table(source: str, quantized: str, images: np.ndarray, size: int | None) -> None:
     """Give a quantized file a table of its own for `known`, as int8 moves the scores that it compares.
 
@@ -209,8 +205,6 @@ def scores(file: str, images: np.ndarray, size: int | None) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------- finishing
-
-
 def finish(path: str, spec: dict, opset: int) -> bytes:
     """The bytes of a quantized file with the spec inside, and without what only takes space.
 
@@ -245,8 +239,6 @@ def merge_constants(graph, short_names: dict[str, str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ speed
-
-
 def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads: int | None = None) -> dict:
     """How many times as fast a file became, as `speedup` by batch size, with a `warning` if it is not faster.
 

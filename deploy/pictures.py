@@ -97,8 +97,6 @@ def fit(text, inches, points, weight=None):
 
 
 # ----------------------------------------------------------------------------------------------------- curves
-
-
 @as_png
 def curves(subtitle: str, rows: list[dict]) -> bytes:
     """Loss, accuracy and learning rate by epoch; rows: those of metrics.csv, as dicts by column."""
@@ -155,8 +153,6 @@ def predicted(subtitle: str, truths: np.ndarray, predictions: np.ndarray) -> byt
 
 
 # ------------------------------------------------------------------------------------------- confusion matrix
-
-
 @as_png
 def confusion(subtitle: str, counts: np.ndarray, names: list[str]) -> bytes:
     """The confusion matrix, counts [true, predicted], coloured by the share of the true class."""
@@ -230,8 +226,6 @@ def list_confusions(axis, counts, shares, names):
 
 
 # ----------------------------------------------------------------------------------------------------- images
-
-
 @as_png
 def samples(subtitle: str, images: np.ndarray, labels: np.ndarray, names: list[str]) -> bytes:
     """Augmented training images, uint8 [n, H, W, C], with their labels [n]."""

@@ -17,8 +17,6 @@ BUSY = 0.5  # CPUs used by other programs, above which a thread less is taken
 
 
 # -------------------------------------------------------------------------------------------------- threads
-
-
 def snapshot() -> tuple[float, float, float]:
     """Now, the CPU seconds that the usable CPUs have spent, and those of this process and its children.
 
@@ -71,8 +69,6 @@ def supports_bf16() -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------- heap
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep freed buffers instead of giving them to the kernel, which then zeroes every page again.
 
@@ -93,8 +89,6 @@ def give_back_memory() -> None:
 
 
 # ----------------------------------------------------------------------------------------------- side by side
-
-
 class SideBySide(torch.autograd.Function):
     """A 3x3 convolution, stride 1, padding 1; its weight gradient is taken over images laid side by side.
 

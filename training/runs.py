@@ -42,8 +42,6 @@ class CannotWrite(Problem):
 
 
 # ---------------------------------------------------------------------------------------------- finding a run
-
-
 def name_of(settings: argparse.Namespace) -> str:
     """The default name of a run: <dataset>-<model>, or <directory or file>-<model> for your own images."""
     name = settings.dataset
@@ -155,8 +153,6 @@ def resume_command(run: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- resuming
-
-
 def read(run: str) -> tuple[dict, dict | None]:
     """The arguments of a run and its newest whole checkpoint, None if it stopped before the first.
 
@@ -217,8 +213,6 @@ def read_config(run: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-
-
 def write(run: str, name: str, content: bytes, previous: str | None = None) -> None:
     """Write a file of the run directory, whole or not at all. Raises CannotWrite.
 
