@@ -128,10 +128,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
 
 def answer_at_once(args: argparse.Namespace, given: dict) -> int | None:
-    """Do what needs no torch, whose import takes seconds.
-
-    Returns the exit code, None to go on; raises Problem.
-    """
+    """Do what needs no torch, which loads for seconds: the exit code, None to go on. Raises Problem."""
     if args.list_models or args.list_datasets:
         return command_line.list_names(args)
     if args.resume is None:
@@ -160,10 +157,7 @@ WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is
 
 # --------------------------------------------------------------------------------------------------- training
 def fit(trainer: Trainer) -> Evaluation | None:
-    """Train until the last epoch, and return how it does on the test split; None with a validation split.
-
-    Raises Problem, and Stopped after a signal.
-    """
+    """Train; returns the result on the test split, None with a validation split. Raises Problem, Stopped."""
     settings, watched, evaluated = trainer.settings, trainer.watched, None
     console.print_header(trainer)
     with processes.Signals() as signals:
@@ -224,10 +218,7 @@ def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
 def evaluate(
     trainer: Trainer, split: Split, deployable: torch.nn.Module | None = None, most_images: int = 125
 ) -> Evaluation:
-    """The network in eval mode over a whole split, in batches of `most_images`.
-
-    Each process takes its share of the images, and all get the whole result.
-    """
+    """The network in eval mode over a whole split, shared by all processes, in batches of `most_images`."""
     deployable = deployable or trainer.deployable
     network, share = deployable.network.eval(), trainer.processes.share
     labels, loss, parts = split.labels[split.members], 0.0, []
@@ -260,10 +251,7 @@ def load_dataset(settings: argparse.Namespace) -> data.Dataset:
 
 
 def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict | None) -> model.Deployable:
-    """The network to train with its preprocessing, its weights those of the checkpoint if there is one.
-
-    Raises Problem.
-    """
+    """The network with its preprocessing, and with the weights of the checkpoint if any. Raises Problem."""
     regression, channels = dataset.task == "regression", dataset.train_images.shape[-1]
     options = {name: getattr(settings, name) for name in ("width", "hidden", "dropout")}
     options = {name: value for name, value in options.items() if value is not None}

@@ -84,10 +84,7 @@ def load_digits() -> Dataset:
 
 
 def generate_linear(seed: int) -> Dataset:
-    """The tensor tutorial's rows, 20 to train on and 20 to test on.
-
-    The features are uniform in 0..1, and the target is an exact linear function of them.
-    """
+    """The tensor tutorial's 20 + 20 rows: features uniform in 0..1, and an exact linear function of them."""
     rng = np.random.default_rng(seed)
     features = rng.random((40, 5), dtype=np.float32)
     targets = features @ np.array(LINEAR_WEIGHTS, np.float32)[:, None] + np.float32(LINEAR_BIAS)

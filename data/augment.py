@@ -52,10 +52,7 @@ def gather(images, index, augment: list[str], flips, generator, share: slice = s
 
 
 def holes_around(rows: torch.Tensor, columns: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
-    """Where cutout greys: bool [n, H, W, 1] from rows [n, H] and columns [n, W].
-
-    random: the centres, uniform in 0..1, [n, 2].
-    """
+    """Where cutout greys: bool [n, H, W, 1] from rows [n, H], columns [n, W], centres in 0..1, [n, 2]."""
     height, width = rows.shape[1], columns.shape[1]
     centres = (random * torch.tensor([height, width], device=random.device)).int()
     near_rows = (rows - centres[:, :1]).abs() < height * 3 // 16

@@ -105,10 +105,7 @@ def state_of(paths: list[str]) -> tuple[str, np.ndarray]:
 
 
 def choose_target(paths: list[str], train: int, file: str, options: Options) -> Target:
-    """What to decode to: as the options say, or else as it suits the images.
-
-    file: where what was found in the images is kept for later runs.
-    """
+    """What to decode to, as the options say or as it suits the images; found in `file` by later runs."""
     if None not in (options.image_size, options.channels, options.white):
         return Target(tuple(options.image_size), options.channels, options.white)
     found = None
@@ -125,10 +122,7 @@ def choose_target(paths: list[str], train: int, file: str, options: Options) -> 
 
 
 def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
-    """The size (height, width) of the images if all are small and of one size, or else the usual size.
-
-    Says so if the images are resized.
-    """
+    """The size (height, width) of images that are all small and of one size; else, noted, the usual size."""
     smallest, largest = tuple(found.smallest), tuple(found.largest)
     size = usual_size, usual_size
     if found.sizes == 1 and max(largest) <= LARGEST_OWN_SIZE:

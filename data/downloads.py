@@ -65,10 +65,7 @@ def set_damaged_aside(cls: type, data_dir: str) -> tuple[list[str], str]:
 
 
 def is_whole_idx(path: str) -> bool:
-    """Is the file as long as its IDX header says?
-
-    The header is two zero bytes, the type (8 for uint8), the rank, and the sizes in big-endian order.
-    """
+    """Is it as long as its IDX header says: two zeros, the type (8: uint8), the rank, big-endian sizes?"""
     with open(path, "rb") as file:
         magic = file.read(4)
         sizes = file.read(4 * magic[3]) if len(magic) == 4 and magic[:3] == b"\0\0\x08" else b""

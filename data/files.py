@@ -54,10 +54,7 @@ class Files:
         return Files(self.root, [self.paths[i] for i in np.flatnonzero(chosen)], self.labels[chosen])
 
     def fingerprint(self, sizes: np.ndarray) -> dict:
-        """{"images": number, "hash": of names below the root, sizes [n], labels, and the content of some}.
-
-        Raises Problem.
-        """
+        """{"images": number, "hash": of names, sizes [n], labels and the content of some}. Raises Problem."""
         root = os.path.join(self.root, "")
         names = "\n".join(path.removeprefix(root) for path in self.paths).replace(os.sep, "/")
         contents = [names.encode("utf-8", "surrogateescape"), sizes.tobytes(), self.labels.tobytes()]
@@ -104,10 +101,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def hold_out_test(listing: Listing, source: str) -> Listing:
-    """Turn a stratified part of the training split into the test split. Raises Problem.
-
-    The choice is the same in every run, whatever its --seed.
-    """
+    """Turn a stratified part of the training split, always the same, into the test split. Raises Problem."""
     train = listing.splits["train"]
     held = stratified(train.labels, TEST_FRACTION, seed=0)
     if not held.any():

@@ -117,10 +117,7 @@ def subfolders(directory: str) -> list[str]:
 
 
 def files_below(directory: str) -> Iterator[str]:
-    """The files below a directory that are not hidden, those of a folder before those of its subfolders.
-
-    Raises Problem.
-    """
+    """The files below a directory that are not hidden, a folder's before its subfolders'. Raises Problem."""
     for folder, below, names in os.walk(directory, onerror=refuse):
         below[:] = sorted(filter(is_visible, below))  # which os.walk descends into
         yield from (os.path.join(folder, name) for name in sorted(filter(is_visible, names)))

@@ -16,10 +16,7 @@ SPLIT_COLUMN = "split"
 
 
 def list_csv(file: str, options: Options) -> Listing:
-    """The images of a CSV file by the splits that it names, else for training. Raises Problem.
-
-    Those of `options.test_csv` are the test split.
-    """
+    """The images of a CSV file, and of --test-csv, by split; for training unless it says. Raises Problem."""
     rows, sources = read_images(file, options, "train"), {}
     if "train" not in rows:
         raise Problem(f"{file} has no row whose {SPLIT_COLUMN} is train")

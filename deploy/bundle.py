@@ -109,10 +109,7 @@ def remove(out: str) -> None:
 
 
 def earlier_parity(out: str, checkpoint_sha256: str, files: dict[str, str]) -> dict:
-    """What parity.json says of files of the same checkpoint; files of another one are removed.
-
-    files: their names by format.
-    """
+    """What parity.json says of `files` (by format) of the same checkpoint; those of another are removed."""
     try:
         parity = json.loads(Path(out, "parity.json").read_text(encoding="utf-8"))
         parity = {k: v for k, v in parity.items() if k in files and isinstance(v, dict)}

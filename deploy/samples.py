@@ -44,10 +44,7 @@ def known_of(outputs: Outputs, number: int) -> float | None:
 
 
 def from_test_split(spec: dict, dataset, expected: Outputs) -> dict:
-    """What bundle.publish takes from the test split: `samples`, and the `spec` with `per_class` for the card.
-
-    expected: the network's outputs on the test split.
-    """
+    """What bundle.publish takes of the test split: `samples`, and `spec` with `per_class` for the card."""
     if dataset.task != "regression":
         figures = per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])
         spec = {**spec, "per_class": figures}

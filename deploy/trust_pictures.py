@@ -17,10 +17,7 @@ def percent(value, position=None):
 
 @as_png
 def reliability(subtitle: str, labels: np.ndarray, probabilities: np.ndarray, temperature: float | None):
-    """The reliability diagram of probabilities [N, classes] for labels [N], with how many have which.
-
-    With a temperature, which the probabilities have, it is drawn before and after.
-    """
+    """The reliability diagram of probabilities [N, classes] for labels [N], also before `temperature`."""
     parts = {"Not calibrated": probabilities}
     if temperature:
         before = measured.with_temperature(probabilities, 1 / temperature)

@@ -64,10 +64,7 @@ def print_header(trainer) -> None:
 
 
 def print_row(trainer, epoch: int, measured: tuple, seconds: float) -> None:
-    """Print a line of the table, for long runs every 20th part of them only.
-
-    measured: loss and accuracy of training, then of the split that is evaluated after each epoch.
-    """
+    """Print loss and accuracy of training, then of the watched split; of long runs, every 20th part only."""
     epochs = trainer.settings.epochs
     if is_silent(trainer) or trainer.is_twin or (epochs > 50 and epoch % (epochs // 20) and epoch < epochs):
         return
@@ -113,10 +110,7 @@ def print_kept(trainer) -> None:
 
 
 def print_result(trainer, network, summary: dict) -> None:
-    """Print the result in one line; the linear regression prints its coefficients first.
-
-    network: the one that is the result; summary: what summary.json holds.
-    """
+    """Print the result, the figures of summary.json; of the linear regression, the coefficients first."""
     settings, count = trainer.settings, len(trainer.splits["test"])
     result = f"test loss {summary['test_loss']:.4g}"
     if trainer.dataset.task == "classification":

@@ -18,10 +18,7 @@ BUSY = 0.5  # CPUs used by other programs, above which a thread less is taken
 
 # -------------------------------------------------------------------------------------------------- threads
 def snapshot() -> tuple[float, float, float]:
-    """Now, the CPU seconds that the usable CPUs have spent, and those of this process and its children.
-
-    The second is 0 if the system does not say, and idle time is not counted.
-    """
+    """Now, the CPU seconds that the usable CPUs were busy, 0 if unknown, and this process with children."""
     times, busy = os.times(), 0.0
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}

@@ -158,10 +158,7 @@ class Stopped(Exception):
 
 
 class Signals:
-    """In its block SIGINT and SIGTERM are only noted, in `caught`, so that the current step can be finished.
-
-    A second SIGINT interrupts at once.
-    """
+    """In its block SIGINT and SIGTERM are only noted, in `caught`; a second SIGINT interrupts at once."""
 
     def __enter__(self):
         self.caught, numbers = 0, (signal.SIGINT, signal.SIGTERM)

@@ -108,10 +108,7 @@ def find(name: str | None = None, unfinished: bool = False) -> str:
 
 
 def find_newest(unfinished: bool) -> str:
-    """The newest run that has a checkpoint, or with `unfinished` that is not finished. Raises Problem.
-
-    A run that another process is training is passed over.
-    """
+    """The newest run with a checkpoint, or `unfinished`, that no process is training. Raises Problem."""
     needed, changed = CONFIG if unfinished else CHECKPOINT, {}
     for run in glob.glob(os.path.join(RUNS, "*")):
         if os.path.isfile(os.path.join(run, needed)) and not (unfinished and is_finished(run)):
@@ -154,10 +151,7 @@ def resume_command(run: str) -> str:
 
 # --------------------------------------------------------------------------------------------------- resuming
 def read(run: str) -> tuple[dict, dict | None]:
-    """The arguments of a run and its newest whole checkpoint, None if it stopped before the first.
-
-    Raises Problem.
-    """
+    """The arguments of a run and its newest whole checkpoint, None before the first. Raises Problem."""
     reasons = []
     for path in (os.path.join(run, CHECKPOINT), os.path.join(run, PREVIOUS)):
         try:
@@ -214,10 +208,7 @@ def read_config(run: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- writing
 def write(run: str, name: str, content: bytes, previous: str | None = None) -> None:
-    """Write a file of the run directory, whole or not at all. Raises CannotWrite.
-
-    previous: the name under which the file that was there before is kept.
-    """
+    """Write a file of a run, whole or not at all; `previous` keeps the old one. Raises CannotWrite."""
     path = os.path.join(run, name)
     try:
         with replacing(path) as file:

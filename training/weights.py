@@ -116,10 +116,7 @@ def torchvision_weights(name: str):
 
 
 def usual_size(name: str) -> int:
-    """The usual image size of a network in pixels: 64 for ours, and torchvision's own crop for theirs.
-
-    Raises ValueError for an unknown name.
-    """
+    """The usual image size in pixels: 64 for ours, theirs for torchvision's. Raises ValueError if unknown."""
     model.options_of(name)
     weights = torchvision_weights(name)
     return weights.transforms().crop_size[0] if weights else 64
