@@ -5,14 +5,11 @@
     python step2_export.py --run mnist-mlp --format onnx
     python step2_export.py --bundle --format onnx onnx-int8     # all that an edge machine needs, in a zip
 
-Writes exports/<name>/: model.onnx, model.pt, model.int8.onnx, model.pt2 as requested, and parity.json with
-the figures of the proof. Resizing, normalising and softmax are inside the graph; class names, provenance and
-golden samples are inside the file, as its `spec`.
+Writes exports/<name>/: a file for each format, and parity.json with the figures of the proof. Resizing,
+normalising and softmax are inside the graph; class names, provenance and golden samples in the file's `spec`.
 
-Each file is written, proven and published. The proof runs it with step3's own code against the trained
-network in eager fp32: on the whole test split, on random, black and white images of several sizes, and once
-more from a process that has only step3_infer.py and the file (deploy/gate.py has the rules). A file that does
-not agree is not published, and the exit code is 1. An int8 file may lose --max-drop points of accuracy.
+Each file is run with step3's own code and compared with the trained network, by the rules of deploy/gate.py.
+A file that does not agree is not published, and the exit code is 1. int8 may lose some accuracy: --max-drop.
 Next: python step3_infer.py image.png
 """
 
@@ -35,7 +32,7 @@ from typing import NamedTuple
 
 import step3_infer
 from deploy import onnx_file
-from step3_infer import Parser, Problem, guarded, number, replacing, say
+from step3_infer import Parser, Problem, guarded, number, problems, replacing, say
 
 FORMAT_NAMES = ("torchscript", "onnx", "onnx-int8", "pt2", "executorch", "litert")  # of FORMATS, below
 COMPILED = ("executorch", "litert")  # always of a fixed size
@@ -151,10 +148,7 @@ def export_onnx(deployable: model.Deployable, spec: dict, path: str, opset: int,
 def export_int8(
     deployable: model.Deployable, spec: dict, path: str, opset: int, *, dataset, max_drop: float, threads
 ) -> dict:
-    """Write an int8 ONNX file, calibrated on training images. Raises Problem.
-
-    Its golden samples have its own outputs: --self-test asks whether another machine computes the same.
-    """
+    """Write an int8 ONNX file, calibrated on training images, with its own golden samples. Raises Problem."""
     opset, unquantized = max(opset, int8.OPSET), f"{path}.float.onnx"
     export_onnx(deployable, spec, unquantized, opset)
     try:
@@ -307,10 +301,8 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
         **from_test_split(spec, dataset, expected),
     }
     models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
-    try:
+    with problems(f"cannot write the bundle in {out}", OSError):
         archive = bundle.publish(out, workspace, models, parity, **facts)
-    except OSError as error:
-        raise Problem(f"cannot write the bundle in {out}: {error.strerror or error}") from None
     print(f"{'bundle':15} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.dataset import SAMPLED, digest
-from step3_infer import Problem
+from step3_infer import Problem, problems
 
 TEST_FRACTION = 0.2  # held out if the data comes without a test split
 TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
@@ -59,11 +59,8 @@ class Files:
         names = "\n".join(path.removeprefix(root) for path in self.paths).replace(os.sep, "/")
         contents = [names.encode("utf-8", "surrogateescape"), sizes.tobytes(), self.labels.tobytes()]
         for path in self.paths[:: max(1, len(self.paths) // SAMPLED)]:
-            try:
-                with open(path, "rb") as file:
-                    contents.append(file.read(1 << 16))
-            except OSError as error:
-                raise Problem(f"{path} can no longer be read: {error.strerror}") from None
+            with problems(f"{path} can no longer be read", OSError), open(path, "rb") as file:
+                contents.append(file.read(1 << 16))
         return {"images": len(self), "hash": digest(*contents)}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from data.dataset import SPLITS
 from data.files import Files, Listing, Options, split_called
 from data.notes import note
-from step3_infer import Problem
+from step3_infer import Problem, problems
 
 IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
 LABEL_COLUMNS = ("label", "class", "target")
@@ -106,8 +106,11 @@ def locate(root: str, text: str) -> str:
 
 def read_lines(file: str) -> list[list[str]]:
     """The lines of a UTF-8 file separated by commas, semicolons or tabs; at least one. Raises Problem."""
+    form = "{}: {}; --dataset csv takes --data-dir FILE.csv"
+    unreadable = problems(f"cannot read {file}", OSError, 2, form)
+    malformed = problems(f"{file} is not a CSV file", csv.Error)
     try:
-        with open(file, newline="", encoding="utf-8-sig") as stream:
+        with unreadable, malformed, open(file, newline="", encoding="utf-8-sig") as stream:
             first = stream.readline()
             delimiter = max(",;\t", key=first.count)
             stream.seek(0)
@@ -115,11 +118,6 @@ def read_lines(file: str) -> list[list[str]]:
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
         raise Problem(f"{file} is not UTF-8 text ({reason}): save it as CSV UTF-8") from None
-    except csv.Error as error:
-        raise Problem(f"{file} is not a CSV file: {error}") from None
-    except OSError as error:
-        hint = "--dataset csv takes --data-dir FILE.csv"
-        raise Problem(f"cannot read {file}: {error.strerror}; {hint}", 2) from None
     if not lines:
         raise Problem(f"{file} is empty: its first line must name the columns, path and label")
     return lines

@@ -9,7 +9,7 @@ import torch
 import step3_infer
 from deploy import gate
 from deploy.samples import GOLDEN_SAMPLES, golden_samples, one_of_each_class
-from step3_infer import Problem, replacing
+from step3_infer import problems, replacing
 
 
 def of_fixed_size(run: gate.Run, spec: dict, dataset, batch: int | None, kind: str) -> dict:
@@ -42,11 +42,10 @@ def free_sizes(spec: dict) -> tuple[str, ...]:
 
 def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
     """Write an ExecuTorch program for XNNPACK, followed by a zip archive with the spec. Raises Problem."""
-    try:
+    needs = "--format executorch needs executorch: pip install executorch"
+    with problems(needs, ImportError, form="{} ({})"):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
-    except ImportError as error:
-        raise Problem(f"--format executorch needs executorch: pip install executorch ({error})") from None
     program = torch.export.export(deployable, (example_of(spec),))
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     write_with_spec(path, lowered.to_executorch().buffer, spec)

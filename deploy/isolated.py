@@ -13,7 +13,7 @@ import numpy as np
 import step3_infer
 from deploy.comparing import Outputs
 from deploy.samples import to_png
-from step3_infer import Problem
+from step3_infer import Problem, problems
 
 
 def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
@@ -21,11 +21,9 @@ def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
 
     spec: what the file should say of itself. A class that the answer lacks becomes NaN.
     """
-    try:
-        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as pictures:
-            done = run_step3(spec, file, inputs, folder, pictures)
-    except OSError as error:
-        raise Problem(f"no temporary directory to run it in: {error.strerror or error}") from None
+    place = tempfile.TemporaryDirectory
+    with problems("no temporary directory to run it in", OSError), place() as folder, place() as images:
+        done = run_step3(spec, file, inputs, folder, images)
     if done.returncode != 0:
         raise Problem(f"step3_infer.py failed: {done.stderr.strip()}")
     outputs, known = [], []

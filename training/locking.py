@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from step3_infer import Problem
+from step3_infer import Problem, problems
 
 try:
     import fcntl
@@ -27,10 +27,8 @@ def locked(run: str) -> Iterator[None]:
     if not fcntl:
         yield
         return
-    try:
+    with problems(f"cannot read {run}", OSError):
         handle = os.open(run, os.O_RDONLY)
-    except OSError as error:
-        raise Problem(f"cannot read {run}: {error.strerror}") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

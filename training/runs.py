@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from step3_infer import Problem, replacing, say
+from step3_infer import Problem, problems, replacing, say
 from training.locking import is_locked, locked
 from training.recipes import OWN_IMAGES, RESERVED
 
@@ -59,10 +59,8 @@ def claimed(settings: argparse.Namespace) -> Iterator[str]:
     It appears under its name with the config inside, so that a run killed at any moment can be resumed.
     """
     new = os.path.join(RUNS, f".new-{os.urandom(4).hex()}")
-    try:
+    with problems(f"cannot make a run in {RUNS}/", OSError):
         os.makedirs(new)
-    except OSError as error:
-        raise Problem(f"cannot make a run in {RUNS}/: {error.strerror}") from None
     with locked(new):
         try:
             write_json(new, CONFIG, vars(settings))
