@@ -130,10 +130,7 @@ def share_below(familiarity: dict, statistics: torch.Tensor, logits: torch.Tenso
 
 
 def resized_outside(run: Run, spec: dict, inputs: np.ndarray) -> np.ndarray:
-    """What step3 gives a file of this spec for inputs [N, ...]: for one of fixed size, resized images.
-
-    Raises Problem if step3 resizes otherwise than the network does.
-    """
+    """What step3 gives a file of this spec for inputs [N, ...]. Raises Problem if it resizes otherwise."""
     if not spec.get("fixed") or inputs.shape[1:3] == tuple(run.spec["image_size"]):
         return inputs
     parts = []

@@ -240,10 +240,7 @@ def merge_constants(graph, short_names: dict[str, str]) -> None:
 
 # ------------------------------------------------------------------------------------------------------ speed
 def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads: int | None = None) -> dict:
-    """How many times as fast a file became, as `speedup` by batch size, with a `warning` if it is not faster.
-
-    images: uint8 [N, H, W, C], of which as many as needed are taken.
-    """
+    """How much faster it is on uint8 [N, H, W, C]: `speedup` by batch size, and perhaps a `warning`."""
     slow, fast = (Model(file, threads) for file in (unquantized, quantized))
     figures = {}
     for size in [fast.batch] if fast.batch else (1, 64):

@@ -17,10 +17,7 @@ from step3_infer import Problem, problems
 
 
 def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
-    """Outputs for inputs [N, ...]; images are given as PNG files. Raises Problem.
-
-    spec: what the file should say of itself. A class that the answer lacks becomes NaN.
-    """
+    """Outputs for inputs [N, ...], images as PNG files, of a file that `spec` describes. Raises Problem."""
     place = tempfile.TemporaryDirectory
     with problems("no temporary directory to run it in", OSError), place() as folder, place() as images:
         done = run_step3(spec, file, inputs, folder, images)

@@ -78,10 +78,7 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
 
 
 def unknown_kinds(height: int, width: int, channels: int, count: int = 100) -> Iterator[tuple]:
-    """Kinds of images that no dataset is about, by name: uint8 [count, height, width, channels].
-
-    Of the two that have no variety, there is one image each.
-    """
+    """Images that no dataset is about, by kind: uint8 [count, height, width, channels]; of plain ones one."""
     rng, shape = np.random.default_rng(0), (count, height, width, channels)
     yield "uniform noise", rng.integers(0, 256, shape, dtype=np.uint8)
     yield "Gaussian noise", np.clip(rng.normal(128, 64, shape), 0, 255).astype(np.uint8)

@@ -117,8 +117,7 @@ def check_name(name: str) -> None:
 def recipe(network: str, dataset: str, pretrained: bool, optimizer: str | None = None) -> dict:
     """The defaults for a network on a dataset, by the name of the option.
 
-    optimizer: the one asked for. Another one than the recipe's brings its own rate, momentum, decay and
-    schedule.
+    optimizer: the one asked for; another than the recipe's brings its own rate, momentum, decay and schedule.
     """
     kind = network if (network, "*") in RECIPES else "torchvision"
     layers = [("*", "*"), (kind, "*"), (kind, dataset)]
@@ -188,8 +187,7 @@ def check_validation(settings: argparse.Namespace, has_val: bool) -> None:
 def calibration(settings: argparse.Namespace, has_val: bool, labels) -> str:
     """Which images show how sure the network may be: one of CALIBRATIONS. labels: of the training split, [n].
 
-    Few images suffer most if some are held out; a twin then costs the time of another run instead. Raises
-    Problem.
+    Few images suffer most if some are held out; a twin costs the time of another run instead. Raises Problem.
     """
     asked, has_val = settings.calibration, has_val or bool(settings.val_fraction)
     if asked in ("held-out", "twin") and has_val:

@@ -123,10 +123,7 @@ class Trainer:
         return optimizers.rate(self.settings.schedule, done, self.settings.epochs * self.steps_per_epoch)
 
     def finish_step(self, losses: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a step's losses [n], outputs [n, classes] and labels [n] to the sums; save if due, or stop.
-
-        Raises Stopped once the run is saved, and Problem if the loss is not finite.
-        """
+        """Add losses [n], outputs [n, classes], labels [n]; save if due. Raises Stopped, Problem at NaN."""
         losses, outputs = losses.detach(), outputs.detach()
         correct = torch.zeros_like(losses) if labels.is_floating_point() else outputs.argmax(1) == labels
         self.sums += torch.stack([losses.sum(), correct.sum(), torch.ones_like(losses).sum()])
@@ -144,10 +141,7 @@ class Trainer:
         return loss / images, None if self.dataset.task == "regression" else correct / images
 
     def finish_epoch(self, trained: tuple, evaluated: Evaluation, seconds: float) -> None:
-        """Record an epoch for metrics.csv, keep the network if it is the best so far, and save.
-
-        trained: the loss and accuracy while training; evaluated: those of the watched split.
-        """
+        """Record an epoch, keep the best network, and save; trained, evaluated: loss and accuracy of each."""
         progress, watched = self.progress, self.watched
         names = ("train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy")
         row = {"epoch": progress.epoch, **dict(zip(names, (*trained, *evaluated[:2]), strict=True))}

@@ -19,8 +19,7 @@ class DownloadError(ValueError):
 def load(network: nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None) -> tuple:
     """Load the weights of a checkpoint to resume, or else of --pretrained, into a network.
 
-    Returns the (mean, std) of the inputs, [channels] each, which belong to the weights; None if they are not
-    known. Raises ValueError.
+    Returns the (mean, std) of the inputs, [channels] each, or None if they are not known. Raises ValueError.
     """
     if checkpoint:
         network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
