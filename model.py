@@ -287,15 +287,13 @@ class Familiarity(nn.Module):
         for name in ("weight", "bias", "logit", "table"):
             self.register_buffer(name, state[name].float().contiguous())
 
-    def score(self, statistics, logits):
-        """float32 [batch, 1] from statistics [batch, d] and logits [batch, classes]."""
+    def forward(self, statistics, logits):
+        """`known`, float32 [batch], from statistics [batch, d] and logits [batch, classes]."""
         whitened = torch.addmm(self.bias, statistics, self.weight)
         factor, offset, limit = self.logit.unbind()
         best = logits.amax(1, keepdim=True) * factor + offset  # of two dimensions, as OpenCV 4 cannot add one
-        return torch.minimum(best, limit) - (whitened * whitened).sum(1, keepdim=True).log()
-
-    def forward(self, statistics, logits):
-        return (self.table < self.score(statistics, logits)).float().mean(1)
+        score = torch.minimum(best, limit) - (whitened * whitened).sum(1, keepdim=True).log()
+        return (self.table < score).float().mean(1)
 
 
 @contextlib.contextmanager

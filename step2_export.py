@@ -57,7 +57,7 @@ def build_parser() -> Parser:
     add("--run", metavar="NAME", help="a run under runs/, or its path (default: the newest)")
     add("--format", nargs="+", choices=FORMAT_NAMES, metavar="FORMAT", help=names)
     text = "also files of the network's own size, for compilers: of N images, or any number"
-    add("--fixed", nargs="?", const=0, type=number(int, 1, 65536), metavar="N", help=text)
+    add("--fixed", nargs="?", const=0, type=number(int, 1, 1024), metavar="N", help=text)
     text = "pixels that files of a fixed size take, for compilers without uint8 (default: uint8)"
     add("--input", choices=("uint8", "float32"), metavar="TYPE", help=text)
     add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip")

@@ -2,7 +2,6 @@
 """Step 3 of 3: predict with an exported model file. A machine needs only that file and this script.
 
     python step3_infer.py image.png                       # the model beside this script, or the newest export
-    python step3_infer.py --model model.onnx --format json photos/ 'more/*.jpg'
     python step3_infer.py --self-test                     # does this machine reproduce the trained network?
     from step3_infer import Model, predict; predict("image.png", Model("model.onnx"))["label"]     # in Python
 
@@ -169,8 +168,8 @@ class Model:
             raise Problem(f"the model takes batches of {self.batch}, not of {size}")
         try:
             inputs = fit(inputs, spec)
-            if size < (self.batch or 0):  # the engine takes no less
-                inputs = np.concatenate([inputs, np.repeat(inputs[-1:], self.batch - size, axis=0)])
+            if self.batch:  # which the engine takes no less than
+                inputs = np.resize(inputs, (self.batch, *inputs.shape[1:]))
             outputs, *more = (output[:size] for output in self._run(inputs))
         except Exception as error:  # the engines' exceptions have no other base in common
             shape, reason = "x".join(map(str, inputs.shape)), one_line(error)
@@ -188,23 +187,23 @@ def fit(images: np.ndarray, spec: dict) -> np.ndarray:
     if not spec["fixed"]:
         return images
     if images.shape[1:3] != tuple(spec["image_size"]):
-        images = resize(images, spec["image_size"])
+        images = np.stack([resize(image, spec["image_size"]) for image in images])  # alike in any batch
         images = images if spec["fixed"]["input"] == "float32" else np.rint(images)
     return images.astype(spec["fixed"]["input"], copy=False)
 
 
-def resize(images: np.ndarray, image_size) -> np.ndarray:
-    """uint8 [batch, H, W, C] -> float32 [batch, *image_size, C], bilinear and antialiased, not rounded."""
-    for axis, n_out in enumerate(image_size, 1):
-        n_in, lines = images.shape[axis], []
+def resize(image: np.ndarray, image_size) -> np.ndarray:
+    """uint8 [H, W, channels] -> float32 [*image_size, channels], bilinear and antialiased, not rounded."""
+    for axis, n_out in enumerate(image_size):
+        n_in, lines = image.shape[axis], []
         source, target = 2 * np.arange(n_in) + 1, 2 * np.arange(n_out)[:, None] + 1
         weights = np.maximum(1 - np.abs(target * n_in - source * n_out) / (2 * max(n_in, n_out)), 0)
         for weight in weights / weights.sum(1, keepdims=True):
             reached = np.flatnonzero(weight)  # so that a photo is never whole in memory as floats
-            part = np.take(images, reached, axis).astype(np.float32)
+            part = np.take(image, reached, axis).astype(np.float32)
             lines.append(np.tensordot(weight[reached].astype(np.float32), part, (0, axis)))
-        images = np.stack(lines, axis)
-    return images
+        image = np.stack(lines, axis)
+    return image
 
 
 def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
@@ -322,35 +321,42 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
 
     def run(array: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            outputs = module(torch.tensor(array, device=provider))  # copied, as it may be read-only
-            outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-            return [output.cpu().numpy() for output in outputs]
+            given = module(torch.tensor(array, device=provider))  # copied, as it may be read-only
+            return [output.cpu().numpy() for output in (given if isinstance(given, tuple) else (given,))]
 
     return read_spec(extra["spec.json"], path), run
 
 
-def load_executorch(path: str, threads: int, provider: str, once: bool) -> tuple[dict, Callable]:
-    """Load an ExecuTorch program (.pte), whose spec is in a zip archive at its end. See LOADERS."""
-    with problems(f"{path} needs executorch: pip install executorch", ImportError, form="{} ({})"):
+def load_lite(path: str, threads: int, provider: str, once: bool) -> tuple[dict, Callable]:
+    """Load an ExecuTorch (.pte) or LiteRT (.tflite) file, with its spec in a zip archive at its end."""
+    package = "executorch" if path.lower().endswith(".pte") else "ai-edge-litert"
+    with problems(f"{path} needs {package}: pip install {package}", ImportError, form="{} ({})"):
         import zipfile
 
-        import torch
-        from executorch.runtime import Runtime
-    with problems(f"{path} is not an ExecuTorch file of step2_export.py"):
-        with zipfile.ZipFile(path) as archive:
-            text = archive.read("spec.json").decode()
-        method = Runtime.get().load_program(path).load_method("forward")
+        if package == "executorch":
+            import torch
+            from executorch.runtime import Runtime
+        else:
+            from ai_edge_litert.interpreter import Interpreter
+    with problems(f"{path} is not a file of step2_export.py for {package}"), zipfile.ZipFile(path) as archive:
+        text = archive.read("spec.json").decode()
+        if package == "executorch":
+            method = Runtime.get().load_program(path).load_method("forward")
+        else:
+            method = Interpreter(path, num_threads=threads).get_signature_runner()
     lock = threading.Lock()  # a method runs once at a time
 
     def run(array: np.ndarray) -> list[np.ndarray]:
         with lock:
-            return [output.numpy().copy() for output in method.execute([torch.tensor(array)])]
+            if package == "executorch":
+                return [output.numpy().copy() for output in method.execute([torch.tensor(array)])]
+            return [*method(**dict.fromkeys(method.get_input_details(), array)).values()]
 
     return read_spec(text, path), run
 
 
 # Suffix -> function(path, threads, provider, once) that gives the spec and a function from input to outputs
-LOADERS = {".pt": load_torch, ".pt2": load_torch, ".onnx": load_onnx, ".pte": load_executorch}
+LOADERS = {".onnx": load_onnx, ".pt": load_torch, ".pt2": load_torch, ".pte": load_lite, ".tflite": load_lite}
 
 
 def read_spec(text: str | None, path: str) -> dict:
@@ -365,14 +371,12 @@ def read_spec(text: str | None, path: str) -> dict:
         valid = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         valid = valid and isinstance(channels, int) and spec.setdefault("white", 65535) in range(1, 65536)
         if {"classification": True, "regression": False}[spec["task"]]:  # a KeyError for any other
-            height, width = spec["image_size"]
-            valid = valid and len(classes) > 1 and channels in (1, 3)
-            valid = valid and height in range(1, 1 << 15) and width in range(1, 1 << 15)
+            valid = valid and len(classes) > 1 and channels in (1, 3) and len(spec["image_size"]) == 2
+            valid = valid and {*spec["image_size"]} <= {*range(1, 1 << 15)}
         known, *thresholds = (spec.setdefault(key, None) for key in ("known", "reject", "min_probability"))
         valid = valid and all(share is None or 0 <= share <= 1 for share in thresholds)
         fixed = spec.setdefault("fixed", None) or {"batch": None, "input": "uint8"}
-        valid = valid and (fixed["batch"] is None or fixed["batch"] in range(1, 1 << 20))
-        valid = valid and fixed["input"] in ("uint8", "float32")
+        valid = valid and fixed["batch"] in {None, *range(1, 1025)} and fixed["input"] in ("uint8", "float32")
         valid = valid and (known.setdefault("tolerance", 5e-3) >= 0 if known else thresholds[0] is None)
         if not valid or not classes:
             raise ValueError("classes, channels, sizes, white, known or thresholds cannot be used")
@@ -386,10 +390,12 @@ import argparse  # noqa: E402
 import base64  # noqa: E402
 import csv  # noqa: E402
 import glob  # noqa: E402
+import hashlib  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
-MODEL_NAMES = [f"model.{kind}" for kind in "onnx int8.onnx pt pt2 fixed.onnx fixed.int8.onnx pte".split()]
+MODEL_NAMES = [f"model.{kind}" for kind in "onnx int8.onnx pt pt2 fixed.onnx fixed.int8.onnx".split()]
+MODEL_NAMES += ["model.fixed.pt", "model.pte", "model.tflite"]
 WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
 DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
 
@@ -511,8 +517,8 @@ def note_files(did: str, paths: list[str], why: str) -> None:
         kinds = sorted({os.path.splitext(path)[1].lower() or "no suffix" for path in paths})
         hint = "; pip install pillow-heif to read .heic" if {".heic", ".heif"} & set(kinds) else ""
         names = ", ".join(paths[:3]) + (", ..." if paths[3:] else "")
-        many = f"{len(paths):,} file{'s' if paths[1:] else ''}"
-        say(f"note: {did} {many} {why} ({', '.join(kinds)}): {names}{hint}")
+        many = f"{len(paths):,} file{'s' * (len(paths) > 1)} {why} ({', '.join(kinds)})"
+        say(f"note: {did} {many}: {names}{hint}")
 
 
 def find_model() -> str:
@@ -550,8 +556,6 @@ def replacing(path, mode: str = "wb", **open_options) -> Iterator:
 
 def sha256(path) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises OSError."""
-    import hashlib
-
     return hashlib.sha256(np.fromfile(path, np.uint8)).hexdigest()
 
 
@@ -624,11 +628,10 @@ def result_line(output_format: str, row: dict) -> str:
 
 def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     """Write an image with its result drawn below it to `folder`, as a new PNG file. Raises Problem."""
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont, ImageOps
 
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
-    factor = max(1, 192 // max(image.size))  # or a thumbnail would be smaller than its label
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image = ImageOps.scale(image, max(1, 192 // max(image.size)), Image.Resampling.NEAREST)  # for the label
     text = f"{printable(row['label'][:40])} {row['probability']:.1%}"
     font = ImageFont.load_default(size=min(200, max(14, image.width // 24)))
     _, _, width, height = (int(side) for side in font.getbbox(text))
@@ -747,9 +750,8 @@ def number(kind: type, low, high=float("inf"), above: bool = False) -> Callable:
             value = kind(text)
             if (low < value <= high or (value == low and not above)) and value != float("inf"):
                 return value
-        wanted = "a whole number" if kind is int else "a number"
         limit = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high != float("inf") else "")
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} {limit}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limit}")
 
     return parse
 
@@ -772,7 +774,7 @@ def build_parser() -> Parser:
     add("paths", nargs="*", metavar="PATH", help="images, directories (recursive), globs, or - for stdin")
     add("--values", action="append", metavar="X,X,...", help="features for a regression; may be repeated")
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="FILE", help=".onnx, .pt or .pt2 (default: beside this script, or newest export)")
+    add("--model", metavar="FILE", help="of step2_export.py (default: beside this script, or newest export)")
     add("--threads", type=count, metavar="N", help="CPU threads (default: all that this process may use)")
     add("--device", "--provider", metavar="NAME", help="of the engine: cpu, cuda, ... (default: cpu)")
     add("--batch-size", type=count, metavar="N", help="images of one size that run at once (default: 16)")
@@ -853,10 +855,9 @@ def run(args: argparse.Namespace) -> int:
     if (args.batch_size or 0) > (model.batch or batch_size):
         raise Problem(f"{path} takes batches of {model.batch}: leave out --batch-size", 2)
     if args.self_test:
-        count, difference, passed = self_test(model)
-        verdict = "passed" if passed else "FAILED"
-        print(f"self-test {verdict}: {count} golden samples, max difference {difference:.1e}")
-        return 0 if passed else 1
+        count, most, ok = self_test(model)
+        print(f"self-test {'passed' if ok else 'FAILED'}: {count} golden samples, max difference {most:.1e}")
+        return 0 if ok else 1
     if (model.spec["task"] == "regression") != bool(args.values):
         wanted = "images: give at least one PATH" if args.values else "numbers: give --values"
         raise Problem(f"{path} predicts from {wanted}", 2)

@@ -54,10 +54,10 @@ def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -
 
 def export_litert(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
     """Write a LiteRT (TensorFlow Lite) file, followed by a zip archive with the spec. Raises Problem."""
-    try:
+    with problems(
+        "--format litert needs litert-torch: pip install litert-torch", ImportError, form="{} ({})"
+    ):
         import litert_torch
-    except ImportError as error:
-        raise Problem(f"--format litert needs litert-torch: pip install litert-torch ({error})") from None
     converted = litert_torch.convert(deployable, (example_of(spec),))
     converted.export(path)
     write_with_spec(path, Path(path).read_bytes(), spec)
@@ -68,6 +68,6 @@ def write_with_spec(path: str, content: bytes, spec: dict) -> None:
     """Write a model, and after it a zip archive with the spec and the class names, as LiteRT's tools do."""
     with replacing(path) as file:
         file.write(content)
-        with zipfile.ZipFile(file, "a") as archive:
+        with zipfile.ZipFile(file, "w") as archive:
             archive.writestr(zipfile.ZipInfo("spec.json"), json.dumps(spec))
             archive.writestr(zipfile.ZipInfo("labels.txt"), "\n".join(spec["classes"]))

@@ -136,7 +136,8 @@ def resized_outside(run: Run, spec: dict, inputs: np.ndarray) -> np.ndarray:
     parts = []
     for part in np.array_split(inputs, -(-len(inputs) // 64)):
         wanted = model.resize(torch.from_numpy(part), run.spec["image_size"]).numpy()
-        difference = np.abs(step3_infer.resize(part, run.spec["image_size"]) - wanted).max()
+        resized = np.stack([step3_infer.resize(image, run.spec["image_size"]) for image in part])
+        difference = np.abs(resized - wanted).max()
         if not difference <= RESIZE_TOLERANCE:
             raise Problem(f"step3_infer.py resizes otherwise, by {difference:.1e} grey levels")
         parts.append(step3_infer.fit(part, spec))

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import sys
 
 import numpy as np
 import onnx
@@ -38,9 +39,9 @@ def noise(*shape):
 
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (57, 43), (1, 300), (480, 641)])
 def test_step3_resizes_as_the_network(size):
-    images = noise(2, *size, 3)
-    wanted = model.resize(torch.from_numpy(images), (32, 28)).numpy()
-    assert np.abs(step3_infer.resize(images, (32, 28)) - wanted).max() < 1e-3
+    image = noise(*size, 3)
+    wanted = model.resize(torch.from_numpy(image)[None], (32, 28))[0].numpy()
+    assert np.abs(step3_infer.resize(image, (32, 28)) - wanted).max() < 1e-3
 
 
 def test_the_graph_is_fixed_and_casts_first(fixed_files):
@@ -104,7 +105,7 @@ def test_float_input_is_not_rounded(call, trained, here, in_process):
 
 def test_gate_catches_another_resizing_outside(call, small_run, here, monkeypatch, in_process):
     shift = step3_infer.resize
-    monkeypatch.setattr(step3_infer, "resize", lambda images, size: shift(np.roll(images, 1, axis=1), size))
+    monkeypatch.setattr(step3_infer, "resize", lambda image, size: shift(np.roll(image, 1, axis=0), size))
     result = call(step2_export.main, "--format", "onnx", "--fixed")
     assert result.code == 1 and "resizes otherwise" in result.err
     assert not (here / "exports" / "small" / "model.fixed.onnx").exists()
@@ -126,8 +127,9 @@ def test_what_is_refused(call, here, monkeypatch, small_run):
     assert result.code == 2 and "--input belongs to --fixed" in result.err
     result = call(step2_export.main, "--fixed", "0")
     assert result.code == 2
-    result = call(step2_export.main, "--fixed", "--format", "torchscript")
-    assert result.code == 2 and "--fixed belongs to --format onnx" in result.err
-    monkeypatch.setitem(__import__("sys").modules, "executorch", None)
-    result = call(step2_export.main, "--format", "executorch")
-    assert result.code == 1 and "pip install executorch" in result.err
+    result = call(step2_export.main, "--fixed", "--format", "pt2")
+    assert result.code == 2 and "--fixed belongs to --format torchscript or onnx" in result.err
+    for name, package in (("executorch", "executorch"), ("litert", "litert_torch")):
+        monkeypatch.setitem(sys.modules, package, None)
+        result = call(step2_export.main, "--format", name)
+        assert result.code == 1 and f"pip install {package.replace('_', '-')}" in result.err
