@@ -311,13 +311,12 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[dict
     kind = "torch.export" if path.lower().endswith(".pt2") else "TorchScript"
     extra, engine = {"spec.json": ""}, f"torch {torch.__version__}"
     fault = f"{path} is not a {kind} file that {engine} can run (step2_export.py exports a checkpoint)"
-    with problems(fault), warnings.catch_warnings():
+    with problems(fault), warnings.catch_warnings(), open(path, "rb") as file:
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)  # LibTorch has nothing newer
-        with open(path, "rb") as file:
-            if kind == "TorchScript":
-                module = torch.jit.load(file, map_location=provider, _extra_files=extra).eval()
-            else:
-                module = torch.export.load(file, extra_files=extra).module().to(provider)
+        if kind == "TorchScript":
+            module = torch.jit.load(file, map_location=provider, _extra_files=extra).eval()
+        else:
+            module = torch.export.load(file, extra_files=extra).module().to(provider)
 
     def run(array: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
@@ -425,9 +424,10 @@ def self_test(model: Model) -> tuple[int, float, bool]:
 def predict_files(model, found: Iterator, workers: int, batch_size: int, top_k: int, keep=False) -> Iterator:
     """Predict what find_images() yields, in its order: lists of (a row of JSON, pixels if `keep`)."""
     stop, running = threading.Event(), []
+    chunks = iter(lambda: list(itertools.islice(found, batch_size)), [])  # until one is empty
     with ThreadPoolExecutor(workers) as pool:
         try:
-            while chunk := list(itertools.islice(found, batch_size)):
+            for chunk in chunks:
                 running.append(pool.submit(predict_chunk, model, chunk, top_k, keep, stop))
                 if len(running) > 2 * workers:  # memory holds only a few lists
                     yield running.pop(0).result()
@@ -581,7 +581,7 @@ def verify(folder: str) -> int:
     if None in lines:
         raise Problem(f"{path}, line {lines.index(None) + 1} is not a SHA-256, two spaces and a file name")
     sums = {os.path.normpath(name): digest for digest, name in (line.groups() for line in lines)}
-    faults = {name: fault for name, digest in sums.items() if (fault := mismatch(folder, name, digest))}
+    faults = {name: mismatch(folder, name, digest) for name, digest in sums.items()}
     for path, problem in walk(folder):
         name = os.path.relpath(path, folder)
         harmless = name.lower().endswith((*IMAGE_SUFFIXES, ".csv", ".jsonl")) or name.startswith(fetched)
@@ -589,7 +589,8 @@ def verify(folder: str) -> int:
             additions.append(name)
         elif name not in sums and name != "SHA256SUMS":
             faults[name] = problem or "is not listed"
-    for name, fault in sorted(faults.items()):
+    faults = {name: fault for name, fault in sorted(faults.items()) if fault}
+    for name, fault in faults.items():
         say(f"error: {os.path.join(folder, name)} {fault}")
     note_files("did not compare", additions, "beside those of the bundle")
     if not faults:
@@ -843,9 +844,9 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or usable_cpus()
     if args.benchmark:
         figures = benchmark(path, threads, args.device, args.batch_size or 16)
-        lines = [f"{name:18}  {printable(str(value))}\n" for name, value in figures.items()]
+        lines = [f"{name:18}  {printable(str(value))}" for name, value in figures.items()]
         with output_stream(args.output) as out:
-            out.write(json.dumps(figures) + "\n" if args.format == "json" else "".join(lines))
+            print(json.dumps(figures) if args.format == "json" else "\n".join(lines), file=out)
         return 0
     others, batch_size = [], args.batch_size or 16
     found = find_images(args.paths, others)

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_export.py runs/cifar10-airbench --threads 1
 
-Exports the run in its formats with a bundle, into a temporary directory, and prints the figures of int8 and of
-the self-test. Timings are the fastest fifth of each file's, in turn. bench_engines.py compares engines.
+Exports the run in four formats with a bundle, into a temporary directory, and prints the figures of int8 and
+of the self-test. Timings are the fastest fifth of each file's, in turn. bench_engines.py compares engines.
 """
 
 import argparse
