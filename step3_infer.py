@@ -424,10 +424,9 @@ def self_test(model: Model) -> tuple[int, float, bool]:
 def predict_files(model, found: Iterator, workers: int, batch_size: int, top_k: int, keep=False) -> Iterator:
     """Predict what find_images() yields, in its order: lists of (a row of JSON, pixels if `keep`)."""
     stop, running = threading.Event(), []
-    chunks = iter(lambda: list(itertools.islice(found, batch_size)), [])  # until one is empty
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for chunk in chunks:
+            for chunk in iter(lambda: list(itertools.islice(found, batch_size)), []):  # until one is empty
                 running.append(pool.submit(predict_chunk, model, chunk, top_k, keep, stop))
                 if len(running) > 2 * workers:  # memory holds only a few lists
                     yield running.pop(0).result()

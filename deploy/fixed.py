@@ -27,7 +27,7 @@ def example_of(spec: dict) -> torch.Tensor:
     """An input to trace with, of no size that the network knows unless it is fixed."""
     if spec["task"] == "regression":
         return torch.zeros(2, spec["channels"])
-    if not spec["fixed"]:
+    if not spec.get("fixed"):
         return torch.zeros(2, 24, 40, spec["channels"], dtype=torch.uint8)
     count, kind = spec["fixed"]["batch"] or 2, getattr(torch, spec["fixed"]["input"])
     return torch.zeros(count, *spec["image_size"], spec["channels"], dtype=kind)
@@ -35,7 +35,7 @@ def example_of(spec: dict) -> torch.Tensor:
 
 def free_sizes(spec: dict) -> tuple[str, ...]:
     """The names of those sizes of an input that are free."""
-    if spec["fixed"]:
+    if spec.get("fixed"):
         return () if spec["fixed"]["batch"] else ("batch",)
     return ("batch",) if spec["task"] == "regression" else ("batch", "height", "width")
 

@@ -55,7 +55,7 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
     for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
         file = f"{source}.{number}.onnx"
         try:
-            quantize(source, file, calibration_images, exported.spec, **settings)
+            quantize(source, file, calibration_images, fixed=exported.spec["fixed"], **settings)
         except Exception as error:  # onnxruntime's quantizer raises anything at all
             raise ValueError(" ".join(str(error).split())) from None
         drop = round(100 * (before - accuracy(file, check_images, check_labels, threads)), 3)
@@ -80,11 +80,11 @@ def batches(images: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
     return (np.ascontiguousarray(images[start : start + size]) for start in range(0, last, size))
 
 
-def quantize(source, target, images: np.ndarray, spec: dict, *, calibration="MinMax", last_in_float=False):
+def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="MinMax", last_in_float=False):
     """Write `target`, the ONNX file `source` in int8, calibrated on images [N, H, W, C] as it takes them.
 
-    calibration: the method, MinMax or Percentile. Raises whatever onnxruntime's quantizer raises,
-    and ValueError if nothing can be quantized.
+    fixed: that of its spec. calibration: the method, MinMax or Percentile. Raises whatever onnxruntime's
+    quantizer raises, and ValueError if nothing can be quantized.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
@@ -93,16 +93,16 @@ def quantize(source, target, images: np.ndarray, spec: dict, *, calibration="Min
     excluded = nodes_in_float(onnx.load(source).graph, last_in_float)
     # A fully connected layer may leave float32: logits in 8 bits would make coarse probabilities.
     options = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
-    if spec["fixed"]:
+    if fixed:
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}  # TensorRT takes no int32
     with without_advice():
         quantize_static(
-            *(source, target, Batches(images, spec["fixed"] and spec["fixed"]["batch"])),
+            *(source, target, Batches(images, fixed and fixed["batch"])),
             op_types_to_quantize=list(OP_TYPES),
             nodes_to_exclude=excluded,
             per_channel=True,
             reduce_range=True,  # 7 bits
-            activation_type=QuantType.QInt8 if spec["fixed"] else QuantType.QUInt8,
+            activation_type=QuantType.QInt8 if fixed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod[calibration],
             extra_options=options,
@@ -117,10 +117,11 @@ def nodes_in_float(graph, last_in_float: bool) -> list[str]:
     """
     names = [node.name for node in graph.node]
     main = nodes_for(graph, graph.output[0].name)
-    weighted = [node for node in main if node.op_type in WEIGHTED]
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    # Resizing multiplies by matrices, too, but computes them.
+    weighted = [node for node in main if node.op_type in WEIGHTED and node.input[1] in constants]
     if not weighted:
         raise ValueError("the network has no layer to quantize")
-    constants = {tensor.name: tensor for tensor in graph.initializer}
     first, last = weighted[0], weighted[-1]
     excluded = names[: names.index(first.name)] + names[names.index(last.name) + 1 :]
     excluded += [node.name for node in graph.node if node not in main]  # of `known`, which must stay exact

@@ -33,7 +33,7 @@ def golden_samples(inputs: np.ndarray, outputs: Outputs, spec: dict) -> list[dic
     for number, (image, probabilities) in enumerate(zip(inputs, outputs.main.tolist(), strict=True)):
         encoded = base64.b64encode(to_png(image)).decode()
         sample = {"image": encoded, "probabilities": [round(p, 7) for p in probabilities]}
-        if spec["fixed"]:
+        if spec.get("fixed"):
             sample["tensor"] = base64.b64encode(fit(image[None], spec).tobytes()).decode()
         samples.append(sample if outputs.known is None else {**sample, "known": known_of(outputs, number)})
     return samples

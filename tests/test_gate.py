@@ -49,8 +49,8 @@ def deployable_with(monkeypatch, change):
     """Let `change` alter what the export is made from, but not the trained network itself."""
     original = gate.Run.deployable
 
-    def changed(run):
-        return change(original(copy.deepcopy(run)))
+    def changed(run, any_size=True):
+        return change(original(copy.deepcopy(run), any_size))
 
     monkeypatch.setattr(gate.Run, "deployable", changed)
 
