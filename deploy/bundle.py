@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from deploy.card import markdown, model_card
 from step3_infer import replacing, say, sha256
 
@@ -29,11 +31,18 @@ FILES = {  # what the README says about each
     "model.int8.onnx": "the same with 8-bit weights",
     "model.pt": "the same for LibTorch and torch (TorchScript); it can contain code",
     "model.pt2": "the same for torch (torch.export); it can contain code",
+    "model.fixed.onnx": "for compilers: it takes images of the network's size only, see ENGINES.md",
+    "model.fixed.int8.onnx": "the same with 8-bit weights, and activations with zero point 0",
+    "model.fixed.pt": "the same for torch and coremltools (TorchScript); it can contain code",
+    "model.pte": "the same for ExecuTorch",
+    "model.tflite": "the same for LiteRT",
     "step3_infer.py": "predicts from any of these files, as a command or as a Python module",
     "requirements.txt": "the packages that it needs for the .onnx files",
     "MODEL_CARD.md": "data, accuracy, input, output and limits of the model",
     "parity.json": "how each file was compared with the trained network, and the figures",
     "samples/": "test data with the expected predictions",
+    "ENGINES.md": "one command for each other engine and compiler",
+    "calibration.npy": "training images of the network's size, for the quantizers of compilers",
     "web/": "the page, and `index.html`, which leads to it",
     "cpp/": "the source of the C++ program",
     "SHA256SUMS": "the sums that `--verify` and `sha256sum -c SHA256SUMS` compare",
@@ -46,25 +55,33 @@ CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxrunt
 
 
 def publish(
-    out: str, workspace: str, models: Sequence[str], parity: dict, *, script, onnxruntime, spec, samples
+    out: str,
+    workspace: str,
+    models: Sequence[str],
+    parity: dict,
+    *,
+    script,
+    onnxruntime,
+    spec,
+    samples,
+    calibration,
 ) -> str:
     """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
-    workspace: an empty directory in the same file system, where the folder is built. models: paths of
-    exported files; parity: the contents of parity.json for them; script: path of step3_infer.py; onnxruntime:
-    the oldest version that runs the models; spec: what they contain, and `per_class`; samples: (bytes of a
-    PNG, None for a regression; the prediction as step3's --format json has it, without its path).
-    Raises OSError.
+    workspace: an empty directory in the same file system. models: paths of exported files; parity: the
+    contents of parity.json for them; onnxruntime: the oldest version that runs them; spec: what they contain,
+    and `per_class`; samples: (bytes of a PNG, None for a regression; what step3's --format json says of it);
+    calibration: images for compilers' quantizers, uint8 [N, H, W, C], or None. Raises OSError.
     """
     folder, path = os.path.join(workspace, "bundle"), archive_path(out)
     os.makedirs(os.path.join(folder, "samples"))
-    copy_files(folder, [*models, script])
-    write_samples(folder, samples)
+    copy_files(folder, [*models, script, os.path.join(HERE, "ENGINES.md")])
+    write_samples(folder, samples, calibration)
     timeless = {name: {k: v for k, v in row.items() if k not in TIMINGS} for name, row in parity.items()}
     texts = {
         "requirements.txt": f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n",
         "MODEL_CARD.md": model_card(spec, parity),
-        "README.md": readme(spec, [os.path.basename(path) for path in models]),
+        "README.md": readme(spec, os.listdir(folder)),
         "index.html": INDEX,
         "parity.json": json.dumps(timeless, indent=2, allow_nan=False) + "\n",
     }
@@ -79,14 +96,14 @@ def publish(
     return path
 
 
-def readme(spec: dict, models: Sequence[str]) -> str:
-    """The README.md of a bundle: how to run it, and what each file is. models: names of its model files."""
+def readme(spec: dict, names: Sequence[str]) -> str:
+    """The README.md of a bundle: how to run it, and what each file is. names: of its files, so far."""
     regression = spec["task"] == "regression"
     values = ",".join(["0.5"] * spec["channels"])
-    cpp = CPP if "model.onnx" in models else "[cpp/README.md](cpp/README.md) says how to build and run it."
+    cpp = CPP if "model.onnx" in names else "[cpp/README.md](cpp/README.md) says how to build and run it."
     if regression:
         cpp = "The C++ program is for image classifiers only."
-    listed = [name for name in FILES if not name.startswith("model.") or name in models]
+    listed = [name for name in FILES if not name.startswith(("model.", "calibration")) or name in names]
     template = string.Template(Path(HERE, "bundle.md.template").read_text(encoding="utf-8"))
     return template.substitute(
         title=f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}",
@@ -135,8 +152,10 @@ def copy_files(folder, paths):
             shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=excluded)
 
 
-def write_samples(folder, samples):
-    """Write the images, and expected.jsonl with their predictions."""
+def write_samples(folder, samples, calibration):
+    """Write the images, expected.jsonl with their predictions, and calibration.npy unless it is None."""
+    if calibration is not None:
+        np.save(os.path.join(folder, "calibration.npy"), calibration)
     lines = []
     for index, (png, expected) in enumerate(samples):
         if png is not None:

@@ -47,7 +47,7 @@ def pool_maxima(graph) -> None:
                 graph.node.remove(node)
                 graph.node.insert(number, flat)
                 graph.node.insert(number, pool)
-    used = {name for node in graph.node for name in node.input}
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     for name in constants.keys() - used:
         graph.initializer.remove(constants[name])
 

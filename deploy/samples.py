@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from deploy.comparing import Outputs, some
 from step3_infer import fit
 
 GOLDEN_SAMPLES, BUNDLE_SAMPLES = 4, 10
+CALIBRATION_IMAGES, CALIBRATION_BYTES = 256, 4 << 20  # at most
 
 
 def one_of_each_class(dataset, count: int) -> list[int]:
@@ -43,14 +45,23 @@ def known_of(outputs: Outputs, number: int) -> float | None:
     return None if outputs.known is None else round(float(outputs.known[number]), 6)
 
 
-def from_test_split(spec: dict, dataset, expected: Outputs) -> dict:
+def from_test_split(spec: dict, dataset, expected: Outputs, fixed: bool) -> dict:
     """What bundle.publish takes of the test split: `samples`, and `spec` with `per_class` for the card."""
     if dataset.task != "regression":
         figures = per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])
         spec = {**spec, "per_class": figures}
     indices = one_of_each_class(dataset, BUNDLE_SAMPLES)
     samples = bundle_samples(dataset.test_images[indices], some(expected, indices), spec["classes"])
-    return {"spec": spec, "samples": samples}
+    calibration = calibration_images(spec, dataset) if fixed else None
+    return {"spec": spec, "samples": samples, "calibration": calibration}
+
+
+def calibration_images(spec: dict, dataset) -> np.ndarray:
+    """Training images, spread over the split, uint8 [N, *image_size, C]."""
+    fitting = CALIBRATION_BYTES // (math.prod(spec["image_size"]) * spec["channels"])
+    wanted = min(CALIBRATION_IMAGES, max(1, fitting))
+    images = dataset.train_images[:: -(-len(dataset.train_images) // wanted)]
+    return fit(np.asarray(images), {**spec, "fixed": {"batch": None, "input": "uint8"}})
 
 
 def bundle_samples(inputs: np.ndarray, outputs: Outputs, classes: list[str]) -> list[tuple]:
