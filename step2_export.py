@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     text = "also files of the network's own size, for compilers: of N images, or any number"
     add("--fixed", nargs="?", const=0, type=number(int, 1, 1024), metavar="N", help=text)
     text = "pixels that files of a fixed size take, for compilers without uint8 (default: uint8)"
-    add("--input", choices=("uint8", "float32"), metavar="TYPE", help=text)
+    add("--input", choices=("uint8", "float"), metavar="TYPE", help=text)
     add("--bundle", action="store_true", help="put all that an edge machine needs in one folder and one zip")
     add("--opset", type=int, choices=tuple(onnx_file.OPSETS), metavar="N", help=f"of ONNX, 18 to 23 {opset}")
     limit = f"largest probability difference allowed {tolerance}"

@@ -15,9 +15,9 @@ from step3_infer import problems, replacing
 def of_fixed_size(run: gate.Run, spec: dict, dataset, batch: int | None, kind: str) -> dict:
     """The spec of a file that takes `batch` images, None for any number, of the network's own size only.
 
-    kind: of what an engine is given, uint8 or float32, which its golden samples hold, too.
+    kind: of what an engine is given, uint8 or float, which its golden samples hold, too.
     """
-    spec = {**spec, "fixed": {"batch": batch, "input": kind}}
+    spec = {**spec, "fixed": {"batch": batch, "input": {"float": "float32"}.get(kind, kind)}}
     images = dataset.test_images[one_of_each_class(dataset, GOLDEN_SAMPLES)]
     outputs = gate.reference(run, step3_infer.fit(images, spec))
     return {**spec, "golden": golden_samples(images, outputs, spec)}

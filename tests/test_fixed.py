@@ -94,7 +94,7 @@ def test_batches(call, fixed_files, samples, here):
 
 
 def test_float_input_is_not_rounded(call, trained, here, in_process):
-    options = ["--format", "onnx", "--fixed", "--input", "float32", "--out", here / "out"]
+    options = ["--format", "onnx", "--fixed", "--input", "float", "--out", here / "out"]
     call(step2_export.main, "--run", trained.run, *options).done()
     exported, images = step3_infer.Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
     wanted = gate.reference(step2_export.read_run(str(trained.run)), images).main
@@ -123,7 +123,7 @@ def test_spec_that_lies(fixed_files, here, call, samples):
 
 
 def test_what_is_refused(call, here, monkeypatch, small_run):
-    result = call(step2_export.main, "--input", "float32")
+    result = call(step2_export.main, "--input", "float")
     assert result.code == 2 and "--input belongs to --fixed" in result.err
     result = call(step2_export.main, "--fixed", "0")
     assert result.code == 2
