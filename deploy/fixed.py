@@ -46,20 +46,20 @@ def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -
     with problems(needs, ImportError, form="{} ({})"):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
-    program = torch.export.export(deployable, (example_of(spec),))
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    write_with_spec(path, lowered.to_executorch().buffer, spec)
+    with problems("ExecuTorch cannot hold this network"):
+        program = torch.export.export(deployable, (example_of(spec),))
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    write_with_spec(path, lowered.buffer, spec)
     return {}
 
 
 def export_litert(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
     """Write a LiteRT (TensorFlow Lite) file, followed by a zip archive with the spec. Raises Problem."""
-    with problems(
-        "--format litert needs litert-torch: pip install litert-torch", ImportError, form="{} ({})"
-    ):
+    needs = "--format litert needs litert-torch: pip install litert-torch"
+    with problems(needs, ImportError, form="{} ({})"):
         import litert_torch
-    converted = litert_torch.convert(deployable, (example_of(spec),))
-    converted.export(path)
+    with problems("LiteRT cannot hold this network"):
+        litert_torch.convert(deployable, (example_of(spec),)).export(path)
     write_with_spec(path, Path(path).read_bytes(), spec)
     return {}
 

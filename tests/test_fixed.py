@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -133,3 +134,12 @@ def test_what_is_refused(call, here, monkeypatch, small_run):
         monkeypatch.setitem(sys.modules, package, None)
         result = call(step2_export.main, "--format", name)
         assert result.code == 1 and f"pip install {package.replace('_', '-')}" in result.err
+
+
+def test_network_that_a_format_cannot_hold(call, here, monkeypatch, small_run):
+    def convert(*_):
+        raise NotImplementedError("no such operator\nand a stack trace")
+
+    monkeypatch.setitem(sys.modules, "litert_torch", SimpleNamespace(convert=convert))
+    result = call(step2_export.main, "--format", "litert")
+    result.error(1, "model.tflite is not written", "LiteRT cannot hold this network: no such operator")
