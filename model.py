@@ -150,7 +150,7 @@ class Airbench(Network):
     """
 
     options = ("width",)
-    middle = ("groups.0", "groups.1")
+    middle = ("groups.0",)
     min_size = 28
     max_batch_pixels = 640_000
 
@@ -311,10 +311,10 @@ def watched(network: nn.Module, layers, see):
 
 
 def middle_layers(network: nn.Module, channels: int, image_size: tuple[int, int]) -> tuple[str, ...]:
-    """The layers whose channel means are a network's `statistics`; none for its input.
+    """The layers whose channels give a network's `statistics`; none for its input.
 
     A network of ours names them. Torchvision's consist of blocks in sequence: of those that give maps, the
-    ones after a third and after two thirds of the blocks are taken.
+    one after a third of the blocks is taken.
     """
     if getattr(network, "middle", None) is not None:
         return network.middle
@@ -324,24 +324,26 @@ def middle_layers(network: nn.Module, channels: int, image_size: tuple[int, int]
     with watched(network, blocks, lambda name, out: reached.append((name, out))), torch.inference_mode():
         network.eval()(torch.zeros(1, channels, *image_size, device=next(network.parameters()).device))
     maps = [name for name, out in reached if isinstance(out, torch.Tensor) and out.dim() > 2]
-    return tuple(dict.fromkeys(maps[len(maps) * third // 3] for third in (1, 2))) if maps else ()
+    return (maps[len(maps) // 3],) if maps else ()
 
 
 def run_with_statistics(network: nn.Module, images: torch.Tensor, layers: tuple[str, ...]):
     """Logits [batch, classes] of normalised images [batch, C, H, W], and their statistics [batch, d].
 
-    These are the channel means of the maps after `layers`; without layers, the brightness and the roughness
-    of the image in 4x4 parts.
+    Those are each channel's mean and deviation after `layers`; without layers, the brightness and the
+    roughness of the image in 4x4 parts.
     """
-    found = []
+    found, parts = [], []
     with watched(network, layers, lambda name, maps: found.append(maps)):
         logits = network(images)
-    if layers:  # maps are [batch, channels, h, w]; a transformer's tokens [batch, n, channels]
-        found = [maps.mean((2, 3)) if maps.dim() == 4 else maps.mean(1) for maps in found]
-    else:
+    for maps in found:  # [batch, channels, h, w]; a transformer's tokens [batch, n, channels]
+        places = (2, 3) if maps.dim() == 4 else (1,)
+        means = maps.mean(places, keepdim=True)
+        parts += [means.flatten(1), (maps - means).square().mean(places).sqrt()]
+    if not layers:
         rough = (images - F.avg_pool2d(images, 3, 1, 1)).abs()
-        found = [F.adaptive_avg_pool2d(maps, 4).flatten(1) for maps in (images, rough)]
-    statistics = torch.cat(found, 1)
+        parts = [F.adaptive_avg_pool2d(maps, 4).flatten(1) for maps in (images, rough)]
+    statistics = torch.cat(parts, 1)
     return logits, statistics[:, :: -(-statistics.shape[1] // MOST_STATISTICS)]
 
 
