@@ -70,6 +70,8 @@ def add_data_options(parser):
     add("--data-dir", metavar="PATH", help=text)
     size = command_line.image_size
     add("--image-size", type=size, metavar="N|HxW", help="of the network (default: see data/README.md)")
+    text = "how images get that size: stretched, or in their own shape (default: stretch)"
+    add("--fit", choices=("stretch", "crop", "letterbox"), default="stretch", help=text)
     text = f"{', '.join(data.AUGMENTATIONS)}, or none (default: see data/README.md)"
     add("--augment", nargs="+", choices=(*data.AUGMENTATIONS, "none"), metavar="A", help=text)
     fraction = number(float, 0, 0.9, above=True)
@@ -98,6 +100,7 @@ def add_training_options(parser):
     text = "start from torchvision's default weights, or from a local state_dict or checkpoint"
     add("--pretrained", nargs="?", const="default", metavar="FILE", help=text)
     add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
+    add("--teacher", metavar="RUN", help="a trained run whose answers a smaller network learns as well")
     add("--list-models", action="store_true", help="list the networks and exit")
     title = "training (defaults: a recipe for the network and the dataset)"
     add = parser.add_argument_group(title).add_argument
@@ -148,7 +151,18 @@ import torch.nn.functional as F
 import model
 from data.split import Split, make_splits
 from deploy import report
-from training import calibration, console, cpu, locking, optimizers, processes, runs, weights
+from training import (
+    calibration,
+    console,
+    cpu,
+    features,
+    locking,
+    optimizers,
+    processes,
+    runs,
+    teacher,
+    weights,
+)
 from training.result import summarise
 from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
@@ -184,11 +198,13 @@ def fit(trainer: Trainer) -> Evaluation | None:
 def train_epoch(trainer: Trainer) -> tuple[float, float | None]:
     """Train for an epoch, or what a resumed run has left of it; returns loss and accuracy while training."""
     train_mode(trainer.deployable.network)
-    for images, labels, batch_size in console.progress_bar(trainer, trainer.batches()):
+    for images, labels, rows, batch_size in console.progress_bar(trainer, trainer.batches()):
         trainer.start_step()
         with trainer.autocast():
-            outputs = trainer.network(trainer.deployable.normalise(images))
+            outputs = trainer.network(trainer.normalise(images))
         losses = criterion(outputs, labels, trainer.settings.label_smoothing, trainer.log_priors)
+        if trainer.taught is not None:
+            losses = teacher.distilled(losses, outputs, trainer.taught[rows])
         # The mean over the whole batch: DistributedDataParallel averages the gradients of the processes.
         loss = losses.sum() * trainer.processes.count / batch_size
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -220,12 +236,14 @@ def evaluate(
 ) -> Evaluation:
     """The network in eval mode over a whole split, shared by all processes, in batches of `most_images`."""
     deployable = deployable or trainer.deployable
-    network, share = deployable.network.eval(), trainer.processes.share
+    deployable.network.eval()
+    network, normalise = features.parts(deployable, split)
+    share = trainer.processes.share
     labels, loss, parts = split.labels[split.members], 0.0, []
     outputs = torch.zeros(len(labels), len(trainer.dataset.classes), device=labels.device)
     pixels = split.images[0, ..., 0].numel()
     for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most_images), share):
-        logits = network(deployable.normalise(images)).float()
+        logits = network(normalise(images)).float()
         loss += criterion(logits, targets).sum().item()
         parts.append(logits)
     if parts:
@@ -245,9 +263,9 @@ def load_dataset(settings: argparse.Namespace) -> data.Dataset:
         usual_size = weights.usual_size(settings.model)
     except ValueError as error:
         raise Problem(error, 2) from None
-    options = {name: getattr(settings, name) for name in ("image_size", *data.OPTIONS)}
-    sizes = {"usual_size": usual_size, "resize": model.resize}
-    return data.load(settings.dataset, settings.data_dir, **sizes, **options)
+    options = {name: getattr(settings, name) for name in ("image_size", "fit", *data.OPTIONS)}
+    options |= {"usual_size": usual_size, "resize": model.resize}
+    return data.load(settings.dataset, settings.data_dir, **options)
 
 
 def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict | None) -> model.Deployable:
@@ -273,12 +291,12 @@ def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict 
     elif mean is None:
         mean, std = data.mean_and_std(dataset.train_images)
     cls = model.Regressor if regression else model.Deployable
-    deployable = cls(network, settings.image_size, mean, std)
+    deployable = cls(network, settings.image_size, mean, std, settings.fit)
     fresh = not settings.pretrained and not checkpoint
     if fresh and not regression and isinstance(network, model.Network):
         wanted = min(2000, WHITENING_PIXELS // math.prod(settings.image_size))
         some = torch.from_numpy(dataset.train_images[:: -(-len(dataset.train_images) // wanted)])
-        network.prepare(deployable.normalise(model.resize(some, settings.image_size)))
+        network.prepare(deployable.normalise(model.resize(some, settings.image_size, settings.fit)))
     return deployable
 
 
@@ -298,7 +316,9 @@ def train_twin(trainer: Trainer, parts: dict[str, Split]) -> model.Deployable:
     directory, checkpoint = trainer.processes.from_first(lambda: runs.begin_twin(trainer.run))
     settings = calibration.settings_of_twin(trainer.settings)
     deployable = build_on(trainer.machine, settings, trainer.dataset, checkpoint)
+    parts = features.prepare(parts, deployable, settings, not checkpoint)
     twin = Trainer(settings, directory, trainer.dataset, parts, deployable, trainer.machine, is_twin=True)
+    twin.taught = trainer.taught
     twin.restore(checkpoint)
     fit(twin)
     return deployable
@@ -332,7 +352,9 @@ def write_pictures(trainer, deployable, accuracy, outputs) -> None:
     spec = make_spec(settings, dataset, deployable, accuracy, trainer.calibration)
     cpu.give_back_memory()
     if dataset.task == "classification":
-        augmented, labels, _ = next(trainer.splits["train"].shuffled(25, settings.augment, 1, settings.seed))
+        train = trainer.splits["train"]
+        train = getattr(train, "images_split", train)  # what features were made of
+        augmented, labels, *_ = next(train.shuffled(25, settings.augment, 1, settings.seed))
         images = {"images": dataset.test_images, "augmented": augmented.cpu().numpy()}
         images["augmented_labels"] = labels.cpu().numpy()
     try:
@@ -371,10 +393,17 @@ def run(args: argparse.Namespace, given: dict) -> int:
         machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
         deployable = build_on(machine, settings, dataset, checkpoint)
         splits = make_splits(dataset, settings, machine.device, model.resize)
+        if settings.teacher:
+            channels = dataset.train_images.shape[-1]
+            taught_by = teacher.load(settings.teacher, list(dataset.classes), channels)
         if directory is None:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
+        with group.first_of_each_machine_first():
+            splits = features.prepare(splits, deployable, settings, not checkpoint)
         trainer = Trainer(settings, directory, dataset, splits, deployable, machine)
+        if settings.teacher:
+            trainer.taught = teacher.answers(taught_by, splits["train"])
         trainer.restore(checkpoint)
         announce(trainer, checkpoint, reason)
         try:

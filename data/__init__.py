@@ -73,7 +73,8 @@ def load_for(spec: dict, data_dir: str | None, resize) -> Dataset:
     arguments, images = spec["arguments"], spec["task"] == "classification"
     options = {name: arguments[name] for name in OPTIONS}
     options["image_size"] = tuple(spec["image_size"]) if images else None
-    options |= {"channels": spec["channels"], "white": spec.get("white", 65535), "resize": resize}
+    options |= {"channels": spec["channels"], "white": spec.get("white", 65535)}
+    options |= {"resize": resize, "fit": spec.get("fit") or "stretch"}
     return load(spec["dataset"], data_dir or arguments["data_dir"], **options)
 
 

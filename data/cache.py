@@ -6,6 +6,7 @@ and times and of the options. A changed folder therefore gets a new cache, and t
 """
 
 import contextlib
+import functools
 import json
 import mmap
 import os
@@ -41,17 +42,17 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
     file that lists them.
     """
     source = os.path.abspath(source)
-    beside = source if os.path.isdir(source) else os.path.dirname(source)
-    directory = options.cache_dir or os.path.join(beside, ".threestep")
+    directory = directory_for(source, options.cache_dir)
     try:
         os.makedirs(directory, exist_ok=True)
         state, sizes = state_of(paths)
         target = choose_target(paths, train, os.path.join(directory, f"probe-{state}-{train}.json"), options)
-        key = digest(json.dumps([source, *target, PIL.__version__]).encode())
+        key = digest(json.dumps([source, *target, options.fit, PIL.__version__]).encode())
         base = os.path.join(directory, f"{key}-{state}")
         if not is_whole(base):
             remove_outdated(directory, key, os.path.basename(base))
-            build(paths, base, target, options.resize)
+            resize = options.resize and functools.partial(options.resize, fit=options.fit)
+            build(paths, base, target, resize)
         about = read_json(base + ".json")
         report_unreadable(paths, about["unreadable"], options.strict)
         pixels = np.memmap(base + ".u8", np.uint8, "c", shape=tuple(about["shape"]))
@@ -61,6 +62,12 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
     return Loaded(pixels, kept, sizes, target.white)
+
+
+def directory_for(source: str, cache_dir: str | None) -> str:
+    """Where to keep what is computed of a directory or a file: in --cache-dir, or beside it."""
+    beside = source if os.path.isdir(source) else os.path.dirname(source)
+    return cache_dir or os.path.join(beside, ".threestep")
 
 
 def prefetch(images: np.ndarray, index: np.ndarray) -> None:
@@ -130,7 +137,7 @@ def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
     if found.sizes and (smallest, largest) != (size, size):
         low, high = ("{1}x{0}".format(*shape) for shape in (smallest, largest))
         have = f"{low} pixels" if found.sizes == 1 else f"{found.sizes:,} sizes, {low} to {high} pixels"
-        resized = f"resized to {usual_size}x{usual_size} (--image-size changes that)"
+        resized = f"resized to {usual_size}x{usual_size} (--image-size and --fit change that)"
         note(f"the images have {have}; they are {resized}")
     return size
 

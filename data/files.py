@@ -21,8 +21,8 @@ class Options:
 
     image_size (height, width), channels and white (the level of 16-bit pixels that becomes 255) are derived
     from the images if None. usual_size is the image size if the images differ in size or are large. resize is
-    the exported graph's own function, from a uint8 tensor [1, height, width, channels] and a size to the
-    resized tensor.
+    the exported graph's own function, from a uint8 tensor [1, height, width, channels], a size and `fit` to
+    the resized tensor.
     """
 
     image_size: tuple[int, int] | None = None
@@ -30,6 +30,7 @@ class Options:
     white: int | None = None
     usual_size: int = 64
     resize: Callable | None = None
+    fit: str = "stretch"
     strict: bool = False
     cache_dir: str | None = None
     image_root: str | None = None

@@ -1,8 +1,9 @@
 """A split ready to be trained on: batches gathered from uint8 images by index and augmented as a whole."""
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Split:
 
     def part(self, chosen: np.ndarray) -> "Split":
         """The split of the members that bool [n] chooses."""
-        return Split(self.images, self.labels, self.members[torch.as_tensor(chosen)], self.source)
+        return replace(self, members=self.members[torch.as_tensor(chosen)])
 
     def class_shares(self, classes: int) -> torch.Tensor:
         """The share of each class: float32 [classes]."""
@@ -54,7 +55,8 @@ class Split:
     def shuffled(
         self, batch_size: int, augment: list[str], epoch: int, seed: int, done=0, process=0, processes=1
     ) -> Iterator[tuple]:
-        """Yield (images, labels, how many the whole batch has) in random order, augmented; see `gather`.
+        """Yield (images, labels, their rows, the size of the whole batch) in random order, augmented by
+        `gather`.
 
         batch_size: over all processes, each of which gets every `processes`-th image of a batch. The first
         `done` batches are left out. Order and augmentation follow from seed, epoch and position alone,
@@ -68,7 +70,8 @@ class Split:
         for position, (index, following) in enumerate(with_next(batches[done:]), done):
             self._prefetch(following[share])
             images = gather(self.images, index, augment, flips, seeded(seed, epoch, position), share)
-            yield self._to_device(images), self.labels[self._to_device(index[share])], len(index)
+            rows = self._to_device(index[share])
+            yield self._to_device(images), self.labels[rows], rows, len(index)
 
     def _prefetch(self, index):
         """Ask the system to read these rows from disk, if the images are a memory map."""
@@ -98,7 +101,7 @@ def make_splits(dataset, settings, device: torch.device, resize: Callable) -> di
 
     settings: image_size, val_fraction, calibration and seed. Raises Problem if a split would be empty.
     """
-    images = settings.image_size, device, resize
+    images = settings.image_size, device, functools.partial(resize, fit=settings.fit)
     splits = {"train": make_split(dataset.train_images, dataset.train_labels, *images)}
     if dataset.val_images is not None:
         splits["val"] = make_split(dataset.val_images, dataset.val_labels, *images)

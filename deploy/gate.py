@@ -63,7 +63,8 @@ class Run:
         return self.spec["task"] == "regression"
 
     def deployable(self, any_size: bool = True) -> model.Deployable:
-        cls, more = model.Regressor if self.regression else model.Deployable, {}
+        cls = model.Regressor if self.regression else model.Deployable
+        more = {"fit": self.spec.get("fit", "stretch")}
         if self.spec.get("temperature"):
             more["temperature"] = self.spec["temperature"]
         if self.familiarity:
@@ -109,7 +110,9 @@ def reference(run: Run, inputs: np.ndarray) -> Outputs:
         return Outputs(run.network((torch.from_numpy(inputs) - mean) / std).numpy(), None)
     mean, std = mean[:, None, None], std[:, None, None]
     for part in torch.from_numpy(inputs).split(64):
-        pixels = model.resize(part, spec["image_size"]).permute(0, 3, 1, 2)  # [batch, channels, H, W]
+        pixels = model.resize(part, spec["image_size"], spec.get("fit", "stretch")).permute(
+            0, 3, 1, 2
+        )  # [batch, channels, H, W]
         pixels = (pixels / 255.0 - mean) / std
         if run.familiarity is None:
             parts.append((run.network(pixels), torch.empty(0)))

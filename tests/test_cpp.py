@@ -107,7 +107,7 @@ def tiny(program, suffix, tmp_path_factory):
     torch.manual_seed(0)
     for channels in (1, 3):
         network = model.build("linear", channels=channels, classes=len(CLASSES), image_size=(8, 8))
-        torch.nn.init.normal_(network.layer.weight, std=0.2)
+        torch.nn.init.normal_(network.layers[-1].weight, std=0.2)
         deployable = model.Deployable(network, (8, 8), [0.5] * channels, [0.2] * channels).eval()
         spec = {"schema": 1, "task": "classification", "classes": CLASSES}
         spec |= {"channels": channels, "image_size": [8, 8]}

@@ -82,9 +82,9 @@ def test_gate_catches_a_changed_coefficient(call, here, linear, monkeypatch):
     torchscript = step2_export.FORMATS["torchscript"]
 
     def perturbed(deployable, *rest, **more):
-        deployable.network.layer.bias.data += 0.01
+        deployable.network.layers[-1].bias.data += 0.01
         figures = torchscript.export(deployable, *rest, **more)
-        deployable.network.layer.bias.data -= 0.01
+        deployable.network.layers[-1].bias.data -= 0.01
         return figures
 
     monkeypatch.setitem(step2_export.FORMATS, "torchscript", torchscript._replace(export=perturbed))

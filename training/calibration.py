@@ -14,6 +14,7 @@ import torch
 
 import model
 from data.split import Split, hold_out
+from training import features
 
 GAUSSIAN_IMAGES = 5000  # of the training split, at most, that describe what is familiar
 SHRINKAGE = 0.2  # of the correlations of their statistics, towards none
@@ -96,6 +97,10 @@ def fit_familiarity(gaussian: dict, distance: torch.Tensor, largest: torch.Tenso
 def describe(deployable, layers: tuple[str, ...], split: Split) -> tuple[torch.Tensor, ...]:
     """Logits [n, classes], statistics [n, d] and labels [n] of a split's images, on the CPU."""
     network, parts = deployable.network.eval(), []
+    if isinstance(split, features.FeatureSplit):
+        rows, head = split.members.to(split.images.device), network.get_submodule(split.head)
+        found = head(split.images[rows]), split.statistics[rows], split.labels[rows]
+        return tuple(tensor.cpu() for tensor in found)
     pixels = split.images[0, ..., 0].numel()
     for images, labels in split.in_order(min(max(1_000_000 // pixels, 1), 125)):
         logits, statistics = model.run_with_statistics(network, deployable.normalise(images), layers)

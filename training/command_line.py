@@ -1,22 +1,21 @@
 """What step1's command line needs besides its parser: types of its options, and lists of names; no torch."""
 
 import argparse
-import glob
-import importlib.util
-import os
+import math
 import re
-import textwrap
 
 import data
-from step3_infer import Problem
 
 NETWORKS = {  # model.MODELS, described for --list-models
     "airbench": "the default, after airbench94 (2024); --width scales its channels",
     "linear": "one linear layer, the default for --dataset linear",
     "mlp": "fully connected: --hidden sizes (default 128), --dropout",
     "mynet": "the CIFAR tutorial's small convolutional network; --dropout (0.1)",
+    "tiny": "92 KB in int8, for microcontrollers: airbench with 32, 48, 48 channels",
     "resblock": "the MNIST tutorial's residual network of stride-2 convolutions",
 }
+# What --list-models calls the time of one image on one core, by multiply-adds.
+LATENCIES = ((20e6, "tiny"), (400e6, "small"), (3e9, "medium"), (math.inf, "large"))
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -46,19 +45,35 @@ def list_names(args: argparse.Namespace) -> int:
         for name, about in data.DATASETS.items():
             print(f"{name:14} {about}")
     if args.list_models:
-        for name, about in NETWORKS.items():
-            print(f"{name:14} {about}")
-        print(textwrap.fill("and torchvision's: " + " ".join(torchvision_names()), 79))
+        list_models()
     return 0
 
 
-def torchvision_names() -> list[str]:
-    """The names of torchvision's classification networks, read from its source without importing it."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None:
-        raise Problem("torchvision is not installed: pip install -r requirements.txt")
-    names = []
-    for path in glob.glob(os.path.join(os.path.dirname(spec.origin), "models", "*.py")):
-        with open(path, encoding="utf-8") as file:
-            names += re.findall(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", file.read(), re.MULTILINE)
-    return sorted(names)
+def list_models() -> None:
+    """Print what a network is chosen by: ours are built, and torchvision describes its own."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from torchvision import models
+
+    import model
+
+    rows = []
+    for name in NETWORKS:
+        network = model.build(name, channels=3, classes=10, image_size=(32, 32)).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, 3, 32, 32))
+        parameters = sum(p.numel() for p in network.parameters())
+        rows.append((name, parameters, counter.get_total_flops() / 2, 32, ""))
+    for name in models.list_models(module=models):
+        weights = models.get_model_weights(name).DEFAULT
+        accuracy = f"{weights.meta['_metrics']['ImageNet-1K']['acc@1']:.1f} %"
+        size = weights.transforms().crop_size[0]
+        rows.append((name, weights.meta["num_params"], weights.meta["_ops"] * 1e9, size, accuracy))
+    print("network             parameters  multiply-adds   pixels  time    --pretrained")
+    for name, parameters, operations, size, accuracy in sorted(rows, key=lambda row: row[2]):
+        latency = next(word for most, word in LATENCIES if operations < most)
+        sizes = f"{parameters / 1e6:8.2f} M  {operations / 1e6:11,.1f} M  {size:4}^2"
+        print(f"{name:20}{sizes}  {latency:6}  {accuracy}")
+    print("\n--pretrained: top-1 of torchvision's weights on ImageNet. Threestep's own networks:")
+    for name, about in NETWORKS.items():
+        print(f"{name:10} {about}")

@@ -126,7 +126,8 @@ def print_result(trainer, network, summary: dict) -> None:
 
 def print_coefficients(network) -> None:
     """Print what the tensor tutorial ends with: the learned coefficients beside the true ones."""
-    learned = [*network.layer.weight.flatten().tolist(), network.layer.bias.item()]
+    layer = network.layers[-1]
+    learned = [*layer.weight.flatten().tolist(), layer.bias.item()]
     names = [f"x{i}" for i in range(1, len(learned))] + ["bias"]
     print("          learned     true")
     for name, ours, true in zip(names, learned, (*data.LINEAR_WEIGHTS, data.LINEAR_BIAS), strict=True):

@@ -32,6 +32,8 @@ RECIPES = {
         **{"lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
     },
     ("airbench", "*"): {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2},
+    ("tiny", "*"): {"epochs": 40, "optimizer": "muon", "batch_size": 250},
+    ("tiny", "digits"): {"epochs": 20, "batch_size": 64, "lr": 0.08},
     ("airbench", "digits"): {
         **{"width": 0.25, "epochs": 20, "batch_size": 64},
         **{"lr": 0.08, "label_smoothing": 0.0},
@@ -63,7 +65,7 @@ OWN_IMAGES = ("folder", "csv")
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
 NEEDS_VALIDATION = "a validation split: give --val-fraction as well"
 OF_CSV = ("test_csv", "image_root", "image_column", "label_column")
-OF_IMAGES, OF_CLASSES = ("image_size", "augment"), ("class_weights", "label_smoothing", "calibration")
+OF_IMAGES, OF_CLASSES = ("image_size", "augment", "fit"), ("class_weights", "label_smoothing", "calibration")
 
 
 def not_linear(settings: argparse.Namespace) -> bool:
@@ -73,12 +75,14 @@ def not_linear(settings: argparse.Namespace) -> bool:
 # Options that have an effect under a condition only: what they belong to in words, and the condition.
 BELONGS_TO = {
     "data_dir": ("datasets other than digits and linear", lambda s: s.dataset not in ("digits", "linear")),
-    **dict.fromkeys(("cache_dir", "strict"), ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES)),
+    "strict": ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES),
+    "cache_dir": ("your own images and --pretrained", lambda s: s.pretrained or s.dataset in OWN_IMAGES),
     **dict.fromkeys(OF_CSV, ("--dataset csv", lambda s: s.dataset == "csv")),
     **dict.fromkeys(OF_IMAGES, ("images, and --dataset linear has features", not_linear)),
     **dict.fromkeys(OF_CLASSES, ("classes, and --dataset linear is a regression", not_linear)),
     "patience": (NEEDS_VALIDATION, lambda s: s.val_fraction or s.dataset in OWN_IMAGES),
     "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
+    "teacher": ("classes, and not to --pretrained", lambda s: s.dataset != "linear" and not s.pretrained),
     "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
 }
 
@@ -157,6 +161,8 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
     if settings.augment is None:
         flip = ["flip"] if channels == 3 else []
         settings.augment = [*flip, "translate", *(() if settings.model in TUTORIALS else CAMERA)]
+        if settings.freeze_backbone:  # see training/features.py
+            settings.augment = []
     if "none" in settings.augment:
         if len(settings.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)

@@ -14,7 +14,7 @@ import torch
 
 from data.split import Split, seed_of
 from step3_infer import SCHEMA, Problem
-from training import cpu, optimizers, runs
+from training import cpu, features, optimizers, runs
 from training.calibration import Calibration
 from training.processes import Signals, Stopped
 
@@ -69,10 +69,10 @@ class Trainer:
         self.dtype, self.processes = machine.dtype, machine.processes
         self.progress, self.device = Progress(), deployable.mean.device
         self.watched = "val" if "val" in splits else "test"  # measured after each epoch; test never selects
-        self.network = deployable.network
+        self.network, self.normalise = features.parts(deployable, splits["train"])
         if settings.sync_batchnorm:
             self.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
-        self.optimizer = optimizers.make_optimizer(self.network, settings)
+        self.optimizer = optimizers.make_optimizer(deployable.network, settings)
         if self.processes.count > 1 and any(p.requires_grad for p in self.network.parameters()):
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
@@ -85,6 +85,7 @@ class Trainer:
         self.steps_per_epoch = splits["train"].count_batches(settings.batch_size, self.processes.count)
         self.saved_at = time.monotonic()
         self.calibration: Calibration | None = None
+        self.taught: torch.Tensor | None = None  # a teacher's soft labels [N, classes]
 
     def start_epoch(self, signals: Signals) -> None:
         """Prepare to count: sums on the device, the clock, and memory that the last epoch left in holes."""
@@ -95,7 +96,7 @@ class Trainer:
         self.sums = torch.tensor(self.progress.sums, dtype=number, device=self.device)
 
     def batches(self):
-        """The rest of the current epoch: this process' (images, labels), and the size of the whole batch."""
+        """The rest of the current epoch, as Split.shuffled yields it, for this process."""
         settings, progress = self.settings, self.progress
         order = progress.epoch, settings.seed, progress.steps
         who = self.processes.rank, self.processes.count
@@ -248,6 +249,7 @@ def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibr
         "channels": dataset.train_images.shape[-1],  # for regression: the number of features
         "image_size": list(settings.image_size),
         "resize": None if regression else "bilinear antialias",
+        "fit": None if regression else settings.fit,
         "mean": deployable.mean.flatten().tolist(),
         "std": deployable.std.flatten().tolist(),
         "dataset": settings.dataset,
