@@ -151,19 +151,9 @@ import torch.nn.functional as F
 import model
 from data.split import Split, make_splits
 from deploy import report
-from training import (
-    calibration,
-    console,
-    cpu,
-    features,
-    locking,
-    optimizers,
-    processes,
-    runs,
-    teacher,
-    weights,
-)
+from training import calibration, console, cpu, features, locking, optimizers, processes, runs, weights
 from training.result import summarise
+from training.teacher import answers, distilled, load_teacher
 from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
 WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is made from
@@ -204,7 +194,7 @@ def train_epoch(trainer: Trainer) -> tuple[float, float | None]:
             outputs = trainer.network(trainer.normalise(images))
         losses = criterion(outputs, labels, trainer.settings.label_smoothing, trainer.log_priors)
         if trainer.taught is not None:
-            losses = teacher.distilled(losses, outputs, trainer.taught[rows])
+            losses = distilled(losses, outputs, trainer.taught[rows])
         # The mean over the whole batch: DistributedDataParallel averages the gradients of the processes.
         loss = losses.sum() * trainer.processes.count / batch_size
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -393,9 +383,6 @@ def run(args: argparse.Namespace, given: dict) -> int:
         machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
         deployable = build_on(machine, settings, dataset, checkpoint)
         splits = make_splits(dataset, settings, machine.device, model.resize)
-        if settings.teacher:
-            channels = dataset.train_images.shape[-1]
-            taught_by = teacher.load(settings.teacher, list(dataset.classes), channels)
         if directory is None:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
@@ -403,7 +390,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
             splits = features.prepare(splits, deployable, settings, not checkpoint)
         trainer = Trainer(settings, directory, dataset, splits, deployable, machine)
         if settings.teacher:
-            trainer.taught = teacher.answers(taught_by, splits["train"])
+            trainer.taught = answers(load_teacher(settings.teacher, dataset), splits["train"])
         trainer.restore(checkpoint)
         announce(trainer, checkpoint, reason)
         try:

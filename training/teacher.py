@@ -7,6 +7,7 @@ take longer than training the small network.
 import torch
 import torch.nn.functional as F
 
+import data
 import model
 from data.split import Split
 from step3_infer import Problem
@@ -15,22 +16,20 @@ from training import runs
 SHARE, SOFTNESS = 0.9, 2.0  # of the loss that the teacher has; what both networks' logits are divided by
 
 
-def load(run: str, classes: list[str], channels: int) -> model.Deployable:
-    """The network of a run, to teach these classes. Raises Problem."""
+def load_teacher(run: str, dataset: data.Dataset) -> model.Deployable:
+    """The network of a run, to teach the classes of a dataset. Raises Problem."""
     _, checkpoint = runs.read(runs.find(run))
     if checkpoint is None:
         raise Problem(f"--teacher {run} has no checkpoint yet: train it first", 2)
     spec, state = checkpoint["spec"], checkpoint["state_dict"]
-    for what, ours, theirs in (
-        ("channels", channels, spec["channels"]),
-        ("classes", classes, spec["classes"]),
-    ):
-        if ours != theirs:
-            raise Problem(f"--teacher {run} has other {what} than the dataset: {theirs}, not {ours}", 2)
+    own = {"classes": list(dataset.classes), "channels": dataset.train_images.shape[-1]}
+    for name, ours in own.items():
+        if spec[name] != ours:
+            raise Problem(f"--teacher {run} has other {name} than the dataset: {spec[name]}, not {ours}", 2)
     options = {name: spec["arguments"][name] for name in model.options_of(spec["model"])}
     options = {name: value for name, value in options.items() if value is not None}
-    shape = {"channels": channels, "classes": len(classes), "image_size": spec["image_size"]}
-    network = model.build(spec["model"], **shape, **options)
+    shape = {"channels": spec["channels"], "classes": len(spec["classes"])}
+    network = model.build(spec["model"], image_size=spec["image_size"], **shape, **options)
     network.load_state_dict(state)
     fit = spec.get("fit") or "stretch"
     return model.Deployable(network.eval(), spec["image_size"], spec["mean"], spec["std"], fit)
@@ -52,5 +51,6 @@ def answers(teacher: model.Deployable, split: Split) -> torch.Tensor:
 
 def distilled(losses: torch.Tensor, outputs: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
     """The losses [batch] with the teacher's part: outputs are logits, taught soft labels [batch, classes]."""
-    cross_entropy = -(taught * F.log_softmax(outputs.float() / SOFTNESS, 1)).sum(1)
-    return (1 - SHARE) * losses + SHARE * SOFTNESS**2 * cross_entropy
+    ours = F.log_softmax(outputs.float() / SOFTNESS, 1)
+    divergence = F.kl_div(ours, taught, reduction="none").sum(1)
+    return (1 - SHARE) * losses + SHARE * SOFTNESS**2 * divergence
