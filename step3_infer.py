@@ -558,39 +558,31 @@ def sha256(path) -> str:
     return hashlib.sha256(np.fromfile(path, np.uint8)).hexdigest()
 
 
-def mismatch(folder: str, name: str, digest: str) -> str | None:
-    """Why a file of the folder does not have this SHA-256, or None if it does."""
-    path = os.path.join(folder, name)
-    if os.path.isabs(name) or name.startswith(".."):
-        return "is outside this folder"
-    if not os.path.isfile(path):  # reading a named pipe would wait forever
-        return "is not a regular file" if os.path.lexists(path) else "is missing"
-    try:
-        return None if sha256(path) == digest else "has changed: its SHA-256 is not the one in SHA256SUMS"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
 def verify(folder: str) -> int:
     """Compare a folder with its SHA256SUMS, additions aside; return the exit code. Raises Problem."""
-    path, additions, fetched = os.path.join(folder, "SHA256SUMS"), [], os.path.join("web", "ort", "")
+    path, additions, faults = os.path.join(folder, "SHA256SUMS"), [], {}
     form, how = "{} ({}): step2_export.py --bundle writes one", {"errors": "surrogateescape"}
     with problems(f"cannot read {path}", OSError, form=form), open(path, encoding="utf-8", **how) as file:
         lines = [re.fullmatch("([0-9a-f]{64}) [ *](.+)\n?", line) for line in file]
     if None in lines:
         raise Problem(f"{path}, line {lines.index(None) + 1} is not a SHA-256, two spaces and a file name")
     sums = {os.path.normpath(name): digest for digest, name in (line.groups() for line in lines)}
-    faults = {name: mismatch(folder, name, digest) for name, digest in sums.items()}
-    for path, problem in walk(folder):
-        name = os.path.relpath(path, folder)
-        harmless = name.lower().endswith((*IMAGE_SUFFIXES, ".csv", ".jsonl")) or name.startswith(fetched)
-        if name not in sums and not problem and harmless:
+    found = {os.path.relpath(path, folder): problem for path, problem in walk(folder)}
+    fetched, harmless = os.path.join("web", "ort", ""), (*IMAGE_SUFFIXES, ".csv", ".jsonl")
+    for name in sorted({*sums, *found} - {"SHA256SUMS"}):
+        path = os.path.join(folder, name)
+        if found.get(name) or name not in found:
+            faults[path] = found.get(name) or "is missing, or outside this folder"
+        elif name not in sums and (name.lower().endswith(harmless) or name.startswith(fetched)):
             additions.append(name)
-        elif name not in sums and name != "SHA256SUMS":
-            faults[name] = problem or "is not listed"
-    faults = {name: fault for name, fault in sorted(faults.items()) if fault}
-    for name, fault in faults.items():
-        say(f"error: {os.path.join(folder, name)} {fault}")
+        elif name not in sums or not os.path.isfile(path):  # reading a named pipe would wait forever
+            faults[path] = "is not a regular file" if name in sums else "is not listed"
+        else:
+            with problems(path, OSError, form="{} cannot be read: {}"):
+                if sha256(path) != sums[name]:
+                    faults[path] = "has changed: its SHA-256 is not the one in SHA256SUMS"
+    for path, fault in faults.items():
+        say(f"error: {path} {fault}")
     note_files("did not compare", additions, "beside those of the bundle")
     if not faults:
         print(f"verified: {len(sums)} files match SHA256SUMS")
@@ -684,7 +676,7 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
     features, count = [], model.spec["channels"]
     for row in rows:
         with problems(f"--values {row} is not a list of numbers such as 0.1,0.2", ValueError, 2, "{}"):
-            features.append(np.array([float(value) for value in row.split(",")], np.float32))
+            features.append(np.array(row.split(","), np.float32))
         if len(features[-1]) != count:
             raise Problem(f"--values {row} has {len(features[-1])} values, this model takes {count}", 2)
     if output_format == "csv":
