@@ -48,8 +48,9 @@ class Problem(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an exception's message, which torch follows with its call stack, or its name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The system's reason, or the first line of a message, which torch follows with its call stack."""
+    lines = [getattr(error, "strerror", None), *str(error).strip().splitlines(), type(error).__name__]
+    return next(filter(None, lines))
 
 
 @contextlib.contextmanager
@@ -58,8 +59,7 @@ def problems(message: str, kinds=Exception, code: int = 1, form: str = "{}: {}")
     try:
         yield
     except kinds as error:  # those of engines have no base in common but Exception
-        reason = error.strerror if kinds is OSError else None
-        raise Problem(form.format(message, reason or one_line(error)), code) from None
+        raise Problem(form.format(message, one_line(error)), code) from None
 
 
 def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
@@ -84,7 +84,7 @@ def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
     except MemoryError:
         reason = "is too large for this machine's memory"
     except OSError as error:
-        reason = f"cannot be read: {error.strerror or one_line(error)}"
+        reason = f"cannot be read: {one_line(error)}"
     except Exception as error:  # Pillow's plugins raise any exception on broken files
         reason = str(error) if isinstance(error, Problem) else f"is corrupt: {one_line(error)}"
     raise Problem(reason)
@@ -387,6 +387,7 @@ def read_spec(text: str | None, path: str) -> dict:
 # =============================================================================================== the program
 import argparse  # noqa: E402
 import base64  # noqa: E402
+import collections  # noqa: E402
 import csv  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
@@ -396,12 +397,13 @@ IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm 
 MODEL_NAMES = [f"model.{kind}" for kind in "onnx int8.onnx pt pt2 fixed.onnx fixed.int8.onnx".split()]
 MODEL_NAMES += ["model.fixed.pt", "model.pte", "model.tflite"]
 WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
+MOST_CHANGED = 20  # images that --compare names
 DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
 
 
 def self_test(model: Model) -> tuple[int, float, bool]:
     """Run the golden samples: their count, largest difference (relative above 1), verdict. Raises Problem."""
-    spec, differences, moved = model.spec, [0.0], [0.0]
+    spec, worst = model.spec, np.zeros(2)  # differences of probabilities and of `known`
     if not spec.get("golden"):
         raise Problem("this file carries no golden samples to test with")
     try:
@@ -413,21 +415,22 @@ def self_test(model: Model) -> tuple[int, float, bool]:
                 file = io.BytesIO(base64.b64decode(sample["image"]))
                 inputs, expected = decode_image(file, spec["channels"])[None], sample["probabilities"]
             expected, (outputs, known) = np.reshape(expected, (1, len(spec["classes"]))), model.run(inputs)
-            differences.append(np.max(np.abs(outputs - expected) / np.maximum(1, np.abs(expected))))
-            moved.append(0.0 if known is None else abs(float(known[0]) - sample["known"]))
+            difference = np.max(np.abs(outputs - expected) / np.maximum(1, np.abs(expected)))
+            moved = 0.0 if known is None else abs(float(known[0]) - sample["known"])
+            worst = np.maximum(worst, (difference, moved))  # or NaN
     except (ValueError, KeyError, TypeError, OverflowError, Problem) as error:
         raise Problem(f"this file's golden samples are malformed: {error!r}") from None
-    passed = np.max(differences) <= tolerance and np.max(moved) <= (spec["known"] or {}).get("tolerance", 0)
-    return len(spec["golden"]), float(np.max(differences)), bool(passed)
+    passed = (worst <= (tolerance, (spec["known"] or {}).get("tolerance", 0))).all()
+    return len(spec["golden"]), float(worst[0]), bool(passed)
 
 
-def predict_files(model, found: Iterator, workers: int, batch_size: int, top_k: int, keep=False) -> Iterator:
-    """Predict what find_images() yields, in its order: lists of (a row of JSON, pixels if `keep`)."""
+def predict_files(models, found: Iterator, workers: int, batch_size: int, top_k: int, keep=False) -> Iterator:
+    """Predict what find_images() yields, in its order: lists of (a row of each model, pixels if `keep`)."""
     stop, running = threading.Event(), []
     with ThreadPoolExecutor(workers) as pool:
         try:
             for chunk in iter(lambda: list(itertools.islice(found, batch_size)), []):  # until one is empty
-                running.append(pool.submit(predict_chunk, model, chunk, top_k, keep, stop))
+                running.append(pool.submit(predict_chunk, models, chunk, top_k, keep, stop))
                 if len(running) > 2 * workers:  # memory holds only a few lists
                     yield running.pop(0).result()
             while running:
@@ -436,10 +439,10 @@ def predict_files(model, found: Iterator, workers: int, batch_size: int, top_k: 
             stop.set()
 
 
-def predict_chunk(model: Model, chunk: list, top_k: int, keep: bool, stop: threading.Event) -> list:
+def predict_chunk(models: list[Model], chunk: list, top_k: int, keep: bool, stop: threading.Event) -> list:
     """The work of one thread of predict_files(): one of its lists, or nothing once `stop` is set."""
-    results, kept, waiting = {}, {}, {}  # by index; waiting: decoded and not yet run
-    expected = model.spec["channels"], model.spec["white"]
+    views = [(model.spec["channels"], model.spec["white"]) for model in models]
+    answers, kept, waiting = {}, {}, {}  # by index, lists by model; waiting: decoded and not yet run
     standard_input = getattr(sys.stdin, "buffer", io.BytesIO())  # which may be closed
     for index, (path, problem) in enumerate(chunk):
         if stop.is_set():
@@ -447,15 +450,20 @@ def predict_chunk(model: Model, chunk: list, top_k: int, keep: bool, stop: threa
         try:
             if problem:
                 raise problem
-            waiting[index] = decode_image(standard_input if path == "-" else path, *expected)
+            source = standard_input if path == "-" else path
+            decoded = {view: decode_image(source, *view) for view in dict.fromkeys(views)}
+            waiting[index] = [decoded[view] for view in views]
         except Problem as error:
-            results[index] = {"error": str(error)}
-        kept[index] = waiting.get(index) if keep else None
-        if sum(image.nbytes for image in waiting.values()) > WINDOW_BYTES:
-            results |= predict_decoded(model, waiting, top_k)
+            answers[index] = [{"path": path, "error": str(error)}] * len(models)
+        kept[index] = waiting[index][0] if keep and index in waiting else None
+        held = sum(pixels.nbytes for images in waiting.values() for pixels in images)
+        if held > WINDOW_BYTES or index == len(chunk) - 1:
+            for k, model in enumerate(models):
+                results = predict_decoded(model, {i: images[k] for i, images in waiting.items()}, top_k)
+                for i, result in results.items():
+                    answers.setdefault(i, []).append({"path": chunk[i][0], **result})
             waiting = {}
-    results |= predict_decoded(model, waiting, top_k)
-    return [({"path": path, **results[k]}, kept[k]) for k, (path, _) in enumerate(chunk)]
+    return [(answers[index], kept[index]) for index in range(len(chunk))]
 
 
 def is_image(path: str) -> bool:
@@ -626,10 +634,9 @@ def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
     image = ImageOps.scale(image, max(1, 192 // max(image.size)), Image.Resampling.NEAREST)  # for the label
     text = f"{printable(row['label'][:40])} {row['probability']:.1%}"
     font = ImageFont.load_default(size=min(200, max(14, image.width // 24)))
-    _, _, width, height = (int(side) for side in font.getbbox(text))
-    canvas = Image.new("RGB", (max(image.width, width + 8), image.height + height + 8), "white")
-    canvas.paste(image, ((canvas.width - image.width) // 2, 0))
-    ImageDraw.Draw(canvas).text(((canvas.width - width) // 2, image.height + 4), text, "black", font)
+    _, _, width, height = map(int, font.getbbox(text))
+    canvas = ImageOps.expand(image, (0, 0, max(0, width + 8 - image.width), height + 8), "white")
+    ImageDraw.Draw(canvas).text((4, image.height + 4), text, "black", font)
     stem = "stdin" if row["path"] == "-" else os.path.splitext(os.path.basename(row["path"]))[0][:50]
     stem = os.path.join(folder, DRAWN + "".join(c if c.isalnum() or c in "._-" else "_" for c in stem))
     with problems(f"cannot write into {folder}", OSError):
@@ -652,14 +659,14 @@ def output_stream(path: str | None) -> Iterator:
         yield out
 
 
-def write_images(results: Iterator, args: argparse.Namespace, others: list, classes: int, out) -> int:
+def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -> int:
     """Write what predict_files() yields to `out` and to --annotate; return the exit code. Raises Problem."""
     if args.format == "csv":
-        more = [f"{key}_{k + 1}" for k in range(min(args.top_k, classes)) for key in ("label", "probability")]
+        more = [f"{key}_{k + 1}" for k in range(top_k) for key in ("label", "probability")]
         out.write(csv_line("path", "error", "label", "probability", "known", *more))
     code = 0
     for chunk in results:
-        for row, pixels in chunk:
+        for (row,), pixels in chunk:
             if "error" in row:
                 code = 1
                 say(f"error: {row['path']}: {row['error']}")
@@ -667,7 +674,6 @@ def write_images(results: Iterator, args: argparse.Namespace, others: list, clas
                 annotate(pixels, row, args.annotate)
             out.write(result_line(args.format, row))
         out.flush()
-    note_files("passed over", others, "that Pillow does not know as images")
     return code
 
 
@@ -675,10 +681,9 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
     """Predict from the rows of --values and write the results to `out`; return 0. Raises Problem."""
     features, count = [], model.spec["channels"]
     for row in rows:
-        with problems(f"--values {row} is not a list of numbers such as 0.1,0.2", ValueError, 2, "{}"):
-            features.append(np.array(row.split(","), np.float32))
-        if len(features[-1]) != count:
-            raise Problem(f"--values {row} has {len(features[-1])} values, this model takes {count}", 2)
+        fault = f"--values {row} is not a list of {count} numbers such as 0.1,0.2"
+        with problems(fault, ValueError, 2, "{}"):
+            features.append(np.array(row.split(","), np.float32).reshape(count))
     if output_format == "csv":
         out.write("values,prediction\n")
     predictions = model.predict(np.stack(features))[:, 0].tolist()
@@ -689,29 +694,32 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
     return 0
 
 
+def latencies(models: list[Model], inputs: list, least: int, seconds: float) -> list[list[float]]:
+    """Run each model with its input in turn, at least so often and so long: milliseconds of each run."""
+    times, started = [[] for _ in models], time.perf_counter()
+    while len(times[0]) < least or (time.perf_counter() - started < seconds and len(times[0]) < 5000):
+        for model, images, own in zip(models, inputs, times, strict=True):
+            begun = time.perf_counter()
+            model.predict(images)
+            own.append((time.perf_counter() - begun) * 1000)
+    return times
+
+
 def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     """Time a model's import, load, first run, latency on all threads and, in batches on each, throughput."""
     started = time.perf_counter()
-    with contextlib.suppress(ImportError):  # Model reports it
-        __import__("onnxruntime" if path.lower().endswith(".onnx") else "torch")
-    imported = time.perf_counter()
     model = Model(path, threads, provider)
     loaded = time.perf_counter()
     spec, rng, batch_size = model.spec, np.random.default_rng(0), model.batch or batch_size
     inputs = rng.standard_normal((batch_size, spec["channels"]), dtype=np.float32)
     if spec["task"] != "regression":
         inputs = rng.integers(0, 256, (batch_size, *spec["image_size"], spec["channels"]), dtype=np.uint8)
-    ticks = [time.perf_counter()]
-    while len(ticks) < 52 or (ticks[-1] - ticks[0] < 3 and len(ticks) < 5000):
-        model.predict(inputs[:1])
-        ticks.append(time.perf_counter())
-    first, *later = (np.diff(ticks) * 1000).tolist()
+    ((first, *later),) = latencies([model], [inputs[:1]], 51, 3)
     low, high = np.percentile(later, (10, 90)).round(4).tolist()
     figures = {"model": path, "threads": threads, "batch_size": batch_size}
-    figures["import_seconds"] = round(IMPORT_SECONDS + imported - started, 4)
-    figures |= {"load_seconds": round(loaded - imported, 4), "first_run_ms": round(first, 3)}
+    figures |= {"import_seconds": round(IMPORT_SECONDS, 4), "load_seconds": round(loaded - started, 4)}
+    figures |= {"first_run_ms": round(first, 3), "latency_spread": (low, high)}  # 10th and 90th percentile
     figures |= {f"latency_p{q}_ms": round(float(np.percentile(later, q)), 3) for q in (50, 95, 99)}
-    figures["latency_spread"] = [low, high]  # 10th and 90th percentile, in ms
     figures["busy"] = f"busy machine: {high / low:.3g}x spread of the latency" if high > 2 * low else None
     figures["peak_memory_mb"] = None  # in MB of 2**20 bytes, if the system tells
     with contextlib.suppress(OSError, IndexError), open("/proc/self/status", encoding="latin-1") as file:
@@ -722,6 +730,52 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
             done += sum(len(outputs) for outputs in pool.map(model.predict, [inputs] * 4 * threads))
         figures["images_per_second"] = round(done / (time.perf_counter() - started), 1)
     return figures
+
+
+def compare(models: list[Model], results: Iterator, args: argparse.Namespace, out) -> int:
+    """Write how the answers of two models to the rows of predict_files() differ; return the exit code."""
+    flips, changed, counts, code = collections.Counter(), [], np.zeros(4, int), 0
+    for rows, _ in itertools.chain.from_iterable(results):
+        path, error = rows[0]["path"], rows[0].get("error") or rows[1].get("error")
+        if error:
+            code = 1
+            say(f"error: {path}: {error}")
+            continue
+        old, new = ({entry["label"]: entry["probability"] for entry in row["top"]} for row in rows)
+        was, now = next(iter(old)), next(iter(new))  # the first is the best
+        truth = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        flips[was, now] += was != now
+        counts += (1, truth in old, was == truth, now == truth)
+        row = {"path": path, "change": round(max(abs(old[label] - new[label]) for label in old), 6)}
+        row |= {"old": was, "p_old": old[was], "new": now, "p_new": new[now]}
+        changed = sorted([*changed, row], key=lambda row: -row["change"])[:MOST_CHANGED]
+    if not changed:
+        return 1
+    (images, labelled, *right), flipped = counts.tolist(), flips.total()
+    pairs = [{"old": was, "new": now, "count": n} for (was, now), n in flips.most_common() if n]
+    figures = {"images": images, "agreement": round(1 - flipped / images, 6), "labelled": labelled}
+    inputs = [decode_image(changed[0]["path"], m.spec["channels"], m.spec["white"])[None] for m in models]
+    for k, times in enumerate(latencies(models, inputs, 20, 1)):
+        file, accuracy = args.compare[k], round(right[k] / labelled, 6) if labelled else None
+        figures[("old", "new")[k]] = {"model": file, "bytes": os.path.getsize(file), "accuracy": accuracy}
+        figures[("old", "new")[k]]["ms"] = round(float(np.median(times)), 4)
+    changed = [row for row in changed if row["change"]]
+    write_figures({**figures, "flips": pairs, "changed": changed}, args.format, out)
+    if args.max_flips is not None and flipped / images > args.max_flips:
+        say(f"error: {flipped} of {images} answers changed, more than --max-flips {args.max_flips}")
+        return 1
+    return code
+
+
+def write_figures(figures: dict, output_format: str, out) -> None:
+    """Write figures as one line of JSON, or as text: a line for each value, or each row of a list."""
+    if output_format == "json":
+        out.write(json.dumps(figures) + "\n")
+        return
+    for name, value in figures.items():
+        for row in value if isinstance(value, list) else [value]:
+            cells = [f"{key} {cell}" for key, cell in row.items()] if isinstance(row, dict) else [str(row)]
+            out.write(f"{name:18}  {printable('  '.join(cells))}\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -753,6 +807,7 @@ TAKES = {  # what is done, by the first of these that is given, and the options 
     "--self-test": "--model --threads --device",
     "--benchmark": "--model --threads --device --batch-size --format --output",
     "--values": "--model --threads --device --format --output",
+    "--compare": "PATH --threads --device --batch-size --format --output --max-flips",
     "PATH": "--model --threads --device --batch-size --format --top-k --output --annotate "
     "--reject --min-probability",
 }
@@ -777,8 +832,15 @@ def build_parser() -> Parser:
     add("--min-probability", type=share, metavar="P", help="call answers with less probability unsure")
     add("--output", metavar="FILE", help="write to FILE, whole or not at all (default: standard output)")
     add("--annotate", metavar="DIR", help="also write each image to DIR with its result drawn below it")
+    add(
+        "--max-flips",
+        type=share,
+        metavar="X",
+        help="fail if --compare finds that more than this share of answers changed",
+    )
     add = parser.add_argument_group("instead of predicting").add_mutually_exclusive_group().add_argument
     add("--self-test", action="store_true", help="run the golden samples inside the file and compare")
+    add("--compare", nargs=2, metavar=("OLD", "NEW"), help="how the answers of two files to PATH differ")
     add("--benchmark", action="store_true", help="time the file on this machine (--format text or json)")
     add("--verify", action="store_true", help="compare all files with SHA256SUMS beside the model or script")
     return parser
@@ -829,42 +891,59 @@ def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for and return the exit code. Raises Problem."""
     if args.verify:
         return verify(os.path.dirname(os.path.abspath(args.model or __file__)))
-    path = args.model or find_model()
-    if path.lower().endswith((".pt", ".pt2")):
-        say(f"note: {path} can carry code; unless you trust its source, use .onnx")
-    threads = args.threads or usable_cpus()
+    paths = args.compare or [args.model or find_model()]
+    for path in paths:
+        if path.lower().endswith((".pt", ".pt2")):
+            say(f"note: {path} can carry code; unless you trust its source, use .onnx")
+    threads, batch_size = args.threads or usable_cpus(), args.batch_size or 16
     if args.benchmark:
-        figures = benchmark(path, threads, args.device, args.batch_size or 16)
-        lines = [f"{name:18}  {printable(str(value))}" for name, value in figures.items()]
         with output_stream(args.output) as out:
-            print(json.dumps(figures) if args.format == "json" else "\n".join(lines), file=out)
+            write_figures(benchmark(path, threads, args.device, batch_size), args.format, out)
         return 0
-    others, batch_size = [], args.batch_size or 16
+    others = []
     found = find_images(args.paths, others)
     first = list(itertools.islice(found, threads * batch_size))
     workers = max(1, min(threads, len(first)))
-    model = Model(path, max(1, threads // workers), args.device, once=len(first) == 1)
-    if (args.batch_size or 0) > (model.batch or batch_size):
-        raise Problem(f"{path} takes batches of {model.batch}: leave out --batch-size", 2)
+    models = [Model(path, max(1, threads // workers), args.device, len(first) == 1) for path in paths]
     if args.self_test:
-        count, most, ok = self_test(model)
+        count, most, ok = self_test(models[0])
         print(f"self-test {'passed' if ok else 'FAILED'}: {count} golden samples, max difference {most:.1e}")
         return 0 if ok else 1
-    if (model.spec["task"] == "regression") != bool(args.values):
-        wanted = "images: give at least one PATH" if args.values else "numbers: give --values"
-        raise Problem(f"{path} predicts from {wanted}", 2)
-    if args.reject is not None and not model.spec["known"]:
-        raise Problem(f"{path} does not say how familiar an image looks: --reject cannot be used", 2)
-    for name in ("reject", "min_probability"):
-        setattr(model, name, getattr(model if getattr(args, name) is None else args, name))
+    check(models, paths, args)
     with output_stream(args.output) as out:
         if args.values:
-            return write_values(model, args.values, args.format, out)
-        batch_size = model.batch or max(1, min(batch_size, len(first) // workers))
-        found, drawn = itertools.chain(first, found), args.annotate is not None
-        results = predict_files(model, found, workers, batch_size, args.top_k, drawn)
+            return write_values(models[0], args.values, args.format, out)
+        fixed = [model.batch for model in models if model.batch]
+        batch_size = min(fixed, default=max(1, min(batch_size, len(first) // workers)))
+        found, classes = itertools.chain(first, found), len(models[0].spec["classes"])
+        top_k = classes if args.compare else min(classes, args.top_k)
+        results = predict_files(models, found, workers, batch_size, top_k, args.annotate is not None)
         with contextlib.closing(results):
-            return write_images(results, args, others, len(model.spec["classes"]), out)
+            if args.compare:
+                code = compare(models, results, args, out)
+            else:
+                code = write_images(results, args, top_k, out)
+        note_files("passed over", others, "that Pillow does not know as images")
+        return code
+
+
+def check(models: list[Model], paths: list[str], args: argparse.Namespace) -> None:
+    """Give the models the thresholds of the command line; raise a Problem if they do not fit it."""
+    for model, path in zip(models, paths, strict=True):
+        if model.batch and (args.batch_size or 0) > model.batch:
+            raise Problem(f"{path} takes batches of {model.batch}: leave out --batch-size", 2)
+        if (model.spec["task"] == "regression") != bool(args.values):
+            wanted = "images: give at least one PATH" if args.values else "numbers: it takes --values only"
+            raise Problem(f"{path} predicts from {wanted}", 2)
+        if args.reject is not None and not model.spec["known"]:
+            raise Problem(f"{path} does not say how familiar an image looks: --reject cannot be used", 2)
+        for name in ("reject", "min_probability"):
+            setattr(model, name, getattr(model if getattr(args, name) is None else args, name))
+    old, new = (set(models[k].spec["classes"]) for k in (0, -1))
+    if old != new:
+        only = [(path, sorted(own)) for path, own in zip(paths, (old - new, new - old), strict=True) if own]
+        names = "; ".join(f"only {path} has {len(own)}: {', '.join(own[:9])}" for path, own in only)
+        raise Problem(f"--compare takes files of the same classes, but {names}", 2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -873,13 +952,15 @@ def main(argv: list[str] | None = None) -> int:
     given = [name.replace("_", "-") for name, value in vars(args).items() if value not in (None, False, [])]
     given = ["PATH" if name == "paths" else f"--{name}" for name in given]
     asked = next((kind for kind in TAKES if kind in given), None)
-    if not asked:
+    if not asked or (args.compare and not args.paths):
         parser.error("give at least one PATH: an image, a directory or a glob; or --values for a regression")
     for name in given:
         if name not in f"{asked} {TAKES[asked]}".split():
             parser.error(f"{name} has no effect on {asked}, which takes only {TAKES[asked]}")
-    if args.benchmark and args.format == "csv":
-        parser.error("--benchmark writes --format text or json, not csv")
+    if (args.benchmark or args.compare) and args.format == "csv":
+        parser.error(f"{asked} writes --format text or json, not csv")
+    if args.compare and "-" in args.paths:
+        parser.error("--compare takes files, not - for standard input")
     parser.set_defaults(device="cpu", format="text", top_k=3)
     return guarded(run, parser.parse_args(argv), closed_pipe=0)
 

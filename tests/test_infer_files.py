@@ -61,7 +61,7 @@ def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypa
     decoded, decode = [], step3_infer.decode_image
     monkeypatch.setattr(step3_infer, "decode_image", lambda path, *_: decoded.append(path) or decode(path, 1))
     model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 3, 4, 1)
+    results = step3_infer.predict_files([model], step3_infer.find_images([str(many)], []), 3, 4, 1)
     assert len(next(results)) == 4 and len(decoded) < 60
     results.close()
     time.sleep(0.2)
@@ -78,7 +78,7 @@ def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
 
     monkeypatch.setattr(step3_infer, "decode_image", slow)
     model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 2, 60, 1)
+    results = step3_infer.predict_files([model], step3_infer.find_images([str(many)], []), 2, 60, 1)
     next(results)
     results.close()
     count = len(decoded)
@@ -97,7 +97,7 @@ def test_images_of_one_size_run_together_until_the_window_is_full(small, window,
     monkeypatch.setattr(step3_infer, "WINDOW_BYTES", window)
     sides = iter([8, 8, 9, 8, 8, 9, 9, 8, 8, 8])
     monkeypatch.setattr(step3_infer, "decode_image", lambda *_: np.zeros((next(sides), 8, 1), np.uint8))
-    ((*results,),) = step3_infer.predict_files(model, iter([("x", None)] * 10), 1, 16, 1)
+    ((*results,),) = step3_infer.predict_files([model], iter([("x", None)] * 10), 1, 16, 1)
     assert len(results) == 10
     assert batches == expected
 

@@ -123,7 +123,8 @@ def test_contributing_names_what_exists():
 
 def test_every_step3_command_runs_beside_a_model(small, tmp_path):
     shutil.copy(ROOT / "step3_infer.py", tmp_path)
-    shutil.copy(small.export / "model.onnx", tmp_path)
+    for name in ("model.onnx", "old.onnx"):
+        shutil.copy(small.export / "model.onnx", tmp_path / name)
     shutil.copytree(ROOT / "data" / "samples", tmp_path / "photos")
     (tmp_path / "more").mkdir()
     for name in ("more/a.jpg", "cat.jpg"):
