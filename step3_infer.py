@@ -755,10 +755,10 @@ def compare(models: list[Model], results: Iterator, args: argparse.Namespace, ou
     pairs = [{"old": was, "new": now, "count": n} for (was, now), n in flips.most_common() if n]
     figures = {"images": images, "agreement": round(1 - flipped / images, 6), "labelled": labelled}
     inputs = [decode_image(changed[0]["path"], m.spec["channels"], m.spec["white"])[None] for m in models]
-    for k, times in enumerate(latencies(models, inputs, 20, 1)):
-        file, accuracy = args.compare[k], round(right[k] / labelled, 6) if labelled else None
-        figures[("old", "new")[k]] = {"model": file, "bytes": os.path.getsize(file), "accuracy": accuracy}
-        figures[("old", "new")[k]]["ms"] = round(float(np.median(times)), 4)
+    speeds = [round(float(np.median(times)), 4) for times in latencies(models, inputs, 20, 1)]
+    for name, path, hits, speed in zip(("old", "new"), args.compare, right, speeds, strict=True):
+        figures[name] = {"model": path, "bytes": os.path.getsize(path), "ms_per_image": speed}
+        figures[name]["accuracy"] = round(hits / labelled, 6) if labelled else None
     changed = [row for row in changed if row["change"]]
     write_figures({**figures, "flips": pairs, "changed": changed}, args.format, out)
     if args.max_flips is not None and flipped / images > args.max_flips:

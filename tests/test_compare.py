@@ -68,7 +68,7 @@ def test_the_figures_are_those_of_two_predictions(call, compare, folders):
         side = figures[name]
         assert side["model"] == f"{name}.onnx" and side["bytes"] == os.path.getsize(f"{name}.onnx")
         right = sum(os.path.basename(os.path.dirname(path)) == pair[k] for path, pair in best.items())
-        assert side["accuracy"] == pytest.approx(right / 10) and 0 < side["ms"] < 1000
+        assert side["accuracy"] == pytest.approx(right / 10) and 0 < side["ms_per_image"] < 1000
 
 
 def test_text_and_output(compare, folders):
