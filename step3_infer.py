@@ -187,18 +187,23 @@ def fit(images: np.ndarray, spec: dict) -> np.ndarray:
     if not spec["fixed"]:
         return images
     if images.shape[1:3] != tuple(spec["image_size"]):
-        images = np.stack([resize(image, spec["image_size"]) for image in images])  # alike in any batch
+        images = np.stack([resize(image, spec["image_size"], spec["fit"]) for image in images])  # alike in any batch
         images = images if spec["fixed"]["input"] == "float32" else np.rint(images)
     return images.astype(spec["fixed"]["input"], copy=False)
 
 
-def resize(image: np.ndarray, image_size) -> np.ndarray:
-    """uint8 [H, W, channels] -> float32 [*image_size, channels], bilinear and antialiased, not rounded."""
-    for axis, n_out in enumerate(image_size):
+def resize(image: np.ndarray, image_size, fit: str | None = None) -> np.ndarray:
+    """uint8 [H, W, channels] -> float32 [*image_size, channels], bilinear and antialiased, not rounded.
+
+    fit: "crop" and "letterbox" keep the shape of the image: its middle, or all of it between black bars."""
+    factors = np.divide(image.shape[:2], image_size)
+    if fit in ("crop", "letterbox"):
+        factors[:] = factors.min() if fit == "crop" else factors.max()
+    for axis, (n_out, factor) in enumerate(zip(image_size, factors, strict=True)):
         n_in, lines = image.shape[axis], []
-        source, target = 2 * np.arange(n_in) + 1, 2 * np.arange(n_out)[:, None] + 1
-        weights = np.maximum(1 - np.abs(target * n_in - source * n_out) / (2 * max(n_in, n_out)), 0)
-        for weight in weights / weights.sum(1, keepdims=True):
+        source, target = np.arange(n_in) - (n_in - 1) / 2, np.arange(n_out)[:, None] - (n_out - 1) / 2
+        weights = np.maximum(1 - np.abs(target * factor - source) / max(factor, 1), 0)
+        for weight in weights / np.maximum(weights.sum(1, keepdims=True), 1e-6):
             reached = np.flatnonzero(weight)  # so that a photo is never whole in memory as floats
             part = np.take(image, reached, axis).astype(np.float32)
             lines.append(np.tensordot(weight[reached].astype(np.float32), part, (0, axis)))
@@ -372,6 +377,7 @@ def read_spec(text: str | None, path: str) -> dict:
         if {"classification": True, "regression": False}[spec["task"]]:  # a KeyError for any other
             valid = valid and len(classes) > 1 and channels in (1, 3) and len(spec["image_size"]) == 2
             valid = valid and {*spec["image_size"]} <= {*range(1, 1 << 15)}
+        valid = valid and spec.setdefault("fit", None) in (None, "stretch", "crop", "letterbox")
         known, *thresholds = (spec.setdefault(key, None) for key in ("known", "reject", "min_probability"))
         valid = valid and all(share is None or 0 <= share <= 1 for share in thresholds)
         fixed = spec.setdefault("fixed", None) or {"batch": None, "input": "uint8"}

@@ -64,7 +64,7 @@ class Run:
 
     def deployable(self, any_size: bool = True) -> model.Deployable:
         cls = model.Regressor if self.regression else model.Deployable
-        more = {"fit": self.spec.get("fit", "stretch")}
+        more = {"fit": self.spec.get("fit") or "stretch"}
         if self.spec.get("temperature"):
             more["temperature"] = self.spec["temperature"]
         if self.familiarity:
@@ -110,7 +110,7 @@ def reference(run: Run, inputs: np.ndarray) -> Outputs:
         return Outputs(run.network((torch.from_numpy(inputs) - mean) / std).numpy(), None)
     mean, std = mean[:, None, None], std[:, None, None]
     for part in torch.from_numpy(inputs).split(64):
-        pixels = model.resize(part, spec["image_size"], spec.get("fit", "stretch")).permute(
+        pixels = model.resize(part, spec["image_size"], spec.get("fit") or "stretch").permute(
             0, 3, 1, 2
         )  # [batch, channels, H, W]
         pixels = (pixels / 255.0 - mean) / std
@@ -136,10 +136,10 @@ def resized_outside(run: Run, spec: dict, inputs: np.ndarray) -> np.ndarray:
     """What step3 gives a file of this spec for inputs [N, ...]. Raises Problem if it resizes otherwise."""
     if not spec.get("fixed") or inputs.shape[1:3] == tuple(run.spec["image_size"]):
         return inputs
-    parts = []
+    parts, sizes = [], (run.spec["image_size"], run.spec.get("fit") or "stretch")
     for part in np.array_split(inputs, -(-len(inputs) // 64)):
-        wanted = model.resize(torch.from_numpy(part), run.spec["image_size"]).numpy()
-        resized = np.stack([step3_infer.resize(image, run.spec["image_size"]) for image in part])
+        wanted = model.resize(torch.from_numpy(part), *sizes).numpy()
+        resized = np.stack([step3_infer.resize(image, *sizes) for image in part])
         difference = np.abs(resized - wanted).max()
         if not difference <= RESIZE_TOLERANCE:
             raise Problem(f"step3_infer.py resizes otherwise, by {difference:.1e} grey levels")
