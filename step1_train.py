@@ -149,6 +149,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+from data import doctor
 from data.split import Split, make_splits
 from deploy import report
 from training import calibration, console, cpu, features, locking, optimizers, processes, runs, weights
@@ -347,6 +348,7 @@ def write_pictures(trainer, deployable, accuracy, outputs) -> None:
         augmented, labels, *_ = next(train.shuffled(25, settings.augment, 1, settings.seed))
         images = {"images": dataset.test_images, "augmented": augmented.cpu().numpy()}
         images["augmented_labels"] = labels.cpu().numpy()
+        images["pairs"] = dataset.findings.pairs
     try:
         try:
             report.draw_run(trainer.run, spec, trainer.progress.rows, dataset.test_labels, outputs, **images)
@@ -379,6 +381,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
         if directory is None:
             settings = recipes.fit_to_images(settings, given, dataset, model.traits(settings.model))
         threads, reason = cpu.set_threads(given.get("threads"), settings.threads)
+        dataset = doctor.examined(dataset)
         settings = argparse.Namespace(**{**vars(settings), "threads": threads})
         machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
         deployable = build_on(machine, settings, dataset, checkpoint)

@@ -21,7 +21,7 @@ import PIL
 
 from data.dataset import digest
 from data.decoding import LARGEST_OWN_SIZE, WHITES, Probed, Target, chunks, decode_chunk, probe, run_parallel
-from data.files import Options
+from data.files import Options, name_some
 from data.notes import note
 from step3_infer import Problem, replacing
 
@@ -121,7 +121,10 @@ def choose_target(paths: list[str], train: int, file: str, options: Options) -> 
     if found is None or found.channels not in (1, 3) or found.white not in WHITES:
         found = probe(paths, train)
         write_json(file, found._asdict())
-    white = found.white
+    white, small = found.white, [paths[number] for number in found.small]
+    if small:
+        count = f"{len(small):,} image{'s' if len(small) > 1 else ''}"
+        note(f"far smaller than the others, a 16th of their area or less: {count}, {name_some(small)}")
     if options.white is None and white != WHITES[-1]:
         note(f"the 16-bit images use {white.bit_length()} bits only: {white} is taken as white")
     size = options.image_size or choose_size(found, options.usual_size)

@@ -17,7 +17,8 @@ class Dataset:
     """Images as uint8 [N, height, width, channels], labels as int64 [N] indexing `classes`.
 
     val_images and val_labels are None unless the data has a validation split of its own. white is the level
-    of 16-bit pixels that became 255. fingerprint: see `differences`.
+    of 16-bit pixels that became 255. fingerprint: see `differences`. paths: of the files, if any, by split.
+    findings: of data/doctor.py, once it has examined the dataset.
 
     For task "regression", features as float32 [N, n] take the place of the images and targets as float32
     [N, 1] that of the labels, and `classes` names the target.
@@ -34,6 +35,8 @@ class Dataset:
     val_labels: np.ndarray | None = None
     white: int = 65535
     fingerprint: dict = field(default_factory=dict)
+    paths: dict[str, list[str]] = field(default_factory=dict)
+    findings: object = None
 
 
 def with_fingerprint(dataset: Dataset) -> Dataset:

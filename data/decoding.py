@@ -24,6 +24,7 @@ CHUNK_BYTES = 64 << 20  # of decoded pixels that a worker holds
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 LARGEST_OWN_SIZE = 64  # images that are all of one size up to this keep it
+FAR_SMALLER = 16  # an image of less than the median area divided by this is named
 WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 
 
@@ -63,22 +64,28 @@ def chunks(paths: list[str], row_bytes: int = 1) -> list[tuple[list[str], int]]:
 
 
 class Found(NamedTuple):
-    """What the headers of some files say, and the brightest of the 16-bit pixels, 0 without any."""
+    """What the headers of some files say, and the brightest of the 16-bit pixels, 0 without any.
+
+    areas: in pixels, by the number of the file.
+    """
 
     sizes: set[tuple[int, int]]  # (height, width)
     modes: set[str]  # Pillow's
     brightest: int
+    areas: dict[int, int]
 
 
 class Probed(NamedTuple):
     """What is known of all files: how many sizes they have, the smallest and the largest by area (height,
-    width), the channels, and the white level of 16-bit pixels."""
+    width), the channels, the white level of 16-bit pixels, and the numbers of those that are far smaller than
+    the rest."""
 
     sizes: int
     smallest: tuple[int, int]
     largest: tuple[int, int]
     channels: int
     white: int
+    small: list[int]
 
 
 def probe(paths: list[str], train: int) -> Probed:
@@ -87,19 +94,22 @@ def probe(paths: list[str], train: int) -> Probed:
     The images are grey (1 channel) if all files are. The white level is the smallest of WHITES that holds the
     pixels of the 16-bit files, of which only those of the training split count, the first `train` files.
     """
-    sizes, modes, brightest = set(), set(), 0
+    sizes, modes, brightest, areas = set(), set(), 0, {}
     jobs = [(*chunk, train) for chunk in chunks(paths)]
-    for some_sizes, some_modes, level in run_parallel(probe_chunk, jobs, len(paths), "reading headers"):
-        sizes, modes, brightest = sizes | some_sizes, modes | some_modes, max(brightest, level)
+    for some in run_parallel(probe_chunk, jobs, len(paths), "reading headers"):
+        sizes, modes, brightest = sizes | some.sizes, modes | some.modes, max(brightest, some.brightest)
+        areas |= some.areas
     by_area = sorted(sizes, key=lambda size: (math.prod(size), size)) or [(0, 0)]
     white = next(white for white in WHITES if brightest <= white) if brightest else WHITES[-1]
     channels = 1 if modes and modes <= GREY_MODES else 3
-    return Probed(len(sizes), by_area[0], by_area[-1], channels, white)
+    usual = np.median(list(areas.values())) if areas else 0
+    small = sorted(number for number, area in areas.items() if area < usual / FAR_SMALLER)
+    return Probed(len(sizes), by_area[0], by_area[-1], channels, white, small)
 
 
 def probe_chunk(paths: list[str], start: int, train: int) -> Found:
     """What is found in files from number `start` on, but those that cannot be read: decoding reports them."""
-    sizes, modes, brightest = set(), set(), 0
+    sizes, modes, brightest, areas = set(), set(), 0, {}
     for number, path in enumerate(paths, start):
         if not os.path.isfile(path):  # opening a named pipe would block for ever
             continue
@@ -110,11 +120,12 @@ def probe_chunk(paths: list[str], start: int, train: int) -> Found:
             on_its_side = small and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             sizes.add((width, height) if on_its_side else (height, width))
             modes.add(image.mode)
+            areas[number] = width * height
             if image.mode.startswith("I") and number < train:
                 pixels = np.asarray(image)
                 if pixels.min() >= 0 and pixels.max() <= WHITES[-1]:
                     brightest = max(brightest, int(pixels.max()))
-    return Found(sizes, modes, brightest)
+    return Found(sizes, modes, brightest, areas)
 
 
 class Target(NamedTuple):

@@ -1,6 +1,9 @@
 """The image files of a dataset by split, whichever list they come from, and the options to read them with."""
 
+import contextlib
+import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -85,11 +88,16 @@ def name_some(names: Iterable[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
-def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def stratified(labels: np.ndarray, fraction: float, seed: int, same: np.ndarray | None = None) -> np.ndarray:
     """Choose `fraction` of every class at random: bool [n].
 
-    At least one member of every class is chosen and at least one is not; the only member of a class is not.
+    Copies, of equal numbers in `same` [n], are chosen or not as one; those with several labels are not. Else
+    at least one member of every class is chosen and at least one is not; the only member of a class is not.
     """
+    if same is not None:
+        _, first, group = np.unique(same, return_index=True, return_inverse=True)
+        unlike = np.bincount(group, labels != labels[first][group]) > 0
+        return (stratified(labels[first], fraction, seed) & ~unlike)[group]
     rng, chosen = np.random.default_rng(seed), np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -98,10 +106,29 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return chosen
 
 
+def first_copies(paths: list[str]) -> np.ndarray:
+    """The first file with the same content as each, itself if it cannot be read: int64 [n].
+
+    Only files of equal sizes are read, which photos from a camera hardly ever have.
+    """
+    same, by_size = np.arange(len(paths)), {}
+    for number, path in enumerate(paths):
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode):  # reading a named pipe would block for ever
+                by_size.setdefault(status.st_size, []).append(number)
+    for numbers in by_size.values():
+        found = {}
+        for number in numbers if len(numbers) > 1 else ():
+            with contextlib.suppress(OSError), open(paths[number], "rb") as file:
+                same[number] = found.setdefault(hashlib.sha256(file.read()).digest(), number)
+    return same
+
+
 def hold_out_test(listing: Listing, source: str) -> Listing:
     """Turn a stratified part of the training split, always the same, into the test split. Raises Problem."""
     train = listing.splits["train"]
-    held = stratified(train.labels, TEST_FRACTION, seed=0)
+    held = stratified(train.labels, TEST_FRACTION, 0, first_copies(train.paths))
     if not held.any():
         reason = "which leaves none to test on: each class needs two or more images"
         raise Problem(f"{source} has one image of each class, {reason}")

@@ -32,7 +32,9 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
         arrays[f"{split}_labels"] = part.labels
         first, first_kept = rows.stop, first_kept + len(part)
     check_splits(data_dir, listing, Listing(listing.classes, kept_splits), held_out)
-    return Dataset(name, listing.classes, **arrays, white=loaded.white, fingerprint=fingerprint)
+    paths = {split: files.paths for split, files in kept_splits.items()}
+    about = {"white": loaded.white, "fingerprint": fingerprint, "paths": paths}
+    return Dataset(name, listing.classes, **arrays, **about)
 
 
 def check_splits(data_dir: str, listed: Listing, kept: Listing, held_out: bool) -> None:

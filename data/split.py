@@ -22,13 +22,15 @@ class Split:
     """images: uint8 [N, H, W, C], or float32 features [N, n]; labels: int64 [N], or float32 targets [N, 1].
 
     members: int64 [n], the rows of both that belong to the split, on the CPU. source: the array that `images`
-    were made from; where it is a memory map of the right size, `images` is that map.
+    were made from; where it is a memory map of the right size, `images` is that map. same: int64 [N], equal
+    for rows with equal pixels.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     members: torch.Tensor
     source: np.ndarray
+    same: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -103,6 +105,8 @@ def make_splits(dataset, settings, device: torch.device, resize: Callable) -> di
     """
     images = settings.image_size, device, functools.partial(resize, fit=settings.fit)
     splits = {"train": make_split(dataset.train_images, dataset.train_labels, *images)}
+    if dataset.findings:
+        splits["train"].same = dataset.findings.same[: len(dataset.train_images)]
     if dataset.val_images is not None:
         splits["val"] = make_split(dataset.val_images, dataset.val_labels, *images)
     elif settings.val_fraction:
@@ -118,9 +122,13 @@ def make_splits(dataset, settings, device: torch.device, resize: Callable) -> di
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Two parts of a split, the second with `fraction` of each class, of a regression that of all."""
+    """Two parts of a split, the second with `fraction` of each class, of a regression that of all.
+
+    Copies of an image go to the same part.
+    """
     labels = split.labels.cpu().numpy()[split.members]
-    chosen = stratified(labels if labels.ndim == 1 else np.zeros(len(labels)), fraction, seed)
+    same = None if split.same is None else split.same[split.members]
+    chosen = stratified(labels if labels.ndim == 1 else np.zeros(len(labels)), fraction, seed, same)
     return split.part(~chosen), split.part(chosen)
 
 

@@ -21,19 +21,22 @@ CAPTIONS = {
     "called unknown by --reject 0.95 of step 3. An unfamiliar object that is photographed like the training "
     "images mostly looks familiar.",
     "mistakes.png": "Wrong predictions on the test split: predicted class, its probability, and true class.",
+    "duplicates.png": "Images that the data has twice, the same or nearly so: first those with two labels, "
+    "then those in the training and the test split.",
     "samples.png": "Training images with their labels, after augmentation, as the network receives them.",
 }
 
 
 def draw_run(
-    run_dir, spec, rows, labels, outputs, images=None, augmented=None, augmented_labels=None
+    run_dir, spec, rows, labels, outputs, images=None, augmented=None, augmented_labels=None, pairs=()
 ) -> list[str]:
     """Draw the pictures of a finished run into its directory and return their paths.
 
     spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N];
     outputs, the probabilities [N, classes]; images, uint8 [H, W, C] by index, read only if they are drawn.
-    augmented: uint8 [n, H, W, C] of the training split with their labels [n]. For a regression, labels and
-    outputs are [N, 1], and there are no images. Raises ImportError without matplotlib, or OSError.
+    augmented: uint8 [n, H, W, C] of the training split with their labels [n]. pairs: (image, image, name,
+    name) of images that the data has twice. For a regression, labels and outputs are [N, 1], and there are
+    no images. Raises ImportError without matplotlib, or OSError.
     """
     from deploy import pictures, trust_pictures  # importing matplotlib takes a second; it may be missing
 
@@ -52,6 +55,10 @@ def draw_run(
         drawn["coverage.png"] = trust_pictures.coverage(subtitle, labels, outputs)
         if augmented is not None and len(augmented):
             drawn["samples.png"] = pictures.samples(subtitle, augmented, augmented_labels, names)
+    if pairs:
+        drawn["duplicates.png"] = pictures.duplicates(
+            subtitle, [(*pair[:2], *map(printable, pair[2:])) for pair in pairs]
+        )
     drawn["curves.png"] = pictures.curves(subtitle, rows)
     for name, content in drawn.items():
         with replacing(os.path.join(run_dir, name)) as file:

@@ -254,18 +254,29 @@ def mistakes(subtitle: str, images: Sequence, labels: np.ndarray, probabilities:
     return draw_grid(title, subtitle, [images[int(i)] for i in chosen], captions)
 
 
-def draw_grid(title, subtitle, images, captions):
-    """Images in rows of COLUMNS, each with its lines of (text, colour) under it."""
+@as_png
+def duplicates(subtitle: str, pairs: list[tuple]) -> bytes:
+    """Pairs of images side by side; pairs: (image, image, name, name), images uint8 [H, W, C]."""
+    both = []
+    for one, other, *_ in pairs:
+        gap = np.full((len(one), max(1, one.shape[1] // 16), one.shape[2]), 255, np.uint8)
+        both.append(np.concatenate([one, gap, other], axis=1))
+    captions = [[(drawable(name, "file"), INK) for name in pair[2:]] for pair in pairs]
+    return draw_grid("Images that the data has twice", subtitle, both, captions, columns=2)
+
+
+def draw_grid(title, subtitle, images, captions, columns=COLUMNS):
+    """Images in rows of `columns`, each with its lines of (text, colour) under it."""
     gap, line, images = 0.1, 0.155, [np.asarray(image) for image in images]  # the numbers: inches
-    cell, ratio = (WIDTH - 2 * MARGIN + gap) / COLUMNS, images[0].shape[0] / images[0].shape[1]
+    cell, ratio = (WIDTH - 2 * MARGIN + gap) / columns, images[0].shape[0] / images[0].shape[1]
     image_height = (cell - gap) * min(ratio, 2)
     image_width = image_height / ratio
     step = image_height + line * len(captions[0]) + 0.16
-    height = step * -(-len(images) // COLUMNS) + 0.05
+    height = step * -(-len(images) // columns) + 0.05
     figure = new_figure(title, subtitle, WIDTH, height, arranged=False)
     axis = add_axes_at(figure, 0, 0, WIDTH, height)
     for k, (image, lines) in enumerate(zip(images, captions, strict=True)):
-        row, column = divmod(k, COLUMNS)
+        row, column = divmod(k, columns)
         middle, bottom = MARGIN + column * cell + (cell - gap) / 2, row * step + image_height
         extent = (middle - image_width / 2, middle + image_width / 2, bottom, row * step)
         axis.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255)  # the last three: if it is grey

@@ -99,9 +99,18 @@ def tiles(summary):
         "best epoch": "-" if best == epochs else formatted(best, ","),
         "parameters": formatted(summary.get("parameters"), ","),
     }
-    notes = {"calibration error": calibration_note(summary)}
+    notes = {"test accuracy": leaked_note(summary), "calibration error": calibration_note(summary)}
     known = [(name, figure, notes.get(name, "")) for name, figure in figures.items() if figure != "-"]
     return "".join("<div><span class=soft>{}</span><b>{}</b>{}</div>".format(*tile) for tile in known)
+
+
+def leaked_note(summary):
+    """The accuracy without the test images that also lie in the training split, if there are any."""
+    without, count = summary.get("test_accuracy_without_them"), summary.get("test_images_in_train")
+    if not count:
+        return ""
+    figure = formatted(without, ".2%")
+    return f"<small class=soft>{figure} without {formatted(count, ',')} that also lie in train</small>"
 
 
 def calibration_note(summary):

@@ -117,6 +117,11 @@ def print_result(trainer, network, summary: dict) -> None:
         result = f"test accuracy {summary['test_accuracy']:.2%}"
         if trainer.unequal:
             result += f", balanced {summary['balanced_accuracy']:.2%}"
+        if summary.get("test_accuracy_without_them") is not None:
+            without = f"{summary['test_accuracy_without_them']:.2%} without the"
+            result += (
+                f", {without} {count_of(summary['test_images_in_train'], 'image')} that also lie in train"
+            )
         if count < FEW:
             result += f", on only {count_of(count, 'image')}"
     if settings.dataset == "linear" and settings.model == "linear":
