@@ -91,13 +91,18 @@ def name_some(names: Iterable[str]) -> str:
 def stratified(labels: np.ndarray, fraction: float, seed: int, same: np.ndarray | None = None) -> np.ndarray:
     """Choose `fraction` of every class at random: bool [n].
 
-    Copies, of equal numbers in `same` [n], are chosen or not as one; those with several labels are not. Else
-    at least one member of every class is chosen and at least one is not; the only member of a class is not.
+    Copies, of equal numbers in `same` [n], are chosen or not as one, and not if they have several labels. At
+    least one member of every class is chosen and at least one is not; the only member of a class is not.
     """
     if same is not None:
         _, first, group = np.unique(same, return_index=True, return_inverse=True)
         unlike = np.bincount(group, labels != labels[first][group]) > 0
-        return (stratified(labels[first], fraction, seed) & ~unlike)[group]
+        together = (stratified(labels[first], fraction, seed) & ~unlike)[group]
+        alone = stratified(labels, fraction, seed)
+        for members in (labels == label for label in np.unique(labels)):
+            if not 0 < together[members].mean() < 1:  # a class of copies alone: better this than none
+                together[members] = alone[members]
+        return together
     rng, chosen = np.random.default_rng(seed), np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

@@ -40,13 +40,17 @@ def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]
     summary["calibration_error"] = report.calibration_error(probabilities, labels)
     summary["calibration_error_floor"] = report.calibration_error_floor(probabilities)
     per_class = report.per_class(labels, evaluated.outputs.argmax(1), dataset.classes)
-    leaked = dataset.findings.leaked
-    if leaked.any():
-        summary["test_images_in_train"] = int(leaked.sum())
-        right = evaluated.outputs.argmax(1) == labels
-        summary["test_accuracy_without_them"] = float(right[~leaked].mean()) if not leaked.all() else None
+    summary |= without_leaked(dataset.findings.leaked, evaluated.outputs.argmax(1) == labels)
     seen = [row for row in per_class.values() if row["support"]]
     summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
     summary["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
     summary["per_class"] = per_class
     return summary, probabilities
+
+
+def without_leaked(leaked: np.ndarray, right: np.ndarray) -> dict:
+    """What summary.json says of test images that are also in the training split; bool [n] each."""
+    if not leaked.any():
+        return {}
+    accuracy = None if leaked.all() else float(right[~leaked].mean())
+    return {"test_images_in_train": int(leaked.sum()), "test_accuracy_without_them": accuracy}
