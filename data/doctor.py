@@ -17,7 +17,7 @@ from data.notes import note
 
 BLOCK, TABLES, BITS, COMPONENTS = 4 << 20, 6, 32, 24  # the first: bytes of pixels at a time
 NEXT, SURPLUS = 3, 5  # hashes are compared with the next in order, if they share log2(N) + SURPLUS bits
-MOST_PAIRS = 2048  # whose pixels are compared, those with the closest thumbnails
+MOST_PAIRS, CLOSE = 2048, 0.95  # whose pixels are compared, those with the closest thumbnails
 THUMBNAIL, LARGEST, SAMPLE, LEAST_LIKENESS = 8, 32, 512, 0.8
 FEWEST, TAIL, SHOWN = 20, 0.1, 6  # images of a class whose light is judged; see note_dark; pairs shown
 
@@ -166,7 +166,7 @@ def propose(described: np.ndarray) -> np.ndarray:
     pairs, alike = map(np.concatenate, zip(*found, strict=True))
     pairs, first = np.unique(pairs, return_index=True)
     best = np.argsort(-alike[first], kind="stable")[:MOST_PAIRS]
-    return np.stack(np.divmod(pairs[best], count), 1)
+    return np.stack(np.divmod(pairs[best][alike[first][best] > CLOSE], count), 1)
 
 
 def likeness(rows: Rows, pairs: np.ndarray) -> np.ndarray:
@@ -175,8 +175,8 @@ def likeness(rows: Rows, pairs: np.ndarray) -> np.ndarray:
     By grey levels, any two ships on the sea are alike, and by whole images any two in the same frame.
     """
     scores = np.ones(len(pairs))
-    for some in np.array_split(np.arange(len(pairs)), len(pairs) // 256 + 1):
-        whole = shrink(rows.take(pairs[some].ravel()), LARGEST) if len(some) else np.zeros((0, 8, 8))
+    for some in np.array_split(np.arange(len(pairs)), len(pairs) // 256 + 1) if len(pairs) else ():
+        whole = shrink(rows.take(pairs[some].ravel()), LARGEST)
         middle, centre = (slice(side // 4, side - side // 4) for side in whole.shape[1:])
         for part in (whole, whole[:, middle, centre]):
             vectors = unit(np.concatenate([np.diff(part, axis=n).reshape(len(part), -1) for n in (1, 2)], 1))
@@ -192,8 +192,7 @@ def least_likeness(rows: Rows, described: np.ndarray, unique: np.ndarray) -> flo
     """
     count = len(unique)
     chosen = np.linspace(0, count - 1, min(count, SAMPLE)).astype(int)
-    alike = described[chosen] @ described[chosen].T
-    np.fill_diagonal(alike, -2)
+    np.fill_diagonal(alike := described[chosen] @ described[chosen].T, -2)
     closest = np.stack([unique[chosen], unique[chosen[alike.argmax(1)]]], 1)
     half, most = np.maximum(np.quantile(1 - likeness(rows, closest), [0.5, 0.9]), [1e-6, 2e-6])
     slope = np.log(np.log(10) / np.log(2)) / max(np.log(most / half), 1e-6)
