@@ -31,7 +31,7 @@ MOST_PIXELS = 1_000_000  # in a batch
 HEAD_STEPS, HEAD_DECAY = 100, 1e-2  # of fitting a head: steps of L-BFGS, and the L2 penalty
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FeatureSplit(Split):
     """A Split of features, float32 [N, d], that `images_split` has at the layer `head` of a network.
 
@@ -95,8 +95,9 @@ def featured(splits: dict[str, Split], deployable, settings, augment: list[str])
         table = tables[id(split.images)]
         ends = [layer.in_features * k for k in range(1, 2 + VIEWS * bool(changes))]
         plain, *views, statistics = torch.from_numpy(table).to(some.device).tensor_split(ends, 1)
-        more = split, head, tuple(views), statistics
-        found[name] = FeatureSplit(plain, split.labels, split.members, table, *more)
+        own = split.labels, split.members, table, split.same
+        more = {"head": head, "views": tuple(views), "statistics": statistics}
+        found[name] = FeatureSplit(plain, *own, images_split=split, **more)
     return found
 
 
