@@ -39,40 +39,35 @@ def predictions(exported: Model, inputs: np.ndarray) -> Outputs:
         start += size
 
 
-def compare(expected: np.ndarray, got: np.ndarray, tolerance: float) -> tuple[dict, list[str]]:
-    """Figures of one comparison of outputs [N, classes], and the failures among them in words."""
-    difference = (np.abs(expected.astype(np.float64) - got) / np.maximum(1, np.abs(expected))).max(axis=1)
+def compare(expected: Outputs, got: Outputs, tolerance: float, known_tolerance: float | None = None):
+    """Figures of one comparison, and the failures among them in words; of `known` only with a tolerance."""
+    main = expected.main
+    difference = (np.abs(main.astype(np.float64) - got.main) / np.maximum(1, np.abs(main))).max(axis=1)
     finite = np.isfinite(difference)
     difference[~finite] = np.inf  # NaN agrees with nothing
-    top, got_top, rows = expected.argmax(1), got.argmax(1), np.arange(len(expected))
-    changed = (top != got_top) & (expected[rows, top] - expected[rows, got_top] > tolerance / 5)
+    top, got_top, rows = main.argmax(1), got.main.argmax(1), np.arange(len(main))
+    changed = (top != got_top) & (main[rows, top] - main[rows, got_top] > tolerance / 5)
     quantiles = (0.5, 0.9, 0.99) if finite.any() else ()
     figures = {
         "max_abs_diff": float(difference.max()) if finite.all() else None,
         "quantiles": {f"{q:g}": float(np.quantile(difference[finite], q)) for q in quantiles},
         "top1_agreement": float((top == got_top).mean()),
-        "samples": len(expected),
+        "samples": len(main),
         "tolerance": tolerance,
     }
     failures = []
     if not difference.max() <= tolerance:
         failures.append(f"outputs differ by up to {difference.max():.1e} (limit {tolerance:.0e})")
     if changed.any():
-        failures.append(f"{changed.sum()} of {len(expected)} answers changed")
+        failures.append(f"{changed.sum()} of {len(main)} answers changed")
+    if known_tolerance and (expected.known is None) != (got.known is None):
+        failures.append(f"the file has {'no' if got.known is None else 'an unexpected'} output 'known'")
+    elif known_tolerance and got.known is not None:
+        moved = float(np.abs(expected.known.astype(np.float64) - got.known).max())  # NaN stays NaN
+        figures["known_max_diff"] = moved if math.isfinite(moved) else None
+        if not moved <= known_tolerance:
+            failures.append(f"known differs by up to {moved:.1e} (limit {known_tolerance:.0e})")
     return figures, failures
-
-
-def compare_known(expected: np.ndarray | None, got: np.ndarray | None, tolerance: float):
-    """The same for `known` [N]."""
-    if expected is None and got is None:
-        return {}, []
-    if expected is None or got is None:
-        return {}, [f"the file has {'no' if got is None else 'an unexpected'} output 'known'"]
-    difference = float(np.abs(expected.astype(np.float64) - got).max())  # NaN stays NaN
-    figures = {"known_max_diff": difference if math.isfinite(difference) else None}
-    if difference <= tolerance:
-        return figures, []
-    return figures, [f"known differs by up to {difference:.1e} (limit {tolerance:.0e})"]
 
 
 def test_figures(spec: dict, exported: Model, got: Outputs, expected: Outputs, dataset):

@@ -31,7 +31,7 @@ import torch
 
 import model
 import step3_infer
-from deploy.comparing import Outputs, compare, compare_known, latency, predictions, some, test_figures
+from deploy.comparing import Outputs, compare, latency, predictions, some, test_figures
 from deploy.isolated import predict_isolated
 from step3_infer import Model, Problem
 
@@ -63,14 +63,12 @@ class Run:
         return self.spec["task"] == "regression"
 
     def deployable(self, any_size: bool = True) -> model.Deployable:
-        cls = model.Regressor if self.regression else model.Deployable
-        more = {"fit": self.spec.get("fit") or "stretch"}
-        if self.spec.get("temperature"):
-            more["temperature"] = self.spec["temperature"]
+        cls, spec = model.Regressor if self.regression else model.Deployable, self.spec
+        more = {"fit": spec.get("fit") or "stretch", "temperature": spec.get("temperature") or 1.0}
         if self.familiarity:
             more["familiarity"] = model.Familiarity(self.familiarity)
-            more["layers"] = self.spec["known"]["layers"]
-        made = cls(self.network, self.spec["image_size"], self.spec["mean"], self.spec["std"], **more).eval()
+            more["layers"] = spec["known"]["layers"]
+        made = cls(self.network, spec["image_size"], spec["mean"], spec["std"], **more).eval()
         made.any_size = any_size
         return made
 
@@ -81,10 +79,8 @@ class Run:
 
 def rebuild(path: str, spec: dict, state_dict: dict, familiarity: dict | None = None) -> Run:
     """The network of a checkpoint. Any exception means that the checkpoint is damaged or not one of ours."""
-    channels, options = spec["channels"], {}
-    for name in model.options_of(spec["model"]):
-        if spec["arguments"][name] is not None:
-            options[name] = spec["arguments"][name]
+    channels, options = spec["channels"], {k: spec["arguments"][k] for k in model.options_of(spec["model"])}
+    options = {name: value for name, value in options.items() if value is not None}
     shape = {"channels": channels, "classes": len(spec["classes"]), "image_size": spec["image_size"]}
     network = model.build(spec["model"], **shape, **options)
     network.load_state_dict(state_dict)
@@ -155,9 +151,9 @@ def check_reference(run: Run, dataset, expected: np.ndarray) -> None:
     reported = run.spec["test_accuracy"]
     if reported is None:  # a regression, or a run that --val-fraction left before its end
         return
-    accuracy = float((expected.argmax(1) == dataset.test_labels).mean())
+    accuracy = (expected.argmax(1) == dataset.test_labels).mean()
     second, first = np.sort(expected, axis=1)[:, -2:].T
-    ties = float((first - second < 1e-3).mean())  # which another machine or batch size may decide otherwise
+    ties = (first - second < 1e-3).mean()  # which another machine or batch size may decide otherwise
     if abs(accuracy - reported) > ACCURACY_TOLERANCE + ties:
         found = f"the network of {run.path} has {accuracy:.2%} on this test split"
         changed = "another test split (--data-dir), or a changed checkpoint"
@@ -183,8 +179,8 @@ def probes(spec: dict) -> Iterator[tuple[str, np.ndarray]]:
     for name, (h, w) in sizes.items():
         shape = (4 if name == "photo" else 64, h, w, channels)
         yield f"random {name} {h}x{w}", rng.integers(0, 256, shape, dtype=np.uint8)
-        yield f"black {name} {h}x{w}", np.zeros((1, h, w, channels), np.uint8)
-        yield f"white {name} {h}x{w}", np.full((1, h, w, channels), 255, np.uint8)
+        for colour, level in (("black", 0), ("white", 255)):
+            yield f"{colour} {name} {h}x{w}", np.full((1, h, w, channels), level, np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------- the proofs
@@ -194,11 +190,10 @@ def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> 
     expected: outputs of the reference on the test split. Raises Problem if step3 cannot run it.
     """
     exported, images = Model(file, run.threads), dataset.test_images
-    failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
-    given = resized_outside(run, exported.spec, images)
+    got, given = predictions(exported, images), resized_outside(run, exported.spec, images)
     expected = expected if given is images else reference(run, given)
-    figures, found = compare_both(expected, got, tolerance)
-    failures += [f"test split: {failure}" for failure in found]
+    figures, failures = compare(expected, got, tolerance, KNOWN_TOLERANCE)
+    failures = [f"test split: {failure}" for failure in failures]
     if run.regression:
         figures["accuracy"] = figures["top1_agreement"] = None
         figures["mean_squared_error"] = float(((got.main - dataset.test_labels) ** 2).mean())
@@ -209,49 +204,40 @@ def prove(run: Run, file: str, dataset, expected: Outputs, tolerance: float) -> 
     for name, probe in probes(run.spec):
         wanted = reference(run, resized_outside(run, exported.spec, probe))
         got = predictions(exported, probe)
-        figures["probes"][name], found = compare_both(wanted, got, tolerance)
+        figures["probes"][name], found = compare(wanted, got, tolerance, KNOWN_TOLERANCE)
         failures += [f"{name}: {failure}" for failure in found]
-    figures |= latency(exported, images[:1])
-    figures["isolated"], found = prove_isolated(run, file, images, expected, tolerance)
-    return figures, failures + [f"isolated: {failure}" for failure in found]
+    return prove_rest(run, file, exported, images, expected, tolerance, figures, failures)
 
 
 def prove_int8(run: Run, file: str, dataset, expected: Outputs, max_drop: float) -> tuple[dict, list[str]]:
     """The same for an int8 file, which may lose `max_drop` points of accuracy instead."""
     exported, images = Model(file, run.threads), dataset.test_images
-    failures, got = spec_failures(run.spec, exported.spec), predictions(exported, images)
-    figures, _ = compare(expected.main, got.main, 1.0)
-    more, found = test_figures(run.spec, exported, got, expected, dataset)
+    got = predictions(exported, images)
+    figures, _ = compare(expected, got, 1.0)
+    more, failures = test_figures(run.spec, exported, got, expected, dataset)
     figures |= more
     drop = figures["drop"] = round(100 * (figures["accuracy_trained"] - figures["accuracy"]), 3)
     if not drop <= max_drop:
-        failures.append(f"it loses {drop:.2f} points of accuracy, --max-drop allows {max_drop:g}")
-    failures += found
+        failures.insert(0, f"it loses {drop:.2f} points of accuracy, --max-drop allows {max_drop:g}")
     for name, probe in probes(run.spec):
         if not np.allclose(predictions(exported, probe).main.sum(1), 1, atol=1e-3):
             failures.append(f"{name}: the probabilities do not add up to 1")
-    figures |= latency(exported, images[:1])
-    figures["isolated"], found = prove_isolated(run, file, images, got, SELF_TEST_TOLERANCE)
+    return prove_rest(run, file, exported, images, got, SELF_TEST_TOLERANCE, figures, failures)
+
+
+def prove_rest(run: Run, file, exported: Model, inputs, expected: Outputs, tolerance, figures, failures):
+    """Add to figures and failures what is alike for all files: spec, latency, and the isolated process."""
+    wrong = [key for key in SPEC_KEYS if exported.spec.get(key) != run.spec.get(key)]
+    failures = [f"spec: the file's {key} are not the network's" for key in wrong] + failures
+    figures |= latency(exported, inputs[:1])
+    figures["isolated"], found = prove_isolated(run, file, inputs, expected, tolerance)
     return figures, failures + [f"isolated: {failure}" for failure in found]
 
 
 def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: Outputs, tolerance: float):
     """Compare the first inputs again, predicted by a process that has only step3_infer.py and the file."""
-    inputs, expected = inputs[:ISOLATED_SAMPLES], some(expected, slice(ISOLATED_SAMPLES))
     try:
-        got = predict_isolated(run.spec, file, inputs)
+        got = predict_isolated(run.spec, file, inputs[:ISOLATED_SAMPLES])
     except Problem as problem:
         return {"samples": 0}, [str(problem)]
-    return compare_both(expected, got, tolerance)
-
-
-def compare_both(expected: Outputs, got: Outputs, tolerance: float) -> tuple[dict, list[str]]:
-    """`compare` and `compare_known`: figures, and failures in words."""
-    figures, failures = compare(expected.main, got.main, tolerance)
-    known, found = compare_known(expected.known, got.known, KNOWN_TOLERANCE)
-    return figures | known, failures + found
-
-
-def spec_failures(spec: dict, exported_spec: dict) -> list[str]:
-    wrong = [key for key in SPEC_KEYS if exported_spec.get(key) != spec.get(key)]
-    return [f"spec: the file's {key} are not the network's" for key in wrong]
+    return compare(some(expected, slice(ISOLATED_SAMPLES)), got, tolerance, KNOWN_TOLERANCE)
