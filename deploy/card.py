@@ -22,6 +22,11 @@ def formatted(value: object, style: str, unit: str = "") -> str:
         return "-"
 
 
+def cells(figures: dict, **styles: str) -> list[str]:
+    """The figures of these names, each `formatted` in its style."""
+    return [formatted(figures.get(name), style) for name, style in styles.items()]
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun in the singular or plural: 1 epoch, 1,000 epochs."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -42,11 +47,11 @@ def per_class(labels: Sequence[int], predicted: Sequence[int], classes: Sequence
     """Precision, recall, F1 and support of each class, from whole numbers [N] and [N] (0 where undefined)."""
     counts = confusion_matrix(labels, predicted, len(classes))
     hits, truths, guesses = counts.diagonal(), counts.sum(1), counts.sum(0)
-    precision, recall = hits / np.maximum(guesses, 1), hits / np.maximum(truths, 1)
-    columns = (precision, recall, 2 * hits / np.maximum(guesses + truths, 1), truths)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    keys = ("precision", "recall", "f1", "support")
-    return {name: dict(zip(keys, row, strict=True)) for name, row in zip(classes, rows, strict=True)}
+    columns = {"precision": hits / np.maximum(guesses, 1), "recall": hits / np.maximum(truths, 1)}
+    columns |= {"f1": 2 * hits / np.maximum(guesses + truths, 1), "support": truths}
+    return {
+        name: {key: column[k].item() for key, column in columns.items()} for k, name in enumerate(classes)
+    }
 
 
 def busy(figures: dict) -> str | None:
@@ -101,16 +106,15 @@ def describe_classes(spec):
     if accuracy is not None:
         dataset = markdown(spec["dataset"])
         yield f"## Accuracy\n\nThe top-1 accuracy on the test split of {dataset} is {accuracy:.2%}."
-    per_class, rows = spec.get("per_class", {}), []
+    per_class = spec.get("per_class", {})
     seen = [figures for figures in per_class.values() if figures["support"]]
     if seen:
         recall, f1 = (np.mean([figures[key] for figures in seen]) for key in ("recall", "f1"))
         yield f"Averaged over the classes, the recall (balanced accuracy) is {recall:.2%}, the F1 {f1:.2%}."
-    for name, figures in list(per_class.items())[:CLASSES_LISTED]:
-        shares = [formatted(figures[key], ".1%") for key in ("precision", "recall", "f1")]
-        rows.append([markdown(name), *shares, f"{figures['support']:,}"])
-    if rows:
-        yield markdown_table(["class", "precision", "recall", "F1", "test images"], rows)
+    styles = {"precision": ".1%", "recall": ".1%", "f1": ".1%", "support": ","}
+    if per_class:
+        rows = [[markdown(name), *cells(figures, **styles)] for name, figures in per_class.items()]
+        yield markdown_table(["class", "precision", "recall", "F1", "test images"], rows[:CLASSES_LISTED])
 
 
 def describe_images(spec):
@@ -143,7 +147,9 @@ def describe_trust(spec, passed):
     if spec.get("known"):
         yield from describe_known({name: each for name, each in measured.items() if "familiar" in each})
     if any(figures.get("camera") for figures in measured.values()):
-        yield from describe_camera({file: figures["camera"] for file, figures in measured.items()})
+        yield "Test images, changed as cameras change them, were classified as follows."
+        rows = camera_rows([figures["camera"] for figures in measured.values()], accuracy=".1%")
+        yield markdown_table(["change", *measured], rows)
     options = {"--reject": spec.get("reject"), "--min-probability": spec.get("min_probability")}
     thresholds = [f"`{option} {value:g}`" for option, value in options.items() if value is not None]
     if thresholds:
@@ -154,14 +160,12 @@ def describe_trust(spec, passed):
 
 def describe_calibration(measured):
     """Tables of the calibration error of each file, and of accuracy against coverage."""
-    keys, rows = ("calibration_error", "calibration_error_floor"), []
+    styles = {"calibration_error": ".2%", "calibration_error_floor": ".2%", "nll": ".4f"}
     file, first = next(iter(measured.items()))
     if "calibration_error_uncalibrated" in first:
-        before = {key: first.get(f"{key}_uncalibrated") for key in (*keys, "nll")}
+        before = {key: first.get(f"{key}_uncalibrated") for key in styles}
         measured = {"before calibration": before, **measured}
-    for name, figures in measured.items():
-        shares = [formatted(figures.get(key), ".2%") for key in keys]
-        rows.append([name, *shares, formatted(figures.get("nll"), ".4f")])
+    rows = [[name, *cells(figures, **styles)] for name, figures in measured.items()]
     yield markdown_table(["on the test split", "calibration error", "noise floor", "cross entropy"], rows)
     yield (
         "The calibration error (ECE) is the mean distance between the probability of answers and how often\n"
@@ -169,7 +173,7 @@ def describe_calibration(measured):
         "probabilities would show the noise floor.\n\n"
         f"The accuracy of {file}, if `--min-probability` leaves less probable answers to a person:"
     )
-    rows = [["100%", formatted(first.get("accuracy"), ".2%"), "-"]]
+    rows = [["100%", *cells(first, accuracy=".2%"), "-"]]
     for share, found in first["coverage"].items():
         rows.append([f"{float(share):.0%}", f"{found['accuracy']:.2%}", threshold(found["probability"])])
     yield markdown_table(["answered", "right", "lowest probability"], rows)
@@ -182,15 +186,12 @@ def describe_known(measured):
         "meant to keep 99% of the images that are like those trained on, and calls others unknown."
     )
     if measured:
-        rows = []
-        for keep in ("0.99", "0.95"):
-            kept = [f"{figures['kept'][keep]:.1%}" for figures in measured.values()]
-            rows.append([f"by `--reject {keep}`", *kept])
+        kept, kinds = ([figures[key] for figures in measured.values()] for key in ("kept", "familiar"))
+        rows = [[f"by `--reject {x}`", *(f"{share[x]:.1%}" for share in kept)] for x in ("0.99", "0.95")]
         yield markdown_table(["kept of the test split", *measured], rows)
-        kinds, rows = [figures["familiar"] for figures in measured.values()], []
-        for name in [name for name in kinds[0] if name != "test split"]:
-            unknown = [f"{kind[name]['unknown']:.0%}" for kind in kinds]
-            rows.append([name, f"{kinds[0][name]['images']:,}", *unknown])
+        unknown = {name: [f"{kind[name]['unknown']:.0%}" for kind in kinds] for name in kinds[0]}
+        rows = [[name, f"{kinds[0][name]['images']:,}", *shares] for name, shares in unknown.items()]
+        rows = [row for row in rows if row[0] != "test split"]
         yield markdown_table(["called unknown by `--reject 0.99`", "images", *measured], rows)
     yield (
         "`known` finds other kinds of pictures, of which only these were tried. An unfamiliar object that\n"
@@ -198,14 +199,13 @@ def describe_known(measured):
     )
 
 
-def describe_camera(measured):
-    """A table of the accuracy of each file on pictures as a camera changes them."""
+def camera_rows(measured: list[list[dict]], **styles: str) -> list[list[str]]:
+    """The rows of a table of everyday changes: the figures of each file, in these styles, by change."""
     rows = []
-    for changes in zip(*measured.values(), strict=True):
-        accuracies = [f"{change['accuracy']:.1%}" for change in changes]
-        rows.append([f"{changes[0]['change']} {changes[0]['strength']}", *accuracies])
-    yield "Test images, changed as cameras change them, were classified as follows."
-    yield markdown_table(["change", *measured], rows)
+    for changes in zip(*measured, strict=True):
+        figures = [cell for change in changes for cell in cells(change, **styles)]
+        rows.append([f"{changes[0]['change']} {changes[0]['strength']}", *figures])
+    return rows
 
 
 def describe_regression(spec):
@@ -238,11 +238,9 @@ def provenance_section(spec):
 
 def parity_section(passed):
     """The figures of each format that passed the gate, and how to repeat the comparison."""
-    rows = []
-    for file, figures in passed.items():
-        row = [file, formatted(figures.get("samples"), ","), formatted(figures.get("max_abs_diff"), ".1e")]
-        row += [formatted(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
-        rows.append([*row, formatted(figures.get("mean_squared_error"), ".3g")])
+    styles = {"samples": ",", "max_abs_diff": ".1e", "top1_agreement": ".2%", "accuracy": ".2%"}
+    styles["mean_squared_error"] = ".3g"
+    rows = [[file, *cells(figures, **styles)] for file, figures in passed.items()]
     head = "file,test samples,largest difference,top-1 agreement,accuracy,mean squared error".split(",")
     notes = [f"{int8_note(figures)}\n\n" for figures in passed.values() if figures.get("quantization")]
     file = next((name for name in MODEL_NAMES if name in passed), "model.onnx")

@@ -4,19 +4,19 @@ step1 calls `draw_run` and `write_report` after training; step2 calls `write_rep
 """
 
 import csv
+import html
 import json
 import os
 import string
 from pathlib import Path
 
-from deploy.card import busy, formatted
+from deploy.card import busy, camera_rows, cells, formatted, without_empty_columns
 from deploy.card import per_class as per_class  # these four for step1, which imports this module only
 from deploy.drawing import draw_familiar, picture_sections
 from deploy.drawing import draw_run as draw_run
-from deploy.page import duration, file_size, table, text
 from deploy.reliability import calibration_error as calibration_error
 from deploy.reliability import calibration_error_floor as calibration_error_floor
-from step3_infer import replacing, sha256
+from step3_infer import printable, replacing, sha256
 
 PASSED, FAILED = "<span class=good>passed</span>", "<span class=bad>FAILED</span>"
 
@@ -25,12 +25,11 @@ def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str 
     """Write report.html into the run's directory, one file with its pictures inside, and return its path.
 
     It is built from the run's config.json, summary.json, metrics.csv and pictures; from the export of its
-    current checkpoint in `export_dir` (default: the run's name under exports_dir), from which familiar.png is
-    drawn; and from all runs on the same data under runs_dir. Missing or malformed files are left out. Raises
-    OSError if it cannot be written.
+    current checkpoint in `export_dir` (default: the run's name under exports_dir), which familiar.png shows;
+    and from all runs on the same data under runs_dir, without missing or malformed files. Raises OSError.
     """
     run = os.path.basename(os.path.normpath(run_dir))
-    config, summary = read_run(run_dir)
+    config, summary = (read_json(run_dir, name) for name in ("config.json", "summary.json"))
     export = read_export(run_dir, export_dir or os.path.join(exports_dir, run))
     draw_familiar(run_dir, export)
     sections = [
@@ -50,18 +49,13 @@ def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str 
     return path
 
 
-def read_json(path):
+def read_json(directory, name):
     """The dict in a JSON file; an empty one if there is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(directory, name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def read_run(run_dir):
-    """(config, summary) of a run's directory, each an empty dict if its file is missing or malformed."""
-    return tuple(read_json(os.path.join(run_dir, name)) for name in ("config.json", "summary.json"))
 
 
 def read_export(run_dir, export_dir):
@@ -71,7 +65,7 @@ def read_export(run_dir, export_dir):
     except OSError:
         return {}
     found = {}
-    for name, figures in read_json(os.path.join(export_dir, "parity.json")).items():
+    for name, figures in read_json(export_dir, "parity.json").items():
         if isinstance(figures, dict) and figures.get("checkpoint_sha256") == checkpoint:
             found[name] = {**figures, "path": os.path.join(export_dir, str(figures.get("file", "")))}
     return found
@@ -99,40 +93,28 @@ def tiles(summary):
         "best epoch": "-" if best == epochs else formatted(best, ","),
         "parameters": formatted(summary.get("parameters"), ","),
     }
-    notes = {"test accuracy": leaked_note(summary), "calibration error": calibration_note(summary)}
-    known = [(name, figure, notes.get(name, "")) for name, figure in figures.items() if figure != "-"]
-    return "".join("<div><span class=soft>{}</span><b>{}</b>{}</div>".format(*tile) for tile in known)
-
-
-def leaked_note(summary):
-    """The accuracy without the test images that also lie in the training split, if there are any."""
-    without, count = summary.get("test_accuracy_without_them"), summary.get("test_images_in_train")
-    if not count:
-        return ""
-    figure = formatted(without, ".2%")
-    return f"<small class=soft>{figure} without {formatted(count, ',')} that also lie in train</small>"
-
-
-def calibration_note(summary):
-    """What to compare the calibration error with."""
-    if "temperature" not in summary:
-        return "<small class=soft>not calibrated</small>"
     floor = formatted(summary.get("calibration_error_floor"), ".2%")
-    return "" if floor == "-" else f"<small class=soft>noise floor {floor}</small>"
+    note = "" if floor == "-" else f"noise floor {floor}"
+    notes = {"calibration error": note if "temperature" in summary else "not calibrated"}
+    if count := summary.get("test_images_in_train"):
+        without = formatted(summary.get("test_accuracy_without_them"), ".2%")
+        notes["test accuracy"] = f"{without} without {formatted(count, ',')} that also lie in train"
+    known = [(name, figure, notes.get(name, "")) for name, figure in figures.items() if figure != "-"]
+    tile = "<div><span class=soft>{}</span><b>{}</b><small class=soft>{}</small></div>"
+    return "".join(tile.format(*cells) for cells in known)
 
 
 def classes_section(figures):
     """Precision, recall and F1 of each class as bars, after the classes with the lowest recall."""
+    if not figures:
+        return ""
     rows, recalls = [], []
     for number, (name, row) in enumerate(figures.items()):
-        shares = [formatted(row[key], ".1%") for key in ("precision", "recall", "f1")]
+        shares = cells(row, precision=".1%", recall=".1%", f1=".1%")
         bars = [f'<td class=bar style="--part: {share}">{share}</td>' for share in shares]
         number = "" if name == str(number) else f"<span class=soft>{number}</span> "
-        name = f"<bdi>{text(name)}</bdi>"
-        rows.append([number + name, *bars, formatted(row["support"], ",")])
-        recalls.append((row["recall"], name))
-    if not rows:
-        return ""
+        recalls.append((row["recall"], f"<bdi>{text(name)}</bdi>"))
+        rows.append([number + recalls[-1][1], *bars, *cells(row, support=",")])
     lowest = [f"{name} ({recall:.1%})" for recall, name in sorted(recalls)[:3] if recall < 1]
     lowest = f"<p>Lowest recall: {', '.join(lowest)}.</p>" if lowest else ""
     inner = table(["class", "precision", "recall", "F1", "test images"], rows)
@@ -148,9 +130,9 @@ def export_section(run, export):
         speedup = ", ".join(f"{times:.2f}x" for times in figures.get("speedup", {}).values())
         verdict = PASSED if figures.get("passed") else FAILED
         row = [text(name), text(figures.get("file", "-")), file_size(figures["path"]), verdict]
-        row += [formatted(value, ".1e") for value in (figures.get("max_abs_diff"), on_probes)]
-        row += [formatted(figures.get(key), ".2%") for key in ("top1_agreement", "accuracy")]
-        rows.append([*row, speedup or "-", formatted(figures.get("latency_ms"), ".3g", " ms")])
+        row += [*cells(figures, max_abs_diff=".1e"), formatted(on_probes, ".1e")]
+        row += [*cells(figures, top1_agreement=".2%", accuracy=".2%"), speedup or "-"]
+        rows.append([*row, formatted(figures.get("latency_ms"), ".3g", " ms")])
         lines = filter(None, [*figures.get("failures", ()), figures.get("warning"), busy(figures)])
         remarks += [f"<li>{text(name)}: {text(line)}</li>" for line in lines]
     if not rows:
@@ -168,15 +150,11 @@ def camera_section(export):
     measured = {name: figures["camera"] for name, figures in export.items() if figures.get("camera")}
     if not measured:
         return ""
-    rows = []
-    for changes in zip(*measured.values(), strict=True):
-        cells = [text(f"{changes[0]['change']} {changes[0]['strength']}")]
-        for change in changes:
-            cells += [formatted(change["accuracy"], ".1%"), formatted(change["known"], ".2f")]
-        rows.append(cells)
+    rows = camera_rows(list(measured.values()), accuracy=".1%", known=".2f")
     head = ["change", *(cell for name in measured for cell in (f"{text(name)}: accuracy", "mean of known"))]
     about = "Some images of the test split, changed as cameras change them in everyday use."
-    return f"<section><h2>Pictures as a camera changes them</h2><p>{about}</p>{table(head, rows)}</section>"
+    inner = table(head, [[text(first), *others] for first, *others in rows])
+    return f"<section><h2>Pictures as a camera changes them</h2><p>{about}</p>{inner}</section>"
 
 
 def configuration_section(config):
@@ -208,13 +186,13 @@ def runs_section(run, config, runs_dir, exports_dir):
     found = []
     for name in os.listdir(runs_dir) if os.path.isdir(runs_dir) else ():
         run_dir = os.path.join(runs_dir, name)
-        other, summary = read_run(run_dir)
+        other, summary = (read_json(run_dir, name) for name in ("config.json", "summary.json"))
         if other and data_key(other) == data_key(config):
             export = read_export(run_dir, os.path.join(exports_dir, name))
             found.append((rank(summary), name, run_cells(name, other, summary, export)))
     found.sort()
-    names, rows = [name for _, name, _ in found], [cells for _, _, cells in found]
-    marked = names.index(run) if run in names else None
+    marked = next((number for number, (_, name, _) in enumerate(found) if name == run), None)
+    rows = [row for *_, row in found]
     head = "run,network,test accuracy,test loss,training time,epochs,parameters,file size,latency,date"
     return f"<section><h2>Runs on this dataset</h2>{table(head.split(','), rows, marked)}</section>"
 
@@ -235,9 +213,40 @@ def rank(summary):
 def run_cells(name, config, summary, export):
     """The cells of one run; file size and latency are those of its ONNX file, or else of its first file."""
     figures = export.get("onnx") or next(iter(export.values()), {"path": ""})
-    cells = [f"<bdi>{text(name)}</bdi>" + ("" if summary else " <span class=soft>(not finished)</span>")]
-    cells += [text(config.get("model", "-")), formatted(summary.get("test_accuracy"), ".2%")]
-    cells += [formatted(summary.get("test_loss"), ".4g"), duration(summary.get("train_seconds"))]
-    cells += [formatted(summary.get(key), ",") for key in ("epochs", "parameters")]
-    cells += [file_size(figures["path"]), formatted(figures.get("latency_ms"), ".3g", " ms")]
-    return [*cells, text(str(summary.get("created", "-"))[:10])]
+    first = f"<bdi>{text(name)}</bdi>" + ("" if summary else " <span class=soft>(not finished)</span>")
+    result = cells(summary, test_accuracy=".2%", test_loss=".4g"), duration(summary.get("train_seconds"))
+    size = *cells(summary, epochs=",", parameters=","), file_size(figures["path"])
+    latency, date = formatted(figures.get("latency_ms"), ".3g", " ms"), str(summary.get("created", "-"))[:10]
+    return [first, text(config.get("model", "-")), *result[0], result[1], *size, latency, text(date)]
+
+
+# -------------------------------------------------------------------------------------------- pieces of HTML
+def text(value):
+    """Any value as text for HTML."""
+    return html.escape(printable(str(value)))
+
+
+def duration(seconds):
+    if not isinstance(seconds, (int, float)) or seconds < 60:
+        return formatted(seconds, ".3g", " s")
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+
+
+def file_size(path):
+    if not os.path.isfile(path):
+        return "-"
+    size = os.path.getsize(path)
+    return f"{size:,} bytes" if size < 1e5 else f"{size / 1e6:.2f} MB"
+
+
+def table(head, rows, marked=None):
+    """An HTML table that scrolls if it is wide; cells are HTML, `marked` is the index of the row to mark."""
+    head, rows = without_empty_columns(head, rows)
+    head = "".join(f"<th scope=col>{cell}</th>" for cell in head)
+    lines = []
+    for number, (first, *others) in enumerate(rows):
+        others = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in others)
+        mark = " class=mark aria-current=true" if number == marked else ""
+        lines.append(f"<tr{mark}><th scope=row>{first}</th>{others}</tr>\n")
+    body = f"<thead><tr>{head}</tr></thead><tbody>\n{''.join(lines)}</tbody>"
+    return f"<div class=scroll><table>{body}</table></div>"
