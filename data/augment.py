@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,11 @@ def gather(images, index, augment: list[str], flips, generator, share: slice = s
         batch = warp(batch, draw(5).to(device), "crop" in augment, "rotate" in augment)
     for name, (part, numbers, change) in CAMERA.items():
         if name in augment:
-            batch = change_some(batch, draw(1 + numbers), part, change)
+            random = draw(1 + numbers)  # on the CPU, where choosing does not wait for a GPU
+            chosen = (random[:, 0] < part).nonzero()[:, 0]
+            if len(chosen):
+                random, chosen = random[chosen, 1:].to(device), chosen.to(device)
+                batch = batch.index_copy(0, chosen, change(batch[chosen], random))
     return batch if holes is None else torch.where(holes, 128, batch)
 
 
@@ -87,19 +90,6 @@ def warp(images: torch.Tensor, random: torch.Tensor, crop: bool, rotate: bool) -
     grid = F.affine_grid(theta, planes.shape, align_corners=False)
     planes = F.grid_sample(planes, grid, padding_mode="reflection", align_corners=False)
     return planes.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
-
-def change_some(images: torch.Tensor, random: torch.Tensor, part: float, change: Callable) -> torch.Tensor:
-    """Change this part of uint8 [n, H, W, C], chosen at random, by a function of images and random numbers.
-
-    random: uniform in 0..1, [n, k], on the CPU, where choosing does not wait for a GPU; the first number
-    decides whether an image is changed, and the function gets the others.
-    """
-    chosen = (random[:, 0] < part).nonzero()[:, 0]
-    if not len(chosen):
-        return images
-    random, chosen = random[chosen, 1:].to(images.device), chosen.to(images.device)
-    return images.index_copy(0, chosen, change(images[chosen], random))
 
 
 def blur(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:

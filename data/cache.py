@@ -133,8 +133,7 @@ def choose_target(paths: list[str], train: int, file: str, options: Options) -> 
 
 def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
     """The size (height, width) of images that are all small and of one size; else, noted, the usual size."""
-    smallest, largest = tuple(found.smallest), tuple(found.largest)
-    size = usual_size, usual_size
+    smallest, largest, size = tuple(found.smallest), tuple(found.largest), (usual_size, usual_size)
     if found.sizes == 1 and max(largest) <= LARGEST_OWN_SIZE:
         return largest
     if found.sizes and (smallest, largest) != (size, size):
@@ -174,8 +173,7 @@ def build(paths: list[str], base: str, target: Target, resize: Callable | None) 
             os.fsync(file.fileno())
         publish(temporary, base, [kept, *target.image_size, target.channels], unreadable)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     rate = f"{len(paths) / seconds:,.0f} a second"
     note(f"decoded {len(paths):,} files in {seconds:.1f} s ({rate}), cached for later runs")
@@ -208,15 +206,13 @@ def refuse_mostly_unreadable(paths: list[str], unreadable: list[tuple[int, str]]
 
 def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:
     """Move the rows after each missing one up, in place. Returns the number of rows that are left."""
-    if not missing:
-        return count
-    pixels = np.memmap(file, np.uint8, "r+", shape=(count, row_bytes))
-    kept = [source for source in range(count) if source not in missing]
-    for target, source in enumerate(kept):
-        if source != target:
+    if missing:
+        pixels = np.memmap(file, np.uint8, "r+", shape=(count, row_bytes))
+        kept = [source for source in range(count) if source not in missing]
+        for target, source in enumerate(kept):
             pixels[target] = pixels[source]
-    pixels.flush()
-    return len(kept)
+        pixels.flush()
+    return count - len(missing)
 
 
 def report_unreadable(paths: list[str], unreadable: list[tuple[int, str]], strict: bool) -> None:

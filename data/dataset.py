@@ -89,10 +89,9 @@ def mean_and_std(images: np.ndarray) -> tuple[list[float], list[float]]:
     Both are exact: they come from a histogram, which also keeps the memory small.
     """
     levels, means, stds = np.arange(256), [], []
+    parts = [images[start : start + 1024] for start in range(0, len(images), 1024)]
     for channel in range(images.shape[3]):
-        counts = np.zeros(256, dtype=np.int64)
-        for start in range(0, len(images), 1024):
-            counts += np.bincount(images[start : start + 1024, ..., channel].ravel(), minlength=256)
+        counts = sum(np.bincount(part[..., channel].ravel(), minlength=256) for part in parts)
         mean = np.average(levels, weights=counts)
         std = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
         means.append(float(mean / 255))

@@ -150,18 +150,13 @@ def decode_chunk(paths: list[str], start: int, file: str, target: Target, resize
             failures.append((start + row, str(problem)))
             continue
         if image.shape[:2] != target.image_size:
-            image = resize_one(image, target.image_size, resize)
+            import torch  # here, because images that all have the right size do not need it
+
+            if multiprocessing.parent_process() is not None:
+                torch.set_num_threads(1)  # the workers already share the cores
+            image = resize(torch.from_numpy(image.copy())[None], target.image_size)[0].round().byte().numpy()
         block[row] = image
     with open(file, "r+b") as stream:
         stream.seek(start * target.row_bytes())
         stream.write(block)
     return failures
-
-
-def resize_one(image: np.ndarray, image_size: tuple[int, int], resize: Callable) -> np.ndarray:
-    """One uint8 image [height, width, channels], resized and rounded."""
-    import torch  # here, because images that all have the right size do not need it
-
-    if multiprocessing.parent_process() is not None:
-        torch.set_num_threads(1)  # the workers already share the cores
-    return resize(torch.from_numpy(image.copy())[None], image_size)[0].round().byte().numpy()

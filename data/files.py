@@ -137,5 +137,4 @@ def hold_out_test(listing: Listing, source: str) -> Listing:
     if not held.any():
         reason = "which leaves none to test on: each class needs two or more images"
         raise Problem(f"{source} has one image of each class, {reason}")
-    splits = {**listing.splits, "train": train.part(~held), "test": train.part(held)}
-    return Listing(listing.classes, splits)
+    return Listing(listing.classes, listing.splits | {"train": train.part(~held), "test": train.part(held)})

@@ -7,7 +7,7 @@ import numpy as np
 
 from data.files import SPELLINGS, Files, Listing, name_some, split_called
 from data.notes import note
-from step3_infer import Problem, is_image, is_visible
+from step3_infer import Problem, is_image, is_visible, problems
 
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 PLUGINS = dict.fromkeys((".heic", ".heics", ".heif", ".heifs"), "pillow-heif")
@@ -31,9 +31,8 @@ def list_folder(directory: str) -> Listing:
             splits[split] = Files(directory, paths, index[labels])
     if skipped:
         count = f"{len(skipped):,} file{'s' if len(skipped) > 1 else ''}"
-        names = name_some(os.path.relpath(path, directory) for path in skipped)
-        hint = plugin_hint(skipped)
-        note(f"left out {count} of {directory} that Pillow does not know as images: {names}{hint}")
+        names = name_some(os.path.relpath(path, directory) for path in skipped) + plugin_hint(skipped)
+        note(f"left out {count} of {directory} that Pillow does not know as images: {names}")
     return Listing(classes, splits)
 
 
@@ -73,12 +72,14 @@ def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[li
         inner = os.path.join(directory, classes[0])
         way_out = f"give --data-dir {inner}" if has_classes(inner) else "classification needs two"
         raise Problem(f"{directory} has only one class folder, {classes[0]!r}: {way_out}")
-    refuse_undecodable(directory, classes)
-    loose = [entry.path for entry in os.scandir(directory) if entry.is_file() and is_visible(entry.name)]
-    loose = sorted(filter(is_image, loose))
+    for name in classes:
+        if name != name.encode(errors="ignore").decode():  # which no exported file could hold
+            folder = os.path.join(directory, name)
+            raise Problem(f"the name of the class folder {folder} is not UTF-8: rename it")
+    files = [entry for entry in os.scandir(directory) if entry.is_file() and is_visible(entry.name)]
+    loose = sorted(entry.name for entry in files if is_image(entry.path))
     if loose:
-        names = name_some(map(os.path.basename, loose))
-        note(f"images beside the class folders of {directory} are not used: {names}")
+        note(f"images beside the class folders of {directory} are not used: {name_some(loose)}")
     paths, counts = [], []
     for name in classes:
         folder, found, others = os.path.join(directory, name), [], []
@@ -94,26 +95,17 @@ def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[li
 
 def has_classes(directory: str) -> bool:
     """Are there two or more class folders with images in them? Only names are read, for speed."""
-    for name in subfolders(directory):
-        if split_called(name) == "train":
-            directory = os.path.join(directory, name)
-            break
-    filled = 0
-    for name in subfolders(directory):
-        paths = files_below(os.path.join(directory, name))
-        filled += any(os.path.splitext(path)[1] and is_image(path) for path in paths)
-        if filled == 2:
-            return True
-    return False
+    train = next((name for name in subfolders(directory) if split_called(name) == "train"), "")
+    directory = os.path.join(directory, train)
+    folders = (files_below(os.path.join(directory, name)) for name in subfolders(directory))
+    filled = (any(os.path.splitext(path)[1] and is_image(path) for path in paths) for paths in folders)
+    return any(filled) and any(filled)  # the second goes on where the first stopped
 
 
 def subfolders(directory: str) -> list[str]:
     """The names of the folders in a directory that are not hidden, sorted. Raises Problem."""
-    try:
-        with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if is_visible(entry.name) and entry.is_dir())
-    except OSError as error:
-        refuse(error)
+    with problems(f"cannot read {directory}", OSError), os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if is_visible(entry.name) and entry.is_dir())
 
 
 def files_below(directory: str) -> Iterator[str]:
@@ -126,16 +118,6 @@ def files_below(directory: str) -> Iterator[str]:
 def refuse(error: OSError) -> None:
     """Stop at a directory that cannot be read, which os.walk would pass over in silence. Raises Problem."""
     raise Problem(f"cannot read {error.filename}: {error.strerror}")
-
-
-def refuse_undecodable(directory: str, names: list[str]) -> None:
-    """Raise Problem if the name of a class is not text, which no exported file could hold."""
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            folder = os.path.join(directory, name)
-            raise Problem(f"the name of the class folder {folder} is not UTF-8: rename it") from None
 
 
 def plugin_hint(paths: list[str]) -> str:

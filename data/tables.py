@@ -27,19 +27,15 @@ def list_csv(file: str, options: Options) -> Listing:
         if set(tested) != {"test"}:
             raise Problem(f"{options.test_csv} has rows whose {SPLIT_COLUMN} is not test", 2)
         rows, sources = rows | tested, {"test": options.test_csv}
-    classes = sort_classes({label for _, label in rows["train"]})
+    names = {label for _, label in rows["train"]}
+    numbers = all(name.removeprefix("-").isdecimal() and len(name) < 20 for name in names)
+    classes = sorted(names, key=int if numbers else None)
     if len(classes) < 2:
         raise Problem(f"{file} has one class only, {classes[0]!r}: classification needs two or more")
     splits = {}
     for split in filter(rows.get, SPLITS):
         splits[split] = to_files(rows[split], classes, sources.get(split, file), options)
     return Listing(classes, splits)
-
-
-def sort_classes(names: set[str]) -> list[str]:
-    """Sorted as numbers if all of them are whole numbers, otherwise as text."""
-    numbers = all(name.removeprefix("-").isdecimal() and len(name) < 20 for name in names)
-    return sorted(names, key=int if numbers else None)
 
 
 def to_files(rows: list[tuple[str, str]], classes: list[str], file: str, options: Options) -> Files:
@@ -61,7 +57,7 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[tup
     lines = read_lines(file)
     header = [name.strip() for name in lines[0]]
     columns = find_columns(file, header, options)
-    rows, incomplete = {}, []
+    rows, incomplete, root = {}, [], root_of(file, options)
     for number, cells in enumerate(lines[1:], start=2):
         if not any(cells):
             continue
@@ -76,32 +72,22 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[tup
         if split is None:
             found = f"{SPLIT_COLUMN} {named[0]!r}"
             raise Problem(f"{file}, row {number}: {found} is none of train, val and test")
-        rows.setdefault(split, []).append((locate(root_of(file, options), image), label))
-    report_incomplete(file, incomplete, options.strict)
+        path = os.path.join(root, image)
+        if "\\" in image and not os.path.lexists(path):  # it separates folders here, too
+            path = os.path.join(root, image.replace("\\", "/"))
+        rows.setdefault(split, []).append((path, label))
+    if incomplete:
+        count = f"{len(incomplete):,} row{'s' if len(incomplete) > 1 else ''} of {file}"
+        reason = f"without an image, a label or a split, the first: row {incomplete[0]}"
+        if options.strict:
+            raise Problem(f"{count} {reason}; --strict was given: fill in or remove them")
+        note(f"left out: {count} {reason}")
     if not rows:
         raise Problem(f"{file} lists no images below its first line")
     for column in columns[2:]:
         counts = ", ".join(f"{len(rows[split]):,} {split}" for split in filter(rows.get, SPLITS))
         note(f"the column {header[column]!r} of {file} says which split a row is in: {counts}")
     return rows
-
-
-def report_incomplete(file: str, incomplete: list[int], strict: bool) -> None:
-    """Say which rows were skipped because a cell is empty. Raises Problem if `strict`."""
-    if incomplete:
-        count = f"{len(incomplete):,} row{'s' if len(incomplete) > 1 else ''} of {file}"
-        reason = f"without an image, a label or a split, the first: row {incomplete[0]}"
-        if strict:
-            raise Problem(f"{count} {reason}; --strict was given: fill in or remove them")
-        note(f"left out: {count} {reason}")
-
-
-def locate(root: str, text: str) -> str:
-    """The path of an image below `root`; backslashes separate folders here, too, if no file is called so."""
-    path = os.path.join(root, text)
-    if "\\" in text and not os.path.lexists(path):
-        path = os.path.join(root, text.replace("\\", "/"))
-    return path
 
 
 def read_lines(file: str) -> list[list[str]]:

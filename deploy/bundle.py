@@ -10,7 +10,6 @@ import os
 import shutil
 import string
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +54,7 @@ CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxrunt
 
 
 def publish(
-    out: str,
-    workspace: str,
-    models: Sequence[str],
-    parity: dict,
-    *,
-    script,
-    onnxruntime,
-    spec,
-    samples,
-    calibration,
+    out: str, workspace: str, models: list, parity: dict, *, script, onnxruntime, spec, samples, calibration
 ) -> str:
     """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
@@ -75,7 +65,11 @@ def publish(
     """
     folder, path = os.path.join(workspace, "bundle"), archive_path(out)
     os.makedirs(os.path.join(folder, "samples"))
-    copy_files(folder, [*models, script, os.path.join(HERE, "ENGINES.md")])
+    for file in (*models, script, os.path.join(HERE, "ENGINES.md")):
+        shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
+    for name in DIRECTORIES:
+        excluded = shutil.ignore_patterns(*EXCLUDED)
+        shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=excluded)
     write_samples(folder, samples, calibration)
     timeless = {name: {k: v for k, v in row.items() if k not in TIMINGS} for name, row in parity.items()}
     texts = {
@@ -96,18 +90,18 @@ def publish(
     return path
 
 
-def readme(spec: dict, names: Sequence[str]) -> str:
+def readme(spec: dict, names: list[str]) -> str:
     """The README.md of a bundle: how to run it, and what each file is. names: of its files, so far."""
-    regression = spec["task"] == "regression"
-    values = ",".join(["0.5"] * spec["channels"])
+    inputs = "--top-k 3 samples/"
     cpp = CPP if "model.onnx" in names else "[cpp/README.md](cpp/README.md) says how to build and run it."
-    if regression:
+    if spec["task"] == "regression":
+        inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."
     listed = [name for name in FILES if not name.startswith(("model.", "calibration")) or name in names]
     template = string.Template(Path(HERE, "bundle.md.template").read_text(encoding="utf-8"))
     return template.substitute(
         title=f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}",
-        inputs=f"--values {values}" if regression else "--top-k 3 samples/",
+        inputs=inputs,
         cpp=cpp,
         files="\n".join(f"| `{name}` | {FILES[name]} |" for name in listed),
     )
@@ -142,16 +136,6 @@ def earlier_parity(out: str, checkpoint_sha256: str, files: dict[str, str]) -> d
     return parity
 
 
-def copy_files(folder, paths):
-    """Copy files, the C++ program and the web page into the folder."""
-    for path in paths:
-        shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
-    for name in DIRECTORIES:
-        if os.path.isdir(os.path.join(HERE, name)):
-            excluded = shutil.ignore_patterns(*EXCLUDED)
-            shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=excluded)
-
-
 def write_samples(folder, samples, calibration):
     """Write the images, expected.jsonl with their predictions, and calibration.npy unless it is None."""
     if calibration is not None:
@@ -179,13 +163,12 @@ def contents(folder: str) -> list[str]:
 def write_archive(folder, path):
     """Write the zip archive of a folder, its files below a directory named like the archive."""
     top = os.path.basename(path).removesuffix(".zip")
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name in contents(folder):
             entry = zipfile.ZipInfo(f"{top}/{name}", date_time=(1980, 1, 1, 0, 0, 0))  # zip's oldest
             entry.create_system = 3  # Unix: the modes count
             entry.external_attr = (0o100000 | mode(name)) << 16
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, Path(folder, name).read_bytes())
+            archive.writestr(entry, Path(folder, name).read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def swap_in(new: str, final: str, aside: str) -> None:

@@ -166,11 +166,10 @@ def survey(model: Model, images: np.ndarray, labels: np.ndarray, levels=(MEDIUM,
     images: uint8 [n, H, W, C], test images with their labels [n]; a thousand tell a difference of 3 points.
     """
     yield Row("none", "", *measure(model, images, labels))
-    for name, change in CHANGES.items():
-        for level in levels:
-            strength = change.strengths[level]
-            found = measure(model, images, labels, change.function, strength)
-            yield Row(name, change.unit.format(strength), *found)
+    for name, (function, strengths, unit, _) in CHANGES.items():
+        for strength in (strengths[level] for level in levels):
+            found = measure(model, images, labels, function, strength)
+            yield Row(name, unit.format(strength), *found)
 
 
 def measure(model: Model, images, labels, function: Callable | None = None, strength: float = 0) -> tuple:
@@ -178,8 +177,7 @@ def measure(model: Model, images, labels, function: Callable | None = None, stre
 
     The same images get the same random numbers in every call.
     """
-    hits, known = 0, []
-    size = model.batch or PART
+    hits, known, size = 0, [], model.batch or PART
     for start in range(0, len(images), size):
         part = np.ascontiguousarray(images[start : start + size])
         if function is not None:

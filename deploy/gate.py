@@ -23,8 +23,15 @@ The spec inside the file must be the network's, too. Speed is measured, and how 
 trusted; neither decides anything.
 """
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,8 +39,8 @@ import torch
 import model
 import step3_infer
 from deploy.comparing import Outputs, compare, latency, predictions, some, test_figures
-from deploy.isolated import predict_isolated
-from step3_infer import Model, Problem
+from deploy.samples import to_png
+from step3_infer import Model, Problem, problems
 
 RESIZE_TOLERANCE = 1e-3  # grey levels
 KNOWN_TOLERANCE, INT8_KNOWN_TOLERANCE = 5e-3, 5e-2
@@ -241,3 +248,28 @@ def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: Outputs, t
     except Problem as problem:
         return {"samples": 0}, [str(problem)]
     return compare(some(expected, slice(ISOLATED_SAMPLES)), got, tolerance, KNOWN_TOLERANCE)
+
+
+def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
+    """Outputs for inputs [N, ...], images as PNG files, from an otherwise empty directory. Raises Problem."""
+    place, regression = tempfile.TemporaryDirectory, spec["task"] == "regression"
+    command = [sys.executable, "-I", "step3_infer.py", "--format", "json", "--model", os.path.basename(file)]
+    with problems("no temporary directory to run it in", OSError), place() as folder, place() as pictures:
+        for needed in (step3_infer.__file__, file):
+            shutil.copy(needed, folder)
+        if regression:
+            command += ["--values=" + ",".join(map(str, row)) for row in inputs.tolist()]
+        else:
+            command += ["--top-k", str(len(spec["classes"])), pictures]
+            for index, image in enumerate(inputs):
+                Path(pictures, f"{index:03}.png").write_bytes(to_png(image))
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    if done.returncode != 0:
+        raise Problem(f"step3_infer.py failed: {done.stderr.strip()}")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    if regression:
+        return Outputs(np.array([[row["prediction"]] for row in rows], np.float32), None)
+    probabilities = [{entry["label"]: entry["probability"] for entry in row["top"]} for row in rows]
+    main = [[each.get(name, np.nan) for name in spec["classes"]] for each in probabilities]
+    known = None if rows[0]["known"] is None else np.array([row["known"] for row in rows], np.float32)
+    return Outputs(np.array(main, np.float32), known)

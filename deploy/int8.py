@@ -12,7 +12,9 @@ import contextlib
 import io
 import logging
 import time
+import timeit
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -75,8 +77,7 @@ def accuracy(file: str, images: np.ndarray, labels: np.ndarray, threads: int | N
 
 def batches(images: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
     """Batches of 16 images [N, H, W, C], or of `size`, the only one that a file takes."""
-    last = len(images) if size is None else len(images) - size + 1
-    size = size or 16
+    last, size = len(images) - (size or 1) + 1, size or 16
     return (np.ascontiguousarray(images[start : start + size]) for start in range(0, last, size))
 
 
@@ -95,9 +96,13 @@ def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="Min
     options = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
     if fixed:
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}  # TensorRT takes no int32
+    feeds = ({"image": batch} for batch in batches(images, fixed and fixed["batch"]))
+    reader = SimpleNamespace(
+        get_next=lambda: next(feeds, None)
+    )  # all that it needs of a CalibrationDataReader
     with without_advice():
         quantize_static(
-            *(source, target, Batches(images, fixed and fixed["batch"])),
+            *(source, target, reader),
             op_types_to_quantize=list(OP_TYPES),
             nodes_to_exclude=excluded,
             per_channel=True,
@@ -144,16 +149,6 @@ def nodes_for(graph, output: str) -> list:
     return nodes
 
 
-class Batches:
-    """A calibration data reader, of images [N, H, W, C]."""
-
-    def __init__(self, images: np.ndarray, size: int | None):
-        self.feeds = ({"image": batch} for batch in batches(images, size))
-
-    def get_next(self) -> dict | None:
-        return next(self.feeds, None)
-
-
 @contextlib.contextmanager
 def without_advice():
     """Silence the quantizer's prints, and its advice to fold constants, which torch's exporter has done."""
@@ -181,8 +176,7 @@ def move_table(source: str, quantized: str, images: np.ndarray, size: int | None
     if len(proto.graph.output) < 2:
         return
     before, after = (np.sort(scores(file, images, size)) for file in (source, quantized))
-    name, _ = table_and_score(proto.graph)
-    table = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+    table = next(t for t in proto.graph.initializer if t.name == table_and_score(proto.graph)[0])
     entries = onnx.numpy_helper.to_array(table)
     moved = np.sort(entries + np.interp(entries, before, after - before)).astype(np.float32)
     table.CopyFrom(onnx.numpy_helper.from_array(moved, table.name))
@@ -214,7 +208,15 @@ def finish(path: str, spec: dict, opset: int) -> bytes:
     proto = onnx.load(path)
     short_names = {value.name: value.name for value in (*proto.graph.input, *proto.graph.output)}
     short_names[""] = ""  # of an optional input that is left out
-    merge_constants(proto.graph, short_names)
+    constants = {}  # equal ones are stored once
+    for tensor in proto.graph.initializer:
+        name = tensor.name
+        tensor.name = ""
+        same = constants.setdefault(tensor.SerializeToString(), tensor)
+        same.name = short_names[name] = same.name or f"c{len(constants)}"
+    merged = list(constants.values())
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(merged)
     for node in proto.graph.node:
         for name in node.output:
             short_names.setdefault(name, f"t{len(short_names)}")
@@ -226,19 +228,6 @@ def finish(path: str, spec: dict, opset: int) -> bytes:
     return onnx_file.finish(proto, spec, opset)
 
 
-def merge_constants(graph, short_names: dict[str, str]) -> None:
-    """Store equal constants once, under short names, which are entered into `short_names`."""
-    constants = {}
-    for tensor in graph.initializer:
-        name = tensor.name
-        tensor.name = ""
-        same = constants.setdefault(tensor.SerializeToString(), tensor)
-        same.name = short_names[name] = same.name or f"c{len(constants)}"
-    merged = list(constants.values())
-    del graph.initializer[:]
-    graph.initializer.extend(merged)
-
-
 # ------------------------------------------------------------------------------------------------------ speed
 def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads: int | None = None) -> dict:
     """How much faster it is on uint8 [N, H, W, C]: `speedup` by batch size, and perhaps a `warning`."""
@@ -247,10 +236,8 @@ def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads:
     for size in [fast.batch] if fast.batch else (1, 64):
         batch = fit(np.resize(images[:size], (size, *images.shape[1:])), fast.spec)
         figures[str(size)] = round(speedup(slow.predict, fast.predict, batch), 2)
-    if min(figures.values()) >= FASTER:
-        return {"speedup": figures}
     warning = f"it is not faster than float32 on this machine ({speed_in_words(figures)})"
-    return {"speedup": figures, "warning": warning}
+    return {"speedup": figures} | ({} if min(figures.values()) >= FASTER else {"warning": warning})
 
 
 def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float = 0.3) -> float:
@@ -258,16 +245,12 @@ def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float =
 
     Another process, on a shared machine, delays now one and now the other: the fastest fifth of each counts.
     """
-    slow(inputs)
-    fast(inputs)
-    times, until = [], time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 5:
-        started = time.perf_counter()
-        slow(inputs)
-        between = time.perf_counter()
-        fast(inputs)
-        times.append((between - started, time.perf_counter() - between))
-    slow_time, fast_time = np.quantile(times, 0.2, axis=0)
+    timers = [timeit.Timer(lambda run=run: run(inputs)) for run in (slow, fast)]
+    times = [[timer.timeit(1) for timer in timers]]  # of the first run, which is slower
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 6:
+        times.append([timer.timeit(1) for timer in timers])
+    slow_time, fast_time = np.quantile(times[1:], 0.2, axis=0)
     return float(slow_time / fast_time)
 
 

@@ -25,21 +25,12 @@ BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#5F6770", "#1B1F24"  # the firs
 STYLE = {
     "font.family": "DejaVu Sans",  # it comes with matplotlib
     "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.edgecolor": "#B6BCC4",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": "#E6E9ED",
-    "xtick.color": "#B6BCC4",
-    "ytick.color": "#B6BCC4",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#B6BCC4"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.formatter.useoffset"), False),
+    **dict.fromkeys(("legend.frameon", "text.parse_math"), False),
 }
 COLUMNS, GRID = 5, 25  # images per row, and in total
 FEW, SOME, MANY = 12, 30, 100  # classes: up to SOME the cells hold figures, up to MANY each class is named
@@ -100,15 +91,12 @@ def fit(text, inches, points, weight=None):
 @as_png
 def curves(subtitle: str, rows: list[dict]) -> bytes:
     """Loss, accuracy and learning rate by epoch; rows: those of metrics.csv, as dicts by column."""
-    columns = {}
-    for key in rows[0]:
-        cells = [np.nan if row[key] in (None, "") else row[key] for row in rows]  # "" in a file
-        columns[key] = np.array(cells, np.float64)
+    cells = {key: [row[key] for row in rows] for key in rows[0]}  # not measured: None, or "" in a file
+    columns = {key: np.array([np.nan if x in (None, "") else x for x in cells[key]], float) for key in cells}
     epochs, marker = columns["epoch"], "o" if len(rows) <= 30 else ""
     metrics = ["loss", "accuracy"] if np.isfinite(columns["train_accuracy"]).any() else ["loss"]
-    title = f"Training curves, {counted(len(rows), 'epoch')}"
+    title, heights = f"Training curves, {counted(len(rows), 'epoch')}", [1] * len(metrics) + [0.55]
     figure = new_figure(title, subtitle, WIDTH, 2.1 * len(metrics) + 1.3)
-    heights = [1] * len(metrics) + [0.55]
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axis, metric in zip(axes, metrics, strict=False):
         plot_metric(axis, metric, columns, marker)
@@ -188,12 +176,11 @@ def label_classes(axis, names, side):
     pitch = 72 * side * step / len(names)  # points
     size, positions = min(9, 0.88 * pitch), range(0, len(names), step)
     texts = [fit(drawable(names[i], i), 1.05, size) for i in positions]
-    turned = {}
-    if max(map(len, texts)) * 0.7 * size >= pitch:
-        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        turned = slanted if len(names) <= FEW else {"rotation": 90}
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    turned = slanted if len(names) <= FEW else {"rotation": 90}
+    wide = max(map(len, texts)) * 0.7 * size >= pitch
     axis.set_yticks(positions, texts, size=size)
-    axis.set_xticks(positions, texts, size=size, **turned)
+    axis.set_xticks(positions, texts, size=size, **(turned if wide else {}))
     axis.tick_params(length=0)
 
 
@@ -202,10 +189,10 @@ def fill_cells(axis, counts, shares, side):
     room = 72 * side / len(counts)  # points
     size = min(room / (0.72 * max(4.5, len(f"{counts.max():,}"))), 13)
     for i, j in zip(*counts.nonzero(), strict=True):
-        colour = "white" if shares[i, j] > 0.4 else INK
+        style = {"ha": "center", "color": "white" if shares[i, j] > 0.4 else INK}
         share = "100%" if counts[i, j] == counts[i].sum() else f"{shares[i, j]:.1%}"
-        axis.text(j, i, f"{counts[i, j]:,}", ha="center", va="bottom", size=size, color=colour)
-        axis.text(j, i + 0.06, share, ha="center", va="top", size=0.8 * size, color=colour)
+        axis.text(j, i, f"{counts[i, j]:,}", va="bottom", size=size, **style)
+        axis.text(j, i + 0.06, share, va="top", size=0.8 * size, **style)
 
 
 def list_confusions(axis, counts, shares, names):
@@ -247,11 +234,10 @@ def mistakes(subtitle: str, images: Sequence, labels: np.ndarray, probabilities:
     captions = []
     for i in chosen:
         guess, true = (fit(drawable(names[c], c), 0.64, 8) for c in (guesses[i], labels[i]))
-        lines = [(f"pred: {guess}", ORANGE), (f"{confidence[i]:.1%}", GREY), (f"true: {true}", INK)]
-        captions.append(lines)
-    title = "Most confident wrong predictions"
-    title += f", {len(chosen)} of {len(wrong):,}" if len(chosen) < len(wrong) else ""
-    return draw_grid(title, subtitle, [images[int(i)] for i in chosen], captions)
+        captions.append([(f"pred: {guess}", ORANGE), (f"{confidence[i]:.1%}", GREY), (f"true: {true}", INK)])
+    of_all = f", {len(chosen)} of {len(wrong):,}" if len(chosen) < len(wrong) else ""
+    chosen = [images[int(i)] for i in chosen]
+    return draw_grid(f"Most confident wrong predictions{of_all}", subtitle, chosen, captions)
 
 
 @as_png

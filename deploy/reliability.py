@@ -59,12 +59,9 @@ def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.nd
 
 def accuracy_at_coverage(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, dict]:
     """For each share of answers, those with the highest probabilities: their accuracy and the lowest one."""
-    accuracy, lowest = coverage_curve(probabilities, labels)
-    figures = {}
-    for share in COVERAGES:
-        last = max(round(share * len(labels)), 1) - 1
-        figures[f"{share:g}"] = {"accuracy": float(accuracy[last]), "probability": float(lowest[last])}
-    return figures
+    accuracy, lowest = (curve.tolist() for curve in coverage_curve(probabilities, labels))
+    last = {f"{share:g}": max(round(share * len(labels)), 1) - 1 for share in COVERAGES}
+    return {share: {"accuracy": accuracy[k], "probability": lowest[k]} for share, k in last.items()}
 
 
 def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:

@@ -65,8 +65,8 @@ def coverage(subtitle: str, labels: np.ndarray, probabilities: np.ndarray) -> by
     axis = figure.subplots()
     axis.plot(shares, accuracy, color=BLUE, label=f"100% answered: {accuracy[-1]:.2%} right")
     for share, found in measured.accuracy_at_coverage(probabilities, labels).items():
-        text = f"{float(share):.0%} answered: {found['accuracy']:.2%} right, probability from "
-        label = text + threshold(found["probability"])
+        label = f"{float(share):.0%} answered: {found['accuracy']:.2%} right, probability from "
+        label += threshold(found["probability"])
         axis.plot(float(share), found["accuracy"], "o", color=ORANGE, markersize=5, label=label)
     low, high = accuracy[len(accuracy) // 2 :].min(), accuracy.max()  # one mistake of few counts too much
     room = 0.08 * max(high - low, 0.01)
@@ -86,8 +86,7 @@ def familiar(subtitle: str, kinds: dict[str, dict]) -> bytes:
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, kind) in zip(axes, kinds.items(), strict=True):
         shares = np.array(kind["histogram"]) / kind["images"]
-        colours = [ORANGE] + [BLUE] * (len(shares) - 1)
-        edges = np.arange(len(shares)) / len(shares)
+        edges, colours = np.arange(len(shares)) / len(shares), [ORANGE] + [BLUE] * (len(shares) - 1)
         axis.bar(edges, shares, 1 / len(shares), align="edge", color=colours, edgecolor="white")
         axis.set(xlim=(0, 1), ylim=(0, 1.1 * shares.max()))
         axis.set_yticks([0, shares.max()], ["0", f"{shares.max():.0%}"], size=8)

@@ -16,7 +16,7 @@ from test_step2 import parity_of
 import model
 import step1_train
 import step2_export
-from deploy import gate, isolated
+from deploy import gate
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_the_second_proof_catches_it_as_well(call, small_run, here, plant):
 def test_a_file_that_does_not_run_in_isolation(call, small_run, here, plant, monkeypatch):
     plant("onnx", lambda good, path, deployable, spec: shutil.copy(good, path))
     failed = subprocess.CompletedProcess([], 1, "", "error: onnxruntime is missing\n")
-    monkeypatch.setattr(isolated.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(gate.subprocess, "run", lambda *_, **__: failed)
     result = call(step2_export.main, "--format", "onnx")
     assert_caught(result, "onnx", here / "exports" / "small", "isolated", "onnxruntime is missing")
 

@@ -30,10 +30,8 @@ def locked(run: str) -> Iterator[None]:
     with problems(f"cannot read {run}", OSError):
         handle = os.open(run, os.O_RDONLY)
     try:
-        try:
+        with problems(f"{run} is being trained by another process", BlockingIOError, form="{}"):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Problem(f"{run} is being trained by another process") from None
         yield
     finally:
         os.close(handle)

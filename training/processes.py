@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from step3_infer import Problem
+from step3_infer import Problem, one_line, problems
 from training import cpu
 
 
@@ -98,25 +98,20 @@ def joined() -> Iterator[Processes]:
         except RuntimeError as error:
             if "memory" in str(error):
                 raise
-            reason = str(error).splitlines()[0]
-            raise Problem(f"process {processes.rank} lost the others: {reason}") from None
+            raise Problem(f"process {processes.rank} lost the others: {one_line(error)}") from None
 
 
 def choose_device(name: str, processes: Processes) -> torch.device:
     """The device that `--device` names, with auto a GPU if there is one. Raises Problem if it is unusable."""
-    chosen = name
-    if name == "auto":
-        other = "mps" if torch.backends.mps.is_available() else "cpu"
-        chosen = "cuda" if torch.cuda.is_available() else other
+    others = "mps" if torch.backends.mps.is_available() else "cpu"
+    auto = "cuda" if torch.cuda.is_available() else others
+    chosen = auto if name == "auto" else name
     if chosen == "cuda" and processes.count > 1:
         chosen = f"cuda:{processes.local_rank}"
-    try:
+    unusable, form = f"--device {name} cannot be used here", "{} ({}); --device cpu always works"
+    with problems(unusable, (RuntimeError, AssertionError), 2, form):
         device = torch.device(chosen)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
-        message = f"--device {name} cannot be used here ({reason}); --device cpu always works"
-        raise Problem(message, 2) from None
     return device
 
 
@@ -134,18 +129,14 @@ def choose_machine(settings, processes: Processes, bf16_pays: bool) -> Machine:
 
     settings: device, precision, batch_size, sync_batchnorm. bf16_pays: whether the network gains from it.
     """
-    count = processes.count
-    if count > 1 and settings.batch_size < 2 * count:
-        raise Problem(f"--batch-size {settings.batch_size} is too small for {count} processes", 2)
+    if processes.count > 1 and settings.batch_size < 2 * processes.count:
+        raise Problem(f"--batch-size {settings.batch_size} is too small for {processes.count} processes", 2)
     device = choose_device(settings.device, processes)
     if settings.sync_batchnorm and device.type != "cuda":
         raise Problem("--sync-batchnorm needs GPUs: torch has none for the CPU", 2)
     bf16 = settings.precision == "bf16"
-    if settings.precision == "auto" and bf16_pays:
-        if device.type == "cuda":
-            bf16 = torch.cuda.is_bf16_supported()
-        elif device.type == "cpu":
-            bf16 = cpu.supports_bf16()
+    if settings.precision == "auto" and bf16_pays and device.type in ("cuda", "cpu"):
+        bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu.supports_bf16()
     return Machine(device, torch.bfloat16 if bf16 else None, processes)
 
 

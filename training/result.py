@@ -30,11 +30,10 @@ def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]
     logits, labels = torch.from_numpy(evaluated.outputs), dataset.test_labels
     probabilities = logits.softmax(1).numpy()
     if trainer.calibration:
-        logits = logits / trainer.calibration.temperature
         summary["temperature"] = trainer.calibration.temperature
-        summary["test_loss_uncalibrated"] = evaluated.loss
-        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long())
-        summary["test_loss"] = loss.item()
+        logits = logits / trainer.calibration.temperature
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long()).item()
+        summary |= {"test_loss_uncalibrated": evaluated.loss, "test_loss": loss}
         summary["calibration_error_uncalibrated"] = report.calibration_error(probabilities, labels)
         probabilities = logits.softmax(1).numpy()
     summary["calibration_error"] = report.calibration_error(probabilities, labels)

@@ -154,7 +154,13 @@ def read(run: str) -> tuple[dict, dict | None]:
     for path in (os.path.join(run, CHECKPOINT), os.path.join(run, PREVIOUS)):
         try:
             checkpoint = load_plain(path)
-            check_schema(path, checkpoint["schema"])
+            schema = checkpoint["schema"]
+            if schema > SCHEMA:
+                known = f"this script knows up to {SCHEMA}: update Threestep"
+                raise Problem(f"{path} has schema {schema}, {known}")
+            if schema < SCHEMA:
+                way_out = "it can still be exported; start a new run to train further"
+                raise Problem(f"{path} was written by an earlier version and cannot be continued: {way_out}")
             arguments, training = checkpoint["arguments"], checkpoint["training"]
             training["progress"], training["optimizer"]
         except FileNotFoundError:
@@ -185,14 +191,6 @@ def load_plain(source) -> dict:
         raise
     except Exception:  # torch.load fails in a dozen ways
         raise ValueError("it is damaged, or holds other things than tensors and plain values") from None
-
-
-def check_schema(path: str, schema: int) -> None:
-    if schema > SCHEMA:
-        raise Problem(f"{path} has schema {schema}, this script knows up to {SCHEMA}: update Threestep")
-    if schema < SCHEMA:
-        way_out = "it can still be exported; start a new run to train further"
-        raise Problem(f"{path} was written by an earlier version and cannot be continued: {way_out}")
 
 
 def read_config(run: str) -> dict:

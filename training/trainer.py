@@ -1,6 +1,5 @@
 """A run in progress: what works on it and how far it has come; it counts, seeds, stops, saves and resumes."""
 
-import contextlib
 import copy
 import importlib.metadata
 import platform
@@ -76,7 +75,7 @@ class Trainer:
         if self.processes.count > 1 and any(p.requires_grad for p in self.network.parameters()):
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = torch.nn.parallel.DistributedDataParallel(self.network, device_ids=devices)
-        self.log_priors = None
+        self.log_priors, self.unequal = None, False
         if dataset.task == "classification":
             shares = splits["train"].class_shares(len(dataset.classes))
             self.unequal = bool(shares.max() > UNEQUAL * shares.min())
@@ -114,9 +113,7 @@ class Trainer:
         generator.manual_seed(seed_of(self.settings.seed, *at, self.processes.rank))
 
     def autocast(self):
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def rate(self, steps: int) -> float:
         """The learning rate after so many steps of the current epoch, as a part of the highest."""
@@ -132,7 +129,11 @@ class Trainer:
         # Reading a number from a GPU waits for it, and so is done rarely there.
         last = self.progress.steps == self.steps_per_epoch
         if self.device.type == "cpu" or self.progress.steps % 50 == 0 or last:
-            self.check_loss()
+            if not self.sums[0].isfinite():
+                at = f"in epoch {self.progress.epoch}, step {self.progress.steps}"
+                at += f", at learning rate {self.optimizer.param_groups[0]['lr']:.3g}"
+                way_out = f"try a smaller --lr than {self.settings.lr:g}, or another --optimizer"
+                raise Problem(f"the loss became {self.sums[0].item()} {at}: {way_out}")
             self.save_or_stop()
 
     def training_metrics(self) -> tuple[float, float | None]:
@@ -148,26 +149,21 @@ class Trainer:
         row = {"epoch": progress.epoch, **dict(zip(names, (*trained, *evaluated[:2]), strict=True))}
         row |= {"lr": self.settings.lr * self.rate(0), "seconds": round(seconds, 3)}
         if watched == "val":
-            self.keep_best([self.score(evaluated.outputs), -evaluated.loss])
+            self.keep_best(evaluated)
         progress.rows.append(row)
         progress.elapsed += row["seconds"]
         progress.epoch, progress.steps, progress.seconds = progress.epoch + 1, 0, 0.0
         progress.sums = [0.0, 0.0, 0.0]
         self.save(row.get("test_accuracy"))
 
-    def score(self, outputs: np.ndarray) -> float:
-        """What the epoch is chosen by: accuracy on the validation split, balanced if classes are unequal."""
-        if self.dataset.task == "regression":
-            return 0.0
-        split, predicted = self.splits["val"], torch.from_numpy(outputs.argmax(1))
-        labels = split.labels.cpu()[split.members]
+    def keep_best(self, evaluated: Evaluation) -> None:
+        """Keep a copy of the network if it does best so far: by accuracy, or balanced accuracy if classes are
+        unequal, then by loss."""
+        progress, split, accuracy = self.progress, self.splits["val"], evaluated.accuracy or 0.0
         if self.unequal:
-            return balanced_accuracy(labels, predicted)
-        return (labels == predicted).double().mean().item()
-
-    def keep_best(self, score: list[float]) -> None:
-        """Keep a copy of the network if its score is the best so far."""
-        progress = self.progress
+            predicted = torch.from_numpy(evaluated.outputs.argmax(1))
+            accuracy = balanced_accuracy(split.labels.cpu()[split.members], predicted)
+        score = [accuracy, -evaluated.loss]
         if progress.best is None or score > progress.best["score"]:
             state = copy.deepcopy(self.deployable.network.state_dict())
             progress.best = {"score": score, "epoch": progress.epoch, "state_dict": state}
@@ -176,15 +172,6 @@ class Trainer:
         """Has the validation split seen no better epoch for --patience epochs?"""
         best, patience = self.progress.best, self.settings.patience
         return bool(patience and best) and self.progress.epoch - 1 - best["epoch"] >= patience
-
-    def check_loss(self) -> None:
-        """Raise Problem if the loss is not finite."""
-        if self.sums[0].isfinite():
-            return
-        at = f"in epoch {self.progress.epoch}, step {self.progress.steps}"
-        at += f", at learning rate {self.optimizer.param_groups[0]['lr']:.3g}"
-        way_out = f"try a smaller --lr than {self.settings.lr:g}, or another --optimizer"
-        raise Problem(f"the loss became {self.sums[0].item()} {at}: {way_out}")
 
     def save_or_stop(self) -> None:
         """Save if a checkpoint is due or a signal came to any process; after a signal raise Stopped."""

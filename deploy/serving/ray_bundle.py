@@ -47,9 +47,11 @@ class Worker:
         return {"prediction": predictions, "failed": [int("error" in row) for row in predictions]}
 
 
-def cpu_share(cpus: float, workers: int) -> float:
-    """The CPUs that each worker may reserve so that all of them start: at most one, in Ray's precision."""
-    return min(1.0, int(1e4 * cpus / workers) / 1e4)
+def share_out(workers: int | None, left: int = 0) -> tuple[int, float]:
+    """How many workers (as asked, or one less than CPUs), and the CPUs that each reserves: at most one."""
+    cpus = ray.cluster_resources()["CPU"]
+    workers = workers or max(1, int(cpus) - 1)
+    return workers, min(1.0, int(1e4 * (cpus - left) / workers) / 1e4)  # all start, in Ray's precision
 
 
 def predict_files(source: str, target: str, workers: int | None) -> tuple[int, int]:
@@ -58,11 +60,9 @@ def predict_files(source: str, target: str, workers: int | None) -> tuple[int, i
     Returns the number of files and how many of them could not be used. One CPU is left to the tasks that read
     and write: without it, they would wait for ever.
     """
-    cpus = ray.cluster_resources()["CPU"]
-    workers = workers or max(1, int(cpus) - 1)
+    workers, share = share_out(workers, left=1)
     images = ray.data.read_binary_files(source, include_paths=True)
     pool = ray.data.ActorPoolStrategy(size=workers)
-    share = cpu_share(cpus - 1, workers)
     predictions = images.map_batches(Worker, batch_size=32, num_cpus=share, compute=pool).materialize()
     predictions.map(lambda row: row["prediction"]).write_json(target)
     return predictions.count(), predictions.sum("failed") or 0
@@ -73,11 +73,9 @@ def serve(replicas: int | None, port: int) -> None:
     from ray import serve
     from starlette.responses import JSONResponse
 
-    cpus = ray.cluster_resources()["CPU"]
-    replicas = replicas or max(1, int(cpus) - 1)
-    options = {"num_cpus": cpu_share(cpus, replicas)}
+    replicas, share = share_out(replicas)
 
-    @serve.deployment(num_replicas=replicas, ray_actor_options=options)
+    @serve.deployment(num_replicas=replicas, ray_actor_options={"num_cpus": share})
     class Service(Worker):
         async def __call__(self, request):
             answer = self.predict(await request.body())
