@@ -187,7 +187,8 @@ def fit(images: np.ndarray, spec: dict) -> np.ndarray:
     if not spec["fixed"]:
         return images
     if images.shape[1:3] != tuple(spec["image_size"]):
-        images = np.stack([resize(image, spec["image_size"], spec["fit"]) for image in images])  # alike in any batch
+        sizes = spec["image_size"], spec["fit"]
+        images = np.stack([resize(image, *sizes) for image in images])  # alike in any batch
         images = images if spec["fixed"]["input"] == "float32" else np.rint(images)
     return images.astype(spec["fixed"]["input"], copy=False)
 

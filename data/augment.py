@@ -148,6 +148,5 @@ def noise_table(device: torch.device) -> torch.Tensor:
     return torch.randn(4096, 256, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-# What a camera does, in its order: the part of the images that is changed, and how many random numbers the
-# function takes.
+# What a camera does, in its order: which part of the images it changes, and how many random numbers it takes.
 CAMERA = {"blur": (0.25, 2, blur), "color": (0.3, 3, change_colours), "noise": (0.5, 3, add_noise)}

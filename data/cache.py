@@ -23,7 +23,7 @@ from data.dataset import digest
 from data.decoding import LARGEST_OWN_SIZE, WHITES, Probed, Target, chunks, decode_chunk, probe, run_parallel
 from data.files import Options, name_some
 from data.notes import note
-from step3_infer import Problem, replacing
+from step3_infer import Problem, problems, replacing
 
 STALE = 24 * 3600  # seconds after which the temporary file of a killed build is removed
 
@@ -38,12 +38,12 @@ class Loaded(NamedTuple):
 def load_images(paths: list[str], train: int, source: str, options: Options) -> Loaded:
     """Decode every file, or reuse the cache of an earlier run. Raises Problem.
 
-    train: how many of the files, from the first on, are the training split. source: the directory or the CSV
-    file that lists them.
+    train: how many of the files, the first ones, are for training. source: their directory or CSV file.
     """
     source = os.path.abspath(source)
     directory = directory_for(source, options.cache_dir)
-    try:
+    failure, form = f"cannot keep the image cache in {directory}", "{}: {}; choose another --cache-dir"
+    with problems(failure, OSError, form=form):
         os.makedirs(directory, exist_ok=True)
         state, sizes = state_of(paths)
         target = choose_target(paths, train, os.path.join(directory, f"probe-{state}-{train}.json"), options)
@@ -56,9 +56,6 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
         about = read_json(base + ".json")
         report_unreadable(paths, about["unreadable"], options.strict)
         pixels = np.memmap(base + ".u8", np.uint8, "c", shape=tuple(about["shape"]))
-    except OSError as error:
-        reason = f"{error.strerror or error}; choose another --cache-dir"
-        raise Problem(f"cannot keep the image cache in {directory}: {reason}") from None
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
     return Loaded(pixels, kept, sizes, target.white)
@@ -73,9 +70,8 @@ def directory_for(source: str, cache_dir: str | None) -> str:
 def prefetch(images: np.ndarray, index: np.ndarray) -> None:
     """Ask the system to read the rows `index` of a memory map from disk, without waiting.
 
-    Called for the next batch while this one computes; arrays in memory need nothing. The first call turns off
-    the kernel's read-ahead, which for rows in random order reads mostly pages that are not needed (8 MB a row
-    on one machine).
+    Called for the next batch while this one computes; arrays in memory need nothing. It turns off
+    the kernel's read-ahead, which for random rows reads mostly unneeded pages (8 MB a row on one machine).
     """
     pages = getattr(images, "_mmap", None)
     if pages is None or not hasattr(mmap, "MADV_RANDOM"):

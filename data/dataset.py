@@ -20,8 +20,8 @@ class Dataset:
     of 16-bit pixels that became 255. fingerprint: see `differences`. paths: of the files, if any, by split.
     findings: of data/doctor.py, once it has examined the dataset.
 
-    For task "regression", features as float32 [N, n] take the place of the images and targets as float32
-    [N, 1] that of the labels, and `classes` names the target.
+    For task "regression", the images are features, float32 [N, n], the labels targets, float32 [N, 1], and
+    `classes` names the target.
     """
 
     name: str

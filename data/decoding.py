@@ -31,8 +31,7 @@ WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 def run_parallel(function: Callable, jobs: list[tuple], total: int, title: str) -> Iterator:
     """Yield function(*job) for all jobs in any order, computed on all cores.
 
-    The first item of a job is its list of files, which the progress bar counts; `total` is their number.
-    Raises Problem.
+    The first item of a job is its list of files, which the progress bar counts up to `total`. Raises Problem.
     """
     workers = min(usable_cpus(), len(jobs), 61)  # Windows has no pool of more
     hidden = True if notes.silent else None  # None: unless standard error is a terminal

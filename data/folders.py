@@ -61,8 +61,7 @@ def find_splits(directory: str) -> dict[str, str]:
 def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[list[str], list, np.ndarray]:
     """The class folders of a directory, the paths of the images in them, and their labels, int64 [n].
 
-    Classes are sorted by name; there are `least` or more. Files that are not images are added to `skipped`.
-    Raises Problem.
+    Classes are sorted by name, `least` or more. Other files are added to `skipped`. Raises Problem.
     """
     classes = subfolders(directory)
     if not classes:

@@ -32,19 +32,15 @@ def list_csv(file: str, options: Options) -> Listing:
     classes = sorted(names, key=int if numbers else None)
     if len(classes) < 2:
         raise Problem(f"{file} has one class only, {classes[0]!r}: classification needs two or more")
-    splits = {}
+    splits, index = {}, {name: label for label, name in enumerate(classes)}
     for split in filter(rows.get, SPLITS):
-        splits[split] = to_files(rows[split], classes, sources.get(split, file), options)
+        source, (paths, names) = sources.get(split, file), zip(*rows[split], strict=True)
+        unknown = [name for name in names if name not in index]
+        if unknown:
+            raise Problem(f"{source} has a label {unknown[0]!r} that no training image has")
+        labels = np.array([index[name] for name in names], np.int64)
+        splits[split] = Files(root_of(source, options), list(paths), labels)
     return Listing(classes, splits)
-
-
-def to_files(rows: list[tuple[str, str]], classes: list[str], file: str, options: Options) -> Files:
-    """The files of one split, labelled by the classes of the training split. Raises Problem."""
-    index, (paths, names) = {name: label for label, name in enumerate(classes)}, zip(*rows, strict=True)
-    unknown = [name for name in names if name not in index]
-    if unknown:
-        raise Problem(f"{file} has a label {unknown[0]!r} that no training image has")
-    return Files(root_of(file, options), list(paths), np.array([index[name] for name in names], np.int64))
 
 
 def root_of(file: str, options: Options) -> str:
@@ -114,17 +110,14 @@ def find_columns(file: str, header: list[str], options: Options) -> list[int]:
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise Problem(f"{file} names the column {twice!r} twice in its first line")
-    image = find_column(file, header, options.image_column, IMAGE_COLUMNS, "--image-column")
-    label = find_column(file, header, options.label_column, LABEL_COLUMNS, "--label-column")
-    splits = [i for i, name in enumerate(header) if name.lower() == SPLIT_COLUMN and i not in (image, label)]
-    return [image, label, *splits[:1]]
-
-
-def find_column(file: str, header: list[str], given: str | None, usual: tuple[str, ...], option: str) -> int:
-    """The index of the given column, or of the first of the usual names that the header has."""
-    lower = [name.lower() for name in header]
-    for name in [given.lower()] if given else usual:
-        if name in lower:
-            return lower.index(name)
-    wanted, has = repr(given) if given else " or ".join(usual), ", ".join(header) or "none"
-    raise Problem(f"{file} has no column {wanted}, it has {has}; name one with {option}")
+    lower, columns = [name.lower() for name in header], []
+    image = options.image_column, IMAGE_COLUMNS, "--image-column"
+    label = options.label_column, LABEL_COLUMNS, "--label-column"
+    for given, usual, option in (image, label):
+        found = [lower.index(name) for name in ([given.lower()] if given else usual) if name in lower]
+        if not found:
+            wanted, has = repr(given) if given else " or ".join(usual), ", ".join(header) or "none"
+            raise Problem(f"{file} has no column {wanted}, it has {has}; name one with {option}")
+        columns.append(found[0])
+    splits = [i for i, name in enumerate(lower) if name == SPLIT_COLUMN and i not in columns]
+    return [*columns, *splits[:1]]

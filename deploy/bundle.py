@@ -53,9 +53,7 @@ CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxrunt
 [cpp/README.md](cpp/README.md) says where to get onnxruntime, and how to run `model.pt` instead."""
 
 
-def publish(
-    out: str, workspace: str, models: list, parity: dict, *, script, onnxruntime, spec, samples, calibration
-) -> str:
+def publish(out, workspace, models: list, parity: dict, *, script, onnxruntime, spec, samples, calibration):
     """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
     workspace: an empty directory in the same file system. models: paths of exported files; parity: the
@@ -156,8 +154,7 @@ def mode(name):
 
 def contents(folder: str) -> list[str]:
     """The paths of all files below `folder`, relative to it, with slashes, in the same order everywhere."""
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in paths)
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
 
 
 def write_archive(folder, path):

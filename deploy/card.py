@@ -49,9 +49,7 @@ def per_class(labels: Sequence[int], predicted: Sequence[int], classes: Sequence
     hits, truths, guesses = counts.diagonal(), counts.sum(1), counts.sum(0)
     columns = {"precision": hits / np.maximum(guesses, 1), "recall": hits / np.maximum(truths, 1)}
     columns |= {"f1": 2 * hits / np.maximum(guesses + truths, 1), "support": truths}
-    return {
-        name: {key: column[k].item() for key, column in columns.items()} for k, name in enumerate(classes)
-    }
+    return {name: {key: each[k].item() for key, each in columns.items()} for k, name in enumerate(classes)}
 
 
 def busy(figures: dict) -> str | None:

@@ -6,6 +6,8 @@ import timeit
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from deploy import camera, reliability
 from step3_infer import Model
@@ -108,8 +110,9 @@ def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[s
             if not abs(kept - keep) <= 3 * deviation + 0.005:
                 failures.append(f"a threshold that should keep {keep:.0%} of the test split keeps {kept:.1%}")
     if spec.get("temperature"):
-        logits = np.log(np.maximum(got.main.astype(np.float64), 1e-38))
-        before, after = (cross_entropy(logits * factor, labels) for factor in (spec["temperature"], 1.0))
+        logits = torch.from_numpy(got.main).double().clamp(min=1e-38).log()
+        versions, labels = (logits * spec["temperature"], logits), torch.from_numpy(labels).long()
+        before, after = (F.cross_entropy(version, labels, reduction="none").numpy() for version in versions)
         worse = after - before
         if np.isfinite(worse).all():
             figures |= {"nll": float(after.mean()), "nll_uncalibrated": float(before.mean())}
@@ -147,12 +150,6 @@ def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict
 def threshold(keep: float) -> np.float32:
     """The least `known` that is kept, as step3 compares: 1 - 0.99 is a little more than 0.01."""
     return np.float32(round(1 - keep, 6))
-
-
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """-log of the probability [n] that logits [n, classes] give to labels [n]."""
-    logits = logits - logits.max(1, keepdims=True)
-    return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
 
 
 def latency(exported: Model, image: np.ndarray, repeats: int = 30) -> dict:

@@ -42,8 +42,7 @@ def free_sizes(spec: dict) -> tuple[str, ...]:
 
 def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
     """Write an ExecuTorch program for XNNPACK, followed by a zip archive with the spec. Raises Problem."""
-    needs = "--format executorch needs executorch: pip install executorch"
-    with problems(needs, ImportError, form="{} ({})"):
+    with problems("--format executorch needs executorch: pip install executorch", ImportError, 1, "{} ({})"):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
     with problems("ExecuTorch cannot hold this network"):
@@ -55,8 +54,7 @@ def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -
 
 def export_litert(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
     """Write a LiteRT (TensorFlow Lite) file, followed by a zip archive with the spec. Raises Problem."""
-    needs = "--format litert needs litert-torch: pip install litert-torch"
-    with problems(needs, ImportError, form="{} ({})"):
+    with problems("--format litert needs litert-torch: pip install litert-torch", ImportError, 1, "{} ({})"):
         import litert_torch
     with problems("LiteRT cannot hold this network"):
         litert_torch.convert(deployable, (example_of(spec),)).export(path)

@@ -19,8 +19,7 @@ regression predicts more than 1, the relative difference.
     accuracy of the reference     0.005 and ties, from what      training may have evaluated on a GPU; more is
                                   training reported              another test split or a changed checkpoint
 
-The spec inside the file must be the network's, too. Speed is measured, and how far the outputs can be
-trusted; neither decides anything.
+The spec inside the file must be the network's, too. Speed and trust in the outputs are measured only.
 """
 
 import json
@@ -104,8 +103,7 @@ def rebuild(path: str, spec: dict, state_dict: dict, familiarity: dict | None = 
 def reference(run: Run, inputs: np.ndarray) -> Outputs:
     """What training computed: the network in eager fp32 on uint8 [N, H, W, C], calibrated.
 
-    For regression: on float32 [N, n]. Spelled out from the spec and the checkpoint instead of calling
-    Deployable, so that an error there is caught too.
+    For regression: on float32 [N, n]. Spelled out instead of calling Deployable, to catch errors there, too.
     """
     spec, parts = run.spec, []
     mean, std = (torch.tensor(spec[key]) for key in ("mean", "std"))

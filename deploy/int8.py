@@ -43,8 +43,7 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
     """Quantize an ONNX file in one way after another until one is accurate enough, else take the best.
 
     images, labels: of the training split, uint8 [N, H, W, C] and [N]; max_drop: how many points of accuracy
-    may be lost. Returns the path of the quantized file, and figures of what was tried. Raises ValueError if
-    onnxruntime cannot do it.
+    may be lost. Returns the quantized file's path, and figures of what was tried. Raises ValueError.
     """
     order = np.random.default_rng(0).permutation(len(images))
     calibration, check = np.sort(order[:CALIBRATION]), np.sort(order[CALIBRATION : CALIBRATION + CHECK])
@@ -53,26 +52,24 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
         check = calibration
     calibration_images = fit(images[calibration], exported.spec)
     check_images, check_labels = fit(images[check], exported.spec), labels[check]
-    before, tried = accuracy(source, check_images, check_labels, threads), []
+
+    def accuracy(file):
+        return (predictions(Model(file, threads), check_images).main.argmax(1) == check_labels).mean()
+
+    before, tried = accuracy(source), []
     for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
         file = f"{source}.{number}.onnx"
         try:
             quantize(source, file, calibration_images, fixed=exported.spec["fixed"], **settings)
         except Exception as error:  # onnxruntime's quantizer raises anything at all
             raise ValueError(" ".join(str(error).split())) from None
-        drop = round(100 * (before - accuracy(file, check_images, check_labels, threads)), 3)
+        drop = round(100 * float(before - accuracy(file)), 3)
         tried.append({"quantization": name, "drop_training": drop})
         if drop <= max_drop / 2:  # images that the network was trained on are easier than others
             break
     best = min(range(len(tried)), key=lambda number: tried[number]["drop_training"])
     move_table(source, f"{source}.{best}.onnx", check_images, exported.batch)
     return f"{source}.{best}.onnx", {**tried[best], "tried": tried}
-
-
-def accuracy(file: str, images: np.ndarray, labels: np.ndarray, threads: int | None = None) -> float:
-    """The share of uint8 images [N, H, W, C] that an exported file classifies correctly."""
-    exported = Model(file, threads)
-    return float((predictions(exported, images).main.argmax(1) == labels).mean())
 
 
 def batches(images: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
@@ -117,8 +114,7 @@ def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="Min
 def nodes_in_float(graph, last_in_float: bool) -> list[str]:
     """The names of nodes that stay in float32. Raises ValueError if that leaves nothing to quantize.
 
-    They are preprocessing, softmax, sums with a constant, the first layer if it reads the image, and on
-    request the last layer.
+    They are preprocessing, softmax, sums with a constant, a first layer of images, and on request the last.
     """
     names = [node.name for node in graph.node]
     main = nodes_for(graph, graph.output[0].name)

@@ -3,14 +3,8 @@
 import json
 
 # opset: (the IR version it came with, the oldest onnxruntime seen to run the file; 1.15 is the oldest tried)
-OPSETS = {
-    18: (8, "1.15"),
-    19: (9, "1.16"),
-    20: (9, "1.17"),
-    21: (10, "1.18"),
-    22: (10, "1.21"),
-    23: (11, "1.23"),
-}
+OPSETS = {18: (8, "1.15"), 19: (9, "1.16"), 20: (9, "1.17"), 21: (10, "1.18"), 22: (10, "1.21")}
+OPSETS[23] = (11, "1.23")
 
 
 def finish(proto, spec: dict, opset: int) -> bytes:
@@ -43,9 +37,7 @@ def pool_maxima(graph) -> None:
             if sorted(axes) in ([2, 3], [-2, -1]) and not keep:
                 pooled = f"{node.output[0]}_pooled"
                 pool = onnx.helper.make_node("GlobalMaxPool", [node.input[0]], [pooled])
-                flat = onnx.helper.make_node("Flatten", [pooled], [node.output[0]], axis=1)
-                graph.node.remove(node)
-                graph.node.insert(number, flat)
+                node.CopyFrom(onnx.helper.make_node("Flatten", [pooled], [node.output[0]], axis=1))
                 graph.node.insert(number, pool)
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     for name in constants.keys() - used:

@@ -19,8 +19,7 @@ def one_of_each_class(dataset, count: int) -> list[int]:
     """Indices of the first test image of each of the first `count` classes; for regression the first rows."""
     if dataset.task == "regression":
         return list(range(min(count, len(dataset.test_labels))))
-    labels = np.unique(dataset.test_labels)[:count]
-    return [int(np.flatnonzero(dataset.test_labels == label)[0]) for label in labels]
+    return np.unique(dataset.test_labels, return_index=True)[1][:count].tolist()
 
 
 def golden_samples(inputs: np.ndarray, outputs: Outputs, spec: dict) -> list[dict]:

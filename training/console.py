@@ -40,18 +40,17 @@ def print_settings(trainer, threads: str = "") -> None:
         given = ", input {}x{}".format(*settings.image_size)
     augment = " ".join(settings.augment) or "none"
     several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
-    precision = "bf16" if trainer.dtype else "fp32"
-    epochs = count_of(settings.epochs, "epoch")
     machine = f"{trainer.device.type}, {several}{count_of(torch.get_num_threads(), 'thread')}"
     note = f"          ({threads})\n" if threads else ""
     print(
         f"dataset   {settings.dataset}: {sizes}; {kind}\n"
         f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
-        f"training  {epochs} of batch {settings.batch_size}, {settings.optimizer} "
-        f"lr {settings.lr:g} {settings.schedule}, weight decay {settings.weight_decay:g},\n"
+        f"training  {count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}, "
+        f"{settings.optimizer} lr {settings.lr:g} {settings.schedule}, "
+        f"weight decay {settings.weight_decay:g},\n"
         f"          label smoothing {settings.label_smoothing:g}, augment {augment}\n"
         f"{CALIBRATION[settings.calibration]}"
-        f"machine   {machine}, {precision}, seed {settings.seed}\n"
+        f"machine   {machine}, {'bf16' if trainer.dtype else 'fp32'}, seed {settings.seed}\n"
         f"{note}"
         f"run       {trainer.run}",
         flush=True,
@@ -118,14 +117,16 @@ def print_result(trainer, network, summary: dict) -> None:
         if trainer.unequal:
             result += f", balanced {summary['balanced_accuracy']:.2%}"
         if summary.get("test_accuracy_without_them") is not None:
-            without = f"{summary['test_accuracy_without_them']:.2%} without the"
-            result += (
-                f", {without} {count_of(summary['test_images_in_train'], 'image')} that also lie in train"
-            )
+            leaked = count_of(summary["test_images_in_train"], "image")
+            result += f", {summary['test_accuracy_without_them']:.2%} without {leaked} also in train"
         if count < FEW:
             result += f", on only {count_of(count, 'image')}"
-    if settings.dataset == "linear" and settings.model == "linear":
-        print_coefficients(network)
+    if settings.dataset == "linear" and settings.model == "linear":  # what the tensor tutorial ends with
+        learned = torch.cat([p.flatten() for p in network.parameters()]).tolist()
+        names = [f"x{i}" for i in range(1, len(learned))] + ["bias"]
+        print("          learned     true")
+        for name, ours, true in zip(names, learned, (*data.LINEAR_WEIGHTS, data.LINEAR_BIAS), strict=True):
+            print(f"{name:>6} {ours:10.4f} {true:8.4f}")
     print(f"{trainer.run}: {result} in {summary['train_seconds']:.0f} s")
 
 

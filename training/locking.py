@@ -14,11 +14,9 @@ except ImportError:  # Windows, where two processes that resume one run are not 
 
 def is_locked(run: str) -> bool:
     """Is another process training this run?"""
-    try:
-        with locked(run):
-            return False
-    except Problem:
-        return True
+    with contextlib.suppress(Problem), locked(run):
+        return False
+    return True
 
 
 @contextlib.contextmanager

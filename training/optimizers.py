@@ -19,18 +19,15 @@ def rate(schedule: str, step: int, steps: int) -> float:
     2018): from 1/25 up to 1 in the first 30 % of the steps and down to 0, both along half a cosine.
     """
     done = step / steps
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1 - done
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    if schedule != "onecycle":
+    if schedule in ("constant", "linear"):
+        return 1.0 if schedule == "constant" else 1 - done
+    if schedule not in ("cosine", "onecycle"):
         raise ValueError(f"unknown schedule {schedule!r}")
-    if done < WARM_UP:
+    start = WARM_UP if schedule == "onecycle" else 0
+    if done < start:
         rise = (1 - math.cos(math.pi * done / WARM_UP)) / 2
         return FIRST_OF_ONECYCLE + (1 - FIRST_OF_ONECYCLE) * rise
-    return (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+    return (1 + math.cos(math.pi * (done - start) / (1 - start))) / 2
 
 
 def set_rate(optimizer: torch.optim.Optimizer, part: float) -> None:

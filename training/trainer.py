@@ -17,8 +17,7 @@ from training import cpu, features, optimizers, runs
 from training.calibration import Calibration
 from training.processes import Signals, Stopped
 
-# The part of the logarithms of the classes' shares that --class-weights takes. With 1 the mean recall is
-# best, and the accuracy falls most.
+# The part of the logarithms of classes' shares that --class-weights takes. 1: best recall, lowest accuracy.
 ADJUSTMENT = 0.85
 # If one class has more than so many times the images of another, plain accuracy says little of small classes.
 UNEQUAL = 3
@@ -60,9 +59,7 @@ class Trainer:
     processes.Machine. is_twin: it prints nothing. calibration: made at the end.
     """
 
-    def __init__(
-        self, settings, run, dataset, splits: dict[str, Split], deployable, machine, is_twin: bool = False
-    ):
+    def __init__(self, settings, run, dataset, splits: dict[str, Split], deployable, machine, is_twin=False):
         self.settings, self.run, self.dataset, self.splits = settings, run, dataset, splits
         self.deployable, self.machine, self.is_twin = deployable, machine, is_twin
         self.dtype, self.processes = machine.dtype, machine.processes
@@ -228,7 +225,6 @@ def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibr
     regression, versions = dataset.task == "regression", {"python": platform.python_version()}
     versions["torch"] = str(torch.__version__)
     versions["torchvision"] = importlib.metadata.version("torchvision")  # importing it takes a second
-    made = calibration and {"source": calibration.source, "images": calibration.images}
     return {
         "schema": SCHEMA,
         "task": dataset.task,
@@ -247,7 +243,7 @@ def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibr
         "versions": versions,
         "white": dataset.white,  # the level of 16-bit pixels that becomes 255
         "temperature": calibration.temperature if calibration else None,
-        "calibration": made,
+        "calibration": calibration and {"source": calibration.source, "images": calibration.images},
         "known": calibration and {"layers": calibration.layers, "images": calibration.compared},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -8,9 +8,8 @@
 RAY_ADDRESS names the cluster; without it, Ray uses this machine. Each worker process receives the bundle and
 runs its step3_infer.py and model.onnx on one core. An answer is a line of step3's JSON: label, probability,
 known and top. The label is "unknown" or "unsure" below the file's own thresholds, which step2_export.py sets
-with --reject and --min-probability. Exit codes are those of step3_infer.py: 0 success, 1 some
-input could not be used (its line in the results says why), 2 wrong usage. The service answers 400 if it
-receives a bad image.
+with --reject and --min-probability. Exit codes are those of step3_infer.py: 0 success, 1 some input could not
+be used (its line in the results says why), 2 wrong usage. The service answers 400 to a bad image.
 """
 
 import argparse
