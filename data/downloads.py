@@ -13,15 +13,12 @@ from data.dataset import Dataset
 from data.notes import note
 from step3_infer import Problem
 
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-
 
 def load_torchvision(name: str, data_dir: str) -> Dataset:
     """One of torchvision's datasets, downloaded to `data_dir` unless it is there. Raises Problem."""
     import torchvision  # here, because the import takes a second that the bundled digits need not pay
 
-    cls = getattr(torchvision.datasets, TORCHVISION[name])
+    cls = getattr(torchvision.datasets, {"fashion-mnist": "FashionMNIST"}.get(name, name.upper()))
     archives, directory = set_damaged_aside(cls, data_dir)
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -39,13 +39,8 @@ def list_csv(file: str, options: Options) -> Listing:
         if unknown:
             raise Problem(f"{source} has a label {unknown[0]!r} that no training image has")
         labels = np.array([index[name] for name in names], np.int64)
-        splits[split] = Files(root_of(source, options), list(paths), labels)
+        splits[split] = Files(options.image_root or os.path.dirname(source), list(paths), labels)
     return Listing(classes, splits)
-
-
-def root_of(file: str, options: Options) -> str:
-    """The directory that the paths in a CSV file are relative to."""
-    return options.image_root or os.path.dirname(file)
 
 
 def read_images(file: str, options: Options, default: str) -> dict[str, list[tuple[str, str]]]:
@@ -53,7 +48,7 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[tup
     lines = read_lines(file)
     header = [name.strip() for name in lines[0]]
     columns = find_columns(file, header, options)
-    rows, incomplete, root = {}, [], root_of(file, options)
+    rows, incomplete, root = {}, [], options.image_root or os.path.dirname(file)
     for number, cells in enumerate(lines[1:], start=2):
         if not any(cells):
             continue

@@ -96,13 +96,10 @@ def readme(spec: dict, names: list[str]) -> str:
         inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."
     listed = [name for name in FILES if not name.startswith(("model.", "calibration")) or name in names]
+    files = "\n".join(f"| `{name}` | {FILES[name]} |" for name in listed)
+    title = f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"
     template = string.Template(Path(HERE, "bundle.md.template").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}",
-        inputs=inputs,
-        cpp=cpp,
-        files="\n".join(f"| `{name}` | {FILES[name]} |" for name in listed),
-    )
+    return template.substitute(title=title, inputs=inputs, cpp=cpp, files=files)
 
 
 def archive_path(out: str) -> str:

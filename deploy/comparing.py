@@ -32,13 +32,12 @@ def some(outputs: Outputs, indices) -> Outputs:
 
 def predictions(exported: Model, inputs: np.ndarray) -> Outputs:
     """Outputs of a loaded file for inputs [N, ...], in batches of 1, 7, 64, 1, ..., or its only size."""
-    parts, start = [], 0
-    for size in itertools.cycle([exported.batch] if exported.batch else BATCHES):
-        if start >= len(inputs):
-            main, known = zip(*parts, strict=True)
-            return Outputs(np.concatenate(main), None if known[0] is None else np.concatenate(known))
-        parts.append(exported.run(inputs[start : start + size]))
-        start += size
+    parts, sizes = [], itertools.cycle([exported.batch] if exported.batch else BATCHES)
+    while len(inputs):
+        part, inputs = np.split(inputs, [next(sizes)])
+        parts.append(exported.run(part))
+    main, known = zip(*parts, strict=True)
+    return Outputs(np.concatenate(main), None if known[0] is None else np.concatenate(known))
 
 
 def compare(expected: Outputs, got: Outputs, tolerance: float, known_tolerance: float | None = None):

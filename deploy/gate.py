@@ -167,20 +167,14 @@ def check_reference(run: Run, dataset, expected: np.ndarray) -> None:
 
 def probes(spec: dict) -> Iterator[tuple[str, np.ndarray]]:
     """Inputs that no dataset holds, by name: random, black and white, at the network's size and at others."""
-    rng, (height, width), channels = np.random.default_rng(0), spec["image_size"], spec["channels"]
+    rng, (H, W), channels = np.random.default_rng(0), spec["image_size"], spec["channels"]
     if spec["task"] == "regression":
         yield "random", rng.standard_normal((64, channels), dtype=np.float32)
         yield "zeros", np.zeros((1, channels), np.float32)
         yield "large", np.full((1, channels), 1e6, np.float32)
         return
-    sizes = {
-        "native": (height, width),
-        "twice": (2 * height, 2 * width),
-        "larger": (3 * height + 5, 2 * width + 9),
-        "smaller": (height // 2 + 1, width // 2 + 1),
-        "thin": (2 * height + 1, 1),
-        "photo": (480, 641),
-    }
+    sizes = {"native": (H, W), "twice": (2 * H, 2 * W), "larger": (3 * H + 5, 2 * W + 9)}
+    sizes |= {"smaller": (H // 2 + 1, W // 2 + 1), "thin": (2 * H + 1, 1), "photo": (480, 641)}
     for name, (h, w) in sizes.items():
         shape = (4 if name == "photo" else 64, h, w, channels)
         yield f"random {name} {h}x{w}", rng.integers(0, 256, shape, dtype=np.uint8)

@@ -97,7 +97,13 @@ def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="Min
     reader = SimpleNamespace(
         get_next=lambda: next(feeds, None)
     )  # all that it needs of a CalibrationDataReader
-    with without_advice():
+
+    def wanted(record):  # not the advice to fold constants, which torch's exporter has done
+        return not str(record.msg).startswith("Please consider")
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        logging.getLogger().addFilter(wanted)
+        stack.callback(logging.getLogger().removeFilter, wanted)
         quantize_static(
             *(source, target, reader),
             op_types_to_quantize=list(OP_TYPES),
@@ -143,22 +149,6 @@ def nodes_for(graph, output: str) -> list:
             needed |= set(node.input)
             nodes.insert(0, node)
     return nodes
-
-
-@contextlib.contextmanager
-def without_advice():
-    """Silence the quantizer's prints, and its advice to fold constants, which torch's exporter has done."""
-
-    def wanted(record):
-        return not str(record.msg).startswith("Please consider")
-
-    logger = logging.getLogger()
-    logger.addFilter(wanted)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.removeFilter(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------ known

@@ -32,15 +32,9 @@ def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str 
     config, summary = (read_json(run_dir, name) for name in ("config.json", "summary.json"))
     export = read_export(run_dir, export_dir or os.path.join(exports_dir, run))
     draw_familiar(run_dir, export)
-    sections = [
-        *picture_sections(run_dir),
-        classes_section(summary.get("per_class", {})),
-        export_section(run, export),
-        camera_section(export),
-        configuration_section(config),
-        epochs_section(run_dir),
-        runs_section(run, config, runs_dir, exports_dir),
-    ]
+    sections = [*picture_sections(run_dir), classes_section(summary.get("per_class", {}))]
+    sections += [export_section(run, export), camera_section(export), configuration_section(config)]
+    sections += [epochs_section(run_dir), runs_section(run, config, runs_dir, exports_dir)]
     template = string.Template(Path(__file__).with_name("report.html.template").read_text(encoding="utf-8"))
     parts = {"run": text(run), "about": header(config, summary), "tiles": tiles(summary)}
     path = os.path.join(run_dir, "report.html")

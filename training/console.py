@@ -35,10 +35,8 @@ def print_settings(trainer, threads: str = "") -> None:
     *size, channels = dataset.train_images.shape[1:]
     kind, given = f"{channels} features", ""
     if size:
-        colour = "grey" if channels == 1 else "colour"
-        kind = f"{len(dataset.classes)} classes, {size[0]}x{size[1]} {colour}"
+        kind = f"{len(dataset.classes)} classes, {size[0]}x{size[1]} {'grey' if channels == 1 else 'colour'}"
         given = ", input {}x{}".format(*settings.image_size)
-    augment = " ".join(settings.augment) or "none"
     several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
     machine = f"{trainer.device.type}, {several}{count_of(torch.get_num_threads(), 'thread')}"
     note = f"          ({threads})\n" if threads else ""
@@ -47,8 +45,8 @@ def print_settings(trainer, threads: str = "") -> None:
         f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
         f"training  {count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}, "
         f"{settings.optimizer} lr {settings.lr:g} {settings.schedule}, "
-        f"weight decay {settings.weight_decay:g},\n"
-        f"          label smoothing {settings.label_smoothing:g}, augment {augment}\n"
+        f"weight decay {settings.weight_decay:g},\n          label smoothing {settings.label_smoothing:g}, "
+        f"augment {' '.join(settings.augment) or 'none'}\n"
         f"{CALIBRATION[settings.calibration]}"
         f"machine   {machine}, {'bf16' if trainer.dtype else 'fp32'}, seed {settings.seed}\n"
         f"{note}"

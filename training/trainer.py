@@ -198,12 +198,11 @@ class Trainer:
             raise Problem(f"the weights are no longer finite: try a smaller --lr than {self.settings.lr:g}")
         spec = make_spec(self.settings, self.dataset, self.deployable, test_accuracy, self.calibration)
         familiarity = self.calibration.familiarity if self.calibration else None
-        training = {
-            "progress": vars(self.progress),
-            "network": state if best else None,  # without a best epoch it is the checkpoint's state_dict
-            "optimizer": self.optimizer.state_dict(),
-            "data": self.dataset.fingerprint,
-        }
+        training = {"progress": vars(self.progress), "optimizer": self.optimizer.state_dict()}
+        training["network"] = (
+            state if best else None
+        )  # without a best epoch it is the checkpoint's state_dict
+        training["data"] = self.dataset.fingerprint
         result, epoch = (best["state_dict"], best["epoch"]) if best else (state, self.progress.epoch - 1)
         runs.save_checkpoint(self.run, spec, result, epoch, training, familiarity)
         if self.progress.rows:
