@@ -54,7 +54,10 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
             resize = options.resize and functools.partial(options.resize, fit=options.fit)
             build(paths, base, target, resize)
         about = read_json(base + ".json")
-        report_unreadable(paths, about["unreadable"], options.strict)
+        for index, reason in about["unreadable"]:
+            note(f"left out: {paths[index]} {reason}")
+        if about["unreadable"] and options.strict:
+            refuse(paths, about["unreadable"], "; --strict was given: repair or remove them")
         pixels = np.memmap(base + ".u8", np.uint8, "c", shape=tuple(about["shape"]))
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
@@ -144,9 +147,8 @@ def is_whole(base: str) -> bool:
     """Is there a cache of this name, with as many bytes as its description says?"""
     try:
         about = read_json(base + ".json")
-        indices = [index for index, _ in about["unreadable"]]
         whole = os.path.getsize(base + ".u8") == int(np.prod(about["shape"])) and len(about["shape"]) == 4
-        return whole and all(isinstance(index, int) for index in indices)
+        return whole and all(isinstance(index, int) for index, _ in about["unreadable"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
@@ -163,7 +165,10 @@ def build(paths: list[str], base: str, target: Target, resize: Callable | None) 
                 os.posix_fallocate(file.fileno(), 0, row_bytes * len(paths))
             jobs = [(*chunk, temporary, target, resize) for chunk in chunks(paths, row_bytes)]
             unreadable = sorted(chain.from_iterable(run_parallel(decode_chunk, jobs, len(paths), "decoding")))
-            refuse_mostly_unreadable(paths, unreadable)
+            if 2 * len(unreadable) > len(paths):  # the list is wrong then, not the files
+                absent = not os.path.lexists(paths[unreadable[0][0]])
+                way_out = "; --image-root says what the paths of a CSV file are relative to" if absent else ""
+                refuse(paths, unreadable, way_out)
             kept = close_gaps(file, {index for index, _ in unreadable}, len(paths), row_bytes)
             file.truncate(kept * row_bytes)
             os.fsync(file.fileno())
@@ -190,14 +195,11 @@ def publish(temporary: str, base: str, shape: list[int], unreadable: list[tuple[
             raise
 
 
-def refuse_mostly_unreadable(paths: list[str], unreadable: list[tuple[int, str]]) -> None:
-    """Raise Problem if more than half of the files cannot be read: the list is wrong then, not the files."""
-    if 2 * len(unreadable) > len(paths):
-        index, reason = unreadable[0]
-        count = f"{len(unreadable):,} of {len(paths):,} files cannot be read"
-        absent = not os.path.lexists(paths[index])
-        way_out = "; --image-root says what the paths of a CSV file are relative to" if absent else ""
-        raise Problem(f"{count}, the first: {paths[index]} {reason}{way_out}")
+def refuse(paths: list[str], unreadable: list[tuple[int, str]], way_out: str) -> None:
+    """Raise Problem, as files cannot be read; way_out: what can be done, in words."""
+    index, reason = unreadable[0]
+    count = f"{len(unreadable):,} of {len(paths):,} files cannot be read"
+    raise Problem(f"{count}, the first: {paths[index]} {reason}{way_out}")
 
 
 def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:
@@ -209,17 +211,6 @@ def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:
             pixels[target] = pixels[source]
         pixels.flush()
     return count - len(missing)
-
-
-def report_unreadable(paths: list[str], unreadable: list[tuple[int, str]], strict: bool) -> None:
-    """Name the files that were left out, each with its reason. Raises Problem if `strict`."""
-    for index, reason in unreadable:
-        note(f"left out: {paths[index]} {reason}")
-    if unreadable and strict:
-        index, reason = unreadable[0]
-        count = f"{len(unreadable)} of {len(paths):,} files cannot be read"
-        first = f"the first: {paths[index]} {reason}; --strict was given: repair or remove them"
-        raise Problem(f"{count}, {first}")
 
 
 def remove_outdated(directory: str, key: str, current: str) -> None:

@@ -20,8 +20,7 @@ class Dataset:
     of 16-bit pixels that became 255. fingerprint: see `differences`. paths: of the files, if any, by split.
     findings: of data/doctor.py, once it has examined the dataset.
 
-    For task "regression", the images are features, float32 [N, n], the labels targets, float32 [N, 1], and
-    `classes` names the target.
+    For task "regression": features float32 [N, n], targets float32 [N, 1], and `classes` names the target.
     """
 
     name: str

@@ -133,8 +133,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
 
 def make_split(images: np.ndarray, labels: np.ndarray, size, device: torch.device, resize: Callable) -> Split:
-    """A Split of arrays on the device, images resized to `size` by `resize`, the exported graph's own,
-    and rounded.
+    """A Split of arrays on the device, images resized to `size` by `resize`, the graph's own, and rounded.
 
     On a GPU, a set too large for it stays in the machine's memory.
     """

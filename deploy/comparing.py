@@ -135,11 +135,10 @@ def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict
         figures[f"calibration_error{suffix}"] = reliability.calibration_error(probabilities, labels)
         figures[f"calibration_error_floor{suffix}"] = reliability.calibration_error_floor(probabilities)
     if got.known is not None:
-        known = {"test split": got.known}
-        for name, images in reliability.unknown_kinds(*spec["image_size"], spec["channels"]):
-            known[name] = predictions(exported, images).known
+        kinds = reliability.unknown_kinds(*spec["image_size"], spec["channels"])
+        known = {name: predictions(exported, images).known for name, images in kinds}
         figures["familiar"] = {}
-        for name, values in known.items():
+        for name, values in {"test split": got.known, **known}.items():
             histogram = np.histogram(values, KNOWN_BINS, (0, 1))[0].tolist()
             kind = {"images": len(values), "unknown": float((values < threshold(KEPT[0])).mean())}
             figures["familiar"][name] = {**kind, "histogram": histogram}

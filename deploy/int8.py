@@ -88,7 +88,6 @@ def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="Min
 
     if calibration != "MinMax":
         images = images[: max(16, HISTOGRAM_PIXELS // (images.shape[1] * images.shape[2]))]
-    excluded = nodes_in_float(onnx.load(source).graph, last_in_float)
     # A fully connected layer may leave float32: logits in 8 bits would make coarse probabilities.
     options = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
     if fixed:
@@ -107,7 +106,7 @@ def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="Min
         quantize_static(
             *(source, target, reader),
             op_types_to_quantize=list(OP_TYPES),
-            nodes_to_exclude=excluded,
+            nodes_to_exclude=nodes_in_float(onnx.load(source).graph, last_in_float),
             per_channel=True,
             reduce_range=True,  # 7 bits
             activation_type=QuantType.QInt8 if fixed else QuantType.QUInt8,

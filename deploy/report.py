@@ -214,7 +214,6 @@ def run_cells(name, config, summary, export):
     return [first, text(config.get("model", "-")), *result[0], result[1], *size, latency, text(date)]
 
 
-# -------------------------------------------------------------------------------------------- pieces of HTML
 def text(value):
     """Any value as text for HTML."""
     return html.escape(printable(str(value)))

@@ -30,13 +30,11 @@ def image_size(text: str) -> tuple[int, int]:
 
 def checkpoint_interval(text: str) -> int | str:
     """An argparse type: '500' as a number of steps, or '10m', minutes, as it is."""
-    minutes = re.fullmatch(r"(\d{1,6}(\.\d+)?)m", text)
-    if minutes and float(minutes[1]) > 0:
-        return text
-    if re.fullmatch(r"[1-9]\d{0,8}", text):
-        return int(text)
-    message = f"{text!r} is neither a number of steps such as 500 nor of minutes such as 10m"
-    raise argparse.ArgumentTypeError(message)
+    match = re.fullmatch(r"([1-9]\d{0,8})|(\d{1,6}(?:\.\d+)?)m", text)
+    if not match or (match[2] and float(match[2]) == 0):
+        message = f"{text!r} is neither a number of steps such as 500 nor of minutes such as 10m"
+        raise argparse.ArgumentTypeError(message)
+    return int(text) if match[1] else text
 
 
 def list_names(args: argparse.Namespace) -> int:

@@ -221,8 +221,7 @@ class Trainer:
 
 def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibration=None) -> dict:
     """What the exported file will say of itself; deploy/README.md explains the keys."""
-    regression, versions = dataset.task == "regression", {"python": platform.python_version()}
-    versions["torch"] = str(torch.__version__)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions["torchvision"] = importlib.metadata.version("torchvision")  # importing it takes a second
     return {
         "schema": SCHEMA,
@@ -230,8 +229,8 @@ def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibr
         "classes": list(dataset.classes),
         "channels": dataset.train_images.shape[-1],  # for regression: the number of features
         "image_size": list(settings.image_size),
-        "resize": None if regression else "bilinear antialias",
-        "fit": None if regression else settings.fit,
+        "resize": None if dataset.task == "regression" else "bilinear antialias",
+        "fit": None if dataset.task == "regression" else settings.fit,
         "mean": deployable.mean.flatten().tolist(),
         "std": deployable.std.flatten().tolist(),
         "dataset": settings.dataset,

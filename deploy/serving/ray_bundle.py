@@ -125,12 +125,10 @@ def main() -> int:
     try:
         count, failed = predict_files(source, target, args.replicas)
     except (OSError, ValueError, ray.exceptions.RayError) as error:
-        print(f"error: cannot predict {args.source}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        parser.exit(1, f"error: cannot predict {args.source}: {' '.join(str(error).split())}\n")
     if failed or not count:
         reason = f"{failed} of {count} files could not be used, see {args.target}" if count else "no files"
-        print(f"error: {args.source}: {reason}", file=sys.stderr)
-        return 1
+        parser.exit(1, f"error: {args.source}: {reason}\n")
     return 0
 
 
