@@ -156,7 +156,8 @@ def is_whole(base: str) -> bool:
 def build(paths: list[str], base: str, target: Target, resize: Callable | None) -> None:
     """Decode all files into <base>.u8 and describe it in <base>.json. Raises Problem or OSError.
 
-    Each build writes to a file of its own and swaps it in, so that two at once do no harm.
+    Each build writes to a file of its own and swaps it in, so that two at once do no harm. A whole cache is
+    never replaced, because other runs may have mapped it: Windows refuses that.
     """
     temporary, row_bytes, started = f"{base}.{os.getpid()}.tmp", target.row_bytes(), time.perf_counter()
     try:
@@ -172,27 +173,18 @@ def build(paths: list[str], base: str, target: Target, resize: Callable | None) 
             kept = close_gaps(file, {index for index, _ in unreadable}, len(paths), row_bytes)
             file.truncate(kept * row_bytes)
             os.fsync(file.fileno())
-        publish(temporary, base, [kept, *target.image_size, target.channels], unreadable)
+        if not is_whole(base):  # or else another run has been faster
+            os.replace(temporary, base + ".u8")
+            shape = [kept, *target.image_size, target.channels]
+            write_json(base + ".json", {"shape": shape, "unreadable": unreadable})
+    except PermissionError:
+        if not is_whole(base):  # or else the other run has published it at this very moment
+            raise
     finally:
         Path(temporary).unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     rate = f"{len(paths) / seconds:,.0f} a second"
     note(f"decoded {len(paths):,} files in {seconds:.1f} s ({rate}), cached for later runs")
-
-
-def publish(temporary: str, base: str, shape: list[int], unreadable: list[tuple[int, str]]) -> None:
-    """Make a finished file the cache `base`, unless another run has been faster. Raises OSError.
-
-    A whole cache is never replaced, because other runs may have mapped it: Windows refuses that.
-    """
-    if is_whole(base):
-        return
-    try:
-        os.replace(temporary, base + ".u8")
-        write_json(base + ".json", {"shape": shape, "unreadable": unreadable})
-    except PermissionError:
-        if not is_whole(base):  # or else the other run has published it at this very moment
-            raise
 
 
 def refuse(paths: list[str], unreadable: list[tuple[int, str]], way_out: str) -> None:

@@ -42,8 +42,7 @@ def run_parallel(function: Callable, jobs: list[tuple], total: int, title: str) 
                 bar.update(len(job[0]))
             return
         context = multiprocessing.get_context(START_METHOD)
-        # The workers ignore SIGINT: the parent alone answers Ctrl-C.
-        ignore = (signal.SIGINT, signal.SIG_IGN)
+        ignore = signal.SIGINT, signal.SIG_IGN  # the parent alone answers Ctrl-C
         with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
             try:
                 futures = {pool.submit(function, *job): len(job[0]) for job in jobs}

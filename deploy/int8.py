@@ -48,8 +48,7 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
     order = np.random.default_rng(0).permutation(len(images))
     calibration, check = np.sort(order[:CALIBRATION]), np.sort(order[CALIBRATION : CALIBRATION + CHECK])
     exported = Model(source, threads)
-    if len(check) < CALIBRATION:  # a small dataset
-        check = calibration
+    check = check if len(check) >= CALIBRATION else calibration  # of a small dataset
     calibration_images = fit(images[calibration], exported.spec)
     check_images, check_labels = fit(images[check], exported.spec), labels[check]
 

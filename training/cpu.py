@@ -20,11 +20,10 @@ BUSY = 0.5  # CPUs used by other programs, above which a thread less is taken
 def snapshot() -> tuple[float, float, float]:
     """Now, the CPU seconds that the usable CPUs were busy, 0 if unknown, and this process with children."""
     times, busy = os.times(), 0.0
-    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+    unknown = contextlib.suppress(OSError, ValueError, IndexError, AttributeError)
+    with unknown, open("/proc/stat", encoding="ascii") as file:
         usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        with open("/proc/stat", encoding="ascii") as file:
-            rows = [line.split() for line in file]
-        for name, user, nice, system, _idle, _wait, *other in rows:
+        for name, user, nice, system, _idle, _wait, *other in map(str.split, file):
             if name in usable:
                 busy += sum(map(int, (user, nice, system, *other[:3]))) / os.sysconf("SC_CLK_TCK")
     return time.perf_counter(), busy, sum(times[:4])
