@@ -200,7 +200,8 @@ def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:
         pixels = np.memmap(file, np.uint8, "r+", shape=(count, row_bytes))
         kept = [source for source in range(count) if source not in missing]
         for target, source in enumerate(kept):
-            pixels[target] = pixels[source]
+            if source != target:
+                pixels[target] = pixels[source]
         pixels.flush()
     return count - len(missing)
 

@@ -92,9 +92,7 @@ def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="Min
     if fixed:
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}  # TensorRT takes no int32
     feeds = ({"image": batch} for batch in batches(images, fixed and fixed["batch"]))
-    reader = SimpleNamespace(
-        get_next=lambda: next(feeds, None)
-    )  # all that it needs of a CalibrationDataReader
+    reader = SimpleNamespace(get_next=lambda: next(feeds, None))  # what is used of a CalibrationDataReader
 
     def wanted(record):  # not the advice to fold constants, which torch's exporter has done
         return not str(record.msg).startswith("Please consider")
@@ -160,7 +158,8 @@ def move_table(source: str, quantized: str, images: np.ndarray, size: int | None
     if len(proto.graph.output) < 2:
         return
     before, after = (np.sort(scores(file, images, size)) for file in (source, quantized))
-    table = next(t for t in proto.graph.initializer if t.name == table_and_score(proto.graph)[0])
+    name, _ = table_and_score(proto.graph)
+    table = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
     entries = onnx.numpy_helper.to_array(table)
     moved = np.sort(entries + np.interp(entries, before, after - before)).astype(np.float32)
     table.CopyFrom(onnx.numpy_helper.from_array(moved, table.name))

@@ -199,9 +199,7 @@ class Trainer:
         spec = make_spec(self.settings, self.dataset, self.deployable, test_accuracy, self.calibration)
         familiarity = self.calibration.familiarity if self.calibration else None
         training = {"progress": vars(self.progress), "optimizer": self.optimizer.state_dict()}
-        training["network"] = (
-            state if best else None
-        )  # without a best epoch it is the checkpoint's state_dict
+        training["network"] = state if best else None  # else it is the checkpoint's state_dict
         training["data"] = self.dataset.fingerprint
         result, epoch = (best["state_dict"], best["epoch"]) if best else (state, self.progress.epoch - 1)
         runs.save_checkpoint(self.run, spec, result, epoch, training, familiarity)
