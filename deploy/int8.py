@@ -51,24 +51,25 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
     check = check if len(check) >= CALIBRATION else calibration  # of a small dataset
     calibration_images = fit(images[calibration], exported.spec)
     check_images, check_labels = fit(images[check], exported.spec), labels[check]
-
-    def accuracy(file):
-        return (predictions(Model(file, threads), check_images).main.argmax(1) == check_labels).mean()
-
-    before, tried = accuracy(source), []
+    before, tried = accuracy(source, check_images, check_labels, threads), []
     for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
         file = f"{source}.{number}.onnx"
         try:
             quantize(source, file, calibration_images, fixed=exported.spec["fixed"], **settings)
         except Exception as error:  # onnxruntime's quantizer raises anything at all
             raise ValueError(" ".join(str(error).split())) from None
-        drop = round(100 * float(before - accuracy(file)), 3)
+        drop = round(100 * (before - accuracy(file, check_images, check_labels, threads)), 3)
         tried.append({"quantization": name, "drop_training": drop})
         if drop <= max_drop / 2:  # images that the network was trained on are easier than others
             break
     best = min(range(len(tried)), key=lambda number: tried[number]["drop_training"])
     move_table(source, f"{source}.{best}.onnx", check_images, exported.batch)
     return f"{source}.{best}.onnx", {**tried[best], "tried": tried}
+
+
+def accuracy(file: str, images: np.ndarray, labels: np.ndarray, threads: int | None = None) -> float:
+    """The share of uint8 images [N, H, W, C] that an exported file classifies correctly."""
+    return float((predictions(Model(file, threads), images).main.argmax(1) == labels).mean())
 
 
 def batches(images: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
