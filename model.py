@@ -399,14 +399,15 @@ class Regressor(Deployable):
         return self.network(self.normalise(features))
 
 
-BANDS = 6  # of input rows, so that a photo is never whole in memory as floats
+BANDS = 6  # of output rows, so that a photo to stretch is never whole in memory as floats
 
 
 def resize(image: torch.Tensor, image_size: tuple[int, int], fit: str = "stretch") -> torch.Tensor:
     """uint8 [batch, H, W, C] -> float32 [batch, *image_size, C], bilinear with antialias, not rounded.
 
     As Pillow resizes, by two matrix products, which all engines compute alike. fit: "stretch"; "crop" keeps
-    the shape and the middle; "letterbox" keeps the shape and all of the image, between black bars.
+    the shape and the middle; "letterbox" keeps the shape and all of the image, between black bars. To stretch,
+    a band needs only the input rows from `start` to `end`, linear in H because exporters take no more.
     """
     (n, H, W, C), (h, w) = image.shape, image_size
     rows, columns = (torch.arange(side, dtype=torch.int32, device=image.device)[-1:] + 1 for side in (H, W))
@@ -414,11 +415,15 @@ def resize(image: torch.Tensor, image_size: tuple[int, int], fit: str = "stretch
     if fit != "stretch":
         common, choose = math.gcd(h, w), torch.minimum if fit == "crop" else torch.maximum
         factors = ((choose(rows * (w // common), columns * (h // common)), h * w // common),) * 2
-    down, image, resized = triangle_filter(h, H, *factors[0]), image.reshape(n, H, W * C), 0
-    for start, end in itertools.pairwise(H * band // BANDS for band in range(BANDS + 1)):
-        resized = resized + down[:, start:end] @ image[:, start:end].float()
-    across = triangle_filter(w, W, *factors[1])
-    return (across @ resized.reshape(n * h, W, C)).reshape(n, h, w, C)
+    down, image, parts = triangle_filter(h, H, *factors[0]), image.reshape(n, H, W * C), []
+    bands = min(BANDS, h) if fit == "stretch" else 1
+    margin = -(-h // (3 * bands))
+    for top, bottom in itertools.pairwise(h * band // bands for band in range(bands + 1)):
+        start = (H - 1) * max(top - margin, 0) // h
+        end = H - (H - 1) * max(h - bottom - margin, 0) // h
+        parts.append(down[top:bottom, start:end] @ image[:, start:end].float())
+    resized = torch.cat(parts, 1).reshape(n * h, W, C)
+    return (triangle_filter(w, W, *factors[1]) @ resized).reshape(n, h, w, C)
 
 
 def triangle_filter(n_out: int, n_in: int, above: torch.Tensor, below: int) -> torch.Tensor:

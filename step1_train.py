@@ -389,12 +389,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
         if directory is None:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))
-        with group.first_of_each_machine_first():
-            splits = features.prepare(splits, deployable, settings, not checkpoint)
-        trainer = Trainer(settings, directory, dataset, splits, deployable, machine)
-        if settings.teacher:
-            trainer.taught = answers(load_teacher(settings.teacher, dataset), splits["train"])
-        trainer.restore(checkpoint)
+        trainer = start(settings, directory, dataset, splits, deployable, machine, checkpoint)
         announce(trainer, checkpoint, reason)
         try:
             write_result(trainer, fit(trainer))
@@ -402,6 +397,17 @@ def run(args: argparse.Namespace, given: dict) -> int:
             console.print_how_to_resume(trainer)
             return 128 + stop.number
         return 0
+
+
+def start(settings, directory, dataset, splits, deployable, machine, checkpoint) -> Trainer:
+    """A new or resumed run, with what --freeze-backbone and --teacher compute beforehand. Raises Problem."""
+    with machine.processes.first_of_each_machine_first():
+        splits = features.prepare(splits, deployable, settings, not checkpoint)
+    trainer = Trainer(settings, directory, dataset, splits, deployable, machine)
+    if settings.teacher:
+        trainer.taught = answers(load_teacher(settings.teacher, dataset), splits["train"])
+    trainer.restore(checkpoint)
+    return trainer
 
 
 def resume(args, given, group, stack):

@@ -263,7 +263,7 @@ def test_quiet_prints_the_result_alone(call, here):
         ("--label-column kind", ["--label-column", "--dataset csv"]),
         ("--dataset folder --data-dir photos --image-root x", ["--image-root", "--dataset csv"]),
         ("--dataset mnist --strict", ["--strict", "folder or csv"]),
-        ("--cache-dir x", ["--cache-dir", "folder or csv"]),
+        ("--cache-dir x", ["--cache-dir", "your own images", "--pretrained"]),
         ("--model mlp --momentum 0.9", ["--momentum", "sgd or muon"]),
         ("--optimizer adamw --momentum 0.9", ["--momentum", "sgd or muon"]),
         ("--freeze-backbone", ["--freeze-backbone", "--pretrained"]),
@@ -339,9 +339,14 @@ def test_an_interrupt_while_torch_is_imported_has_no_traceback(here, slow_torch,
     assert process.returncode == -signal.SIGINT and err == ""
 
 
-def test_the_networks_listed_without_torch_are_those_there_are():
+def test_the_networks_are_listed_with_what_one_chooses_by(call):
     assert command_line.NETWORKS.keys() == model.MODELS.keys()
-    assert set(command_line.torchvision_names()) == set(models.list_models(module=models))
+    lines = call(step1_train.main, "--list-models").done().out.splitlines()
+    table = {line.split()[0]: line for line in lines[1 : lines.index("")]}
+    assert table.keys() == {*model.MODELS, *models.list_models(module=models)}
+    assert "2.54 M" in table["mobilenet_v3_small"] and table["mobilenet_v3_small"].endswith("67.7 %")
+    assert "0.09 M" in table["tiny"] and table["tiny"].endswith("tiny")
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.fixture

@@ -284,6 +284,7 @@ EXPECTED = {
     "mlp": {**COMMON, **ADAM, "batch_size": 32},
     "mynet": {**COMMON, **MUON, "batch_size": 256, "lr": 0.14},
     "resblock": {**COMMON, **SGD, "batch_size": 512, "lr": 0.5},
+    "tiny": {**COMMON, **MUON, "batch_size": 250, "epochs": 40},
     "resnet18": {**COMMON, **SGD, "batch_size": 64},
 }
 EXPECTED["linear"]["schedule"] = "constant"
@@ -298,6 +299,7 @@ DIFFERENT = {
     ("airbench", "mnist"): {"batch_size": 500, "label_smoothing": 0.1, "width": 0.25},
     ("airbench", "fashion-mnist"): {"width": 0.5},
     ("airbench", "kmnist"): {"width": 0.5},
+    ("tiny", "digits"): {"epochs": 20, "batch_size": 64, "lr": 0.08},
     ("mlp", "digits"): {"epochs": 50},
     ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},

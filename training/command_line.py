@@ -72,6 +72,6 @@ def list_models() -> None:
         latency = next(word for most, word in LATENCIES if operations < most)
         sizes = f"{parameters / 1e6:8.2f} M  {operations / 1e6:11,.1f} M  {size:4}^2"
         print(f"{name:20}{sizes}  {latency:6}  {accuracy}")
-    print("\n--pretrained: top-1 of torchvision's weights on ImageNet. Threestep's own networks:")
+    print("\n--pretrained: top-1 on ImageNet of torchvision's weights. Threestep's own:")
     for name, about in NETWORKS.items():
         print(f"{name:10} {about}")

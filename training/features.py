@@ -164,7 +164,9 @@ def fit_head(deployable: model.Deployable, split: Split) -> None:
     features, labels = split.images[split.members.to(split.images.device)], split.labels[split.members]
     layer = deployable.network.get_submodule(split.head)
     deviation, mean = torch.std_mean(features, 0)
-    deviation = deviation.clamp(min=1e-6)
+    if deviation.max() < 1e-4:  # such features say nothing, and weights for them would be huge
+        return
+    deviation = deviation.clamp(min=1e-3 * deviation.max())
     mean = mean if layer.bias is not None else torch.zeros_like(mean)
     fitted = nn.Linear(*layer.weight.T.shape, layer.bias is not None, device=features.device)
     for parameter in fitted.parameters():

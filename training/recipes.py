@@ -10,6 +10,7 @@ import math
 import re
 
 import data
+from data.notes import note
 from step3_infer import Problem
 
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")  # see optimizers.rate
@@ -53,6 +54,8 @@ RECIPES = {
 # images, and none those of fewer than FEW_TO_CALIBRATE.
 CALIBRATIONS = ("validation", "held-out", "twin", "none")
 MANY, FEW_TO_CALIBRATE = 20_000, 200
+# Photos fewer than MANY, with a side of PHOTO pixels or more, had better start from the weights of START.
+PHOTO, START = 64, "mobilenet_v3_small"
 # What training changes by default besides flips and shifts, for networks that hold for a camera's pictures.
 # The tutorials' networks have none of it, as in the tutorials, and because a step would take longer.
 CAMERA = ("blur", "color", "noise")
@@ -171,6 +174,10 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
     check_validation(settings, has_val)
     settings.calibration = calibration(settings, has_val, dataset.train_labels)
     own = settings.dataset in OWN_IMAGES
+    if own and not settings.pretrained and count < MANY and max(height, width) >= PHOTO:
+        network = START if (settings.model, "*") in RECIPES else settings.model
+        why = "starts from weights trained on ImageNet, at their size, and is usually far more accurate"
+        note(f"{count:,} photos are few to start from nothing: --model {network} --pretrained {why}")
     if own and "epochs" not in given:
         settings.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
     if "batch_size" not in given:
