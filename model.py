@@ -406,7 +406,7 @@ def resize(image: torch.Tensor, image_size: tuple[int, int], fit: str = "stretch
     """uint8 [batch, H, W, C] -> float32 [batch, *image_size, C], bilinear with antialias, not rounded.
 
     As Pillow resizes, by two matrix products, which all engines compute alike. fit: "stretch"; "crop" keeps
-    the shape and the middle; "letterbox" keeps the shape and all of the image, between black bars. To stretch,
+    the shape and the middle, "letterbox" the shape and all of the image, between black bars. To stretch,
     a band needs only the input rows from `start` to `end`, linear in H because exporters take no more.
     """
     (n, H, W, C), (h, w) = image.shape, image_size

@@ -106,7 +106,7 @@ def test_float_input_is_not_rounded(call, trained, here, in_process):
 
 def test_gate_catches_another_resizing_outside(call, small_run, here, monkeypatch, in_process):
     shift = step3_infer.resize
-    monkeypatch.setattr(step3_infer, "resize", lambda image, size: shift(np.roll(image, 1, axis=0), size))
+    monkeypatch.setattr(step3_infer, "resize", lambda image, *sizes: shift(np.roll(image, 1, axis=0), *sizes))
     result = call(step2_export.main, "--format", "onnx", "--fixed")
     assert result.code == 1 and "resizes otherwise" in result.err
     assert not (here / "exports" / "small" / "model.fixed.onnx").exists()

@@ -119,7 +119,7 @@ def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibra
     deployable: the network with its preprocessing. train: what it was trained on. source: what `held_out` is,
     in words.
     """
-    layers = model.middle_layers(deployable.network, train.images.shape[-1], deployable.image_size)
+    layers = model.middle_layers(deployable.network, deployable.mean.numel(), deployable.image_size)
     gaussian = fit_gaussian(describe(deployable, layers, some(train))[1])
     logits, statistics, labels = describe(deployable, layers, held_out)
     familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics), logits.amax(1))
@@ -133,7 +133,7 @@ def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_ou
     how far from it such images are from the other half: training hardly changes these distances. It changes
     the logits, so that they say nothing of new images, and are left out.
     """
-    layers = model.middle_layers(deployable.network, train.images.shape[-1], deployable.image_size)
+    layers = model.middle_layers(deployable.network, deployable.mean.numel(), deployable.image_size)
     logits, _, labels = describe(twin, layers, held_out)
     _, statistics, _ = describe(deployable, layers, some(train))
     gaussian = fit_gaussian(statistics[::2])

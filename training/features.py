@@ -82,7 +82,7 @@ def featured(splits: dict[str, Split], deployable, settings, augment: list[str])
     trained, tables, found = splits["train"].images, {}, {}
     some = trained[:2]
     head = head_keys(deployable.network)[0].rpartition(".")[0]
-    layers = model.middle_layers(deployable.network, some.shape[-1], deployable.image_size)
+    layers = model.middle_layers(deployable.network, deployable.mean.numel(), deployable.image_size)
     given, logits, _ = run(deployable, head, layers, some)
     layer = deployable.network.get_submodule(head)
     with torch.inference_mode():

@@ -1,0 +1,168 @@
+"""A few photos and a small target: features of frozen networks, other shapes than squares, and teachers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import model
+import step1_train
+import step2_export
+import step3_infer
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of 24 wide photos, told apart by their left half, of which 8 each are for testing."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
+    for label, name in enumerate(("left", "right")):
+        for split, count in (("train", 24), ("test", 8)):
+            (root / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = rng.integers(0, 120, (40, 80, 3), dtype=np.uint8)
+                pixels[:, slice(40) if label == 0 else slice(40, None)] += 120
+                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of the default network for five classes."""
+    torch.manual_seed(1)
+    network = model.build("airbench", channels=3, classes=5, image_size=(32, 32), width=0.25)
+    path = tmp_path_factory.mktemp("weights") / "airbench.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def command(photos, *more):
+    fixed = ("--data-dir", photos, "--image-size", 32, "--epochs", 2, "--threads", 1)
+    return [*fixed, *more]
+
+
+def features(photos):
+    return sorted((photos / ".threestep").glob("features-*.npy"))
+
+
+def test_frozen_networks_are_run_once_for_each_image(call, here, photos, weights, monkeypatch):
+    asked = command(photos, "--width", 0.25, "--pretrained", weights, "--freeze-backbone")
+    first = call(step1_train.main, *asked, "--name", "first").done()
+    assert "features of 48 images" in first.err and "features of 16 images" in first.err
+    assert len(features(photos)) == 2 and "augment none" in first.out
+    monkeypatch.setattr(model.Airbench, "forward", lambda *_: pytest.fail("the network has run"))
+    monkeypatch.setattr(step1_train, "write_pictures", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception):  # the check that the head is the network's end
+        call(step1_train.main, *asked, "--name", "second")
+
+
+def test_frozen_result_is_that_of_the_whole_network(call, here, photos, weights):
+    asked = command(photos, "--width", 0.25, "--pretrained", weights, "--freeze-backbone")
+    call(step1_train.main, *asked, "--name", "run").done()
+    summary = json.loads((here / "runs/run/summary.json").read_text())
+    again = call(step1_train.main, *asked, "--name", "again").done()
+    assert "computed the features" not in again.err
+    states = [
+        torch.load(here / f"runs/{name}/checkpoint.pt", weights_only=True)["state_dict"]
+        for name in ("run", "again")
+    ]
+    given = torch.load(weights, weights_only=True)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in given)
+    assert all(torch.equal(states[0][key], given[key]) for key in given if not key.startswith("head"))
+    call(step2_export.main, "--run", "run", "--format", "onnx").done()  # compares with the whole network
+    parity = json.loads((here / "exports/run/parity.json").read_text())
+    assert parity["onnx"]["accuracy"] == summary["test_accuracy"]
+
+
+def test_a_broken_cache_of_features_is_made_again(call, here, photos, weights):
+    asked = command(photos, "--width", 0.25, "--pretrained", weights, "--freeze-backbone")
+    call(step1_train.main, *asked).done()
+    for path in features(photos):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert "features of 48 images" in call(step1_train.main, *asked).done().err
+    call(step1_train.main, *asked, "--cache-dir", "/dev/null/x").error(1, "--cache-dir")
+
+
+def test_views_are_other_features_of_the_same_images(call, here, photos, weights):
+    asked = command(photos, "--width", 0.25, "--pretrained", weights, "--freeze-backbone")
+    call(step1_train.main, *asked, "--augment", "flip", "noise").done()
+    tables = [np.load(path, mmap_mode="r") for path in features(photos)]
+    (table,) = [table for table in tables if table.shape[1] > 5 * 64]
+    assert len(table) == 48 and not np.array_equal(table[:, :64], table[:, 64:128])
+
+
+def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):
+    asked = command(photos, "--width", 0.25, "--pretrained", weights, "--lr", 1e-9, "--augment", "none")
+    call(step1_train.main, *asked, "--name", "fitted").done()  # nearly all is learned before the first step
+    trained, given = (
+        torch.load(path, weights_only=True) for path in (here / "runs/fitted/checkpoint.pt", weights)
+    )
+    assert torch.allclose(trained["state_dict"]["groups.0.0.weight"], given["groups.0.0.weight"], atol=1e-4)
+    row = (here / "runs/fitted/metrics.csv").read_text().splitlines()[1].split(",")
+    assert float(row[2]) > 0.8  # training accuracy of the first epoch
+
+
+def test_photos_are_told_the_better_start_once(call, here, photos, weights):
+    asked = ("--data-dir", photos, "--epochs", 1, "--image-size", 64, "--model", "mynet")
+    said = call(step1_train.main, *asked).done().err
+    assert said.count("--model mobilenet_v3_small --pretrained") == 1
+    small = call(step1_train.main, *asked[:4], "--image-size", 32, "--model", "mynet").done().err
+    assert "--pretrained" not in small
+
+
+@pytest.mark.parametrize("fit", ["crop", "letterbox"])
+def test_the_shape_of_images_is_kept_by_every_reader(call, here, photos, fit, in_process):
+    asked = command(photos, "--model", "mynet", "--fit", fit, "--calibration", "none", "--name", fit)
+    call(step1_train.main, *asked).done()
+    call(step2_export.main, "--run", fit, "--format", "torchscript", "onnx", "--fixed").done()
+    (photo, *_) = sorted(photos.glob("test/left/*.png"))
+    answers = []
+    for name in ("model.onnx", "model.fixed.onnx", "model.pt"):
+        file = step3_infer.Model(here / "exports" / fit / name)
+        assert file.spec["fit"] == fit
+        answers.append(step3_infer.predict(photo, file)["top"][0]["probability"])
+    assert max(answers) - min(answers) < 5e-3  # the fixed file is given rounded pixels
+    stretched = step3_infer.resize(step3_infer.decode_image(photo, 3), (32, 32))
+    kept = step3_infer.resize(step3_infer.decode_image(photo, 3), (32, 32), fit)
+    bars = (kept.sum((1, 2)) == 0).sum()
+    assert bars in ((0,) if fit == "crop" else (14, 15, 16)) and not np.allclose(stretched, kept)
+
+
+def test_crop_is_that_of_pillow():
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 201, 1), dtype=np.uint8)
+    ours = step3_infer.resize(pixels, (32, 48), "crop")[..., 0]
+    image = Image.fromarray(pixels[..., 0]).convert("F")
+    wanted = np.asarray(image.resize((48, 32), Image.Resampling.BILINEAR, box=(0, 83, 201, 217)))
+    assert np.abs(ours - wanted).max() < 1e-2
+    graph = model.resize(torch.from_numpy(pixels)[None], (32, 48), "crop")[0, ..., 0].numpy()
+    assert np.abs(graph - ours).max() < 1e-3
+
+
+def test_a_teacher_is_learned_from(call, trained, here):
+    fast = ("--epochs", 1, "--calibration", "none", "--threads", 1, "--model", "tiny")
+    (here / "runs").mkdir()
+    (here / "runs" / "teacher").symlink_to(trained.run)
+    alone = call(step1_train.main, *fast, "--name", "alone").done()
+    taught = call(step1_train.main, *fast, "--name", "taught", "--teacher", "teacher").done()
+    assert "88,584 parameters" in alone.out
+    names = ("alone", "taught")
+    states = [torch.load(here / f"runs/{n}/checkpoint.pt", weights_only=True)["state_dict"] for n in names]
+    assert not torch.equal(*(state["head.weight"] for state in states))
+    assert float(taught.out.rsplit("accuracy ", 1)[1].split("%")[0]) > 90
+    call(step1_train.main, *fast, "--teacher", "nobody").error(2, "nobody", "teacher")
+
+
+def test_teachers_of_something_else_are_refused(call, trained, here, photos):
+    (here / "runs").mkdir()
+    (here / "runs" / "teacher").symlink_to(trained.run)
+    asked = command(photos, "--model", "tiny", "--teacher", "teacher")
+    call(step1_train.main, *asked).error(2, "--teacher teacher", "classes")
+    call(step1_train.main, *asked, "--pretrained").error(2, "--teacher", "--pretrained")
+    assert not list((here / "runs").glob("photos*"))
+
+
+def test_tiny_networks_fit_into_96_kilobytes():
+    for classes in (2, 10):
+        network = model.build("tiny", channels=3, classes=classes, image_size=(32, 32))
+        assert sum(p.numel() for p in network.parameters()) <= 96 * 1024
