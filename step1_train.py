@@ -154,6 +154,7 @@ from data.split import Split, make_splits
 from deploy import report
 from training import calibration, console, cpu, features, locking, optimizers, processes, runs, weights
 from training.result import summarise
+from training.suspects import find_suspects
 from training.teacher import answers, distilled, load_teacher
 from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
@@ -343,11 +344,14 @@ def write_pictures(trainer, deployable, accuracy, outputs) -> None:
     spec = make_spec(settings, dataset, deployable, accuracy, trainer.calibration)
     cpu.give_back_memory()
     if dataset.task == "classification":
+        images["suspects"] = find_suspects(trainer, outputs)
         train = trainer.splits["train"]
         train = getattr(train, "images_split", train)  # what features were made of
         augmented, labels, *_ = next(train.shuffled(25, settings.augment, 1, settings.seed))
-        images = {"images": dataset.test_images, "augmented": augmented.cpu().numpy()}
-        images["augmented_labels"] = labels.cpu().numpy()
+        images |= {
+            "images": dataset.test_images,
+            "augmented": (augmented.cpu().numpy(), labels.cpu().numpy()),
+        }
         images["pairs"] = dataset.findings.pairs
     try:
         try:

@@ -21,6 +21,8 @@ CAPTIONS = {
     "called unknown by --reject 0.95 of step 3. An unfamiliar object that is photographed like the training "
     "images mostly looks familiar.",
     "mistakes.png": "Wrong predictions on the test split: predicted class, its probability, and true class.",
+    "suspects.png": "Images whose labels look wrong to networks that did not train on them, least probable "
+    "labels first; suspects.csv lists all of them.",
     "duplicates.png": "Images that the data has twice, the same or nearly so: first those with two labels, "
     "then those in the training and the test split.",
     "samples.png": "Training images with their labels, after augmentation, as the network receives them.",
@@ -28,15 +30,16 @@ CAPTIONS = {
 
 
 def draw_run(
-    run_dir, spec, rows, labels, outputs, images=None, augmented=None, augmented_labels=None, pairs=()
+    run_dir, spec, rows, labels, outputs, images=None, augmented=None, pairs=(), suspects=None
 ) -> list[str]:
     """Draw the pictures of a finished run into its directory and return their paths.
 
     spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N];
     outputs, the probabilities [N, classes]; images, uint8 [H, W, C] by index, read only if they are drawn.
-    augmented: uint8 [n, H, W, C] of the training split with their labels [n]. pairs: (image, image, name,
-    name) of images that the data has twice. For a regression, labels and outputs are [N, 1], and there are
-    no images. Raises ImportError without matplotlib, or OSError.
+    augmented: uint8 [n, H, W, C] of the training split, and their labels [n]. pairs: (image, image, name,
+    name) of images that the data has twice. suspects: as training/suspects.py finds them, if any. For a
+    regression, labels and outputs are [N, 1], and there are no images. Raises ImportError without
+    matplotlib, or OSError.
     """
     from deploy import pictures, trust_pictures  # importing matplotlib takes a second; it may be missing
 
@@ -53,8 +56,11 @@ def draw_run(
         temperature = spec.get("temperature")
         drawn["reliability.png"] = trust_pictures.reliability(subtitle, labels, outputs, temperature)
         drawn["coverage.png"] = trust_pictures.coverage(subtitle, labels, outputs)
-        if augmented is not None and len(augmented):
-            drawn["samples.png"] = pictures.samples(subtitle, augmented, augmented_labels, names)
+        if augmented is not None and len(augmented[0]):
+            drawn["samples.png"] = pictures.samples(subtitle, *augmented, names)
+    if suspects:
+        title = "Images whose labels look wrong"
+        drawn["suspects.png"] = pictures.mistakes(subtitle, **suspects, names=names, title=title)
     if pairs:
         drawn["duplicates.png"] = pictures.duplicates(
             subtitle, [(*pair[:2], *map(printable, pair[2:])) for pair in pairs]

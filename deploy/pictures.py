@@ -222,22 +222,27 @@ def samples(subtitle: str, images: np.ndarray, labels: np.ndarray, names: list[s
 
 
 @as_png
-def mistakes(subtitle: str, images: Sequence, labels: np.ndarray, probabilities: np.ndarray, names: list):
-    """The most confident wrong predictions; images: uint8 [H, W, C] by index, read only if drawn."""
+def mistakes(subtitle, images: Sequence, labels: np.ndarray, probabilities: np.ndarray, names, title=None):
+    """The most confident wrong predictions; images: uint8 [H, W, C] by index, read only if drawn.
+
+    title: of images that are in order, and whose labels may be wrong.
+    """
     guesses, confidence = probabilities.argmax(1), probabilities.max(1)
     wrong = np.flatnonzero(guesses != labels)
-    chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:GRID]
+    chosen = (wrong if title else wrong[np.argsort(-confidence[wrong], kind="stable")])[:GRID]
     if not len(chosen):
         figure = new_figure("Wrong predictions", subtitle, WIDTH, 1, arranged=False)
         figure.text(0.5, 0.3, "None: every test image is classified correctly.", ha="center", size=11)
         return figure
-    captions = []
+    captions, kind = [], "label" if title else "true"
     for i in chosen:
         guess, true = (fit(drawable(names[c], c), 0.64, 8) for c in (guesses[i], labels[i]))
-        captions.append([(f"pred: {guess}", ORANGE), (f"{confidence[i]:.1%}", GREY), (f"true: {true}", INK)])
+        captions.append(
+            [(f"pred: {guess}", ORANGE), (f"{confidence[i]:.1%}", GREY), (f"{kind}: {true}", INK)]
+        )
     of_all = f", {len(chosen)} of {len(wrong):,}" if len(chosen) < len(wrong) else ""
     chosen = [images[int(i)] for i in chosen]
-    return draw_grid(f"Most confident wrong predictions{of_all}", subtitle, chosen, captions)
+    return draw_grid(f"{title or 'Most confident wrong predictions'}{of_all}", subtitle, chosen, captions)
 
 
 @as_png

@@ -182,3 +182,20 @@ def test_files_of_one_size_are_told_apart_and_a_missing_one_is_passed_over(tmp_p
 def test_the_linear_regression_is_not_examined():
     dataset = data.load("linear")
     assert doctor.examined(dataset) is dataset and dataset.findings is None
+
+
+def test_images_whose_labels_look_wrong_are_listed(call, tmp_path, here):
+    rng = np.random.default_rng(0)
+    for name, light in (("dark", 0), ("light", 120)):
+        for split, count in (("train", 110), ("test", 10)):
+            (tmp_path / "own" / split / name).mkdir(parents=True)
+            for k in range(count):
+                photo(rng, light=light).save(tmp_path / "own" / split / name / f"{k}.png")
+    photo(rng, light=120).save(tmp_path / "own/test/dark/wrong, it is light.png")
+    asked = ("--data-dir", tmp_path / "own", "--model", "mlp", "--epochs", 3, "--threads", 1)
+    said = call(step1_train.main, *asked).done().err
+    first, *others = csv.DictReader((here / "runs/own-mlp/suspects.csv").open(encoding="utf-8"))
+    assert first["image"].endswith("wrong, it is light.png")
+    assert (first["label"], first["suggested"]) == ("dark", "light")
+    assert f"look wrong: {1 + len(others)}, listed in runs/own-mlp/suspects.csv" in said
+    assert (here / "runs/own-mlp/suspects.png").exists()

@@ -63,7 +63,7 @@ def draw_arguments(n, classes=None, wrong=7, shape=(8, 8, 1)):
     outputs[np.arange(count), (labels + (np.arange(count) < wrong)) % n] += 0.9
     spec = {"task": "classification", "classes": classes, "test_accuracy": 1 - wrong / count}
     spec["created"] = "2026-01-02T03:04:05+00:00"
-    return [spec, ROWS, labels, outputs, Recorder(shape), np.zeros((4, *shape), np.uint8), labels[:4]]
+    return [spec, ROWS, labels, outputs, Recorder(shape), (np.zeros((4, *shape), np.uint8), labels[:4])]
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ class Calibration:
     """What was learned after training. source: where the images came from, in words; images: their number.
 
     familiarity: the tensors of `model.Familiarity`, layers: what it looks at, compared: the images in its
-    table.
+    table. judged: the rows of the images, and probabilities [n, classes]: what the network that was not
+    trained on them says.
     """
 
     temperature: float
@@ -38,6 +39,8 @@ class Calibration:
     familiarity: dict[str, torch.Tensor]
     layers: tuple[str, ...]
     compared: int
+    judged: torch.Tensor
+    probabilities: np.ndarray
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -123,7 +126,8 @@ def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibra
     gaussian = fit_gaussian(describe(deployable, layers, some(train))[1])
     logits, statistics, labels = describe(deployable, layers, held_out)
     familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics), logits.amax(1))
-    return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(labels))
+    result = fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(labels)
+    return Calibration(*result, held_out.members, (logits / result[0]).softmax(1).numpy())
 
 
 def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_out: Split) -> Calibration:
@@ -139,7 +143,8 @@ def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_ou
     gaussian = fit_gaussian(statistics[::2])
     familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics[1::2]))
     source, compared = f"a twin trained on {len(twin_train):,} of the images", len(statistics) // 2
-    return Calibration(fit_temperature(logits, labels), source, len(labels), familiarity, layers, compared)
+    result = fit_temperature(logits, labels), source, len(labels), familiarity, layers, compared
+    return Calibration(*result, held_out.members, (logits / result[0]).softmax(1).numpy())
 
 
 def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
