@@ -1,5 +1,6 @@
 """What step1 says of a dataset before it trains, and that it keeps copies of an image in one split."""
 
+import csv
 import json
 import re
 import shutil
@@ -184,6 +185,7 @@ def test_the_linear_regression_is_not_examined():
     assert doctor.examined(dataset) is dataset and dataset.findings is None
 
 
+@pytest.mark.pictures
 def test_images_whose_labels_look_wrong_are_listed(call, tmp_path, here):
     rng = np.random.default_rng(0)
     for name, light in (("dark", 0), ("light", 120)):
