@@ -13,7 +13,7 @@ from data.split import Split
 from step3_infer import Problem
 from training import runs
 
-SHARE, SOFTNESS = 0.9, 2.0  # of the loss that the teacher has; what both networks' logits are divided by
+SHARE, SOFTNESS = 0.5, 4.0  # of the loss that the teacher has; what both networks' logits are divided by
 
 
 def load_teacher(run: str, dataset: data.Dataset) -> model.Deployable:
