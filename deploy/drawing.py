@@ -62,9 +62,8 @@ def draw_run(
         title = "Images whose labels look wrong"
         drawn["suspects.png"] = pictures.mistakes(subtitle, **suspects, names=names, title=title)
     if pairs:
-        drawn["duplicates.png"] = pictures.duplicates(
-            subtitle, [(*pair[:2], *map(printable, pair[2:])) for pair in pairs]
-        )
+        named = [(*pair[:2], *map(printable, pair[2:])) for pair in pairs]
+        drawn["duplicates.png"] = pictures.duplicates(subtitle, named)
     drawn["curves.png"] = pictures.curves(subtitle, rows)
     for name, content in drawn.items():
         with replacing(os.path.join(run_dir, name)) as file:

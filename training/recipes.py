@@ -175,9 +175,7 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
     settings.calibration = calibration(settings, has_val, dataset.train_labels)
     own = settings.dataset in OWN_IMAGES
     if own and not settings.pretrained and count < MANY and max(height, width) >= PHOTO:
-        network = START if (settings.model, "*") in RECIPES else settings.model
-        why = "starts from weights trained on ImageNet, at their size, and is usually far more accurate"
-        note(f"{count:,} photos are few to start from nothing: --model {network} --pretrained {why}")
+        note_better_start(settings.model, count)
     if own and "epochs" not in given:
         settings.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
     if "batch_size" not in given:
@@ -187,6 +185,13 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
             settings.lr /= 2 ** (halvings / 2)
     settings.batch_size = min(settings.batch_size, count)
     return settings
+
+
+def note_better_start(network: str, count: int) -> None:
+    """Say what to type for a few photos."""
+    network = START if (network, "*") in RECIPES else network
+    why = "starts from weights trained on ImageNet, at their size, and is usually far more accurate"
+    note(f"{count:,} photos are few to start from nothing: --model {network} --pretrained {why}")
 
 
 def check_validation(settings: argparse.Namespace, has_val: bool) -> None:
