@@ -67,11 +67,11 @@ def list_models() -> None:
         accuracy = f"{weights.meta['_metrics']['ImageNet-1K']['acc@1']:.1f} %"
         size = weights.transforms().crop_size[0]
         rows.append((name, weights.meta["num_params"], weights.meta["_ops"] * 1e9, size, accuracy))
-    print("network             parameters  multiply-adds   pixels  time    --pretrained")
+    print("network            parameters  multiply-adds   pixels  time    --pretrained")
     for name, parameters, operations, size, accuracy in sorted(rows, key=lambda row: row[2]):
         latency = next(word for most, word in LATENCIES if operations < most)
         sizes = f"{parameters / 1e6:8.2f} M  {operations / 1e6:11,.1f} M  {size:4}^2"
-        print(f"{name:20}{sizes}  {latency:6}  {accuracy}")
+        print(f"{name:19}{sizes}  {latency:6}  {accuracy}".rstrip())
     print("\n--pretrained: top-1 on ImageNet of torchvision's weights. Threestep's own:")
     for name, about in NETWORKS.items():
         print(f"{name:10} {about}")

@@ -2,8 +2,8 @@
 
 Those are the test split, and what the calibration has: a validation split, a part held out, or what the twin
 has not seen. An image is suspected if another class is as probable as it is for images of that class on
-average (the thresholds of confident learning, Northcutt et al. 2021); the first have the least probable
-label. Nothing is changed or deleted.
+average (the thresholds of confident learning, Northcutt et al. 2021) and its label is improbable; the first
+have the least probable label. Nothing is changed or deleted.
 """
 
 import csv
@@ -15,6 +15,7 @@ from data.notes import note
 from training import runs
 
 SUSPECTS = "suspects.csv"
+DOUBTFUL = 0.05  # the probability below which a label is
 COLUMNS = ("image", "label", "suggested", "probability_of_label", "probability_of_suggested")
 
 
@@ -36,7 +37,7 @@ def find_suspects(trainer, probabilities: np.ndarray) -> dict | None:
     counts = np.maximum(np.bincount(labels, minlength=probabilities.shape[1]), 1)
     usual = np.bincount(labels, given, probabilities.shape[1]) / counts
     guesses, most = probabilities.argmax(1), probabilities.max(1)
-    found = np.flatnonzero((guesses != labels) & (most >= usual[guesses]))
+    found = np.flatnonzero((guesses != labels) & (most >= usual[guesses]) & (given < DOUBTFUL))
     found = found[np.argsort(given[found], kind="stable")]
     if not len(found):
         return None
