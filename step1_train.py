@@ -100,7 +100,7 @@ def add_training_options(parser):
     text = "start from torchvision's default weights, or from a local state_dict or checkpoint"
     add("--pretrained", nargs="?", const="default", metavar="FILE", help=text)
     add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
-    add("--teacher", metavar="RUN", help="a larger, trained run whose answers a network learns (distillation)")
+    add("--teacher", metavar="RUN", help="learn the answers of a larger, trained run (distillation)")
     add("--list-models", action="store_true", help="list the networks and exit")
     title = "training (defaults: a recipe for the network and the dataset)"
     add = parser.add_argument_group(title).add_argument
