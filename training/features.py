@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +19,11 @@ from tqdm import tqdm
 import data
 import model
 from data import notes
-from data.augment import gather
 from data.cache import directory_for
-from data.split import Split, seeded
+from data.split import Split
 from step3_infer import problems, replacing
 from training.weights import head_keys
 
-VIEWS = 4  # of a training image, changed by --augment if that is given
 MOST_PIXELS = 1_000_000  # in a batch
 HEAD_STEPS, HEAD_DECAY = 100, 1e-2  # of fitting a head: steps of L-BFGS, and the L2 penalty
 
@@ -35,19 +32,12 @@ HEAD_STEPS, HEAD_DECAY = 100, 1e-2  # of fitting a head: steps of L-BFGS, and th
 class FeatureSplit(Split):
     """A Split of features, float32 [N, d], that `images_split` has at the layer `head` of a network.
 
-    views: more of them, [N, d] each, of augmented images. statistics: float32 [N, s], see model.py.
+    statistics: float32 [N, s], see model.py.
     """
 
     images_split: Split
     head: str
-    views: tuple[torch.Tensor, ...]
     statistics: torch.Tensor
-
-    def shuffled(self, batch_size: int, augment: list[str], epoch: int, *order) -> Iterator[tuple]:
-        """As Split.shuffled; each epoch takes the next of the views."""
-        images = self.views[epoch % len(self.views)] if self.views else self.images
-        split = Split(images, self.labels, self.members, self.source)
-        return split.shuffled(batch_size, [], epoch, *order)
 
 
 def parts(deployable: model.Deployable, split: Split) -> tuple:
@@ -68,19 +58,18 @@ def prepare(
     if not settings.pretrained or splits["train"].labels.is_floating_point():
         return splits
     if settings.freeze_backbone:
-        return featured(splits, deployable, settings, settings.augment)
+        return featured(splits, deployable, settings)
     if fresh:
-        fit_head(deployable, featured({"train": splits["train"]}, deployable, settings, [])["train"])
+        fit_head(deployable, featured({"train": splits["train"]}, deployable, settings)["train"])
     return splits
 
 
-def featured(splits: dict[str, Split], deployable, settings, augment: list[str]) -> dict[str, Split]:
+def featured(splits: dict[str, Split], deployable, settings) -> dict[str, Split]:
     """The splits with features in the place of images; unchanged if they have them, or if the network does
-    not end in its head. augment: for views of the training images."""
+    not end in its head."""
     if isinstance(splits["train"], FeatureSplit):
         return splits
-    trained, tables, found = splits["train"].images, {}, {}
-    some = trained[:2]
+    some, tables, found = splits["train"].images[:2], {}, {}
     head = head_keys(deployable.network)[0].rpartition(".")[0]
     layers = model.middle_layers(deployable.network, deployable.mean.numel(), deployable.image_size)
     given, logits, _ = run(deployable, head, layers, some)
@@ -89,15 +78,13 @@ def featured(splits: dict[str, Split], deployable, settings, augment: list[str])
         if not isinstance(layer, nn.Linear) or not torch.equal(layer(given), logits):
             return splits
     for name, split in splits.items():
-        changes = augment if split.images is trained else []
         if id(split.images) not in tables:  # parts of one split share their images
-            tables[id(split.images)] = load(deployable, head, layers, split.images, changes, settings)
+            tables[id(split.images)] = load(deployable, head, layers, split.images, settings)
         table = tables[id(split.images)]
-        ends = [layer.in_features * k for k in range(1, 2 + VIEWS * bool(changes))]
-        plain, *views, statistics = torch.from_numpy(table).to(some.device).tensor_split(ends, 1)
+        plain, statistics = torch.from_numpy(table).to(some.device).tensor_split([layer.in_features], 1)
         own = split.labels, split.members, table, split.same
-        more = {"head": head, "views": tuple(views), "statistics": statistics}
-        found[name] = FeatureSplit(plain, *own, images_split=split, **more)
+        more = {"images_split": split, "head": head, "statistics": statistics}
+        found[name] = FeatureSplit(plain, *own, **more)
     return found
 
 
@@ -113,10 +100,10 @@ def run(deployable, head: str, layers: tuple, images: torch.Tensor) -> tuple[tor
     return given[-1], logits, statistics
 
 
-def load(deployable, head, layers, images: torch.Tensor, augment: list[str], settings) -> np.ndarray:
-    """A map [N, d * (1 + views) + s]: plain features of images [N, H, W, C], those of views, statistics."""
+def load(deployable, head, layers, images: torch.Tensor, settings) -> np.ndarray:
+    """A map [N, d + s]: the features and the statistics of images [N, H, W, C]."""
     directory = directory_for(settings.data_dir or data.HERE, settings.cache_dir)
-    what = tuple(settings.image_size), head, layers, augment, settings.seed if augment else 0
+    what = tuple(settings.image_size), head, layers
     hasher = hashlib.sha256(repr((*what, deployable.mean.tolist(), deployable.std.tolist())).encode())
     for name, tensor in deployable.network.state_dict().items():
         if not name.startswith(f"{head}."):
@@ -127,25 +114,18 @@ def load(deployable, head, layers, images: torch.Tensor, augment: list[str], set
         os.makedirs(directory, exist_ok=True)
         with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: not whole, and made again
             return np.load(path, mmap_mode="c")
-        compute(path, deployable, head, layers, images, augment, settings)
+        compute(path, deployable, head, layers, images)
         return np.load(path, mmap_mode="c")
 
 
-def compute(path: str, deployable, head, layers, images, augment: list[str], settings) -> None:
+def compute(path: str, deployable, head, layers, images) -> None:
     """Write what `load` returns. Raises OSError."""
     started, size = time.perf_counter(), max(1, min(125, MOST_PIXELS // images[0, ..., 0].numel()))
-    batches = torch.arange(len(images)).split(size)
-    bar = tqdm(batches, "features", leave=False, disable=True if notes.silent else None)
+    bar = tqdm(images.split(size), "features", leave=False, disable=True if notes.silent else None)
     with replacing(path) as file:
-        for number, index in enumerate(bar):
-            flips = torch.zeros(len(images), dtype=torch.bool)
-            row, _, statistics = run(deployable, head, layers, images[index])
-            rows = [row]
-            for view in range(VIEWS if augment else 0):
-                order = seeded(settings.seed, view, number)
-                changed = gather(images, index, augment, flips ^ (view % 2 == 1), order)
-                rows.append(run(deployable, head, layers, changed)[0])
-            content = torch.cat([*rows, statistics], 1).cpu().numpy()
+        for number, part in enumerate(bar):
+            features, _, statistics = run(deployable, head, layers, part)
+            content = torch.cat([features, statistics], 1).cpu().numpy()
             if number == 0:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), content.shape[1])}
                 np.lib.format.write_array_header_1_0(file, header)

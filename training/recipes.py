@@ -68,7 +68,7 @@ OWN_IMAGES = ("folder", "csv")
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
 NEEDS_VALIDATION = "a validation split: give --val-fraction as well"
 OF_CSV = ("test_csv", "image_root", "image_column", "label_column")
-OF_IMAGES, OF_CLASSES = ("image_size", "augment", "fit"), ("class_weights", "label_smoothing", "calibration")
+OF_IMAGES, OF_CLASSES = ("image_size", "fit"), ("class_weights", "label_smoothing", "calibration")
 
 
 def not_linear(settings: argparse.Namespace) -> bool:
@@ -84,8 +84,8 @@ BELONGS_TO = {
     **dict.fromkeys(OF_IMAGES, ("images, and --dataset linear has features", not_linear)),
     **dict.fromkeys(OF_CLASSES, ("classes, and --dataset linear is a regression", not_linear)),
     "patience": (NEEDS_VALIDATION, lambda s: s.val_fraction or s.dataset in OWN_IMAGES),
+    "augment": ("images, and to networks trained whole", lambda s: not_linear(s) and not s.freeze_backbone),
     "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
-    "teacher": ("classes, and not to --pretrained", lambda s: s.dataset != "linear" and not s.pretrained),
     "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
 }
 
@@ -161,11 +161,11 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         # By a whole factor, small images keep their pixels apart.
         factor = -(-traits.min_size // min(height, width))
         settings.image_size = (height * factor, width * factor)
+    if settings.freeze_backbone:  # see training/features.py
+        settings.augment = []
     if settings.augment is None:
         flip = ["flip"] if channels == 3 else []
         settings.augment = [*flip, "translate", *(() if settings.model in TUTORIALS else CAMERA)]
-        if settings.freeze_backbone:  # see training/features.py
-            settings.augment = []
     if "none" in settings.augment:
         if len(settings.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)
