@@ -100,7 +100,6 @@ def add_training_options(parser):
     text = "start from torchvision's default weights, or from a local state_dict or checkpoint"
     add("--pretrained", nargs="?", const="default", metavar="FILE", help=text)
     add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
-    add("--teacher", metavar="RUN", help="learn the answers of a larger, trained run (distillation)")
     add("--list-models", action="store_true", help="list the networks and exit")
     title = "training (defaults: a recipe for the network and the dataset)"
     add = parser.add_argument_group(title).add_argument
@@ -155,7 +154,6 @@ from deploy import report
 from training import calibration, console, cpu, features, locking, optimizers, processes, runs, weights
 from training.result import summarise
 from training.suspects import find_suspects
-from training.teacher import answers, distilled, load_teacher
 from training.trainer import Evaluation, Trainer, make_spec, train_mode
 
 WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is made from
@@ -190,13 +188,11 @@ def fit(trainer: Trainer) -> Evaluation | None:
 def train_epoch(trainer: Trainer) -> tuple[float, float | None]:
     """Train for an epoch, or what a resumed run has left of it; returns loss and accuracy while training."""
     train_mode(trainer.deployable.network)
-    for images, labels, rows, batch_size in console.progress_bar(trainer, trainer.batches()):
+    for images, labels, batch_size in console.progress_bar(trainer, trainer.batches()):
         trainer.start_step()
         with trainer.autocast():
             outputs = trainer.network(trainer.normalise(images))
         losses = criterion(outputs, labels, trainer.settings.label_smoothing, trainer.log_priors)
-        if trainer.taught is not None:
-            losses = distilled(losses, outputs, trainer.taught[rows])
         # The mean over the whole batch: DistributedDataParallel averages the gradients of the processes.
         loss = losses.sum() * trainer.processes.count / batch_size
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -310,7 +306,6 @@ def train_twin(trainer: Trainer, parts: dict[str, Split]) -> model.Deployable:
     deployable = build_on(trainer.machine, settings, trainer.dataset, checkpoint)
     parts = features.prepare(parts, deployable, settings, not checkpoint)
     twin = Trainer(settings, directory, trainer.dataset, parts, deployable, trainer.machine, is_twin=True)
-    twin.taught = trainer.taught
     twin.restore(checkpoint)
     fit(twin)
     return deployable
@@ -347,7 +342,7 @@ def write_pictures(trainer, deployable, accuracy, outputs) -> None:
         images["suspects"] = find_suspects(trainer, outputs)
         train = trainer.splits["train"]
         train = getattr(train, "images_split", train)  # what features were made of
-        augmented, labels, *_ = next(train.shuffled(25, settings.augment, 1, settings.seed))
+        augmented, labels, _ = next(train.shuffled(25, settings.augment, 1, settings.seed))
         images |= {
             "images": dataset.test_images,
             "augmented": (augmented.cpu().numpy(), labels.cpu().numpy()),
@@ -404,12 +399,10 @@ def run(args: argparse.Namespace, given: dict) -> int:
 
 
 def start(settings, directory, dataset, splits, deployable, machine, checkpoint) -> Trainer:
-    """A new or resumed run, with what --freeze-backbone and --teacher compute beforehand. Raises Problem."""
+    """A new or resumed run, on features if the network is frozen. Raises Problem."""
     with machine.processes.first_of_each_machine_first():
         splits = features.prepare(splits, deployable, settings, not checkpoint)
     trainer = Trainer(settings, directory, dataset, splits, deployable, machine)
-    if settings.teacher:
-        trainer.taught = answers(load_teacher(settings.teacher, dataset), splits["train"])
     trainer.restore(checkpoint)
     return trainer
 

@@ -57,8 +57,7 @@ class Split:
     def shuffled(
         self, batch_size: int, augment: list[str], epoch: int, seed: int, done=0, process=0, processes=1
     ) -> Iterator[tuple]:
-        """Yield (images, labels, their rows, the size of the whole batch) in random order, augmented by
-        `gather`.
+        """Yield (images, labels, how many the whole batch has) in random order, augmented; see `gather`.
 
         batch_size: over all processes, each of which gets every `processes`-th image of a batch. The first
         `done` batches are left out. Order and augmentation follow from seed, epoch and position alone,
@@ -72,8 +71,7 @@ class Split:
         for position, (index, following) in enumerate(with_next(batches[done:]), done):
             self._prefetch(following[share])
             images = gather(self.images, index, augment, flips, seeded(seed, epoch, position), share)
-            rows = self._to_device(index[share])
-            yield self._to_device(images), self.labels[rows], rows, len(index)
+            yield self._to_device(images), self.labels[self._to_device(index[share])], len(index)
 
     def _prefetch(self, index):
         """Ask the system to read these rows from disk, if the images are a memory map."""

@@ -57,8 +57,8 @@ def test_shares_of_a_batch_are_the_whole_batch_as_one_process_sees_it():
     alone = list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5))
     shares = [list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5, 0, k, 2)) for k in range(2)]
     assert len(alone) == len(shares[0]) == len(shares[1]) == whole.count_batches(11, 2) == 5
-    for (pixels, labels, _, batch), first, second in zip(alone, *shares, strict=True):
-        for k, (part, part_labels, _, part_batch) in enumerate((first, second)):
+    for (pixels, labels, batch), first, second in zip(alone, *shares, strict=True):
+        for k, (part, part_labels, part_batch) in enumerate((first, second)):
             assert torch.equal(part, pixels[k::2]) and torch.equal(part_labels, labels[k::2])
             assert part_batch == batch == len(labels)
 

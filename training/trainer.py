@@ -81,7 +81,6 @@ class Trainer:
         self.steps_per_epoch = splits["train"].count_batches(settings.batch_size, self.processes.count)
         self.saved_at = time.monotonic()
         self.calibration: Calibration | None = None
-        self.taught: torch.Tensor | None = None  # a teacher's soft labels [N, classes]
 
     def start_epoch(self, signals: Signals) -> None:
         """Prepare to count: sums on the device, the clock, and memory that the last epoch left in holes."""
