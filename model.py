@@ -22,11 +22,10 @@ from torch import nn
 class Network(nn.Module):
     """What training asks of a network; torchvision's networks have the values given here.
 
-    options: the command-line options it takes; min_size: the smallest image side in
-    pixels. bf16: whether it gains from bf16, being large enough. memory_format: of its weights while it is
-    trained. max_batch_pixels: the pixels in a batch, all its images together, that fit into a laptop's
-    memory; None for any. middle: the layers that `Familiarity` looks at; None for a choice by their order,
-    empty for the input itself.
+    options: the command-line options it takes. min_size: the smallest image side in pixels. bf16: whether it
+    gains from bf16. memory_format: of its weights while it is trained. max_batch_pixels: in a batch that fits
+    into a laptop's memory; None for any. middle: the layers that `Familiarity` looks at; None for a choice by
+    their order, empty for the input itself.
     """
 
     options = ()
@@ -53,8 +52,7 @@ class MLP(Network):
 
     def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
         super().__init__()
-        height, width = image_size
-        sizes = [channels * height * width, *hidden]
+        sizes = [channels * math.prod(image_size), *hidden]
         layers = [nn.Flatten()]
         for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.ReLU(), nn.Dropout(dropout)]
@@ -74,14 +72,13 @@ class MyNet(Network):
 
     def __init__(self, channels, classes, image_size, dropout=0.1):
         super().__init__()
-        height, width = image_size
         blocks = []
         for n_in, n_out in ((channels, 6), (6, 12), (12, 24)):
             # The tutorial has ReLU before the pooling: the same numbers from four times the work.
-            convolution = nn.Conv2d(n_in, n_out, 3, padding=1)
-            blocks += [convolution, nn.BatchNorm2d(n_out), nn.MaxPool2d(2), nn.ReLU()]
+            conv = nn.Conv2d(n_in, n_out, 3, padding=1)
+            blocks += [conv, nn.BatchNorm2d(n_out), nn.MaxPool2d(2), nn.ReLU()]
         self.blocks = nn.Sequential(*blocks)
-        features = 24 * (height // 8) * (width // 8)
+        features = 24 * math.prod(side // 8 for side in image_size)
         layers = [nn.Flatten(), nn.Dropout(dropout), nn.Linear(features, 192), nn.ReLU()]
         self.head = nn.Sequential(*layers, nn.Linear(192, 96), nn.ReLU(), nn.Linear(96, classes))
 
@@ -156,24 +153,19 @@ class Airbench(Network):
         widths = [max(8, round(n * width / 8) * 8) for n in self.channels]
         n_in = 8 * channels  # 2x2 patches have 4 * channels directions; each is taken with both signs
         self.whitening = nn.Conv2d(channels, n_in, 2)
-        groups = []
-        for n_out in widths:
-            groups.append(self._group(n_in, n_out))
-            n_in = n_out
+        groups = [self._group(*ends) for ends in itertools.pairwise([n_in, *widths])]
         self.groups = nn.Sequential(*groups)
-        self.head = nn.Linear(n_in, classes, bias=False)
+        self.head = nn.Linear(widths[-1], classes, bias=False)
         self.whitening.weight.requires_grad = False
 
     @staticmethod
     def _group(n_in, n_out):
-        first = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
-        second = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
-        for conv in (first, second):  # start as the identity on as many channels as there are
-            nn.init.dirac_(conv.weight[: conv.in_channels])
-        norms = [nn.BatchNorm2d(n_out, momentum=0.2) for _ in range(2)]  # few steps: forget quickly
-        for norm in norms:
+        convs = [nn.Conv2d(n, n_out, 3, padding=1, bias=False) for n in (n_in, n_out)]
+        norms = [nn.BatchNorm2d(n_out, momentum=0.2) for _ in convs]  # few steps: forget quickly
+        for conv, norm in zip(convs, norms, strict=True):
+            nn.init.dirac_(conv.weight[: conv.in_channels])  # the identity on as many channels as there are
             norm.weight.requires_grad = False  # the scale is free: another convolution follows
-        return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
+        return nn.Sequential(convs[0], nn.MaxPool2d(2), norms[0], nn.GELU(), convs[1], norms[1], nn.GELU())
 
     @torch.no_grad()
     def prepare(self, images: torch.Tensor, eps: float = 0.1) -> None:
@@ -209,10 +201,7 @@ class Tiny(Airbench):
     channels = (32, 48, 48)
 
 
-MODELS = {
-    **{"airbench": Airbench, "linear": Linear, "mlp": MLP},
-    **{"mynet": MyNet, "resblock": ResBlock, "tiny": Tiny},
-}
+MODELS = {network.__name__.lower(): network for network in (Airbench, Linear, MLP, MyNet, ResBlock, Tiny)}
 
 
 def traits(name: str) -> type[Network]:
@@ -245,18 +234,17 @@ def build(name: str, *, channels: int, classes: int, image_size: tuple[int, int]
     unknown = [f"--{option}" for option in options if option not in known]
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)} (--list-models names those it has)")
-    height, width = image_size
+    (height, width), need = image_size, traits(name).min_size
     way_out = "give a larger --image-size (images are resized to it) or another --model"
-    if name not in MODELS:
-        try:
-            return build_torchvision(name, channels, classes, height, width)
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{name} cannot take {height}x{width} images ({reason}); {way_out}") from None
-    need = MODELS[name].min_size
     if min(image_size) < need:
         raise ValueError(f"{name} needs images of at least {need}x{need}, not {height}x{width}; {way_out}")
-    return MODELS[name](channels, classes, tuple(image_size), **options)
+    if name in MODELS:
+        return MODELS[name](channels, classes, tuple(image_size), **options)
+    try:
+        return build_torchvision(name, channels, classes, height, width)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{name} cannot take {height}x{width} images ({reason}); {way_out}") from None
 
 
 def build_torchvision(name: str, channels: int, classes: int, height: int, width: int) -> nn.Module:
@@ -286,11 +274,12 @@ class Familiarity(nn.Module):
     The score of an image is -log of the squared Mahalanobis distance of its `statistics` from one Gaussian of
     the training images (Lee et al. 2018, without classes), and more the larger its largest logit is, up to a
     limit. weight [d, d], bias [d]: to whitened statistics. logit: the factor, offset and limit of the logit's
-    part. table [n]: the scores of held-out images, sorted.
+    part. table [n]: the scores of held-out images, sorted. layers: see `middle_layers`.
     """
 
-    def __init__(self, state: dict[str, torch.Tensor]):
+    def __init__(self, state: dict[str, torch.Tensor], layers=()):
         super().__init__()
+        self.layers = tuple(layers)
         for name in ("weight", "bias", "logit", "table"):
             self.register_buffer(name, state[name].float().contiguous())
 
@@ -304,17 +293,14 @@ class Familiarity(nn.Module):
 
 
 @contextlib.contextmanager
-def watched(network: nn.Module, layers, see):
-    """Within this block, call see(name, output) whenever one of these layers has run."""
-    handles = []
-    for name in layers:
-        hook = functools.partial(lambda name, module, inputs, output: see(name, output), name)
-        handles.append(network.get_submodule(name).register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def watched(network: nn.Module, layers):
+    """Within this block, collect in a list (name, output) of each of these layers that runs."""
+    seen = []
+    with contextlib.ExitStack() as hooks:
+        for name in layers:
+            see = functools.partial(lambda name, layer, inputs, output: seen.append((name, output)), name)
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(see))
+        yield seen
 
 
 def middle_layers(network: nn.Module, channels: int, image_size: tuple[int, int]) -> tuple[str, ...]:
@@ -327,8 +313,7 @@ def middle_layers(network: nn.Module, channels: int, image_size: tuple[int, int]
         return network.middle
     sequences = [(p, m) for p, m in network.named_modules() if isinstance(m, nn.Sequential) or not p]
     blocks = [f"{path}.{name}".lstrip(".") for path, m in sequences for name, _ in m.named_children()]
-    reached = []
-    with watched(network, blocks, lambda name, out: reached.append((name, out))), torch.inference_mode():
+    with watched(network, blocks) as reached, torch.inference_mode():
         network.eval()(torch.zeros(1, channels, *image_size, device=next(network.parameters()).device))
     maps = [name for name, out in reached if isinstance(out, torch.Tensor) and out.dim() > 2]
     return (maps[len(maps) // 3],) if maps else ()
@@ -340,10 +325,10 @@ def run_with_statistics(network: nn.Module, images: torch.Tensor, layers: tuple[
     Those are each channel's mean and deviation after `layers`; without layers, the brightness and the
     roughness of the image in 4x4 parts.
     """
-    found, parts = [], []
-    with watched(network, layers, lambda name, maps: found.append(maps)):
+    parts = []
+    with watched(network, layers) as found:
         logits = network(images)
-    for maps in found:  # [batch, channels, h, w]; a transformer's tokens [batch, n, channels]
+    for _, maps in found:  # [batch, channels, h, w]; a transformer's tokens [batch, n, channels]
         places = (2, 3) if maps.dim() == 4 else (1,)
         means = maps.mean(places, keepdim=True)
         parts += [means.flatten(1), (maps - means).square().mean(places).sqrt()]
@@ -360,16 +345,13 @@ class Deployable(nn.Module):
     uint8 images [batch, height, width, channels] of any size, or uint8 or float32 ones of image_size only
     without `any_size`, -> float32 probabilities [batch, classes] and, with a `familiarity`, `known` [batch].
     image_size: (height, width) the network wants; mean, std: one number a channel, of pixels scaled to 0..1.
-    temperature: what the logits are divided by (Guo et al. 2017). layers: see `middle_layers`.
+    temperature: what the logits are divided by (Guo et al. 2017).
     """
 
-    def __init__(
-        self, network, image_size, mean, std, fit="stretch", temperature=1.0, familiarity=None, layers=()
-    ):
+    def __init__(self, network, image_size, mean, std, fit="stretch", temperature=1.0, familiarity=None):
         super().__init__()
-        self.network, self.any_size, self.fit = network, True, fit
-        self.image_size = tuple(image_size)
-        self.temperature, self.familiarity, self.layers = temperature, familiarity, tuple(layers)
+        self.network, self.image_size, self.fit, self.any_size = network, tuple(image_size), fit, True
+        self.temperature, self.familiarity = temperature, familiarity
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -385,7 +367,7 @@ class Deployable(nn.Module):
         image = self.normalise(resize(image, self.image_size, self.fit) if self.any_size else image)
         if self.familiarity is None:
             return self.calibrated(self.network(image))
-        logits, statistics = run_with_statistics(self.network, image, self.layers)
+        logits, statistics = run_with_statistics(self.network, image, self.familiarity.layers)
         return self.calibrated(logits), self.familiarity(statistics, logits)
 
 

@@ -72,8 +72,7 @@ class Run:
         cls, spec = model.Regressor if self.regression else model.Deployable, self.spec
         more = {"fit": spec.get("fit") or "stretch", "temperature": spec.get("temperature") or 1.0}
         if self.familiarity:
-            more["familiarity"] = model.Familiarity(self.familiarity)
-            more["layers"] = spec["known"]["layers"]
+            more["familiarity"] = model.Familiarity(self.familiarity, spec["known"]["layers"])
         made = cls(self.network, spec["image_size"], spec["mean"], spec["std"], **more).eval()
         made.any_size = any_size
         return made

@@ -159,7 +159,7 @@ def test_wrong_resize_shows_at_other_sizes_only(call, small_run, here, monkeypat
     def forward(self, image):
         planes = torch.nn.functional.interpolate(image.permute(0, 3, 1, 2), size=self.image_size)  # nearest
         image = self.normalise(planes.permute(0, 2, 3, 1))
-        logits, statistics = model.run_with_statistics(self.network, image, self.layers)
+        logits, statistics = model.run_with_statistics(self.network, image, self.familiarity.layers)
         return self.calibrated(logits), self.familiarity(statistics, logits)
 
     monkeypatch.setattr(model.Deployable, "forward", forward)
