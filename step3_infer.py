@@ -79,14 +79,10 @@ def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
         reason = "is not an image that Pillow can read" if size else "is empty"
     except FileNotFoundError:
         reason = "no such file"
-    except Image.DecompressionBombError as error:
-        reason = f"is refused as a decompression bomb: {error}"
     except MemoryError:
         reason = "is too large for this machine's memory"
-    except OSError as error:
-        reason = f"cannot be read: {one_line(error)}"
     except Exception as error:  # Pillow's plugins raise any exception on broken files
-        reason = str(error) if isinstance(error, Problem) else f"is corrupt: {one_line(error)}"
+        reason = str(error) if isinstance(error, Problem) else f"cannot be read: {one_line(error)}"
     raise Problem(reason)
 
 
@@ -125,10 +121,8 @@ def read_pixels(source, channels: int, white: int) -> np.ndarray:
                 raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
             values = (np.minimum(values, white) * 255 + white // 2) // white
             image = Image.fromarray(values.astype(np.uint8))
-        mode, (width, height) = "L" if channels == 1 else "RGB", image.size
-        if width * height < 1 << 20:
-            return np.asarray(image.convert(mode)).reshape(height, width, channels)
         # In bands that fit the processor's cache: a whole photo at once takes twice the time and memory.
+        mode, (width, height) = "L" if channels == 1 else "RGB", image.size
         pixels, rows = np.empty((height, width, channels), np.uint8), max(1, (1 << 18) // width)
         for top in range(0, height, rows):
             band = image.crop((0, top, width, min(top + rows, height))).convert(mode)
@@ -398,6 +392,7 @@ import collections  # noqa: E402
 import csv  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
+import timeit  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2".split())
@@ -405,7 +400,6 @@ MODEL_NAMES = [f"model.{kind}" for kind in "onnx int8.onnx pt pt2 fixed.onnx fix
 MODEL_NAMES += ["model.fixed.pt", "model.pte", "model.tflite"]
 WINDOW_BYTES = 32 << 20  # pixels that a thread holds, unless one image is larger
 MOST_CHANGED = 20  # images that --compare names
-DRAWN = "threestep-"  # how the names of annotated images begin, which are not inputs
 
 
 def self_test(model: Model) -> tuple[int, float, bool]:
@@ -431,13 +425,13 @@ def self_test(model: Model) -> tuple[int, float, bool]:
     return len(spec["golden"]), float(worst[0]), bool(passed)
 
 
-def predict_files(models, found: Iterator, workers: int, batch_size: int, top_k: int, keep=False) -> Iterator:
-    """Predict what find_images() yields, in its order: lists of (a row of each model, pixels if `keep`)."""
+def predict_files(model: Model, found: Iterator, workers: int, batch_size: int, top_k: int) -> Iterator:
+    """Predict what find_images() yields, in its order: lists of rows, with a path and a result each."""
     stop, running = threading.Event(), []
     with ThreadPoolExecutor(workers) as pool:
         try:
             for chunk in iter(lambda: list(itertools.islice(found, batch_size)), []):  # until one is empty
-                running.append(pool.submit(predict_chunk, models, chunk, top_k, keep, stop))
+                running.append(pool.submit(predict_chunk, model, chunk, top_k, stop))
                 if len(running) > 2 * workers:  # memory holds only a few lists
                     yield running.pop(0).result()
             while running:
@@ -446,10 +440,10 @@ def predict_files(models, found: Iterator, workers: int, batch_size: int, top_k:
             stop.set()
 
 
-def predict_chunk(models: list[Model], chunk: list, top_k: int, keep: bool, stop: threading.Event) -> list:
+def predict_chunk(model: Model, chunk: list, top_k: int, stop: threading.Event) -> list[dict]:
     """The work of one thread of predict_files(): one of its lists, or nothing once `stop` is set."""
-    views = [(model.spec["channels"], model.spec["white"]) for model in models]
-    answers, kept, waiting = {}, {}, {}  # by index, lists by model; waiting: decoded and not yet run
+    results, waiting = {}, {}  # by index; waiting: decoded and not yet run
+    expected = model.spec["channels"], model.spec["white"]
     standard_input = getattr(sys.stdin, "buffer", io.BytesIO())  # which may be closed
     for index, (path, problem) in enumerate(chunk):
         if stop.is_set():
@@ -457,20 +451,14 @@ def predict_chunk(models: list[Model], chunk: list, top_k: int, keep: bool, stop
         try:
             if problem:
                 raise problem
-            source = standard_input if path == "-" else path
-            decoded = {view: decode_image(source, *view) for view in dict.fromkeys(views)}
-            waiting[index] = [decoded[view] for view in views]
+            waiting[index] = decode_image(standard_input if path == "-" else path, *expected)
         except Problem as error:
-            answers[index] = [{"path": path, "error": str(error)}] * len(models)
-        kept[index] = waiting[index][0] if keep and index in waiting else None
-        held = sum(pixels.nbytes for images in waiting.values() for pixels in images)
-        if held > WINDOW_BYTES or index == len(chunk) - 1:
-            for k, model in enumerate(models):
-                results = predict_decoded(model, {i: images[k] for i, images in waiting.items()}, top_k)
-                for i, result in results.items():
-                    answers.setdefault(i, []).append({"path": chunk[i][0], **result})
+            results[index] = {"error": str(error)}
+        if sum(image.nbytes for image in waiting.values()) > WINDOW_BYTES:
+            results |= predict_decoded(model, waiting, top_k)
             waiting = {}
-    return [(answers[index], kept[index]) for index in range(len(chunk))]
+    results |= predict_decoded(model, waiting, top_k)
+    return [{"path": path, **results[k]} for k, (path, _) in enumerate(chunk)]
 
 
 def is_image(path: str) -> bool:
@@ -490,10 +478,9 @@ def find_images(paths: list[str], others: list) -> Iterator[tuple[str, Problem |
     for path in paths:
         if any(c in path for c in "*?[") and not os.path.lexists(path):
             matches = sorted(glob.glob(path, recursive=True))
-            matches = [match for match in matches if not os.path.basename(match).startswith(DRAWN)]
-            files = [match for match in matches if not os.path.isdir(match)]
             if not matches:
                 yield path, Problem("matches no file")
+            files = [match for match in matches if not os.path.isdir(match)]
             yield from find_images(files or matches, others)  # "**" matches its files' directories as well
         elif os.path.isdir(path):
             empty = True
@@ -520,9 +507,8 @@ def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Pro
 
 
 def is_visible(name: str) -> bool:
-    """Neither hidden, as .DS_Store and macOS' ._photo.jpg are, nor left by the system or by --annotate."""
-    drawn, left = name.startswith(DRAWN), ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
-    return not (drawn and name.endswith(".png")) and not name.startswith(".") and name.lower() not in left
+    """Neither hidden, as .DS_Store and macOS' ._photo.jpg are, nor left by the system."""
+    return name[0] != "." and name.lower() not in ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 
 
 def note_files(did: str, paths: list[str], why: str) -> None:
@@ -575,7 +561,7 @@ def sha256(path) -> str:
 
 def verify(folder: str) -> int:
     """Compare a folder with its SHA256SUMS, additions aside; return the exit code. Raises Problem."""
-    path, additions, faults = os.path.join(folder, "SHA256SUMS"), [], {}
+    path, additions, code = os.path.join(folder, "SHA256SUMS"), [], 0
     form, how = "{} ({}): step2_export.py --bundle writes one", {"errors": "surrogateescape"}
     with problems(f"cannot read {path}", OSError, form=form), open(path, encoding="utf-8", **how) as file:
         lines = [re.fullmatch("([0-9a-f]{64}) [ *](.+)\n?", line) for line in file]
@@ -585,23 +571,24 @@ def verify(folder: str) -> int:
     found = {os.path.relpath(path, folder): problem for path, problem in walk(folder)}
     fetched, harmless = os.path.join("web", "ort", ""), (*IMAGE_SUFFIXES, ".csv", ".jsonl")
     for name in sorted({*sums, *found} - {"SHA256SUMS"}):
-        path = os.path.join(folder, name)
-        if found.get(name) or name not in found:
-            faults[path] = found.get(name) or "is missing, or outside this folder"
-        elif name not in sums and (name.lower().endswith(harmless) or name.startswith(fetched)):
-            additions.append(name)
-        elif name not in sums or not os.path.isfile(path):  # reading a named pipe would wait forever
-            faults[path] = "is not a regular file" if name in sums else "is not listed"
-        else:
-            with problems(path, OSError, form="{} cannot be read: {}"):
-                if sha256(path) != sums[name]:
-                    faults[path] = "has changed: its SHA-256 is not the one in SHA256SUMS"
-    for path, fault in faults.items():
-        say(f"error: {path} {fault}")
+        path, fault = os.path.join(folder, name), found.get(name, "is missing, or outside this folder")
+        if not fault and name not in sums:
+            if name.lower().endswith(harmless) or name.startswith(fetched):
+                additions.append(name)
+                continue
+            fault = "is not listed"
+        elif not fault and not os.path.isfile(path):  # reading a named pipe would wait forever
+            fault = "is not a regular file"
+        with problems(path, OSError, form="{} cannot be read: {}"):
+            if not fault and sha256(path) != sums[name]:
+                fault = "has changed: its SHA-256 is not the one in SHA256SUMS"
+        if fault:
+            code = 1
+            say(f"error: {path} {fault}")
     note_files("did not compare", additions, "beside those of the bundle")
-    if not faults:
+    if code == 0:
         print(f"verified: {len(sums)} files match SHA256SUMS")
-    return 1 if faults else 0
+    return code
 
 
 def printable(text: str) -> str:
@@ -633,26 +620,6 @@ def result_line(output_format: str, row: dict) -> str:
     return "  ".join(map(printable, cells)) + "\n" if pairs else ""
 
 
-def annotate(pixels: np.ndarray, row: dict, folder: str) -> None:
-    """Write an image with its result drawn below it to `folder`, as a new PNG file. Raises Problem."""
-    from PIL import ImageDraw, ImageFont, ImageOps
-
-    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
-    image = ImageOps.scale(image, max(1, 192 // max(image.size)), Image.Resampling.NEAREST)  # for the label
-    text = f"{printable(row['label'][:40])} {row['probability']:.1%}"
-    font = ImageFont.load_default(size=min(200, max(14, image.width // 24)))
-    _, _, width, height = map(int, font.getbbox(text))
-    canvas = ImageOps.expand(image, (0, 0, max(0, width + 8 - image.width), height + 8), "white")
-    ImageDraw.Draw(canvas).text((4, image.height + 4), text, "black", font)
-    stem = "stdin" if row["path"] == "-" else os.path.splitext(os.path.basename(row["path"]))[0][:50]
-    stem = os.path.join(folder, DRAWN + "".join(c if c.isalnum() or c in "._-" else "_" for c in stem))
-    with problems(f"cannot write into {folder}", OSError):
-        os.makedirs(folder, exist_ok=True)
-        paths = (f"{stem}{f'-{k}' if k > 1 else ''}.png" for k in itertools.count(1))
-        with replacing(next(path for path in paths if not os.path.lexists(path))) as file:
-            canvas.save(file, "PNG")
-
-
 @contextlib.contextmanager
 def output_stream(path: str | None) -> Iterator:
     """Standard output, or a file that replaces `path` as a whole. Raises Problem."""
@@ -667,18 +634,16 @@ def output_stream(path: str | None) -> Iterator:
 
 
 def write_images(results: Iterator, args: argparse.Namespace, top_k: int, out) -> int:
-    """Write what predict_files() yields to `out` and to --annotate; return the exit code. Raises Problem."""
+    """Write what predict_files() yields to `out`; return the exit code."""
     if args.format == "csv":
         more = [f"{key}_{k + 1}" for k in range(top_k) for key in ("label", "probability")]
         out.write(csv_line("path", "error", "label", "probability", "known", *more))
     code = 0
-    for chunk in results:
-        for (row,), pixels in chunk:
+    for rows in results:
+        for row in rows:
             if "error" in row:
                 code = 1
                 say(f"error: {row['path']}: {row['error']}")
-            elif args.annotate is not None:
-                annotate(pixels, row, args.annotate)
             out.write(result_line(args.format, row))
         out.flush()
     return code
@@ -701,17 +666,6 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
     return 0
 
 
-def latencies(models: list[Model], inputs: list, least: int, seconds: float) -> list[list[float]]:
-    """Run each model with its input in turn, at least so often and so long: milliseconds of each run."""
-    times, started = [[] for _ in models], time.perf_counter()
-    while len(times[0]) < least or (time.perf_counter() - started < seconds and len(times[0]) < 5000):
-        for model, images, own in zip(models, inputs, times, strict=True):
-            begun = time.perf_counter()
-            model.predict(images)
-            own.append((time.perf_counter() - begun) * 1000)
-    return times
-
-
 def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     """Time a model's import, load, first run, latency on all threads and, in batches on each, throughput."""
     started = time.perf_counter()
@@ -721,7 +675,11 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     inputs = rng.standard_normal((batch_size, spec["channels"]), dtype=np.float32)
     if spec["task"] != "regression":
         inputs = rng.integers(0, 256, (batch_size, *spec["image_size"], spec["channels"]), dtype=np.uint8)
-    ((first, *later),) = latencies([model], [inputs[:1]], 51, 3)
+    ticks = [time.perf_counter()]
+    while len(ticks) < 52 or (ticks[-1] - ticks[0] < 3 and len(ticks) < 5000):
+        model.predict(inputs[:1])
+        ticks.append(time.perf_counter())
+    first, *later = (np.diff(ticks) * 1000).tolist()
     low, high = np.percentile(later, (10, 90)).round(4).tolist()
     figures = {"model": path, "threads": threads, "batch_size": batch_size}
     figures |= {"import_seconds": round(IMPORT_SECONDS, 4), "load_seconds": round(loaded - started, 4)}
@@ -739,10 +697,10 @@ def benchmark(path: str, threads: int, provider: str, batch_size: int) -> dict:
     return figures
 
 
-def compare(models: list[Model], results: Iterator, args: argparse.Namespace, out) -> int:
-    """Write how the answers of two models to the rows of predict_files() differ; return the exit code."""
-    flips, changed, counts, code = collections.Counter(), [], np.zeros(4, int), 0
-    for rows, _ in itertools.chain.from_iterable(results):
+def compare(models: list[Model], results: list[Iterator], args: argparse.Namespace, out) -> int:
+    """Write how the answers of two models, of predict_files() each, differ; return the exit code."""
+    changed, code = [], 0
+    for rows in zip(*map(itertools.chain.from_iterable, results), strict=True):
         path, error = rows[0]["path"], rows[0].get("error") or rows[1].get("error")
         if error:
             code = 1
@@ -750,24 +708,25 @@ def compare(models: list[Model], results: Iterator, args: argparse.Namespace, ou
             continue
         old, new = ({entry["label"]: entry["probability"] for entry in row["top"]} for row in rows)
         was, now = next(iter(old)), next(iter(new))  # the first is the best
-        truth = os.path.basename(os.path.dirname(os.path.abspath(path)))
-        flips[was, now] += was != now
-        counts += (1, truth in old, was == truth, now == truth)
         row = {"path": path, "change": round(max(abs(old[label] - new[label]) for label in old), 6)}
-        row |= {"old": was, "p_old": old[was], "new": now, "p_new": new[now]}
-        changed = sorted([*changed, row], key=lambda row: -row["change"])[:MOST_CHANGED]
+        changed.append({**row, "old": was, "p_old": old[was], "new": now, "p_new": new[now]})
     if not changed:
         return 1
-    (images, labelled, *right), flipped = counts.tolist(), flips.total()
-    pairs = [{"old": was, "new": now, "count": n} for (was, now), n in flips.most_common() if n]
+    changed.sort(key=lambda row: -row["change"])
+    pairs = collections.Counter((row["old"], row["new"]) for row in changed if row["old"] != row["new"])
+    folders = [os.path.basename(os.path.dirname(os.path.abspath(row["path"]))) for row in changed]
+    images, flipped, labelled = len(changed), pairs.total(), sum(folder in old for folder in folders)
     figures = {"images": images, "agreement": round(1 - flipped / images, 6), "labelled": labelled}
-    inputs = [decode_image(changed[0]["path"], m.spec["channels"], m.spec["white"])[None] for m in models]
-    speeds = [round(float(np.median(times)), 4) for times in latencies(models, inputs, 20, 1)]
-    for name, path, hits, speed in zip(("old", "new"), args.compare, right, speeds, strict=True):
+    for name, path, model in zip(("old", "new"), args.compare, models, strict=True):
+        image = decode_image(changed[0]["path"], model.spec["channels"], model.spec["white"])[None]
+        times = timeit.repeat(functools.partial(model.predict, image), number=1, repeat=20)
+        speed = round(1000 * float(np.median(times)), 4)
         figures[name] = {"model": path, "bytes": os.path.getsize(path), "ms_per_image": speed}
+        hits = sum(row[name] == folder for row, folder in zip(changed, folders, strict=True))
         figures[name]["accuracy"] = round(hits / labelled, 6) if labelled else None
-    changed = [row for row in changed if row["change"]]
-    write_figures({**figures, "flips": pairs, "changed": changed}, args.format, out)
+    figures["flips"] = [{"old": old, "new": new, "count": n} for (old, new), n in pairs.most_common()]
+    figures["changed"] = [row for row in changed[:MOST_CHANGED] if row["change"]]
+    write_figures(figures, args.format, out)
     if args.max_flips is not None and flipped / images > args.max_flips:
         say(f"error: {flipped} of {images} answers changed, more than --max-flips {args.max_flips}")
         return 1
@@ -815,8 +774,7 @@ TAKES = {  # what is done, by the first of these that is given, and the options 
     "--benchmark": "--model --threads --device --batch-size --format --output",
     "--values": "--model --threads --device --format --output",
     "--compare": "PATH --threads --device --batch-size --format --output --max-flips",
-    "PATH": "--model --threads --device --batch-size --format --top-k --output --annotate "
-    "--reject --min-probability",
+    "PATH": "--model --threads --device --batch-size --format --top-k --output --reject --min-probability",
 }
 
 
@@ -838,13 +796,7 @@ def build_parser() -> Parser:
     add("--reject", type=share, metavar="X", help="keep this most familiar share (0.99); others are unknown")
     add("--min-probability", type=share, metavar="P", help="call answers with less probability unsure")
     add("--output", metavar="FILE", help="write to FILE, whole or not at all (default: standard output)")
-    add("--annotate", metavar="DIR", help="also write each image to DIR with its result drawn below it")
-    add(
-        "--max-flips",
-        type=share,
-        metavar="X",
-        help="fail if --compare finds that more than this share of answers changed",
-    )
+    add("--max-flips", type=share, metavar="X", help="fail if --compare finds more answers changed")
     add = parser.add_argument_group("instead of predicting").add_mutually_exclusive_group().add_argument
     add("--self-test", action="store_true", help="run the golden samples inside the file and compare")
     add("--compare", nargs=2, metavar=("OLD", "NEW"), help="how the answers of two files to PATH differ")
@@ -920,16 +872,20 @@ def run(args: argparse.Namespace) -> int:
     with output_stream(args.output) as out:
         if args.values:
             return write_values(models[0], args.values, args.format, out)
-        fixed = [model.batch for model in models if model.batch]
-        batch_size = min(fixed, default=max(1, min(batch_size, len(first) // workers)))
-        found, classes = itertools.chain(first, found), len(models[0].spec["classes"])
+        results, classes = [], len(models[0].spec["classes"])
         top_k = classes if args.compare else min(classes, args.top_k)
-        results = predict_files(models, found, workers, batch_size, top_k, args.annotate is not None)
-        with contextlib.closing(results):
+        for model, files in zip(
+            models, itertools.tee(itertools.chain(first, found), len(models)), strict=True
+        ):
+            size = model.batch or max(1, min(batch_size, len(first) // workers))
+            results.append(predict_files(model, files, workers, size, top_k))
+        with contextlib.ExitStack() as stack:
+            for rows in results:
+                stack.enter_context(contextlib.closing(rows))
             if args.compare:
                 code = compare(models, results, args, out)
             else:
-                code = write_images(results, args, top_k, out)
+                code = write_images(results[0], args, top_k, out)
         note_files("passed over", others, "that Pillow does not know as images")
         return code
 
@@ -948,9 +904,8 @@ def check(models: list[Model], paths: list[str], args: argparse.Namespace) -> No
             setattr(model, name, getattr(model if getattr(args, name) is None else args, name))
     old, new = (set(models[k].spec["classes"]) for k in (0, -1))
     if old != new:
-        only = [(path, sorted(own)) for path, own in zip(paths, (old - new, new - old), strict=True) if own]
-        names = "; ".join(f"only {path} has {len(own)}: {', '.join(own[:9])}" for path, own in only)
-        raise Problem(f"--compare takes files of the same classes, but {names}", 2)
+        only = f"only {paths[0]} has {sorted(old - new)[:9]}, only {paths[1]} has {sorted(new - old)[:9]}"
+        raise Problem(f"--compare takes files of the same classes, but {only}", 2)
 
 
 def main(argv: list[str] | None = None) -> int:

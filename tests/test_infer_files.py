@@ -61,7 +61,7 @@ def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypa
     decoded, decode = [], step3_infer.decode_image
     monkeypatch.setattr(step3_infer, "decode_image", lambda path, *_: decoded.append(path) or decode(path, 1))
     model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files([model], step3_infer.find_images([str(many)], []), 3, 4, 1)
+    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 3, 4, 1)
     assert len(next(results)) == 4 and len(decoded) < 60
     results.close()
     time.sleep(0.2)
@@ -78,7 +78,7 @@ def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
 
     monkeypatch.setattr(step3_infer, "decode_image", slow)
     model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files([model], step3_infer.find_images([str(many)], []), 2, 60, 1)
+    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 2, 60, 1)
     next(results)
     results.close()
     count = len(decoded)
@@ -97,7 +97,7 @@ def test_images_of_one_size_run_together_until_the_window_is_full(small, window,
     monkeypatch.setattr(step3_infer, "WINDOW_BYTES", window)
     sides = iter([8, 8, 9, 8, 8, 9, 9, 8, 8, 8])
     monkeypatch.setattr(step3_infer, "decode_image", lambda *_: np.zeros((next(sides), 8, 1), np.uint8))
-    ((*results,),) = step3_infer.predict_files([model], iter([("x", None)] * 10), 1, 16, 1)
+    (results,) = step3_infer.predict_files(model, iter([("x", None)] * 10), 1, 16, 1)
     assert len(results) == 10
     assert batches == expected
 
@@ -310,71 +310,6 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_annotated_images(predict, here, samples):
-    (here / "in").mkdir()
-    Image.open(samples[3]).resize((300, 40)).save(here / "in" / "a.png")
-    Image.open(samples[4]).save(here / "in" / "a.bmp")
-    shutil.copy(samples[5], here / "in" / "..;rm *.png")
-    before = {path: path.read_bytes() for path in (here / "in").iterdir()}
-    (here / "out").mkdir()
-    (here / "out" / "a.png").write_text("a file of the user")
-    for _ in range(2):
-        predict("--annotate", "out", *(str(path) for path in sorted(before))).done()
-    assert {path: path.read_bytes() for path in (here / "in").iterdir()} == before
-    assert (here / "out" / "a.png").read_text() == "a file of the user"
-    drawn = sorted(path.name for path in (here / "out").iterdir())
-    assert drawn == sorted(
-        ["a.png", *(f"threestep-{name}.png" for name in ("a", "a-2", "a-3", "a-4", ".._rm__", ".._rm__-2"))]
-    )
-    wide = Image.open(here / "out" / "threestep-a-2.png")
-    assert wide.format == "PNG" and wide.width >= 300 and wide.height > 40
-    below = np.asarray(wide.convert("L"))[41:]
-    assert below.min() < 100 and below.max() == 255  # something is written there
-
-
-@pytest.fixture
-def annotated(here, samples):
-    """Directories `in` and `in [1]` with an image each, and `link` to the first."""
-    for name in ("in", "in [1]"):
-        (here / name).mkdir()
-        shutil.copy(samples[3], here / name / "a.png")
-    os.symlink("in", "link")
-    return here
-
-
-@pytest.mark.parametrize(
-    ("folder", "path"),
-    [
-        ("in", "in"),
-        ("in/", "in/*.png"),
-        ("link", "in"),
-        ("in/drawn", "in"),
-        ("in/drawn", "."),
-        ("in [1]/drawn", "in [1]"),
-        ("drawn", "in"),
-        (".", "in"),
-        (".", "**/*.png"),
-    ],
-)
-def test_annotating_twice_reads_the_same_files(predict, annotated, folder, path):
-    answers = [predict("--annotate", folder, path).done().out for _ in range(2)]
-    assert answers[0] == answers[1]
-    assert len(list((annotated / folder).glob("threestep-a*.png"))) == 2 * len(answers[0].splitlines())
-
-
-@pytest.mark.parametrize("name", ["aux", "CON", "com1.a", "nul"])
-def test_annotated_images_have_names_that_windows_allows(predict, here, samples, name):
-    (here / "in").mkdir()
-    shutil.copy(samples[0], here / "in" / f"{name}.png")
-    predict("--annotate", "out", "in").done()
-    assert os.listdir("out") == [f"threestep-{name}.png"]
-
-
-def test_annotations_that_cannot_be_written(predict, here, samples):
-    (here / "file").touch()
-    predict("--annotate", "file", samples[0]).error(1, "file")
-
-
 def test_importers_get_the_same_answers(small, samples, predict):
     model = step3_infer.Model(small.export / "model.onnx")
     row = rows_of(predict("--format", "json", samples[2]).done())[0]
@@ -412,33 +347,9 @@ def test_importers_are_told_what_is_wrong(small, here, given, words):
         step3_infer.predict(given, step3_infer.Model(small.export / "model.onnx"))
 
 
-def test_a_full_disk_leaves_no_part_of_an_annotated_image(predict, here, samples):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
-    for name in ("out", "out/below"):
-        (here / name).mkdir()
-    written, write = [], open
-
-    def full(path, *arguments, **options):
-        if "digit_3.png" in str(path) and arguments[:1] == ("xb",):
-            written.append(path)
-            write(path, "xb").close()
-            return write("/dev/full", "wb")
-        return write(path, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.open", full)
-        predict("--annotate", "out/below", samples[3]).error(
-            1, "cannot write into out/below", "No space left"
-        )
-    assert written and os.listdir("out/below") == []
-
-
-def test_long_names_are_cut(predict, here, samples):
-    (here / "in").mkdir()
-    shutil.copy(samples[0], here / "in" / ("数" * 80 + ".png"))
-    predict("--annotate", "out", "--output", "字" * 84, "in").done()
-    assert len(os.listdir("out")) == 1 and (here / ("字" * 84)).exists()
+def test_long_names_of_output_files(predict, here, samples):
+    predict("--output", "字" * 84, samples[0]).done()
+    assert (here / ("字" * 84)).exists()
 
 
 def test_mode_of_output_files_is_the_usual_one(predict, samples, here):
