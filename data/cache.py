@@ -12,15 +12,13 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
 
 from data.dataset import digest
-from data.decoding import LARGEST_OWN_SIZE, WHITES, Probed, Target, chunks, decode_chunk, probe, run_parallel
+from data.decoding import LARGEST_OWN_SIZE, WHITES, Probed, Target, decode_chunk, probe, run_parallel
 from data.files import Options, name_some
 from data.notes import note
 from step3_infer import Problem, problems, replacing
@@ -28,17 +26,12 @@ from step3_infer import Problem, problems, replacing
 STALE = 24 * 3600  # seconds after which the temporary file of a killed build is removed
 
 
-class Loaded(NamedTuple):
-    pixels: np.ndarray  # a uint8 memory map [kept files, height, width, channels]
-    kept: np.ndarray  # bool [files]: which could be read
-    sizes: np.ndarray  # int64 [files], in bytes
-    white: int  # the level of 16-bit pixels that became 255
-
-
-def load_images(paths: list[str], train: int, source: str, options: Options) -> Loaded:
+def load_images(paths: list[str], train: int, source: str, options: Options) -> tuple:
     """Decode every file, or reuse the cache of an earlier run. Raises Problem.
 
     train: how many of the files, the first ones, are for training. source: their directory or CSV file.
+    Returns which files could be read, bool [files]; their pixels, a uint8 memory map [n, height, width,
+    channels]; their sizes in bytes, int64 [n]; and the level of 16-bit pixels that became 255.
     """
     source = os.path.abspath(source)
     directory = directory_for(source, options.cache_dir)
@@ -61,7 +54,7 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
         pixels = np.memmap(base + ".u8", np.uint8, "c", shape=tuple(about["shape"]))
     kept = np.ones(len(paths), dtype=bool)
     kept[[index for index, _ in about["unreadable"]]] = False
-    return Loaded(pixels, kept, sizes, target.white)
+    return kept, pixels, sizes[kept], target.white
 
 
 def directory_for(source: str, cache_dir: str | None) -> str:
@@ -164,18 +157,22 @@ def build(paths: list[str], base: str, target: Target, resize: Callable | None) 
         with open(temporary, "w+b") as file:
             if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in an hour
                 os.posix_fallocate(file.fileno(), 0, row_bytes * len(paths))
-            jobs = [(*chunk, temporary, target, resize) for chunk in chunks(paths, row_bytes)]
-            unreadable = sorted(chain.from_iterable(run_parallel(decode_chunk, jobs, len(paths), "decoding")))
+            unreadable = list(run_parallel(decode_chunk, paths, "decoding", temporary, target, resize))
             if 2 * len(unreadable) > len(paths):  # the list is wrong then, not the files
                 absent = not os.path.lexists(paths[unreadable[0][0]])
                 way_out = "; --image-root says what the paths of a CSV file are relative to" if absent else ""
                 refuse(paths, unreadable, way_out)
-            kept = close_gaps(file, {index for index, _ in unreadable}, len(paths), row_bytes)
-            file.truncate(kept * row_bytes)
+            kept = np.delete(np.arange(len(paths)), [index for index, _ in unreadable])
+            if unreadable:
+                pixels = np.memmap(file, np.uint8, "r+", shape=(len(paths), row_bytes))
+                for row, index in enumerate(kept[unreadable[0][0] :], unreadable[0][0]):
+                    pixels[row] = pixels[index]
+                pixels.flush()
+            file.truncate(len(kept) * row_bytes)
             os.fsync(file.fileno())
         if not is_whole(base):  # or else another run has been faster
             os.replace(temporary, base + ".u8")
-            shape = [kept, *target.image_size, target.channels]
+            shape = [len(kept), *target.image_size, target.channels]
             write_json(base + ".json", {"shape": shape, "unreadable": unreadable})
     except PermissionError:
         if not is_whole(base):  # or else the other run has published it at this very moment
@@ -192,18 +189,6 @@ def refuse(paths: list[str], unreadable: list[tuple[int, str]], way_out: str) ->
     index, reason = unreadable[0]
     count = f"{len(unreadable):,} of {len(paths):,} files cannot be read"
     raise Problem(f"{count}, the first: {paths[index]} {reason}{way_out}")
-
-
-def close_gaps(file, missing: set[int], count: int, row_bytes: int) -> int:
-    """Move the rows after each missing one up, in place. Returns the number of rows that are left."""
-    if missing:
-        pixels = np.memmap(file, np.uint8, "r+", shape=(count, row_bytes))
-        kept = [source for source in range(count) if source not in missing]
-        for target, source in enumerate(kept):
-            if source != target:
-                pixels[target] = pixels[source]
-        pixels.flush()
-    return count - len(missing)
 
 
 def remove_outdated(directory: str, key: str, current: str) -> None:

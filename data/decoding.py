@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -16,10 +16,9 @@ from PIL import ExifTags
 from tqdm import tqdm
 
 from data import notes
-from step3_infer import Problem, decode_image, open_image, usable_cpus
+from step3_infer import Problem, decode_image, open_image, problems, usable_cpus
 
 CHUNK = 256  # files a worker takes at a time
-CHUNK_BYTES = 64 << 20  # of decoded pixels that a worker holds
 # Forked workers start at once and share what is imported; only Linux' libraries all survive being forked.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
@@ -28,49 +27,37 @@ FAR_SMALLER = 16  # an image of less than the median area divided by this is nam
 WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 
 
-def run_parallel(function: Callable, jobs: list[tuple], total: int, title: str) -> Iterator:
-    """Yield function(*job) for all jobs in any order, computed on all cores.
+def run_parallel(function: Callable, paths: list[str], title: str, *more) -> Iterator:
+    """Yield what function(some paths, the number of the first, *more) finds, for all paths, in their order.
 
-    The first item of a job is its list of files, which the progress bar counts up to `total`. Raises Problem.
+    All cores compute it. Raises Problem.
     """
-    workers = min(usable_cpus(), len(jobs), 61)  # Windows has no pool of more
+    jobs = [(paths[start : start + CHUNK], start, *more) for start in range(0, len(paths), CHUNK)]
+    workers, run = min(usable_cpus(), len(jobs), 61), map  # Windows has no pool of more
     hidden = True if notes.silent else None  # None: unless standard error is a terminal
-    with tqdm(total=total, desc=title, unit="file", leave=False, disable=hidden) as bar:
-        if workers <= 1:
-            for job in jobs:
-                yield function(*job)
-                bar.update(len(job[0]))
-            return
-        context = multiprocessing.get_context(START_METHOD)
-        ignore = signal.SIGINT, signal.SIG_IGN  # the parent alone answers Ctrl-C
-        with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
-            try:
-                futures = {pool.submit(function, *job): len(job[0]) for job in jobs}
-                for future in as_completed(futures):
-                    yield future.result()
-                    bar.update(futures[future])
-            except BrokenProcessPool:
-                raise Problem("a decoding process was killed, perhaps because memory ran out") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+    killed = "a decoding process was killed, perhaps because memory ran out"
+    with contextlib.ExitStack() as stack, problems(killed, BrokenProcessPool, form="{}"):
+        if workers > 1:
+            context = multiprocessing.get_context(START_METHOD)
+            ignore = signal.SIGINT, signal.SIG_IGN  # the parent alone answers Ctrl-C
+            pool = stack.enter_context(ProcessPoolExecutor(workers, context, signal.signal, ignore))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            run = pool.map
+        bar = stack.enter_context(
+            tqdm(total=len(paths), desc=title, unit="file", leave=False, disable=hidden)
+        )
+        for (some, *_), found in zip(jobs, run(function, *zip(*jobs, strict=True)), strict=True):
+            yield from found
+            bar.update(len(some))
 
 
-def chunks(paths: list[str], row_bytes: int = 1) -> list[tuple[list[str], int]]:
-    """[(some paths, the index of the first)], each few enough for one worker."""
-    size = min(CHUNK, max(1, CHUNK_BYTES // row_bytes))
-    return [(paths[start : start + size], start) for start in range(0, len(paths), size)]
+class Header(NamedTuple):
+    """What is read of a file before it is decoded."""
 
-
-class Found(NamedTuple):
-    """What the headers of some files say, and the brightest of the 16-bit pixels, 0 without any.
-
-    areas: in pixels, by the number of the file.
-    """
-
-    sizes: set[tuple[int, int]]  # (height, width)
-    modes: set[str]  # Pillow's
-    brightest: int
-    areas: dict[int, int]
+    number: int
+    size: tuple[int, int]  # height, width
+    mode: str  # Pillow's
+    brightest: int  # of 16-bit pixels, else 0
 
 
 class Probed(NamedTuple):
@@ -92,22 +79,21 @@ def probe(paths: list[str], train: int) -> Probed:
     The images are grey (1 channel) if all files are. The white level is the smallest of WHITES that holds the
     pixels of the 16-bit files, of which only those of the training split count, the first `train` files.
     """
-    sizes, modes, brightest, areas = set(), set(), 0, {}
-    jobs = [(*chunk, train) for chunk in chunks(paths)]
-    for some in run_parallel(probe_chunk, jobs, len(paths), "reading headers"):
-        sizes, modes, brightest = sizes | some.sizes, modes | some.modes, max(brightest, some.brightest)
-        areas |= some.areas
-    by_area = sorted(sizes, key=lambda size: (math.prod(size), size)) or [(0, 0)]
-    white = next(white for white in WHITES if brightest <= white) if brightest else WHITES[-1]
-    channels = 1 if modes and modes <= GREY_MODES else 3
-    usual = np.median(list(areas.values())) if areas else 0
-    small = sorted(number for number, area in areas.items() if area < usual / FAR_SMALLER)
-    return Probed(len(sizes), by_area[0], by_area[-1], channels, white, small)
+    headers = list(run_parallel(probe_chunk, paths, "reading headers", train))
+    if not headers:  # decoding says why
+        return Probed(0, (0, 0), (0, 0), 3, WHITES[-1], [])
+    sizes = sorted({header.size for header in headers}, key=lambda size: (math.prod(size), size))
+    channels = 1 if {header.mode for header in headers} <= GREY_MODES else 3
+    brightest = max(header.brightest for header in headers) or WHITES[-1]
+    white = next(white for white in WHITES if brightest <= white)
+    least = np.median([math.prod(header.size) for header in headers]) / FAR_SMALLER
+    small = [header.number for header in headers if math.prod(header.size) < least]
+    return Probed(len(sizes), sizes[0], sizes[-1], channels, white, small)
 
 
-def probe_chunk(paths: list[str], start: int, train: int) -> Found:
-    """What is found in files from number `start` on, but those that cannot be read: decoding reports them."""
-    sizes, modes, brightest, areas = set(), set(), 0, {}
+def probe_chunk(paths: list[str], start: int, train: int) -> list[Header]:
+    """The headers of files from number `start` on, but those that cannot be read: decoding reports them."""
+    headers = []
     for number, path in enumerate(paths, start):
         if not os.path.isfile(path):  # opening a named pipe would block for ever
             continue
@@ -116,14 +102,13 @@ def probe_chunk(paths: list[str], start: int, train: int) -> Found:
             # Pillow decodes a whole PNG for its EXIF; only small images keep their size.
             small = max(image.size) <= LARGEST_OWN_SIZE
             on_its_side = small and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            sizes.add((width, height) if on_its_side else (height, width))
-            modes.add(image.mode)
-            areas[number] = width * height
+            size = (width, height) if on_its_side else (height, width)
+            headers.append(Header(number, size, image.mode, 0))
             if image.mode.startswith("I") and number < train:
                 pixels = np.asarray(image)
                 if pixels.min() >= 0 and pixels.max() <= WHITES[-1]:
-                    brightest = max(brightest, int(pixels.max()))
-    return Found(sizes, modes, brightest, areas)
+                    headers[-1] = Header(number, size, image.mode, int(pixels.max()))
+    return headers
 
 
 class Target(NamedTuple):
@@ -139,22 +124,21 @@ class Target(NamedTuple):
 
 def decode_chunk(paths: list[str], start: int, file: str, target: Target, resize: Callable | None) -> list:
     """Decode files to the rows from `start` on of `file`; returns (index, reason) of those it cannot read."""
-    block = np.zeros((len(paths), *target.image_size, target.channels), dtype=np.uint8)
     failures = []
-    for row, path in enumerate(paths):
-        try:
-            image = decode_image(path, target.channels, target.white)
-        except Problem as problem:
-            failures.append((start + row, str(problem)))
-            continue
-        if image.shape[:2] != target.image_size:
-            import torch  # here, because images that all have the right size do not need it
-
-            if multiprocessing.parent_process() is not None:
-                torch.set_num_threads(1)  # the workers already share the cores
-            image = resize(torch.from_numpy(image.copy())[None], target.image_size)[0].round().byte().numpy()
-        block[row] = image
     with open(file, "r+b") as stream:
-        stream.seek(start * target.row_bytes())
-        stream.write(block)
+        for index, path in enumerate(paths, start):
+            try:
+                image = decode_image(path, target.channels, target.white)
+            except Problem as problem:
+                failures.append((index, str(problem)))
+                continue
+            if image.shape[:2] != target.image_size:
+                import torch  # here, because images that all have the right size do not need it
+
+                if multiprocessing.parent_process() is not None:
+                    torch.set_num_threads(1)  # the workers already share the cores
+                tensor = torch.from_numpy(image.copy())[None]
+                image = resize(tensor, target.image_size)[0].round().byte().numpy()
+            stream.seek(index * target.row_bytes())
+            stream.write(image.tobytes())
     return failures

@@ -4,7 +4,7 @@ import numpy as np
 
 from data.cache import load_images
 from data.dataset import Dataset
-from data.files import TEST_FRACTION, Listing, Options, hold_out_test, name_some
+from data.files import TEST_FRACTION, Files, Listing, Options, hold_out_test, name_some
 from data.folders import list_folder
 from data.notes import note
 from data.tables import list_csv
@@ -20,43 +20,37 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     if held_out:
         listing = hold_out_test(listing, data_dir)
     paths = [path for files in listing.splits.values() for path in files.paths]
-    loaded = load_images(paths, len(listing.splits["train"]), data_dir, options)
-    arrays, kept_splits, fingerprint = {}, {}, {"classes": listing.classes}
-    first = first_kept = 0
+    kept, pixels, sizes, white = load_images(paths, len(listing.splits["train"]), data_dir, options)
+    arrays, splits, fingerprint = {}, {}, {"classes": listing.classes}
     for split, files in listing.splits.items():
-        rows = slice(first, first + len(files))
-        kept, sizes = loaded.kept[rows], loaded.sizes[rows]
-        part = kept_splits[split] = files.part(kept)
-        fingerprint[split] = part.fingerprint(sizes[kept])
-        arrays[f"{split}_images"] = loaded.pixels[first_kept : first_kept + len(part)]
-        arrays[f"{split}_labels"] = part.labels
-        first, first_kept = rows.stop, first_kept + len(part)
-    check_splits(data_dir, listing, Listing(listing.classes, kept_splits), held_out)
-    paths = {split: files.paths for split, files in kept_splits.items()}
-    about = {"white": loaded.white, "fingerprint": fingerprint, "paths": paths}
-    return Dataset(name, listing.classes, **arrays, **about)
+        part = splits[split] = files.part(kept[: len(files)])
+        fingerprint[split] = part.fingerprint(sizes[: len(part)])
+        arrays |= {f"{split}_images": pixels[: len(part)], f"{split}_labels": part.labels}
+        kept, pixels, sizes = kept[len(files) :], pixels[len(part) :], sizes[len(part) :]
+    check_splits(data_dir, listing, splits, held_out)
+    paths = {split: files.paths for split, files in splits.items()}
+    return Dataset(name, listing.classes, **arrays, white=white, fingerprint=fingerprint, paths=paths)
 
 
-def check_splits(data_dir: str, listed: Listing, kept: Listing, held_out: bool) -> None:
+def check_splits(data_dir: str, listed: Listing, splits: dict[str, Files], held_out: bool) -> None:
     """Say how the readable images were split. Raises Problem if some are missing altogether."""
-    names = kept.classes
-    counts = {k: np.bincount(files.labels, minlength=len(names)) for k, files in kept.splits.items()}
-    train, test = counts["train"], counts["test"]
+    names = listed.classes
+    train, test = (np.bincount(splits[k].labels, minlength=len(names)) for k in ("train", "test"))
     if train.min() == 0:
-        label = int(train.argmin())
-        were = int((listed.splits["train"].labels == label).sum())
-        name = f"class {kept.classes[label]!r} of {data_dir}"
+        label = train.argmin()
+        were = (listed.splits["train"].labels == label).sum()
+        name = f"class {names[label]!r} of {data_dir}"
         raise Problem(f"{name} has no readable image left to train on, of {were} listed")
-    for split, files in kept.splits.items():
+    for split, files in splits.items():
         if not len(files):
             were = len(listed.splits[split])
             raise Problem(f"the {split} split of {data_dir} has no readable image left, of {were} listed")
     if held_out:
         reason = "no test split given"
-        if "val" in counts:
+        if "val" in splits:
             reason = f"{data_dir} has a validation split, which chooses the epoch, but no test split"
         share = f"{test.sum():,} of {test.sum() + train.sum():,} training images held out for it"
         note(f"{reason}: {share}, {TEST_FRACTION:.0%} of each class (at least one)")
-    few = [f"{name!r} {n} (and {m})" for name, n, m in zip(kept.classes, train, test, strict=True) if n < FEW]
+    few = [f"{name!r} {n} (and {m})" for name, n, m in zip(names, train, test, strict=True) if n < FEW]
     if few:
         note(f"few images to train on (and to test on): {name_some(few)}")
