@@ -8,7 +8,6 @@ and times and of the options. A changed folder therefore gets a new cache, and t
 import contextlib
 import functools
 import json
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -61,24 +60,6 @@ def directory_for(source: str, cache_dir: str | None) -> str:
     """Where to keep what is computed of a directory or a file: in --cache-dir, or beside it."""
     beside = source if os.path.isdir(source) else os.path.dirname(source)
     return cache_dir or os.path.join(beside, ".threestep")
-
-
-def prefetch(images: np.ndarray, index: np.ndarray) -> None:
-    """Ask the system to read the rows `index` of a memory map from disk, without waiting.
-
-    Called for the next batch while this one computes; arrays in memory need nothing. It turns off
-    the kernel's read-ahead, which for random rows reads mostly unneeded pages (8 MB a row on one machine).
-    """
-    pages = getattr(images, "_mmap", None)
-    if pages is None or not hasattr(mmap, "MADV_RANDOM"):
-        return
-    pages.madvise(mmap.MADV_RANDOM)
-    row = images[0].nbytes
-    first = images.ctypes.data - np.frombuffer(pages, np.uint8).ctypes.data
-    for i in index:
-        start = first + int(i) * row
-        start, end = start - start % mmap.PAGESIZE, start + row
-        pages.madvise(mmap.MADV_WILLNEED, start, end - start)
 
 
 def read_json(path: str):
