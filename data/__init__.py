@@ -43,7 +43,8 @@ def load(name: str, data_dir: str | None = None, *, seed: int = 0, **options) ->
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}."
         raise Problem(f"unknown dataset {name!r}; {hint} (--list-datasets shows all)", 2)
     if name == "digits":
-        return with_fingerprint(load_digits())
+        with np.load(os.path.join(HERE, "digits.npz")) as arrays:  # digits.md says how they were split
+            return with_fingerprint(Dataset(name, list("0123456789"), **arrays))
     if name == "linear":
         return with_fingerprint(generate_linear(seed))
     # What the other datasets need is imported here: `--help` imports this package, too.
@@ -76,12 +77,6 @@ def load_for(spec: dict, data_dir: str | None, resize) -> Dataset:
     options |= {"channels": spec["channels"], "white": spec.get("white", 65535)}
     options |= {"resize": resize, "fit": spec.get("fit") or "stretch"}
     return load(spec["dataset"], data_dir or arguments["data_dir"], **options)
-
-
-def load_digits() -> Dataset:
-    """The bundled digits; digits.md says where they come from and how they were split."""
-    with np.load(os.path.join(HERE, "digits.npz")) as arrays:
-        return Dataset(name="digits", classes=[str(digit) for digit in range(10)], **arrays)
 
 
 def generate_linear(seed: int) -> Dataset:

@@ -6,13 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-SMALLEST_CROP = 0.35  # of the image's area
-WIDEST_CROP = 4 / 3  # its width to its height, at most, and at least the inverse
-MOST_DEGREES = 15
-COLOUR_STRENGTH = 0.4
 MOST_BLUR = 1.2  # standard deviation, in pixels
 MOST_NOISE = 12  # standard deviation, in grey levels
-LUMA = (0.299, 0.587, 0.114)  # as Pillow weighs red, green and blue
 
 
 def gather(images, index, augment: list[str], flips, generator, share: slice = slice(None)) -> torch.Tensor:
@@ -77,10 +72,10 @@ def warp(images: torch.Tensor, random: torch.Tensor, crop: bool, rotate: bool) -
     area, ratio, x, y, angle = random.unbind(1)
     wide = high = torch.ones_like(area)
     if crop:
-        area = SMALLEST_CROP + (1 - SMALLEST_CROP) * area
-        ratio = torch.exp((2 * ratio - 1) * math.log(WIDEST_CROP))
+        area = 0.35 + (1 - 0.35) * area
+        ratio = torch.exp((2 * ratio - 1) * math.log(4 / 3))
         wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    angle = torch.deg2rad((2 * angle - 1) * MOST_DEGREES) if rotate else torch.zeros_like(angle)
+    angle = torch.deg2rad((2 * angle - 1) * 15) if rotate else torch.zeros_like(angle)
     cos, sin = angle.cos(), angle.sin()
     aspect = images.shape[1] / images.shape[2]  # so that a rotation is one in pixels, too
     shift_x, shift_y = (2 * x - 1) * (1 - wide), (2 * y - 1) * (1 - high)
@@ -114,11 +109,11 @@ def gaussians(size: int, sigma: torch.Tensor) -> torch.Tensor:
 def change_colours(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
     """Change brightness, contrast and saturation of uint8 [n, H, W, C], as torchvision's ColorJitter does.
 
-    Each by up to 40 %. random: uniform in 0..1, [n, 3]. Grey images have no saturation.
+    Each by up to 40 %, grey as in Pillow. random: uniform in 0..1, [n, 3]. Grey images have no saturation.
     """
-    factors = 1 + (2 * random - 1) * COLOUR_STRENGTH
+    factors = 1 + (2 * random - 1) * 0.4
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
-    luma = torch.tensor(LUMA if images.shape[3] == 3 else (1.0,), device=images.device)
+    luma = torch.tensor((0.299, 0.587, 0.114) if images.shape[3] == 3 else (1.0,), device=images.device)
     pixels = images.float().mul_(brightness).clamp_(0, 255)
     mean = (pixels.mean((1, 2)) @ luma)[:, None, None, None]
     pixels = torch.lerp(mean, pixels, contrast).clamp_(0, 255)

@@ -36,16 +36,14 @@ def run_parallel(function: Callable, paths: list[str], title: str, *more) -> Ite
     workers, run = min(usable_cpus(), len(jobs), 61), map  # Windows has no pool of more
     hidden = True if notes.silent else None  # None: unless standard error is a terminal
     killed = "a decoding process was killed, perhaps because memory ran out"
-    with contextlib.ExitStack() as stack, problems(killed, BrokenProcessPool, form="{}"):
+    bar = tqdm(total=len(paths), desc=title, unit="file", leave=False, disable=hidden)
+    with bar, contextlib.ExitStack() as stack, problems(killed, BrokenProcessPool, form="{}"):
         if workers > 1:
             context = multiprocessing.get_context(START_METHOD)
             ignore = signal.SIGINT, signal.SIG_IGN  # the parent alone answers Ctrl-C
             pool = stack.enter_context(ProcessPoolExecutor(workers, context, signal.signal, ignore))
             stack.callback(pool.shutdown, cancel_futures=True)
             run = pool.map
-        bar = stack.enter_context(
-            tqdm(total=len(paths), desc=title, unit="file", leave=False, disable=hidden)
-        )
         for (some, *_), found in zip(jobs, run(function, *zip(*jobs, strict=True)), strict=True):
             yield from found
             bar.update(len(some))
@@ -61,16 +59,14 @@ class Header(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What is known of all files: how many sizes they have, the smallest and the largest by area (height,
-    width), the channels, the white level of 16-bit pixels, and the numbers of those that are far smaller than
-    the rest."""
+    """What is known of all files."""
 
-    sizes: int
-    smallest: tuple[int, int]
+    sizes: int  # how many different ones they have
+    smallest: tuple[int, int]  # by area: height, width
     largest: tuple[int, int]
     channels: int
-    white: int
-    small: list[int]
+    white: int  # the level of 16-bit pixels that becomes 255
+    small: list[int]  # the numbers of those that are far smaller than the rest
 
 
 def probe(paths: list[str], train: int) -> Probed:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,8 +12,7 @@ from data.dataset import SAMPLED, digest
 from step3_infer import Problem, problems
 
 TEST_FRACTION = 0.2  # held out if the data comes without a test split
-TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
-SPELLINGS = {"train": TRAIN, "val": VAL, "test": TEST}
+SPELLINGS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 NAMED = 3  # of many files or classes, how many a message names
 
 
@@ -78,7 +76,7 @@ class Listing:
 
 def split_called(name: str) -> str | None:
     """The split that goes by this name, in any case: "train", "val", "test", or None."""
-    return next((split for split, spellings in SPELLINGS.items() if name.lower() in spellings), None)
+    return next((split for split, words in SPELLINGS.items() if name.lower() in words.split()), None)
 
 
 def name_some(names: Iterable[str]) -> str:
@@ -119,9 +117,8 @@ def first_copies(paths: list[str]) -> np.ndarray:
     same, by_size = np.arange(len(paths)), {}
     for number, path in enumerate(paths):
         with contextlib.suppress(OSError, ValueError):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):  # reading a named pipe would block for ever
-                by_size.setdefault(status.st_size, []).append(number)
+            if os.path.isfile(path):  # reading a named pipe would block for ever
+                by_size.setdefault(os.path.getsize(path), []).append(number)
     for numbers in by_size.values():
         found = {}
         for number in numbers if len(numbers) > 1 else ():
@@ -135,6 +132,5 @@ def hold_out_test(listing: Listing, source: str) -> Listing:
     train = listing.splits["train"]
     held = stratified(train.labels, TEST_FRACTION, 0, first_copies(train.paths))
     if not held.any():
-        reason = "which leaves none to test on: each class needs two or more images"
-        raise Problem(f"{source} has one image of each class, {reason}")
+        raise Problem(f"{source} has one image of each class, none to test on: each needs two or more")
     return Listing(listing.classes, listing.splits | {"train": train.part(~held), "test": train.part(held)})

@@ -5,19 +5,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.files import SPELLINGS, Files, Listing, name_some, split_called
+from data.files import Files, Listing, name_some, split_called
 from data.notes import note
 from step3_infer import Problem, is_image, is_visible, problems
 
 WORDS = {"train": "training", "val": "validation", "test": "test"}
-PLUGINS = dict.fromkeys((".heic", ".heics", ".heif", ".heifs"), "pillow-heif")
+HEIF = {".heic", ".heics", ".heif", ".heifs"}
 
 
 def list_folder(directory: str) -> Listing:
     """The images of DIR/<class>/*, or of DIR/train/<class>/* and the like. Raises Problem."""
     if not os.path.isdir(directory):
-        wanted = "--dataset folder reads DIR/train/<class>/* or DIR/<class>/*"
-        raise Problem(f"no directory {directory}: {wanted}", 2)
+        raise Problem(f"no directory {directory}: --dataset folder reads DIR/[train/]<class>/*", 2)
     folders, skipped = find_splits(directory), []
     classes, paths, labels = list_classes(folders.get("train", directory), skipped)
     splits = {"train": Files(directory, paths, labels)}
@@ -49,8 +48,7 @@ def find_splits(directory: str) -> dict[str, str]:
     if "train" not in found:
         # A class may be called "valid", but it then has images in it and not folders, and there are others.
         if found and (not others or any(map(subfolders, found.values()))):
-            spellings = "/ or ".join(SPELLINGS["train"])
-            raise Problem(f"{directory} has a {WORDS[min(found)]} split, but no folder {spellings}/")
+            raise Problem(f"{directory} has a {WORDS[min(found)]} split, but no folder train/ or training/")
         return {}
     if others:
         used = ", ".join(f"{name}/" for name in names if split_called(name))
@@ -65,8 +63,7 @@ def list_classes(directory: str, skipped: list[str], least: int = 2) -> tuple[li
     """
     classes = subfolders(directory)
     if not classes:
-        way_out = "put the images of each class into a folder of its name"
-        raise Problem(f"{directory} has no class folders: {way_out}")
+        raise Problem(f"{directory} has no class folders: put the images of each class into one of its name")
     if len(classes) < least:
         inner = os.path.join(directory, classes[0])
         way_out = f"give --data-dir {inner}" if has_classes(inner) else "classification needs two"
@@ -121,6 +118,5 @@ def refuse(error: OSError) -> None:
 
 def plugin_hint(paths: list[str]) -> str:
     """What would let Pillow read some of these files, in brackets; empty if nothing is known."""
-    suffixes = {os.path.splitext(path)[1].lower() for path in paths}
-    hints = sorted(f"pip install {PLUGINS[suffix]} to read {suffix}" for suffix in suffixes & set(PLUGINS))
-    return f" ({', '.join(hints)})" if hints else ""
+    suffixes = HEIF & {os.path.splitext(path)[1].lower() for path in paths}
+    return f" (pip install pillow-heif to read {', '.join(sorted(suffixes))})" if suffixes else ""

@@ -10,8 +10,7 @@ from data.files import Files, Listing, Options, split_called
 from data.notes import note
 from step3_infer import Problem, problems
 
-IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
-LABEL_COLUMNS = ("label", "class", "target")
+COLUMNS = {"image": ("filepath", "filename", "path", "image"), "label": ("label", "class", "target")}
 SPLIT_COLUMN = "split"
 
 
@@ -53,16 +52,14 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[tup
         if not any(cells):
             continue
         if len(cells) != len(header):
-            wanted = f"expected {len(header)} fields with an image and a label"
-            raise Problem(f"{file}, row {number}: {wanted}, got {cells}")
+            raise Problem(f"{file}, row {number}: expected {len(header)} fields, got {cells}")
         image, label, *named = (cells[column].strip() for column in columns)
         if not all((image, label, *named)):
             incomplete.append(number)
             continue
         split = split_called(named[0]) if named else default
         if split is None:
-            found = f"{SPLIT_COLUMN} {named[0]!r}"
-            raise Problem(f"{file}, row {number}: {found} is none of train, val and test")
+            raise Problem(f"{file}, row {number}: {SPLIT_COLUMN} {named[0]!r} is none of train, val and test")
         path = os.path.join(root, image)
         if "\\" in image and not os.path.lexists(path):  # it separates folders here, too
             path = os.path.join(root, image.replace("\\", "/"))
@@ -106,13 +103,12 @@ def find_columns(file: str, header: list[str], options: Options) -> list[int]:
         twice = next(name for name in header if header.count(name) > 1)
         raise Problem(f"{file} names the column {twice!r} twice in its first line")
     lower, columns = [name.lower() for name in header], []
-    image = options.image_column, IMAGE_COLUMNS, "--image-column"
-    label = options.label_column, LABEL_COLUMNS, "--label-column"
-    for given, usual, option in (image, label):
+    for kind, usual in COLUMNS.items():
+        given = getattr(options, f"{kind}_column")
         found = [lower.index(name) for name in ([given.lower()] if given else usual) if name in lower]
         if not found:
             wanted, has = repr(given) if given else " or ".join(usual), ", ".join(header) or "none"
-            raise Problem(f"{file} has no column {wanted}, it has {has}; name one with {option}")
+            raise Problem(f"{file} has no column {wanted}, it has {has}; name one with --{kind}-column")
         columns.append(found[0])
     splits = [i for i, name in enumerate(lower) if name == SPLIT_COLUMN and i not in columns]
     return [*columns, *splits[:1]]
