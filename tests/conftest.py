@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # plain `pytest` puts only tests/ there
@@ -257,6 +258,20 @@ def onnx_with(source, target, spec=None, **changes):
     onnx.helper.set_model_props(graph, {**properties, "spec": spec} if spec is not None else {})
     onnx.save(graph, target)
     return target
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of wide photos in two classes, told apart by their bright half: 24 + 8 each."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
+    for split, count in (("train", 24), ("test", 8)):
+        for name, bright in (("left", slice(40)), ("right", slice(40, None))):
+            (root / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = rng.integers(0, 120, (40, 80, 3), dtype=np.uint8)
+                pixels[:, bright] += 120
+                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
+    return root
 
 
 def write_idx(path, array):

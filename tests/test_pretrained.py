@@ -5,29 +5,13 @@ import pickle
 import urllib.error
 import urllib.request
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import model
 import step1_train
 import step2_export
 from training import weights as starting_weights
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Two classes of 20 colour images, of which 4 each are for testing."""
-    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
-    for label, name in enumerate(("left", "right")):
-        for split, n in (("train", 16), ("test", 4)):
-            (root / split / name).mkdir(parents=True)
-            for index in range(n):
-                pixels = rng.integers(0, 120, (70, 90, 3), dtype=np.uint8)
-                pixels[:, slice(45) if label == 0 else slice(45, None)] += 120
-                Image.fromarray(pixels).save(root / split / name / f"{index}.jpg")
-    return root
 
 
 def arguments(photos, name, *more):

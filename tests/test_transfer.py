@@ -14,20 +14,6 @@ import step3_infer
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Two classes of 24 wide photos, told apart by their left half, of which 8 each are for testing."""
-    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
-    for label, name in enumerate(("left", "right")):
-        for split, count in (("train", 24), ("test", 8)):
-            (root / split / name).mkdir(parents=True)
-            for k in range(count):
-                pixels = rng.integers(0, 120, (40, 80, 3), dtype=np.uint8)
-                pixels[:, slice(40) if label == 0 else slice(40, None)] += 120
-                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Random weights of the default network for five classes."""
     torch.manual_seed(1)
