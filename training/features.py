@@ -92,9 +92,8 @@ def featured(splits: dict[str, Split], deployable, settings) -> dict[str, Split]
 def run(deployable, head: str, layers: tuple, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `head` is given [batch, d], logits and statistics of uint8 images of the network's own size."""
     given, network = [], deployable.network.eval()
-    hook = network.get_submodule(head).register_forward_pre_hook(lambda layer, inputs: given.extend(inputs))
-    with contextlib.ExitStack() as stack:
-        stack.callback(hook.remove)
+    layer = network.get_submodule(head)
+    with layer.register_forward_pre_hook(lambda layer, inputs: given.extend(inputs)):
         images = deployable.normalise(images.to(deployable.mean.device))
         logits, statistics = model.run_with_statistics(network, images, layers)
     return given[-1], logits, statistics
@@ -121,7 +120,7 @@ def load(deployable, head, layers, images: torch.Tensor, settings) -> np.ndarray
 def compute(path: str, deployable, head, layers, images) -> None:
     """Write what `load` returns. Raises OSError."""
     started, size = time.perf_counter(), max(1, min(125, MOST_PIXELS // images[0, ..., 0].numel()))
-    bar = tqdm(images.split(size), "features", leave=False, disable=True if notes.silent else None)
+    bar = tqdm(images.split(size), "features", leave=False, disable=notes.silent or None)
     with replacing(path) as file:
         for number, part in enumerate(bar):
             features, _, statistics = run(deployable, head, layers, part)
