@@ -30,7 +30,6 @@ import contextlib
 import copy
 import math
 import os
-import time
 
 import data
 from data.notes import note, silenced
@@ -48,10 +47,9 @@ def build_parser():
     add = parser.add_argument_group("machine and run").add_argument
     precisions = ("auto", "fp32", "bf16")
     add("--precision", choices=precisions, default="auto", help="exports are fp32 (default: auto)")
-    text = "cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)"
-    add("--device", default="auto", metavar="NAME", help=text)
-    seed, threads = number(int, 0, 2**31), number(int, 1, 1024)
-    add("--threads", type=threads, metavar="N", help="CPU threads (default: the CPUs that are free)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
+    add("--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU (default: as many as are free)")
+    seed = number(int, 0, 2**31)
     add("--seed", type=seed, default=0, metavar="N", help="repeats bit for bit on the CPU (default: 0)")
     add("--sync-batchnorm", action="store_true", help="torchrun on GPUs: batch norm over all processes")
     add("--name", help="of the run (default: <dataset>-<model>, with -2, -3, ... if taken)")
@@ -66,8 +64,7 @@ def build_parser():
 def add_data_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="digits", metavar="NAME", help="see --list-datasets (default: digits)")
-    text = "of the files, or to download them to (default: data/); the CSV file"
-    add("--data-dir", metavar="PATH", help=text)
+    add("--data-dir", metavar="PATH", help="of the files, or for downloads (default: data/); the CSV file")
     size = command_line.image_size
     add("--image-size", type=size, metavar="N|HxW", help="of the network (default: see data/README.md)")
     text = "how images get that size: stretched, or in their own shape (default: stretch)"
@@ -95,8 +92,7 @@ def add_training_options(parser):
     add("--model", metavar="NAME", help="see --list-models (default: airbench; linear for --dataset linear)")
     add("--width", type=positive, metavar="X", help="multiplies the channels of airbench")
     add("--hidden", type=count, nargs="*", metavar="N", help="sizes of mlp's hidden layers (default: 128)")
-    dropout = number(float, 0, 0.99)
-    add("--dropout", type=dropout, metavar="P", help="dropout of mlp (default: 0) and mynet (0.1)")
+    add("--dropout", type=number(float, 0, 0.99), metavar="P", help="of mlp (default: 0) and mynet (0.1)")
     text = "start from torchvision's default weights, or from a local state_dict or checkpoint"
     add("--pretrained", nargs="?", const="default", metavar="FILE", help=text)
     add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
@@ -107,14 +103,11 @@ def add_training_options(parser):
     add("--batch-size", type=count, metavar="N", help="images a step")
     add("--optimizer", choices=optimizers, metavar="NAME", help=", ".join(optimizers))
     add("--lr", type=positive, metavar="X", help="the highest learning rate")
-    momentum = number(float, 0, 0.9999)
-    add("--momentum", type=momentum, metavar="X", help="of sgd and muon; Nesterov's if above 0")
-    decay = number(float, 0)
-    add("--weight-decay", type=decay, metavar="X", help="on the weights of layers, not on biases and norms")
+    add("--momentum", type=number(float, 0, 0.9999), metavar="X", help="of sgd, muon; Nesterov's if above 0")
+    add("--weight-decay", type=number(float, 0), metavar="X", help="of layers' weights, not biases and norms")
     schedules = recipes.SCHEDULES
     add("--schedule", choices=schedules, metavar="NAME", help=f"of the rate: {', '.join(schedules)}")
-    smoothing = number(float, 0, 0.99)
-    add("--label-smoothing", type=smoothing, metavar="X", help="in the training loss")
+    add("--label-smoothing", type=number(float, 0, 0.99), metavar="X", help="in the training loss")
     text = "how sure the network may be, by held-out images, by a twin, or none (default: deploy/README.md)"
     add("--calibration", choices=recipes.CALIBRATIONS[1:], metavar="HOW", help=text)
 
@@ -154,7 +147,7 @@ from deploy import report
 from training import calibration, console, cpu, features, locking, optimizers, processes, runs, weights
 from training.result import summarise
 from training.suspects import find_suspects
-from training.trainer import Evaluation, Trainer, make_spec, train_mode
+from training.trainer import Evaluation, Trainer, train_mode
 
 WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is made from
 
@@ -176,9 +169,8 @@ def fit(trainer: Trainer) -> Evaluation | None:
                 evaluated = evaluate(trainer, trainer.splits[watched])
             if not math.isfinite(evaluated.loss):
                 raise Problem(f"the loss on the {watched} split became {evaluated.loss}: try a smaller --lr")
-            seconds = time.perf_counter() - trainer.started
-            trainer.finish_epoch(trained, evaluated, seconds)
-            console.print_row(trainer, epoch, (*trained, *evaluated[:2]), seconds)
+            trainer.finish_epoch(trained, evaluated)
+            console.print_row(trainer)
             (caught,) = trainer.processes.maximum([signals.caught], trainer.device)
             if caught:
                 raise processes.Stopped(caught)
@@ -219,10 +211,8 @@ def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
 
 
 @torch.inference_mode()
-def evaluate(
-    trainer: Trainer, split: Split, deployable: torch.nn.Module | None = None, most_images: int = 125
-) -> Evaluation:
-    """The network in eval mode over a whole split, shared by all processes, in batches of `most_images`."""
+def evaluate(trainer: Trainer, split: Split, deployable: torch.nn.Module | None = None) -> Evaluation:
+    """The network in eval mode over a whole split, shared by all processes."""
     deployable = deployable or trainer.deployable
     deployable.network.eval()
     network, normalise = features.parts(deployable, split)
@@ -230,7 +220,7 @@ def evaluate(
     labels, loss, parts = split.labels[split.members], 0.0, []
     outputs = torch.zeros(len(labels), len(trainer.dataset.classes), device=labels.device)
     pixels = split.images[0, ..., 0].numel()
-    for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), most_images), share):
+    for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), 125), share):
         logits = network(normalise(images)).float()
         loss += criterion(logits, targets).sum().item()
         parts.append(logits)
@@ -256,8 +246,12 @@ def load_dataset(settings: argparse.Namespace) -> data.Dataset:
     return data.load(settings.dataset, settings.data_dir, **options)
 
 
-def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict | None) -> model.Deployable:
-    """The network with its preprocessing, and with the weights of the checkpoint if any. Raises Problem."""
+def build(machine: processes.Machine, settings, dataset: data.Dataset, checkpoint) -> model.Deployable:
+    """The network with its preprocessing, and with the weights of the checkpoint if any, on the machine.
+
+    What is random follows from the seed of the settings. Raises Problem.
+    """
+    torch.manual_seed(settings.seed)
     regression, channels = dataset.task == "regression", dataset.train_images.shape[-1]
     options = {name: getattr(settings, name) for name in ("width", "hidden", "dropout")}
     options = {name: value for name, value in options.items() if value is not None}
@@ -266,9 +260,8 @@ def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict 
         network = model.build(settings.model, **shape, **options)
         mean, std = weights.load(network, settings, channels, checkpoint)
     except ValueError as error:
-        code = 1 if isinstance(error, weights.DownloadError) else 2
         source = "" if settings.pretrained in (None, "default") else f"--pretrained {settings.pretrained}: "
-        raise Problem(f"{source}{error}", code) from None
+        raise Problem(f"{source}{error}", 2) from None
     norms = torch.nn.modules.batchnorm._BatchNorm
     if settings.batch_size == 1 and any(isinstance(module, norms) for module in network.modules()):
         raise Problem(f"{settings.model} has batch norm, which needs --batch-size 2 or more", 2)
@@ -285,13 +278,6 @@ def build(settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict 
         wanted = min(2000, WHITENING_PIXELS // math.prod(settings.image_size))
         some = torch.from_numpy(dataset.train_images[:: -(-len(dataset.train_images) // wanted)])
         network.prepare(deployable.normalise(model.resize(some, settings.image_size, settings.fit)))
-    return deployable
-
-
-def build_on(machine: processes.Machine, settings, dataset, checkpoint) -> model.Deployable:
-    """What `build` makes by the seed of the settings, ready to be trained on the machine. Raises Problem."""
-    torch.manual_seed(settings.seed)
-    deployable = build(settings, dataset, checkpoint)
     deployable.to(machine.device, memory_format=model.traits(settings.model).memory_format)
     if machine.device.type == "cpu" and machine.dtype is not None:
         cpu.lay_side_by_side(deployable.network)
@@ -299,15 +285,12 @@ def build_on(machine: processes.Machine, settings, dataset, checkpoint) -> model
 
 
 # ----------------------------------------------------------------------------------------------------- result
-def train_twin(trainer: Trainer, parts: dict[str, Split]) -> model.Deployable:
+def train_twin(trainer: Trainer, parts: dict[str, Split], epochs: int) -> model.Deployable:
     """Train another network like the first, on `parts`; it can be resumed, too. See calibration.of_run."""
     directory, checkpoint = trainer.processes.from_first(lambda: runs.begin_twin(trainer.run))
-    settings = calibration.settings_of_twin(trainer.settings)
-    deployable = build_on(trainer.machine, settings, trainer.dataset, checkpoint)
-    parts = features.prepare(parts, deployable, settings, not checkpoint)
-    twin = Trainer(settings, directory, trainer.dataset, parts, deployable, trainer.machine, is_twin=True)
-    twin.restore(checkpoint)
-    fit(twin)
+    settings = argparse.Namespace(**{**vars(trainer.settings), "epochs": epochs})
+    deployable = build(trainer.machine, settings, trainer.dataset, checkpoint)
+    fit(start(settings, directory, trainer.dataset, parts, deployable, trainer.machine, checkpoint, True))
     return deployable
 
 
@@ -317,37 +300,32 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
     if best:
         deployable = copy.deepcopy(deployable)
         deployable.network.load_state_dict(best["state_dict"])
-        evaluated = evaluate(trainer, trainer.splits["test"], deployable)
-    evaluated = evaluated or evaluate(trainer, trainer.splits["test"])
+    evaluated = evaluated or evaluate(trainer, trainer.splits["test"], deployable)
     trainer.calibration = calibration.of_run(trainer, deployable, train_twin)
     if trainer.processes.rank > 0:
         return
     if best:
-        console.print_kept(trainer)
+        console.show(f"epoch {best['epoch']} did best on the validation split and is kept")
     if best or trainer.calibration:
         trainer.save(evaluated.accuracy)
     summary, outputs = summarise(trainer, deployable, evaluated, report)
     runs.write_json(trainer.run, runs.SUMMARY, summary)
-    write_pictures(trainer, deployable, evaluated.accuracy, outputs)
+    write_pictures(trainer, evaluated.accuracy, outputs)
     runs.tidy(trainer.run)
     console.print_result(trainer, deployable.network, summary)
 
 
-def write_pictures(trainer, deployable, accuracy, outputs) -> None:
+def write_pictures(trainer, accuracy, outputs) -> None:
     """Draw a finished run's pictures and write its report.html. outputs: those of the test split."""
-    settings, dataset, images = trainer.settings, trainer.dataset, {}
-    spec = make_spec(settings, dataset, deployable, accuracy, trainer.calibration)
+    settings, dataset, spec, images = trainer.settings, trainer.dataset, trainer.spec(accuracy), {}
     cpu.give_back_memory()
     if dataset.task == "classification":
+        images = {"images": dataset.test_images, "pairs": dataset.findings.pairs}
         images["suspects"] = find_suspects(trainer, outputs)
         train = trainer.splits["train"]
         train = getattr(train, "images_split", train)  # what features were made of
         augmented, labels, _ = next(train.shuffled(25, settings.augment, 1, settings.seed))
-        images |= {
-            "images": dataset.test_images,
-            "augmented": (augmented.cpu().numpy(), labels.cpu().numpy()),
-        }
-        images["pairs"] = dataset.findings.pairs
+        images["augmented"] = augmented.cpu().numpy(), labels.cpu().numpy()
     try:
         try:
             report.draw_run(trainer.run, spec, trainer.progress.rows, dataset.test_labels, outputs, **images)
@@ -379,11 +357,10 @@ def run(args: argparse.Namespace, given: dict) -> int:
             data.refuse_changes(directory, checkpoint["training"]["data"], dataset.fingerprint)
         if directory is None:
             settings = recipes.fit_to_images(settings, given, dataset, model.traits(settings.model))
-        threads, reason = cpu.set_threads(given.get("threads"), settings.threads)
+        settings.threads, reason = cpu.set_threads(given.get("threads"), settings.threads)
         dataset = doctor.examined(dataset)
-        settings = argparse.Namespace(**{**vars(settings), "threads": threads})
         machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
-        deployable = build_on(machine, settings, dataset, checkpoint)
+        deployable = build(machine, settings, dataset, checkpoint)
         splits = make_splits(dataset, settings, machine.device, model.resize)
         if directory is None:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
@@ -394,15 +371,15 @@ def run(args: argparse.Namespace, given: dict) -> int:
             write_result(trainer, fit(trainer))
         except processes.Stopped as stop:
             console.print_how_to_resume(trainer)
-            return 128 + stop.number
+            return 128 + stop.args[0]
         return 0
 
 
-def start(settings, directory, dataset, splits, deployable, machine, checkpoint) -> Trainer:
+def start(settings, directory, dataset, splits, deployable, machine, checkpoint, is_twin=False) -> Trainer:
     """A new or resumed run, on features if the network is frozen. Raises Problem."""
     with machine.processes.first_of_each_machine_first():
         splits = features.prepare(splits, deployable, settings, not checkpoint)
-    trainer = Trainer(settings, directory, dataset, splits, deployable, machine)
+    trainer = Trainer(settings, directory, dataset, splits, deployable, machine, is_twin)
     trainer.restore(checkpoint)
     return trainer
 

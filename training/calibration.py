@@ -5,7 +5,6 @@ split if there is one; else a small part held out of a large training split; els
 that, the part that a twin, another network trained on the rest, has not seen.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -116,58 +115,43 @@ def some(split: Split) -> Split:
     return split.part(np.arange(len(split)) % -(-len(split) // GAUSSIAN_IMAGES) == 0)
 
 
-def calibrate(deployable, train: Split, held_out: Split, source: str) -> Calibration:
-    """Calibrate a network on images that it was not trained on.
+def calibrate(deployable, train: Split, held_out: Split, source: str, twin=None) -> Calibration:
+    """Calibrate a network on images that it was not trained on, or else by a twin that was not.
 
     deployable: the network with its preprocessing. train: what it was trained on. source: what `held_out` is,
-    in words.
+    in words. A twin gives its temperature. What is familiar is then learned from one half of the network's
+    own images, and how far from it such images are from the other half: training hardly changes these
+    distances. It changes the logits, so that they say nothing of new images, and are left out.
     """
     layers = model.middle_layers(deployable.network, deployable.mean.numel(), deployable.image_size)
-    gaussian = fit_gaussian(describe(deployable, layers, some(train))[1])
-    logits, statistics, labels = describe(deployable, layers, held_out)
-    familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics), logits.amax(1))
-    result = fit_temperature(logits, labels), source, len(labels), familiarity, layers, len(labels)
-    return Calibration(*result, held_out.members, (logits / result[0]).softmax(1).numpy())
-
-
-def calibrate_by_twin(deployable, train: Split, twin, twin_train: Split, held_out: Split) -> Calibration:
-    """Calibrate a network by its twin, another one that was trained without `held_out`.
-
-    The temperature is the twin's. What is familiar is learned from one half of the network's own images, and
-    how far from it such images are from the other half: training hardly changes these distances. It changes
-    the logits, so that they say nothing of new images, and are left out.
-    """
-    layers = model.middle_layers(deployable.network, deployable.mean.numel(), deployable.image_size)
-    logits, _, labels = describe(twin, layers, held_out)
-    _, statistics, _ = describe(deployable, layers, some(train))
-    gaussian = fit_gaussian(statistics[::2])
-    familiarity = fit_familiarity(gaussian, log_distance(gaussian, statistics[1::2]))
-    source, compared = f"a twin trained on {len(twin_train):,} of the images", len(statistics) // 2
-    result = fit_temperature(logits, labels), source, len(labels), familiarity, layers, compared
-    return Calibration(*result, held_out.members, (logits / result[0]).softmax(1).numpy())
+    logits, statistics, labels = describe(twin or deployable, layers, held_out)
+    own = describe(deployable, layers, some(train))[1]
+    if twin:
+        own, statistics = own[::2], own[1::2]
+    gaussian = fit_gaussian(own)
+    distance = log_distance(gaussian, statistics)
+    familiarity = fit_familiarity(gaussian, distance, None if twin else logits.amax(1))
+    temperature = fit_temperature(logits, labels)
+    result = temperature, source, len(labels), familiarity, layers, len(statistics)
+    return Calibration(*result, held_out.members, (logits / temperature).softmax(1).numpy())
 
 
 def of_run(trainer, deployable, train_twin: Callable) -> Calibration | None:
     """The calibration of a run's result, as its settings want it. Raises Problem, and Stopped after a signal.
 
-    train_twin: from the trainer and {"train": part, "test": the rest} of its training split to another
-    deployable, trained on the part; every process calls it, the first one does the rest.
+    train_twin: from the trainer, {"train": part, "test": the rest} of its training split and a number of
+    epochs to another deployable, trained on the part; every process calls it, the first one does the rest.
     """
-    how, splits, train = trainer.settings.calibration, trainer.splits, trainer.splits["train"]
-    if how == "none":
+    settings, splits, train, twin = trainer.settings, trainer.splits, trainer.splits["train"], None
+    if settings.calibration == "none":
         return None
-    if how == "twin":
-        parts = dict(zip(("train", "test"), hold_out(train, TWIN_PART, trainer.settings.seed), strict=True))
-        twin = train_twin(trainer, parts)
-    if trainer.processes.rank > 0:
-        return None
-    if how == "twin":
-        return calibrate_by_twin(deployable, train, twin, *parts.values())
-    if how == "validation":
-        return calibrate(deployable, train, splits["val"], "the validation split")
-    return calibrate(deployable, train, splits["held-out"], "a part of the training split, held out")
-
-
-def settings_of_twin(settings: argparse.Namespace) -> argparse.Namespace:
-    epochs = min(settings.epochs, max(FEWEST_EPOCHS, round(settings.epochs * TWIN_EPOCHS)))
-    return argparse.Namespace(**{**vars(settings), "epochs": epochs})
+    if settings.calibration == "twin":
+        part, held_out = hold_out(train, TWIN_PART, settings.seed)
+        epochs = min(settings.epochs, max(FEWEST_EPOCHS, round(settings.epochs * TWIN_EPOCHS)))
+        twin = train_twin(trainer, {"train": part, "test": held_out}, epochs)
+        source = f"a twin trained on {len(part):,} of the images"
+    elif settings.calibration == "validation":
+        held_out, source = splits["val"], "the validation split"
+    else:
+        held_out, source = splits["held-out"], "a part of the training split, held out"
+    return None if trainer.processes.rank > 0 else calibrate(deployable, train, held_out, source, twin)

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data.notes import note
+from data import notes
 from step3_infer import say
 from training import runs
 
@@ -18,14 +18,14 @@ CALIBRATION = {  # what it prints of each of recipes.CALIBRATIONS
 }
 
 
-def is_silent(trainer) -> bool:
-    return trainer.settings.quiet or trainer.processes.rank > 0
+def show(text: str) -> None:
+    """Print to standard output what --quiet leaves out."""
+    if not notes.silent:
+        print(text, flush=True)
 
 
 def print_settings(trainer, threads: str = "") -> None:
     """Print the resolved settings before work starts; threads: why there are fewer than usual, in words."""
-    if is_silent(trainer):
-        return
     settings, dataset, network = trainer.settings, trainer.dataset, trainer.deployable.network
     parameters = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -40,7 +40,7 @@ def print_settings(trainer, threads: str = "") -> None:
     several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
     machine = f"{trainer.device.type}, {several}{count_of(torch.get_num_threads(), 'thread')}"
     note = f"          ({threads})\n" if threads else ""
-    print(
+    show(
         f"dataset   {settings.dataset}: {sizes}; {kind}\n"
         f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
         f"training  {count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}, "
@@ -50,60 +50,51 @@ def print_settings(trainer, threads: str = "") -> None:
         f"{CALIBRATION[settings.calibration]}"
         f"machine   {machine}, {'bf16' if trainer.dtype else 'fp32'}, seed {settings.seed}\n"
         f"{note}"
-        f"run       {trainer.run}",
-        flush=True,
+        f"run       {trainer.run}"
     )
 
 
 def print_header(trainer) -> None:
-    if not is_silent(trainer) and not trainer.is_twin and trainer.progress.epoch <= trainer.settings.epochs:
-        print(f"epoch   train loss  accuracy  {trainer.watched:>8} loss  accuracy   seconds", flush=True)
+    if not trainer.is_twin and trainer.progress.epoch <= trainer.settings.epochs:
+        show(f"epoch   train loss  accuracy  {trainer.watched:>8} loss  accuracy   seconds")
 
 
-def print_row(trainer, epoch: int, measured: tuple, seconds: float) -> None:
-    """Print loss and accuracy of training, then of the watched split; of long runs, every 20th part only."""
+def print_row(trainer) -> None:
+    """Print the last row of metrics.csv, without the rate; of long runs, every 20th part only."""
+    epoch, train_loss, train_accuracy, loss, accuracy, _, seconds = trainer.progress.rows[-1].values()
     epochs = trainer.settings.epochs
-    if is_silent(trainer) or trainer.is_twin or (epochs > 50 and epoch % (epochs // 20) and epoch < epochs):
+    if trainer.is_twin or (epochs > 50 and epoch % (epochs // 20) and epoch < epochs):
         return
-    train_loss, train_accuracy, loss, accuracy = measured
     first, second = ("-" if value is None else f"{value:.2%}" for value in (train_accuracy, accuracy))
-    line = f"{epoch:5d}   {train_loss:10.4f}  {first:>8}  {loss:13.4f}  {second:>8}  {seconds:8.1f}"
-    print(line, flush=True)
+    show(f"{epoch:5d}   {train_loss:10.4f}  {first:>8}  {loss:13.4f}  {second:>8}  {seconds:8.1f}")
 
 
 def progress_bar(trainer, batches):
     """The batches of an epoch, with a bar on standard error if it is a terminal."""
     title = f"{'twin' if trainer.is_twin else 'epoch'} {trainer.progress.epoch}/{trainer.settings.epochs}"
     steps = {"total": trainer.steps_per_epoch, "initial": trainer.progress.steps}
-    return tqdm(batches, title, leave=False, disable=True if is_silent(trainer) else None, **steps)
+    return tqdm(batches, title, leave=False, disable=notes.silent or None, **steps)
 
 
 def print_resumed(trainer, epochs_before: int) -> None:
     """Say where the run continues, and what a raised --epochs does. epochs_before: those it began with."""
     epochs, progress = trainer.settings.epochs, trainer.progress
-    if not is_silent(trainer):
-        done = f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
-        print(f"resumed   after {done} of the next", flush=True)
+    done = f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
+    show(f"resumed   after {done} of the next")
     if epochs_before != epochs:
         course = f"a course of {epochs} epochs from here on, not of {epochs_before}"
         rate = trainer.settings.lr * trainer.rate(progress.steps)
-        note(f"the learning rate follows {course}; the next one is {rate:.3g}")
+        notes.note(f"the learning rate follows {course}; the next one is {rate:.3g}")
 
 
 def print_how_to_resume(trainer) -> None:
     """Say that a stopped run is saved, and the command that continues it."""
     if trainer.processes.rank == 0:
-        progress = trainer.progress
-        done = f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
+        epochs, steps = trainer.progress.epoch - 1, trainer.progress.steps
+        done = f"{count_of(epochs, 'epoch')} and {count_of(steps, 'step')}"
         say(f"stopped and saved after {done}; to continue:")
         say(f"  {runs.resume_command(trainer.run)}")
     trainer.processes.wait()  # torchrun ends all processes as soon as one has ended
-
-
-def print_kept(trainer) -> None:
-    """Say which epoch the validation split has chosen."""
-    if not is_silent(trainer):
-        print(f"epoch {trainer.progress.best['epoch']} did best on the validation split and is kept")
 
 
 def print_result(trainer, network, summary: dict) -> None:
@@ -126,16 +117,6 @@ def print_result(trainer, network, summary: dict) -> None:
         for name, ours, true in zip(names, learned, (*data.LINEAR_WEIGHTS, data.LINEAR_BIAS), strict=True):
             print(f"{name:>6} {ours:10.4f} {true:8.4f}")
     print(f"{trainer.run}: {result} in {summary['train_seconds']:.0f} s")
-
-
-def print_coefficients(network) -> None:
-    """Print what the tensor tutorial ends with: the learned coefficients beside the true ones."""
-    layer = network.layers[-1]
-    learned = [*layer.weight.flatten().tolist(), layer.bias.item()]
-    names = [f"x{i}" for i in range(1, len(learned))] + ["bias"]
-    print("          learned     true")
-    for name, ours, true in zip(names, learned, (*data.LINEAR_WEIGHTS, data.LINEAR_BIAS), strict=True):
-        print(f"{name:>6} {ours:10.4f} {true:8.4f}")
 
 
 def count_of(number: int, noun: str) -> str:

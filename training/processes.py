@@ -141,11 +141,7 @@ def choose_machine(settings, processes: Processes, bf16_pays: bool) -> Machine:
 
 
 class Stopped(Exception):
-    """A signal came, and the run was saved. number: the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+    """A signal came, and the run was saved; the argument is the signal's number."""
 
 
 class Signals:

@@ -59,7 +59,7 @@ class Trainer:
     processes.Machine. is_twin: it prints nothing. calibration: made at the end.
     """
 
-    def __init__(self, settings, run, dataset, splits: dict[str, Split], deployable, machine, is_twin=False):
+    def __init__(self, settings, run, dataset, splits: dict[str, Split], deployable, machine, is_twin):
         self.settings, self.run, self.dataset, self.splits = settings, run, dataset, splits
         self.deployable, self.machine, self.is_twin = deployable, machine, is_twin
         self.dtype, self.processes = machine.dtype, machine.processes
@@ -138,12 +138,13 @@ class Trainer:
         self.progress.seconds = time.perf_counter() - self.started
         return loss / images, None if self.dataset.task == "regression" else correct / images
 
-    def finish_epoch(self, trained: tuple, evaluated: Evaluation, seconds: float) -> None:
+    def finish_epoch(self, trained: tuple, evaluated: Evaluation) -> None:
         """Record an epoch, keep the best network, and save; trained, evaluated: loss and accuracy of each."""
         progress, watched = self.progress, self.watched
         names = ("train_loss", "train_accuracy", f"{watched}_loss", f"{watched}_accuracy")
         row = {"epoch": progress.epoch, **dict(zip(names, (*trained, *evaluated[:2]), strict=True))}
-        row |= {"lr": self.settings.lr * self.rate(0), "seconds": round(seconds, 3)}
+        row["lr"] = self.settings.lr * self.rate(0)
+        row["seconds"] = round(time.perf_counter() - self.started, 3)
         if watched == "val":
             self.keep_best(evaluated)
         progress.rows.append(row)
@@ -195,7 +196,7 @@ class Trainer:
         best, state = self.progress.best, self.deployable.network.state_dict()
         if not all(value.isfinite().all() for value in state.values()):
             raise Problem(f"the weights are no longer finite: try a smaller --lr than {self.settings.lr:g}")
-        spec = make_spec(self.settings, self.dataset, self.deployable, test_accuracy, self.calibration)
+        spec = self.spec(test_accuracy)
         familiarity = self.calibration.familiarity if self.calibration else None
         training = {"progress": vars(self.progress), "optimizer": self.optimizer.state_dict()}
         training["network"] = state if best else None  # else it is the checkpoint's state_dict
@@ -204,6 +205,34 @@ class Trainer:
         runs.save_checkpoint(self.run, spec, result, epoch, training, familiarity)
         if self.progress.rows:
             runs.write_metrics(self.run, self.progress.rows)
+
+    def spec(self, test_accuracy: float | None) -> dict:
+        """What the exported file will say of itself; deploy/README.md explains the keys."""
+        settings, dataset, calibration = self.settings, self.dataset, self.calibration
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+        versions["torchvision"] = importlib.metadata.version("torchvision")  # importing it takes a second
+        return {
+            "schema": SCHEMA,
+            "task": dataset.task,
+            "classes": list(dataset.classes),
+            "channels": dataset.train_images.shape[-1],  # for regression: the number of features
+            "image_size": list(settings.image_size),
+            "resize": None if dataset.task == "regression" else "bilinear antialias",
+            "fit": None if dataset.task == "regression" else settings.fit,
+            "mean": self.deployable.mean.flatten().tolist(),
+            "std": self.deployable.std.flatten().tolist(),
+            "dataset": settings.dataset,
+            "model": settings.model,
+            "parameters": sum(p.numel() for p in self.deployable.network.parameters()),
+            "test_accuracy": test_accuracy,
+            "arguments": vars(settings),
+            "versions": versions,
+            "white": dataset.white,  # the level of 16-bit pixels that becomes 255
+            "temperature": calibration.temperature if calibration else None,
+            "calibration": calibration and {"source": calibration.source, "images": calibration.images},
+            "known": calibration and {"layers": calibration.layers, "images": calibration.compared},
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
 
     def restore(self, checkpoint: dict | None) -> None:
         """Continue from a checkpoint, if there is one."""
@@ -214,34 +243,6 @@ class Trainer:
         if self.processes.rank > 0:
             self.progress.sums = [0.0, 0.0, 0.0]  # the first process has those of all
         self.optimizer.load_state_dict(training["optimizer"])
-
-
-def make_spec(settings, dataset, deployable, test_accuracy: float | None, calibration=None) -> dict:
-    """What the exported file will say of itself; deploy/README.md explains the keys."""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions["torchvision"] = importlib.metadata.version("torchvision")  # importing it takes a second
-    return {
-        "schema": SCHEMA,
-        "task": dataset.task,
-        "classes": list(dataset.classes),
-        "channels": dataset.train_images.shape[-1],  # for regression: the number of features
-        "image_size": list(settings.image_size),
-        "resize": None if dataset.task == "regression" else "bilinear antialias",
-        "fit": None if dataset.task == "regression" else settings.fit,
-        "mean": deployable.mean.flatten().tolist(),
-        "std": deployable.std.flatten().tolist(),
-        "dataset": settings.dataset,
-        "model": settings.model,
-        "parameters": sum(p.numel() for p in deployable.network.parameters()),
-        "test_accuracy": test_accuracy,
-        "arguments": vars(settings),
-        "versions": versions,
-        "white": dataset.white,  # the level of 16-bit pixels that becomes 255
-        "temperature": calibration.temperature if calibration else None,
-        "calibration": calibration and {"source": calibration.source, "images": calibration.images},
-        "known": calibration and {"layers": calibration.layers, "images": calibration.compared},
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def train_mode(network: torch.nn.Module) -> None:

@@ -9,17 +9,15 @@ import torch
 from torch import nn
 
 import model
+from step3_infer import Problem
 from training.runs import load_plain
-
-
-class DownloadError(ValueError):
-    """Weights that could not be fetched."""
 
 
 def load(network: nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None) -> tuple:
     """Load the weights of a checkpoint to resume, or else of --pretrained, into a network.
 
-    Returns the (mean, std) of the inputs, [channels] each, or None if they are not known. Raises ValueError.
+    Returns the inputs' (mean, std), [channels] each, or None if they are not known. Raises ValueError, or
+    Problem if the weights cannot be downloaded.
     """
     if checkpoint:
         network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
@@ -79,7 +77,7 @@ def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None
         place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
         way_out = "give --pretrained FILE, or train from scratch without --pretrained"
         failure = f"cannot download the weights of {name} ({error})"
-        raise DownloadError(f"{failure}: put {weights.url} at {place}, or {way_out}") from None
+        raise Problem(f"{failure}: put {weights.url} at {place}, or {way_out}") from None
 
 
 def load_pretrained(network: torch.nn.Module, state: dict) -> None:
