@@ -82,9 +82,8 @@ def featured(splits: dict[str, Split], deployable, settings) -> dict[str, Split]
             tables[id(split.images)] = load(deployable, head, layers, split.images, settings)
         table = tables[id(split.images)]
         plain, statistics = torch.from_numpy(table).to(some.device).tensor_split([layer.in_features], 1)
-        own = split.labels, split.members, table, split.same
-        more = {"images_split": split, "head": head, "statistics": statistics}
-        found[name] = FeatureSplit(plain, *own, **more)
+        fields = {**vars(split), "images": plain, "source": table}
+        found[name] = FeatureSplit(**fields, images_split=split, head=head, statistics=statistics)
     return found
 
 

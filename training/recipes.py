@@ -62,29 +62,22 @@ CAMERA = ("blur", "color", "noise")
 TUTORIALS = ("linear", "mlp", "mynet", "resblock")
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
-MAY_CHANGE = ("epochs", "device", "threads", "checkpoint_every", "quiet")
-MAY_CHANGE += ("data_dir", "cache_dir", "image_root")
+MAY_CHANGE = "epochs device threads checkpoint_every quiet data_dir cache_dir image_root".split()
 OWN_IMAGES = ("folder", "csv")
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
 NEEDS_VALIDATION = "a validation split: give --val-fraction as well"
 OF_CSV = ("test_csv", "image_root", "image_column", "label_column")
 OF_IMAGES, OF_CLASSES = ("image_size", "fit"), ("class_weights", "label_smoothing", "calibration")
-
-
-def not_linear(settings: argparse.Namespace) -> bool:
-    return settings.dataset != "linear"
-
-
 # Options that have an effect under a condition only: what they belong to in words, and the condition.
 BELONGS_TO = {
     "data_dir": ("datasets other than digits and linear", lambda s: s.dataset not in ("digits", "linear")),
     "strict": ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES),
     "cache_dir": ("your own images and --pretrained", lambda s: s.pretrained or s.dataset in OWN_IMAGES),
     **dict.fromkeys(OF_CSV, ("--dataset csv", lambda s: s.dataset == "csv")),
-    **dict.fromkeys(OF_IMAGES, ("images, and --dataset linear has features", not_linear)),
-    **dict.fromkeys(OF_CLASSES, ("classes, and --dataset linear is a regression", not_linear)),
+    **dict.fromkeys(OF_IMAGES, ("images, and linear has features", lambda s: s.dataset != "linear")),
+    **dict.fromkeys(OF_CLASSES, ("classes, and linear is a regression", lambda s: s.dataset != "linear")),
     "patience": (NEEDS_VALIDATION, lambda s: s.val_fraction or s.dataset in OWN_IMAGES),
-    "augment": ("images, and to networks trained whole", lambda s: not_linear(s) and not s.freeze_backbone),
+    "augment": ("models trained whole, on images", lambda s: s.dataset != "linear" and not s.freeze_backbone),
     "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
     "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
 }
@@ -170,12 +163,12 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
         if len(settings.augment) > 1:
             raise Problem("--augment none goes with nothing else", 2)
         settings.augment = []
-    has_val = dataset.val_images is not None
-    check_validation(settings, has_val)
-    settings.calibration = calibration(settings, has_val, dataset.train_labels)
+    settings.calibration = calibration(settings, dataset)
     own = settings.dataset in OWN_IMAGES
     if own and not settings.pretrained and count < MANY and max(height, width) >= PHOTO:
-        note_better_start(settings.model, count)
+        network = START if (settings.model, "*") in RECIPES else settings.model
+        why = "starts from weights trained on ImageNet, at their size, and is usually far more accurate"
+        note(f"{count:,} photos are few to start from nothing: --model {network} --pretrained {why}")
     if own and "epochs" not in given:
         settings.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
     if "batch_size" not in given:
@@ -187,36 +180,24 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
     return settings
 
 
-def note_better_start(network: str, count: int) -> None:
-    """Say what to type for a few photos."""
-    network = START if (network, "*") in RECIPES else network
-    why = "starts from weights trained on ImageNet, at their size, and is usually far more accurate"
-    note(f"{count:,} photos are few to start from nothing: --model {network} --pretrained {why}")
+def calibration(settings: argparse.Namespace, dataset) -> str:
+    """Which images show how sure the network may be: one of CALIBRATIONS.
 
-
-def check_validation(settings: argparse.Namespace, has_val: bool) -> None:
-    """Raise Problem for options that do not fit data with or without a validation split of its own."""
+    Few images suffer most if some are held out; a twin costs the time of another run instead. Raises Problem,
+    also for other options that do not fit data with or without a validation split of its own.
+    """
+    has_val, asked, count = dataset.val_images is not None, settings.calibration, len(dataset.train_images)
     if has_val and settings.val_fraction:
         raise Problem("--val-fraction does not go with data that has a validation split of its own", 2)
-    if settings.patience and not has_val and not settings.val_fraction:
+    if has_val or settings.val_fraction:
+        if asked in ("held-out", "twin"):
+            raise Problem(f"--calibration {asked} does not go with a validation split, which serves too", 2)
+        return asked or "validation"
+    if settings.patience:
         raise Problem(f"--patience needs {NEEDS_VALIDATION}", 2)
-
-
-def calibration(settings: argparse.Namespace, has_val: bool, labels) -> str:
-    """Which images show how sure the network may be: one of CALIBRATIONS. labels: of the training split, [n].
-
-    Few images suffer most if some are held out; a twin costs the time of another run instead. Raises Problem.
-    """
-    asked, has_val = settings.calibration, has_val or bool(settings.val_fraction)
-    if asked in ("held-out", "twin") and has_val:
-        raise Problem(f"--calibration {asked} does not go with a validation split, which serves as well", 2)
-    if asked:
-        return asked
-    if has_val:
-        return "validation"
-    if len(labels) < FEW_TO_CALIBRATE:
-        return "none"
-    return "twin" if len(labels) < MANY else "held-out"
+    if asked or count < FEW_TO_CALIBRATE:
+        return asked or "none"
+    return "twin" if count < MANY else "held-out"
 
 
 def batch_halvings(settings: argparse.Namespace, count: int | None, most_pixels: int | None) -> int:

@@ -165,14 +165,12 @@ def read(run: str) -> tuple[dict, dict | None]:
             training["progress"], training["optimizer"]
         except FileNotFoundError:
             continue
-        except Problem:
-            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             reasons.append(f"{path} is truncated or cannot be resumed from ({error})")
-            continue
-        if reasons:
-            say(f"warning: {reasons[0]}: going on from the one before")
-        return arguments, checkpoint
+        else:
+            if reasons:
+                say(f"warning: {reasons[0]}: going on from the one before")
+            return arguments, checkpoint
     if reasons:
         raise Problem(reasons[0])
     return read_config(run), None
