@@ -289,8 +289,9 @@ def train_twin(trainer: Trainer, parts: dict[str, Split], epochs: int) -> model.
     """Train another network like the first, on `parts`; it can be resumed, too. See calibration.of_run."""
     directory, checkpoint = trainer.processes.from_first(lambda: runs.begin_twin(trainer.run))
     settings = argparse.Namespace(**{**vars(trainer.settings), "epochs": epochs})
-    deployable = build(trainer.machine, settings, trainer.dataset, checkpoint)
-    fit(start(settings, directory, trainer.dataset, parts, deployable, trainer.machine, checkpoint, True))
+    dataset, machine = trainer.dataset, trainer.machine
+    deployable = build(machine, settings, dataset, checkpoint)
+    fit(start(settings, directory, dataset, parts, deployable, machine, checkpoint, is_twin=True))
     return deployable
 
 

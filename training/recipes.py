@@ -221,8 +221,7 @@ def resumed(args, given: dict, arguments: dict, run: str, finished: bool) -> arg
     """
     defaults = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     given = {name: [] if value == ["none"] else value for name, value in given.items() if name != "resume"}
-    unlike = [name for name, value in given.items() if value != arguments.get(name)]
-    changed = [name for name in unlike if name not in MAY_CHANGE]
+    changed = [k for k, value in given.items() if k not in MAY_CHANGE and value != arguments.get(k)]
     if changed:
         options = [f"--{k.replace('_', '-')} {given[k]} (was {arguments.get(k)})" for k in changed]
         reason = "that would alter its course; leave it out, or start a new run"
