@@ -77,7 +77,10 @@ BELONGS_TO = {
     **dict.fromkeys(OF_IMAGES, ("images, and linear has features", lambda s: s.dataset != "linear")),
     **dict.fromkeys(OF_CLASSES, ("classes, and linear is a regression", lambda s: s.dataset != "linear")),
     "patience": (NEEDS_VALIDATION, lambda s: s.val_fraction or s.dataset in OWN_IMAGES),
-    "augment": ("models trained whole, on images", lambda s: s.dataset != "linear" and not s.freeze_backbone),
+    "augment": (
+        "images, not linear's features, and to networks trained whole",
+        lambda s: s.dataset != "linear" and not s.freeze_backbone,
+    ),
     "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
     "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
 }
