@@ -7,7 +7,6 @@ images of the same shape. Lengths are in pixels of the images as they are given.
 import io
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,18 +14,6 @@ from PIL import Image
 from step3_infer import Model
 
 PART = 500  # images that are changed, and run, together
-
-
-class Change(NamedTuple):
-    """function: see above. strengths: mild, medium and strong; unit: how to print one.
-
-    resembled_by: the name of the augmentation of --augment that shows a network something like it, or None.
-    """
-
-    function: Callable
-    strengths: tuple[float, float, float]
-    unit: str
-    resembled_by: str | None = None
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
@@ -135,41 +122,34 @@ def each(images: np.ndarray, function: Callable) -> np.ndarray:
     return changed[..., None] if grey else changed
 
 
-CHANGES = {
-    "pixel noise": Change(noise, (4, 8, 16), "sigma {:g}", "noise"),
-    "shot noise": Change(shot_noise, (500, 250, 100), "{:g} photons", "noise"),
-    "defocus": Change(defocus, (0.5, 1, 1.5), "{:g} px", "blur"),
-    "motion blur": Change(motion_blur, (2, 3, 5), "{:g} px"),
-    "lower resolution": Change(resolution, (0.75, 0.5, 0.33), "x{:g}", "blur"),
-    "darker": Change(brightness, (0.8, 0.6, 0.4), "x{:g}", "color"),
-    "brighter": Change(brightness, (1.2, 1.5, 2), "x{:g}", "color"),
-    "contrast": Change(contrast, (0.7, 0.5, 0.3), "x{:g}", "color"),
-    "JPEG": Change(jpeg, (60, 30, 15), "quality {:g}"),
-    "shift": Change(shift, (1, 2, 3), "{:g} px", "translate"),
-    "rotation": Change(rotation, (5, 10, 15), "{:g} degrees", "rotate"),
+CHANGES = {  # name: (function, how mild, medium and strong are, how to print a strength)
+    "pixel noise": (noise, (4, 8, 16), "sigma {:g}"),
+    "shot noise": (shot_noise, (500, 250, 100), "{:g} photons"),
+    "defocus": (defocus, (0.5, 1, 1.5), "{:g} px"),
+    "motion blur": (motion_blur, (2, 3, 5), "{:g} px"),
+    "lower resolution": (resolution, (0.75, 0.5, 0.33), "x{:g}"),
+    "darker": (brightness, (0.8, 0.6, 0.4), "x{:g}"),
+    "brighter": (brightness, (1.2, 1.5, 2), "x{:g}"),
+    "contrast": (contrast, (0.7, 0.5, 0.3), "x{:g}"),
+    "JPEG": (jpeg, (60, 30, 15), "quality {:g}"),
+    "shift": (shift, (1, 2, 3), "{:g} px"),
+    "rotation": (rotation, (5, 10, 15), "{:g} degrees"),
 }
 MEDIUM = 1
 
 
-class Row(NamedTuple):
-    """How a file does under one change: accuracy, and the mean of its output `known`, None without one."""
-
-    change: str
-    strength: str
-    accuracy: float
-    known: float | None
-
-
-def survey(model: Model, images: np.ndarray, labels: np.ndarray, levels=(MEDIUM,)) -> Iterator[Row]:
-    """A row for the images as they are, then one for each of CHANGES at each of these levels, 0 to 2.
+def survey(model: Model, images: np.ndarray, labels: np.ndarray, levels=(MEDIUM,)) -> Iterator[dict]:
+    """How a file does on the images as they are, then under each of CHANGES at each of these levels, 0 to 2.
 
     images: uint8 [n, H, W, C], test images with their labels [n]; a thousand tell a difference of 3 points.
+    Yields change, strength, accuracy, and `known`, the mean of that output, None without it.
     """
-    yield Row("none", "", *measure(model, images, labels))
-    for name, (function, strengths, unit, _) in CHANGES.items():
-        for strength in (strengths[level] for level in levels):
-            found = measure(model, images, labels, function, strength)
-            yield Row(name, unit.format(strength), *found)
+    tried = [("none", "", None, 0)]
+    for name, (function, strengths, form) in CHANGES.items():
+        tried += [(name, form.format(strengths[k]), function, strengths[k]) for k in levels]
+    for name, strength, *change in tried:
+        accuracy, known = measure(model, images, labels, *change)
+        yield {"change": name, "strength": strength, "accuracy": accuracy, "known": known}
 
 
 def measure(model: Model, images, labels, function: Callable | None = None, strength: float = 0) -> tuple:

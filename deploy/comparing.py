@@ -91,8 +91,7 @@ def test_figures(spec: dict, exported: Model, got: Outputs, expected: Outputs, d
 def changed_by_a_camera(exported: Model, dataset) -> list[dict]:
     """Accuracy and the mean of `known` under everyday changes, on test images spread over the whole split."""
     chosen = slice(None, None, -(-len(dataset.test_labels) // CAMERA_IMAGES))
-    rows = camera.survey(exported, dataset.test_images[chosen], dataset.test_labels[chosen])
-    return [row._asdict() for row in rows]
+    return list(camera.survey(exported, dataset.test_images[chosen], dataset.test_labels[chosen]))
 
 
 def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:

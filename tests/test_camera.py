@@ -90,15 +90,16 @@ def test_survey_measures_each_change_and_known_where_the_file_has_it(trained):
     images, labels = digits.test_images[:100], digits.test_labels[:100]
     file = step3_infer.Model(trained.export / "model.onnx")
     rows = list(camera.survey(file, images, labels))
-    assert [row.change for row in rows] == ["none", *camera.CHANGES]
-    assert rows[0].accuracy == (file.predict(images).argmax(1) == labels).mean()
-    by_name = {row.change: row for row in rows}
-    assert by_name["pixel noise"].strength == "sigma 8" and by_name["pixel noise"].accuracy > 0.9
+    assert [row["change"] for row in rows] == ["none", *camera.CHANGES]
+    assert rows[0]["accuracy"] == (file.predict(images).argmax(1) == labels).mean()
+    noise = next(row for row in rows if row["change"] == "pixel noise")
+    assert noise["strength"] == "sigma 8" and noise["accuracy"] > 0.9
     run = lambda part: (file.predict(part), part.mean((1, 2, 3)) / 255)  # noqa: E731
     rows = list(camera.survey(SimpleNamespace(run=run, batch=None), images, labels, levels=(0, 2)))
-    assert len(rows) == 1 + 2 * len(camera.CHANGES) and rows[0].known == pytest.approx(images.mean() / 255)
-    known = {(row.change, row.strength): row.known for row in rows}
-    assert known["darker", "x0.4"] < known["darker", "x0.8"] < rows[0].known
+    assert len(rows) == 1 + 2 * len(camera.CHANGES)
+    assert rows[0]["known"] == pytest.approx(images.mean() / 255)
+    known = {(row["change"], row["strength"]): row["known"] for row in rows}
+    assert known["darker", "x0.4"] < known["darker", "x0.8"] < rows[0]["known"]
 
 
 def test_the_benchmark_prints_its_table(trained):
