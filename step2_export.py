@@ -295,14 +295,9 @@ def withdraw(name: str, out: str, failures: list[str]) -> None:
 def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> None:
     """Make the bundle of the proven files in `workspace`, with samples of the test split. Raises Problem."""
     newest = max(opset, int8.OPSET) if "onnx-int8" in parity else opset
-    facts = {
-        "script": step3_infer.__file__,
-        "onnxruntime": onnx_file.OPSETS[newest][1],
-        **from_test_split(spec, dataset, expected, any(name.endswith("-fixed") for name in parity)),
-    }
-    models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
+    facts = from_test_split(spec, dataset, expected, any(name.endswith("-fixed") for name in parity))
     with problems(f"cannot write the bundle in {out}", OSError):
-        archive = bundle.publish(out, workspace, models, parity, **facts)
+        archive = bundle.publish(out, workspace, parity, onnx_file.OPSETS[newest][1], **facts)
     print(f"{'bundle':15} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import string
 import zipfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import step3_infer
 from deploy.card import markdown, model_card
 from step3_infer import replacing, say, sha256
 
@@ -23,29 +25,7 @@ EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # files in them tha
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
 TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # differ between exports
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # the last: Windows, of a directory that exists
-SUMS = "SHA256SUMS"
 INDEX = '<!doctype html><title>The page is in web/</title><meta http-equiv="refresh" content="0; url=web/">\n'
-FILES = {  # what the README says about each
-    "model.onnx": "the model, for onnxruntime: weights, preprocessing and class names in one file",
-    "model.int8.onnx": "the same with 8-bit weights",
-    "model.pt": "the same for LibTorch and torch (TorchScript); it can contain code",
-    "model.pt2": "the same for torch (torch.export); it can contain code",
-    "model.fixed.onnx": "for compilers: it takes images of the network's size only, see ENGINES.md",
-    "model.fixed.int8.onnx": "the same with 8-bit weights, and activations with zero point 0",
-    "model.fixed.pt": "the same for torch and coremltools (TorchScript); it can contain code",
-    "model.pte": "the same for ExecuTorch",
-    "model.tflite": "the same for LiteRT",
-    "step3_infer.py": "predicts from any of these files, as a command or as a Python module",
-    "requirements.txt": "the packages that it needs for the .onnx files",
-    "MODEL_CARD.md": "data, accuracy, input, output and limits of the model",
-    "parity.json": "how each file was compared with the trained network, and the figures",
-    "samples/": "test data with the expected predictions",
-    "ENGINES.md": "one command for each other engine and compiler",
-    "calibration.npy": "training images of the network's size, for the quantizers of compilers",
-    "web/": "the page, and `index.html`, which leads to it",
-    "cpp/": "the source of the C++ program",
-    "SHA256SUMS": "the sums that `--verify` and `sha256sum -c SHA256SUMS` compare",
-}
 CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxruntime
     cmake --build ~/threestep-cpp
     ~/threestep-cpp/threestep --model model.onnx photos/
@@ -53,17 +33,18 @@ CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxrunt
 [cpp/README.md](cpp/README.md) says where to get onnxruntime, and how to run `model.pt` instead."""
 
 
-def publish(out, workspace, models: list, parity: dict, *, script, onnxruntime, spec, samples, calibration):
+def publish(out: str, workspace: str, parity: dict, onnxruntime: str, *, spec, samples, calibration) -> str:
     """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
-    workspace: an empty directory in the same file system. models: paths of exported files; parity: the
-    contents of parity.json for them; onnxruntime: the oldest version that runs them; spec: what they contain,
-    and `per_class`; samples: (bytes of a PNG, None for a regression; what step3's --format json says of it);
+    workspace: a directory in the same file system, with the exported files. parity: the contents of
+    parity.json for them; onnxruntime: the oldest version that runs them; spec: what they contain, and
+    `per_class`; samples: (bytes of a PNG, None for a regression; what step3's --format json says of it);
     calibration: images for compilers' quantizers, uint8 [N, H, W, C], or None. Raises OSError.
     """
     folder, path = os.path.join(workspace, "bundle"), archive_path(out)
     os.makedirs(os.path.join(folder, "samples"))
-    for file in (*models, script, os.path.join(HERE, "ENGINES.md")):
+    models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
+    for file in (*models, step3_infer.__file__, os.path.join(HERE, "ENGINES.md")):
         shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
     for name in DIRECTORIES:
         excluded = shutil.ignore_patterns(*EXCLUDED)
@@ -80,7 +61,7 @@ def publish(out, workspace, models: list, parity: dict, *, script, onnxruntime, 
     for name, text in texts.items():
         Path(folder, name).write_bytes(text.encode())
     sums = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in contents(folder)]
-    Path(folder, SUMS).write_bytes("".join(sums).encode())
+    Path(folder, "SHA256SUMS").write_bytes("".join(sums).encode())
     for name in contents(folder):  # whatever the umask and the clone say
         os.chmod(os.path.join(folder, name), mode(name))
     write_archive(folder, path)
@@ -90,16 +71,15 @@ def publish(out, workspace, models: list, parity: dict, *, script, onnxruntime, 
 
 def readme(spec: dict, names: list[str]) -> str:
     """The README.md of a bundle: how to run it, and what each file is. names: of its files, so far."""
-    inputs = "--top-k 3 samples/"
-    cpp = CPP if "model.onnx" in names else "[cpp/README.md](cpp/README.md) says how to build and run it."
+    inputs, cpp = "--top-k 3 samples/", CPP
     if spec["task"] == "regression":
         inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."
-    listed = [name for name in FILES if not name.startswith(("model.", "calibration")) or name in names]
-    files = "\n".join(f"| `{name}` | {FILES[name]} |" for name in listed)
     title = f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"
     template = string.Template(Path(HERE, "bundle.md.template").read_text(encoding="utf-8"))
-    return template.substitute(title=title, inputs=inputs, cpp=cpp, files=files)
+    text = template.substitute(title=title, inputs=inputs, cpp=cpp)
+    row = r"\| `((?:model|calibration)\.[^`]+)` \|.*\n"  # of a file that not every bundle has
+    return re.sub(row, lambda found: found[0] if found[1] in names else "", text)
 
 
 def archive_path(out: str) -> str:
