@@ -110,10 +110,10 @@ from deploy.samples import GOLDEN_SAMPLES, from_test_split, golden_samples, one_
 from training import cpu, runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
-# Each writes one file with the spec inside, and returns what parity.json should say of how it was made.
+# Each writes one file with the spec inside, and may return what parity.json should say of how it was made.
 
 
-def export_torchscript(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> dict:
+def export_torchscript(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> None:
     """Write a traced TorchScript file with the spec as its extra file spec.json."""
     with warnings.catch_warnings():  # deprecated in favour of torch.export, which LibTorch cannot read yet
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
@@ -121,10 +121,9 @@ def export_torchscript(deployable: model.Deployable, spec: dict, path: str, opse
         content = io.BytesIO()  # torch.jit.save aborts the process on a full disk
         torch.jit.save(traced, content, _extra_files={"spec.json": json.dumps(spec)})
     write_file(path, content.getbuffer())
-    return {}
 
 
-def export_onnx(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> dict:
+def export_onnx(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> None:
     """Write an ONNX file by torch.export; batch, height and width are free.
 
     uint8 `image` [batch, height, width, channels] to float32 `probabilities` [batch, classes], or for a
@@ -142,7 +141,6 @@ def export_onnx(deployable: model.Deployable, spec: dict, path: str, opset: int,
         verbose=False,
     )
     write_file(path, onnx_file.finish(program.model_proto, spec, opset))
-    return {}
 
 
 def export_int8(
@@ -168,7 +166,7 @@ def export_int8(
     return figures | int8.measure_speed(unquantized, path, dataset.test_images, threads)
 
 
-def export_pt2(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> dict:
+def export_pt2(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> None:
     """Write a torch.export file; batch, height and width are free; the spec is its extra file spec.json."""
     free = torch.export.Dim.DYNAMIC
     sizes = {number: free for number, _ in enumerate(free_sizes(spec))}
@@ -178,12 +176,11 @@ def export_pt2(deployable: model.Deployable, spec: dict, path: str, opset: int, 
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"spec.json": json.dumps(spec)})
     write_file(path, content.getbuffer())
-    return {}
 
 
 class Format(NamedTuple):
     file: str  # its name in exports/<name>/
-    export: Callable[..., dict]
+    export: Callable[..., dict | None]
     runs_with: str  # the package that runs it
 
 
@@ -259,7 +256,7 @@ def write_and_prove(name, run, spec, file, dataset, expected, args) -> dict:
     except Problem as problem:  # it cannot be quantized, or step3 cannot load or run the file
         made, figures, failures = {}, gate.NO_FIGURES, [str(problem)]
     return {
-        **made,
+        **(made or {}),
         **figures,
         "file": FORMATS[name].file,
         "runs_with": FORMATS[name].runs_with,

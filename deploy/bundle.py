@@ -9,14 +9,13 @@ import json
 import os
 import re
 import shutil
-import string
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 import step3_infer
-from deploy.card import markdown, model_card
+from deploy.card import filled, markdown, model_card
 from step3_infer import replacing, say, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -76,8 +75,7 @@ def readme(spec: dict, names: list[str]) -> str:
         inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."
     title = f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"
-    template = string.Template(Path(HERE, "bundle.md.template").read_text(encoding="utf-8"))
-    text = template.substitute(title=title, inputs=inputs, cpp=cpp)
+    text = filled("bundle.md.template", title=title, inputs=inputs, cpp=cpp)
     row = r"\| `((?:model|calibration)\.[^`]+)` \|.*\n"  # of a file that not every bundle has
     return re.sub(row, lambda found: found[0] if found[1] in names else "", text)
 

@@ -71,10 +71,17 @@ def model_card(spec: dict, parity: dict[str, dict]) -> str:
     passed = {figures.get("file", name): figures for name, figures in parity.items() if figures.get("passed")}
     sections = [f"# Model card: {markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"]
     if spec["task"] == "regression":
-        sections += describe_regression(spec)
+        features, target = counted(spec["channels"], "feature"), markdown(spec["classes"][0])
+        about = {"features": features, "target": target, "channels": spec["channels"]}
+        sections.append(filled("card.regression.md.template", **about).rstrip())
     else:
-        sections += [*describe_classes(spec), *describe_images(spec), *describe_trust(spec, passed)]
+        sections += [*describe_classes(spec), describe_images(spec), *describe_trust(spec, passed)]
     return "\n\n".join([*sections, provenance_section(spec), parity_section(passed)]) + "\n"
+
+
+def filled(template: str, **values: object) -> str:
+    """The text of a template in this directory."""
+    return string.Template(Path(__file__).with_name(template).read_text(encoding="utf-8")).substitute(values)
 
 
 def markdown(text: object) -> str:
@@ -118,13 +125,13 @@ def describe_classes(spec):
 def describe_images(spec):
     """Input and output of a classifier, and its limits."""
     known = "- Output `known`: float32 `[batch]`, how familiar the image looks, 0 to 1.\n"
-    template = Path(__file__).with_name("card.md.template").read_text(encoding="utf-8")
-    yield string.Template(template.rstrip()).substitute(
+    return filled(
+        "card.md.template",
         size="x".join(map(str, spec["image_size"])),
         channels="3 channels (red, green, blue)" if spec["channels"] == 3 else "1 channel (grey)",
         classes=len(spec["classes"]),
         known=known if spec.get("known") else "",
-    )
+    ).rstrip()
 
 
 def describe_trust(spec, passed):
@@ -204,18 +211,6 @@ def camera_rows(measured: list[list[dict]], **styles: str) -> list[list[str]]:
         figures = [cell for change in changes for cell in cells(change, **styles)]
         rows.append([f"{changes[0]['change']} {changes[0]['strength']}", *figures])
     return rows
-
-
-def describe_regression(spec):
-    """Input and output of a regression, and its limits."""
-    features, target = counted(spec["channels"], "feature"), markdown(spec["classes"][0])
-    yield (
-        f"A regression model that predicts one number, {target}, from {features}.\n\n"
-        f"## Input and output\n\n- Input `features`: float32 `[batch, {spec['channels']}]`.\n"
-        "- Output `prediction`: float32 `[batch, 1]`.\n\n"
-        "## Limits\n\n- The error was measured only on features that resemble the training data.\n"
-        "- The model does not estimate its uncertainty."
-    )
 
 
 def provenance_section(spec):

@@ -40,7 +40,7 @@ def free_sizes(spec: dict) -> tuple[str, ...]:
     return ("batch",) if spec["task"] == "regression" else ("batch", "height", "width")
 
 
-def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
+def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -> None:
     """Write an ExecuTorch program for XNNPACK, followed by a zip archive with the spec. Raises Problem."""
     with problems("--format executorch needs executorch: pip install executorch", ImportError, 1, "{} ({})"):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -49,17 +49,15 @@ def export_executorch(deployable, spec: dict, path: str, opset: int, **unused) -
         program = torch.export.export(deployable, (example_of(spec),))
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     write_with_spec(path, lowered.buffer, spec)
-    return {}
 
 
-def export_litert(deployable, spec: dict, path: str, opset: int, **unused) -> dict:
+def export_litert(deployable, spec: dict, path: str, opset: int, **unused) -> None:
     """Write a LiteRT (TensorFlow Lite) file, followed by a zip archive with the spec. Raises Problem."""
     with problems("--format litert needs litert-torch: pip install litert-torch", ImportError, 1, "{} ({})"):
         import litert_torch
     with problems("LiteRT cannot hold this network"):
         litert_torch.convert(deployable, (example_of(spec),)).export(path)
     write_with_spec(path, Path(path).read_bytes(), spec)
-    return {}
 
 
 def write_with_spec(path: str, content: bytes, spec: dict) -> None:

@@ -110,10 +110,8 @@ def reference(run: Run, inputs: np.ndarray) -> Outputs:
         return Outputs(run.network((torch.from_numpy(inputs) - mean) / std).numpy(), None)
     mean, std = mean[:, None, None], std[:, None, None]
     for part in torch.from_numpy(inputs).split(64):
-        pixels = model.resize(part, spec["image_size"], spec.get("fit") or "stretch").permute(
-            0, 3, 1, 2
-        )  # [batch, channels, H, W]
-        pixels = (pixels / 255.0 - mean) / std
+        pixels = model.resize(part, spec["image_size"], spec.get("fit") or "stretch")
+        pixels = (pixels.permute(0, 3, 1, 2) / 255.0 - mean) / std  # [batch, channels, H, W]
         if run.familiarity is None:
             parts.append((run.network(pixels), torch.empty(0)))
         else:

@@ -7,10 +7,9 @@ import csv
 import html
 import json
 import os
-import string
 from pathlib import Path
 
-from deploy.card import busy, camera_rows, cells, formatted, without_empty_columns
+from deploy.card import busy, camera_rows, cells, filled, formatted, without_empty_columns
 from deploy.card import per_class as per_class  # these four for step1, which imports this module only
 from deploy.drawing import draw_familiar, picture_sections
 from deploy.drawing import draw_run as draw_run
@@ -35,11 +34,11 @@ def write_report(run_dir: str, runs_dir: str, exports_dir: str, export_dir: str 
     sections = [*picture_sections(run_dir), classes_section(summary.get("per_class", {}))]
     sections += [export_section(run, export), camera_section(export), configuration_section(config)]
     sections += [epochs_section(run_dir), runs_section(run, config, runs_dir, exports_dir)]
-    template = string.Template(Path(__file__).with_name("report.html.template").read_text(encoding="utf-8"))
     parts = {"run": text(run), "about": header(config, summary), "tiles": tiles(summary)}
+    page = filled("report.html.template", **parts, sections="\n".join(sections))
     path = os.path.join(run_dir, "report.html")
     with replacing(path) as file:
-        file.write(template.substitute(parts, sections="\n".join(sections)).encode())
+        file.write(page.encode())
     return path
 
 
