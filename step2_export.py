@@ -106,7 +106,7 @@ from deploy import bundle, fixed, gate, int8, report  # noqa: E402
 from deploy.comparing import predictions, some  # noqa: E402
 from deploy.fixed import example_of, free_sizes  # noqa: E402
 from deploy.gate import Run  # noqa: E402
-from deploy.samples import GOLDEN_SAMPLES, from_test_split, golden_samples, one_of_each_class  # noqa: E402
+from deploy.samples import GOLDEN_SAMPLES, golden_samples, one_of_each_class  # noqa: E402
 from training import cpu, runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
@@ -149,11 +149,9 @@ def export_int8(
     """Write an int8 ONNX file, calibrated on training images, with its own golden samples. Raises Problem."""
     opset, unquantized = max(opset, int8.OPSET), f"{path}.float.onnx"
     export_onnx(deployable, spec, unquantized, opset)
-    try:
-        images, labels = dataset.train_images, dataset.train_labels
+    images, labels = dataset.train_images, dataset.train_labels
+    with problems("this network cannot be quantized", ValueError):
         quantized, figures = int8.choose(unquantized, images, labels, max_drop, threads)
-    except ValueError as error:
-        raise Problem(f"this network cannot be quantized: {error}") from None
     images = dataset.test_images[one_of_each_class(dataset, GOLDEN_SAMPLES)]
     spec = {
         **spec,
@@ -168,8 +166,7 @@ def export_int8(
 
 def export_pt2(deployable: model.Deployable, spec: dict, path: str, opset: int, **unused) -> None:
     """Write a torch.export file; batch, height and width are free; the spec is its extra file spec.json."""
-    free = torch.export.Dim.DYNAMIC
-    sizes = {number: free for number, _ in enumerate(free_sizes(spec))}
+    sizes = dict.fromkeys(range(len(free_sizes(spec))), torch.export.Dim.DYNAMIC)
     program = torch.export.export(deployable, (example_of(spec),), dynamic_shapes=(sizes,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
@@ -195,7 +192,6 @@ FORMATS = {
     "executorch": Format("model.pte", fixed.export_executorch, "executorch"),
     "litert": Format("model.tflite", fixed.export_litert, "ai-edge-litert"),
 }
-FILES = {name: kind.file for name, kind in FORMATS.items()}
 
 
 # -------------------------------------------------------------------------------------- write, prove, publish
@@ -219,7 +215,7 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
     formats = [*dict.fromkeys(args.format)]
     if args.fixed is not None:
         formats += [f"{name}-fixed" for name in formats if f"{name}-fixed" in FORMATS]
-    parity = bundle.earlier_parity(out, spec["checkpoint_sha256"], FILES)
+    parity = bundle.earlier_parity(out, spec["checkpoint_sha256"], FORMATS)
     print(f"{'format':15} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
     # Files are written and proven in a directory of their own, so that `out` never holds an unproven one.
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as workspace:
@@ -292,9 +288,9 @@ def withdraw(name: str, out: str, failures: list[str]) -> None:
 def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> None:
     """Make the bundle of the proven files in `workspace`, with samples of the test split. Raises Problem."""
     newest = max(opset, int8.OPSET) if "onnx-int8" in parity else opset
-    facts = from_test_split(spec, dataset, expected, any(name.endswith("-fixed") for name in parity))
+    onnxruntime = onnx_file.OPSETS[newest][1]
     with problems(f"cannot write the bundle in {out}", OSError):
-        archive = bundle.publish(out, workspace, parity, onnx_file.OPSETS[newest][1], **facts)
+        archive = bundle.publish(out, workspace, parity, onnxruntime, spec, dataset, expected)
     print(f"{'bundle':15} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
 
 
@@ -319,8 +315,7 @@ def read_run(path: str) -> Run:
             raise Problem(f"{file} has schema {schema}, known is up to {runs.SCHEMA}: update Threestep")
         run = gate.rebuild(path, spec, checkpoint["state_dict"], checkpoint.get("familiarity"))
         epochs = spec["arguments"]["epochs"]
-        if schema > 1:
-            run.fingerprint = checkpoint["training"]["data"]
+        run.fingerprint = checkpoint["training"]["data"] if schema > 1 else None
         if not {"data_dir", *data.OPTIONS} <= spec["arguments"].keys():
             raise ValueError("its arguments lack keys")
         stopped = epoch < epochs and not runs.is_finished(path)

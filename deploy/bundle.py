@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 import step3_infer
-from deploy.card import filled, markdown, model_card
+from deploy.card import filled, markdown, model_card, per_class
+from deploy.samples import calibration_images, write_samples
 from step3_infer import replacing, say, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-DIRECTORIES = ("cpp", "web")  # subdirectories of this one that a bundle includes
-EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # files in them that belong to one machine only
+EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # in cpp/ and web/, of one machine only
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
 TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # differ between exports
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # the last: Windows, of a directory that exists
@@ -32,23 +32,27 @@ CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxrunt
 [cpp/README.md](cpp/README.md) says where to get onnxruntime, and how to run `model.pt` instead."""
 
 
-def publish(out: str, workspace: str, parity: dict, onnxruntime: str, *, spec, samples, calibration) -> str:
+def publish(out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict, dataset, expected) -> str:
     """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
     workspace: a directory in the same file system, with the exported files. parity: the contents of
-    parity.json for them; onnxruntime: the oldest version that runs them; spec: what they contain, and
-    `per_class`; samples: (bytes of a PNG, None for a regression; what step3's --format json says of it);
-    calibration: images for compilers' quantizers, uint8 [N, H, W, C], or None. Raises OSError.
+    parity.json for them; onnxruntime: the oldest version that runs them; spec: what they contain; expected:
+    the network's outputs on the test split. Raises OSError.
     """
     folder, path = os.path.join(workspace, "bundle"), archive_path(out)
     os.makedirs(os.path.join(folder, "samples"))
     models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
     for file in (*models, step3_infer.__file__, os.path.join(HERE, "ENGINES.md")):
         shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
-    for name in DIRECTORIES:
+    for name in ("cpp", "web"):
         excluded = shutil.ignore_patterns(*EXCLUDED)
         shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=excluded)
-    write_samples(folder, samples, calibration)
+    write_samples(folder, spec["classes"], dataset, expected)
+    if any(name.endswith("-fixed") for name in parity):
+        np.save(os.path.join(folder, "calibration.npy"), calibration_images(spec, dataset))
+    if dataset.task != "regression":
+        figures = per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])
+        spec = {**spec, "per_class": figures}
     timeless = {name: {k: v for k, v in row.items() if k not in TIMINGS} for name, row in parity.items()}
     texts = {
         "requirements.txt": f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n",
@@ -81,46 +85,30 @@ def readme(spec: dict, names: list[str]) -> str:
 
 
 def archive_path(out: str) -> str:
-    """The path of the archive in the directory of an export."""
     return os.path.join(out, f"{os.path.basename(os.path.abspath(out))}-bundle.zip")
 
 
 def remove(out: str) -> None:
-    """Remove the bundle of an earlier export."""
     shutil.rmtree(os.path.join(out, "bundle"), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(archive_path(out))
 
 
-def earlier_parity(out: str, checkpoint_sha256: str, files: dict[str, str]) -> dict:
-    """What parity.json says of `files` (by format) of the same checkpoint; those of another are removed."""
+def earlier_parity(out: str, checkpoint_sha256: str, formats: dict) -> dict:
+    """What parity.json says of files of this checkpoint, by format; those of another are removed."""
     try:
         parity = json.loads(Path(out, "parity.json").read_text(encoding="utf-8"))
-        parity = {k: v for k, v in parity.items() if k in files and isinstance(v, dict)}
+        parity = {k: v for k, v in parity.items() if k in formats and isinstance(v, dict)}
     except (FileNotFoundError, ValueError, AttributeError):
         return {}
     stale = [name for name in parity if parity[name].get("checkpoint_sha256") != checkpoint_sha256]
     for name in stale:
-        Path(out, files[name]).unlink(missing_ok=True)
+        Path(out, formats[name].file).unlink(missing_ok=True)
         del parity[name]
     if stale:
         remove(out)
         say(f"note: {out} held an export of another checkpoint, which is removed: {', '.join(stale)}")
     return parity
-
-
-def write_samples(folder, samples, calibration):
-    """Write the images, expected.jsonl with their predictions, and calibration.npy unless it is None."""
-    if calibration is not None:
-        np.save(os.path.join(folder, "calibration.npy"), calibration)
-    lines = []
-    for index, (png, expected) in enumerate(samples):
-        if png is not None:
-            name = f"samples/{index:02}.png"
-            Path(folder, name).write_bytes(png)
-            expected = {"path": name, **expected}
-        lines.append(json.dumps(expected) + "\n")
-    Path(folder, "samples", "expected.jsonl").write_bytes("".join(lines).encode())
 
 
 def mode(name):

@@ -76,7 +76,7 @@ def model_card(spec: dict, parity: dict[str, dict]) -> str:
         sections.append(filled("card.regression.md.template", **about).rstrip())
     else:
         sections += [*describe_classes(spec), describe_images(spec), *describe_trust(spec, passed)]
-    return "\n\n".join([*sections, provenance_section(spec), parity_section(passed)]) + "\n"
+    return "\n\n".join([*sections, provenance_section(spec), parity_section(passed)])
 
 
 def filled(template: str, **values: object) -> str:
@@ -103,7 +103,6 @@ def markdown_table(head, rows):
 
 
 def describe_classes(spec):
-    """The classes, the accuracy, and the figures of each class."""
     classes, accuracy = spec["classes"], spec.get("test_accuracy")
     names, more = ", ".join(map(markdown, classes[:CLASSES_LISTED])), len(classes) - CLASSES_LISTED
     names += f", and {more:,} more, which the model file lists" if more > 0 else ""
@@ -150,7 +149,7 @@ def describe_trust(spec, passed):
     if measured:
         yield from describe_calibration(measured)
     if spec.get("known"):
-        yield from describe_known({name: each for name, each in measured.items() if "familiar" in each})
+        yield describe_known(measured)
     if any(figures.get("camera") for figures in measured.values()):
         yield "Test images, changed as cameras change them, were classified as follows."
         rows = camera_rows([figures["camera"] for figures in measured.values()], accuracy=".1%")
@@ -185,23 +184,15 @@ def describe_calibration(measured):
 
 
 def describe_known(measured):
-    """Tables of what thresholds of `known` keep and reject, by file, and what `known` cannot do."""
-    yield (
-        "The output `known` is the share of held-out images that look less familiar. `--reject 0.99` is\n"
-        "meant to keep 99% of the images that are like those trained on, and calls others unknown."
-    )
-    if measured:
-        kept, kinds = ([figures[key] for figures in measured.values()] for key in ("kept", "familiar"))
-        rows = [[f"by `--reject {x}`", *(f"{share[x]:.1%}" for share in kept)] for x in ("0.99", "0.95")]
-        yield markdown_table(["kept of the test split", *measured], rows)
-        unknown = {name: [f"{kind[name]['unknown']:.0%}" for kind in kinds] for name in kinds[0]}
-        rows = [[name, f"{kinds[0][name]['images']:,}", *shares] for name, shares in unknown.items()]
-        rows = [row for row in rows if row[0] != "test split"]
-        yield markdown_table(["called unknown by `--reject 0.99`", "images", *measured], rows)
-    yield (
-        "`known` finds other kinds of pictures, of which only these were tried. An unfamiliar object that\n"
-        "is photographed like the training images is mostly given a known name."
-    )
+    """What thresholds of `known` keep and reject, by file, and what `known` cannot do."""
+    kept, kinds = ([figures[key] for figures in measured.values()] for key in ("kept", "familiar"))
+    rows = [[f"by `--reject {x}`", *(f"{share[x]:.1%}" for share in kept)] for x in ("0.99", "0.95")]
+    kept = markdown_table(["kept of the test split", *measured], rows)
+    unknown = {name: [f"{kind[name]['unknown']:.0%}" for kind in kinds] for name in kinds[0]}
+    del unknown["test split"]
+    rows = [[name, f"{kinds[0][name]['images']:,}", *shares] for name, shares in unknown.items()]
+    unknown = markdown_table(["called unknown by `--reject 0.99`", "images", *measured], rows)
+    return filled("card.known.md.template", kept=kept, unknown=unknown).rstrip()
 
 
 def camera_rows(measured: list[list[dict]], **styles: str) -> list[list[str]]:
@@ -235,24 +226,16 @@ def parity_section(passed):
     styles["mean_squared_error"] = ".3g"
     rows = [[file, *cells(figures, **styles)] for file, figures in passed.items()]
     head = "file,test samples,largest difference,top-1 agreement,accuracy,mean squared error".split(",")
-    notes = [f"{int8_note(figures)}\n\n" for figures in passed.values() if figures.get("quantization")]
+    notes = "".join(int8_note(figures) for figures in passed.values() if figures.get("quantization"))
     file = next((name for name in MODEL_NAMES if name in passed), "model.onnx")
-    return (
-        "## Parity with the trained network\n\n"
-        "Before it was published, each file was compared with the trained network on all test samples:\n\n"
-        f"{markdown_table(head, rows)}\n\n{''.join(notes)}"
-        "Each file contains a few golden samples with their expected outputs. To test whether another\n"
-        f"machine computes the same outputs, run:\n\n    python step3_infer.py --model {file} --self-test"
-    )
+    return filled("card.parity.md.template", table=markdown_table(head, rows), notes=notes, file=file)
 
 
 def int8_note(figures):
     """What quantization costs in accuracy and gains in speed."""
-    note = (
+    speed = "not faster" if "warning" in figures else "faster"  # figures would make bundles of one run differ
+    return (
         f"The int8 file is quantized ({markdown(figures['quantization'])}): its outputs are close to those\n"
-        f"of the network, not equal. The accuracy drop is {formatted(figures.get('drop'), '.2f')} points."
+        f"of the network, not equal. The accuracy drop is {formatted(figures.get('drop'), '.2f')} points.\n"
+        f"On the exporting machine it was {speed} than float32.\n\n"
     )
-    if "speedup" in figures:  # in words: with its figures, bundles of the same run would differ
-        speed = "not faster" if "warning" in figures else "faster"
-        note += f"\nOn the exporting machine it was {speed} than float32."
-    return note

@@ -10,7 +10,6 @@ TensorRT and NPUs take nothing else.
 
 import contextlib
 import io
-import logging
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -94,17 +93,14 @@ def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="Min
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}  # TensorRT takes no int32
     feeds = ({"image": batch} for batch in batches(images, fixed and fixed["batch"]))
     reader = SimpleNamespace(get_next=lambda: next(feeds, None))  # what is used of a CalibrationDataReader
-
-    def wanted(record):  # not the advice to fold constants, which torch's exporter has done
-        return not str(record.msg).startswith("Please consider")
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-        logging.getLogger().addFilter(wanted)
-        stack.callback(logging.getLogger().removeFilter, wanted)
+    proto = onnx.load(source)  # torch's exporter has folded its constants, which would be advised otherwise
+    proto.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    onnx.save(proto, target)
+    with contextlib.redirect_stdout(io.StringIO()):
         quantize_static(
-            *(source, target, reader),
+            *(target, target, reader),
             op_types_to_quantize=list(OP_TYPES),
-            nodes_to_exclude=nodes_in_float(onnx.load(source).graph, last_in_float),
+            nodes_to_exclude=nodes_in_float(proto.graph, last_in_float),
             per_channel=True,
             reduce_range=True,  # 7 bits
             activation_type=QuantType.QInt8 if fixed else QuantType.QUInt8,

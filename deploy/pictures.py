@@ -91,8 +91,7 @@ def fit(text, inches, points, weight=None):
 @as_png
 def curves(subtitle: str, rows: list[dict]) -> bytes:
     """Loss, accuracy and learning rate by epoch; rows: those of metrics.csv, as dicts by column."""
-    cells = {key: [row[key] for row in rows] for key in rows[0]}  # not measured: None, or "" in a file
-    columns = {key: np.array([np.nan if x in (None, "") else x for x in cells[key]], float) for key in cells}
+    columns = {key: np.array([row[key] for row in rows], float) for key in rows[0]}  # None becomes NaN
     epochs, marker = columns["epoch"], "o" if len(rows) <= 30 else ""
     metrics = ["loss", "accuracy"] if np.isfinite(columns["train_accuracy"]).any() else ["loss"]
     title, heights = f"Training curves, {counted(len(rows), 'epoch')}", [1] * len(metrics) + [0.55]
@@ -237,9 +236,8 @@ def mistakes(subtitle, images: Sequence, labels: np.ndarray, probabilities: np.n
     captions, kind = [], "label" if title else "true"
     for i in chosen:
         guess, true = (fit(drawable(names[c], c), 0.64, 8) for c in (guesses[i], labels[i]))
-        captions.append(
-            [(f"pred: {guess}", ORANGE), (f"{confidence[i]:.1%}", GREY), (f"{kind}: {true}", INK)]
-        )
+        lines = (f"pred: {guess}", ORANGE), (f"{confidence[i]:.1%}", GREY), (f"{kind}: {true}", INK)
+        captions.append(lines)
     of_all = f", {len(chosen)} of {len(wrong):,}" if len(chosen) < len(wrong) else ""
     chosen = [images[int(i)] for i in chosen]
     return draw_grid(f"{title or 'Most confident wrong predictions'}{of_all}", subtitle, chosen, captions)

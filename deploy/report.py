@@ -101,14 +101,14 @@ def classes_section(figures):
     """Precision, recall and F1 of each class as bars, after the classes with the lowest recall."""
     if not figures:
         return ""
-    rows, recalls = [], []
+    rows = []
     for number, (name, row) in enumerate(figures.items()):
         shares = cells(row, precision=".1%", recall=".1%", f1=".1%")
         bars = [f'<td class=bar style="--part: {share}">{share}</td>' for share in shares]
         number = "" if name == str(number) else f"<span class=soft>{number}</span> "
-        recalls.append((row["recall"], f"<bdi>{text(name)}</bdi>"))
-        rows.append([number + recalls[-1][1], *bars, *cells(row, support=",")])
-    lowest = [f"{name} ({recall:.1%})" for recall, name in sorted(recalls)[:3] if recall < 1]
+        rows.append([f"{number}<bdi>{text(name)}</bdi>", *bars, *cells(row, support=",")])
+    lowest = sorted((row["recall"], f"<bdi>{text(name)}</bdi>") for name, row in figures.items())[:3]
+    lowest = [f"{name} ({recall:.1%})" for recall, name in lowest if recall < 1]
     lowest = f"<p>Lowest recall: {', '.join(lowest)}.</p>" if lowest else ""
     inner = table(["class", "precision", "recall", "F1", "test images"], rows)
     return f"<section><h2>Classes</h2>{lowest}{inner}</section>"
@@ -207,14 +207,13 @@ def run_cells(name, config, summary, export):
     """The cells of one run; file size and latency are those of its ONNX file, or else of its first file."""
     figures = export.get("onnx") or next(iter(export.values()), {"path": ""})
     first = f"<bdi>{text(name)}</bdi>" + ("" if summary else " <span class=soft>(not finished)</span>")
-    result = cells(summary, test_accuracy=".2%", test_loss=".4g"), duration(summary.get("train_seconds"))
-    size = *cells(summary, epochs=",", parameters=","), file_size(figures["path"])
-    latency, date = formatted(figures.get("latency_ms"), ".3g", " ms"), str(summary.get("created", "-"))[:10]
-    return [first, text(config.get("model", "-")), *result[0], result[1], *size, latency, text(date)]
+    row = [first, text(config.get("model", "-")), *cells(summary, test_accuracy=".2%", test_loss=".4g")]
+    row += [duration(summary.get("train_seconds")), *cells(summary, epochs=",", parameters=",")]
+    row += [file_size(figures["path"]), formatted(figures.get("latency_ms"), ".3g", " ms")]
+    return [*row, text(str(summary.get("created", "-"))[:10])]
 
 
 def text(value):
-    """Any value as text for HTML."""
     return html.escape(printable(str(value)))
 
 

@@ -1,14 +1,15 @@
-"""Test samples with their expected outputs: the golden samples inside a file, and the samples of a bundle."""
+"""Samples with their expected outputs: the golden samples inside a file, and those that a bundle has."""
 
 import base64
 import io
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from deploy.card import per_class
-from deploy.comparing import Outputs, some
+from deploy.comparing import Outputs
 from step3_infer import fit
 
 GOLDEN_SAMPLES, BUNDLE_SAMPLES = 4, 10
@@ -44,17 +45,6 @@ def known_of(outputs: Outputs, number: int) -> float | None:
     return None if outputs.known is None else round(float(outputs.known[number]), 6)
 
 
-def from_test_split(spec: dict, dataset, expected: Outputs, fixed: bool) -> dict:
-    """What bundle.publish takes of the test split: `samples`, and `spec` with `per_class` for the card."""
-    if dataset.task != "regression":
-        figures = per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])
-        spec = {**spec, "per_class": figures}
-    indices = one_of_each_class(dataset, BUNDLE_SAMPLES)
-    samples = bundle_samples(dataset.test_images[indices], some(expected, indices), spec["classes"])
-    calibration = calibration_images(spec, dataset) if fixed else None
-    return {"spec": spec, "samples": samples, "calibration": calibration}
-
-
 def calibration_images(spec: dict, dataset) -> np.ndarray:
     """Training images, spread over the split, uint8 [N, *image_size, C]."""
     fitting = CALIBRATION_BYTES // (math.prod(spec["image_size"]) * spec["channels"])
@@ -63,17 +53,21 @@ def calibration_images(spec: dict, dataset) -> np.ndarray:
     return fit(np.asarray(images), {**spec, "fixed": {"batch": None, "input": "uint8"}})
 
 
-def bundle_samples(inputs: np.ndarray, outputs: Outputs, classes: list[str]) -> list[tuple]:
-    """Each sample as the bytes of a PNG, None for regression, and what step3 --format json prints of it."""
-    if inputs.ndim == 2:
-        pairs = zip(inputs.tolist(), outputs.main[:, 0].tolist(), strict=True)
-        return [(None, {"values": features, "prediction": prediction}) for features, prediction in pairs]
-    samples = []
-    for number, (image, probabilities) in enumerate(zip(inputs, outputs.main.tolist(), strict=True)):
-        ranked = sorted(zip(classes, probabilities, strict=True), key=lambda pair: -pair[1])[:3]
-        top = [{"label": label, "probability": round(probability, 6)} for label, probability in ranked]
-        samples.append((to_png(image), {**top[0], "known": known_of(outputs, number), "top": top}))
-    return samples
+def write_samples(folder: str, classes: list[str], dataset, expected: Outputs) -> None:
+    """Write samples/ of a bundle: test images, and what step3 --format json prints of them."""
+    lines = []
+    for number, k in enumerate(one_of_each_class(dataset, BUNDLE_SAMPLES)):
+        inputs, outputs = dataset.test_images[k], expected.main[k].tolist()
+        if dataset.task == "regression":
+            line = {"values": inputs.tolist(), "prediction": outputs[0]}
+        else:
+            name = f"samples/{number:02}.png"
+            Path(folder, name).write_bytes(to_png(inputs))
+            ranked = sorted(zip(classes, outputs, strict=True), key=lambda pair: -pair[1])[:3]
+            top = [{"label": label, "probability": round(probability, 6)} for label, probability in ranked]
+            line = {"path": name, **top[0], "known": known_of(expected, k), "top": top}
+        lines.append(json.dumps(line) + "\n")
+    Path(folder, "samples", "expected.jsonl").write_bytes("".join(lines).encode())
 
 
 def to_png(image: np.ndarray) -> bytes:

@@ -144,7 +144,7 @@ def test_titles_use_the_singular_for_one(run, monkeypatch):
 
 
 def test_pictures_of_a_regression_and_of_a_single_epoch(run):
-    row = {**ROWS[0], "train_accuracy": None, "test_accuracy": ""}  # metrics.csv has ""
+    row = {**ROWS[0], "train_accuracy": None, "test_accuracy": None}
     spec, truths = {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, np.arange(5.0)[:, None]
     report.draw_run(run, spec, [row], truths, truths + 1)
     check_pictures(run, "curves.png", "predicted.png")
