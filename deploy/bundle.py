@@ -51,8 +51,7 @@ def publish(out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict
     if any(name.endswith("-fixed") for name in parity):
         np.save(os.path.join(folder, "calibration.npy"), calibration_images(spec, dataset))
     if dataset.task != "regression":
-        figures = per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])
-        spec = {**spec, "per_class": figures}
+        spec = {**spec, "per_class": per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])}
     timeless = {name: {k: v for k, v in row.items() if k not in TIMINGS} for name, row in parity.items()}
     texts = {
         "requirements.txt": f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n",
