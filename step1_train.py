@@ -144,8 +144,9 @@ import model
 from data import doctor
 from data.split import Split, make_splits
 from deploy import report
-from training import calibration, console, cpu, features, locking, optimizers, processes, runs, weights
+from training import calibration, console, cpu, features, optimizers, processes, runs, weights
 from training.result import summarise
+from training.saliency import examples
 from training.suspects import find_suspects
 from training.trainer import Evaluation, Trainer, train_mode
 
@@ -311,17 +312,18 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
         trainer.save(evaluated.accuracy)
     summary, outputs = summarise(trainer, deployable, evaluated, report)
     runs.write_json(trainer.run, runs.SUMMARY, summary)
-    write_pictures(trainer, evaluated.accuracy, outputs)
+    write_pictures(trainer, deployable, evaluated.accuracy, outputs)
     runs.tidy(trainer.run)
     console.print_result(trainer, deployable.network, summary)
 
 
-def write_pictures(trainer, accuracy, outputs) -> None:
+def write_pictures(trainer, deployable, accuracy, outputs) -> None:
     """Draw a finished run's pictures and write its report.html. outputs: those of the test split."""
     settings, dataset, spec, images = trainer.settings, trainer.dataset, trainer.spec(accuracy), {}
     cpu.give_back_memory()
     if dataset.task == "classification":
-        images = {"images": dataset.test_images, "pairs": dataset.findings.pairs}
+        pairs = {"duplicates": dataset.findings.pairs, "looked": examples(trainer, deployable, outputs)}
+        images = {"images": dataset.test_images, "pairs": pairs}
         images["suspects"] = find_suspects(trainer, outputs)
         train = trainer.splits["train"]
         train = getattr(train, "images_split", train)  # what features were made of
@@ -389,7 +391,7 @@ def resume(args, given, group, stack):
     """Lock and read the run to resume; returns its settings, directory and checkpoint. Raises Problem."""
     directory = group.from_first(lambda: runs.find(args.resume, unfinished=True))
     if group.rank == 0:
-        stack.enter_context(locking.locked(directory))
+        stack.enter_context(runs.locked(directory))
         runs.remove_leftovers(directory)
     arguments, checkpoint = group.from_first(lambda: runs.read(directory))
     settings = recipes.resumed(args, given, arguments, directory, runs.is_finished(directory))

@@ -102,7 +102,8 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 from data.notes import silenced  # noqa: E402
-from deploy import bundle, fixed, gate, int8, report  # noqa: E402
+from deploy import bundle, device, fixed, gate, int8, report  # noqa: E402
+from deploy.card import needs  # noqa: E402
 from deploy.comparing import predictions, some  # noqa: E402
 from deploy.fixed import example_of, free_sizes  # noqa: E402
 from deploy.gate import Run  # noqa: E402
@@ -199,18 +200,17 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
     """Write, prove and publish each format, parity.json, and the bundle; returns the formats that failed."""
     expected = gate.reference(run, dataset.test_images)
     gate.check_reference(run, dataset, expected.main)
-    known = run.spec.get("known")
     golden = one_of_each_class(dataset, GOLDEN_SAMPLES)
     spec = {
         **run.spec,
         "versions": {**run.spec["versions"], "torch_export": str(torch.__version__)},
-        "resize": None if run.regression else "bilinear antialias",
         "golden": golden_samples(dataset.test_images[golden], some(expected, golden), {"fixed": None}),
         "self_test_tolerance": gate.SELF_TEST_TOLERANCE,
-        "known": known and {**known, "tolerance": gate.KNOWN_TOLERANCE},
+        "known": run.spec.get("known") and {**run.spec["known"], "tolerance": gate.KNOWN_TOLERANCE},
         "fixed": None,
         "reject": args.reject,
         "min_probability": args.min_probability,
+        "device": device.needs(run.network, *run.input_shape),
     }
     formats = [*dict.fromkeys(args.format)]
     if args.fixed is not None:
@@ -234,6 +234,7 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
         elif args.bundle:
             parity = {name: parity[name] for name in formats}
             publish_bundle(workspace, out, parity, args.opset, spec, dataset, expected)
+    print(f"{'an image needs':15} {needs(spec['device'])}", flush=True)
     return failed
 
 

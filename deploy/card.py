@@ -11,6 +11,11 @@ import numpy as np
 from deploy.reliability import BINS
 from step3_infer import MODEL_NAMES, printable
 
+FITS = {
+    "stretch": "without keeping the aspect ratio",
+    "crop": "keeping the shape and the middle of the image",
+    "letterbox": "keeping the shape, between black bars",
+}
 CLASSES_LISTED = 100  # by name; a card names no more
 
 
@@ -35,6 +40,12 @@ def counted(number: int, noun: str) -> str:
 def threshold(probability: float) -> str:
     """A probability, rounded down, so that a threshold of it still lets through what has it."""
     return f"{math.floor(1e4 * probability) / 1e4:g}"
+
+
+def needs(device: dict[str, int]) -> str:
+    """In words what one image needs in float32, see deploy/device.py."""
+    weights, activations = (f"{4e-6 * device[name]:,.2f} MB of {name}" for name in ("weights", "activations"))
+    return f"{weights}, {activations}, {1e-6 * device['multiply_adds']:,.1f} M multiply-adds"
 
 
 def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
@@ -130,6 +141,8 @@ def describe_images(spec):
         channels="3 channels (red, green, blue)" if spec["channels"] == 3 else "1 channel (grey)",
         classes=len(spec["classes"]),
         known=known if spec.get("known") else "",
+        fit=FITS[spec.get("fit") or "stretch"],
+        device=needs(spec["device"]),
     ).rstrip()
 
 

@@ -1,6 +1,7 @@
 """Which pictures a run has: they are drawn into its directory, and shown in its report."""
 
 import base64
+import json
 import os
 import struct
 from pathlib import Path
@@ -8,37 +9,24 @@ from pathlib import Path
 from deploy.card import confusion_matrix
 from step3_infer import printable, replacing
 
-CAPTIONS = {
-    "curves.png": "Training figures are averages of an epoch, with augmentation and label smoothing if any; "
-    "losses are those before any calibration.",
-    "predicted.png": "Predictions on the test split against the true values; points on the line are exact.",
-    "confusion.png": "Confusion matrix of the test split, coloured by the share of the true class (row).",
-    "reliability.png": "How often answers of the test split are right, against the probability that they are "
-    "given. On the line, probabilities mean what they say; below, how many images have which.",
-    "coverage.png": "Accuracy on the test split if only the most probable answers are given; the others are "
-    "called unsure by --min-probability of step 3.",
-    "familiar.png": "The output known for the test split and for other kinds of pictures; the orange part is "
-    "called unknown by --reject 0.95 of step 3. An unfamiliar object that is photographed like the training "
-    "images mostly looks familiar.",
-    "mistakes.png": "Wrong predictions on the test split: predicted class, its probability, and true class.",
-    "suspects.png": "Images whose labels look wrong to networks that did not train on them, least probable "
-    "labels first; suspects.csv lists all of them.",
-    "duplicates.png": "Images that the data has twice, the same or nearly so: first those with two labels, "
-    "then those in the training and the test split.",
-    "samples.png": "Training images with their labels, after augmentation, as the network receives them.",
+CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8"))
+TITLES = {
+    "duplicates": "Images that the data has twice",
+    "looked": "Where the network looked: a hint, not a proof",
+    "suspects": "Images whose labels look wrong",
 }
 
 
 def draw_run(
-    run_dir, spec, rows, labels, outputs, images=None, augmented=None, pairs=(), suspects=None
+    run_dir, spec, rows, labels, outputs, images=None, augmented=None, pairs=None, suspects=None
 ) -> list[str]:
     """Draw the pictures of a finished run into its directory and return their paths.
 
     spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N];
     outputs, the probabilities [N, classes]; images, uint8 [H, W, C] by index, read only if they are drawn.
-    augmented: uint8 [n, H, W, C] of the training split, and their labels [n]. pairs: (image, image, name,
-    name) of images that the data has twice. suspects: as training/suspects.py finds them, if any. For a
-    regression, labels and outputs are [N, 1], and there are no images. Raises ImportError without
+    augmented: uint8 [n, H, W, C] of the training split, and their labels [n]. pairs: by a name of TITLES what
+    is shown side by side, (image, image, text, text). suspects: as training/suspects.py finds them, if any.
+    For a regression, labels and outputs are [N, 1], and there are no images. Raises ImportError without
     matplotlib, or OSError.
     """
     from deploy import pictures, trust_pictures  # importing matplotlib takes a second; it may be missing
@@ -59,11 +47,11 @@ def draw_run(
         if augmented is not None and len(augmented[0]):
             drawn["samples.png"] = pictures.samples(subtitle, *augmented, names)
     if suspects:
-        title = "Images whose labels look wrong"
-        drawn["suspects.png"] = pictures.mistakes(subtitle, **suspects, names=names, title=title)
-    if pairs:
-        named = [(*pair[:2], *map(printable, pair[2:])) for pair in pairs]
-        drawn["duplicates.png"] = pictures.duplicates(subtitle, named)
+        drawn["suspects.png"] = pictures.mistakes(subtitle, **suspects, names=names, title=TITLES["suspects"])
+    for name, shown in (pairs or {}).items():
+        if shown:
+            named = [(*pair[:2], *map(printable, pair[2:])) for pair in shown]
+            drawn[f"{name}.png"] = pictures.pairs(TITLES[name], subtitle, named)
     drawn["curves.png"] = pictures.curves(subtitle, rows)
     for name, content in drawn.items():
         with replacing(os.path.join(run_dir, name)) as file:

@@ -68,6 +68,11 @@ class Run:
     def regression(self) -> bool:
         return self.spec["task"] == "regression"
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what the network itself takes, without the batch."""
+        return (self.spec["channels"], *(() if self.regression else self.spec["image_size"]))
+
     def deployable(self, any_size: bool = True) -> model.Deployable:
         cls, spec = model.Regressor if self.regression else model.Deployable, self.spec
         more = {"fit": spec.get("fit") or "stretch", "temperature": spec.get("temperature") or 1.0}

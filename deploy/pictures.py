@@ -244,14 +244,14 @@ def mistakes(subtitle, images: Sequence, labels: np.ndarray, probabilities: np.n
 
 
 @as_png
-def duplicates(subtitle: str, pairs: list[tuple]) -> bytes:
-    """Pairs of images side by side; pairs: (image, image, name, name), images uint8 [H, W, C]."""
+def pairs(title: str, subtitle: str, pairs: list[tuple]) -> bytes:
+    """Pairs of images side by side; pairs: (image, image, text, text), images uint8 [H, W, C]."""
     both = []
     for one, other, *_ in pairs:
         gap = np.full((len(one), max(1, one.shape[1] // 16), one.shape[2]), 255, np.uint8)
         both.append(np.concatenate([one, gap, other], axis=1))
     captions = [[(drawable(name, "file"), INK) for name in pair[2:]] for pair in pairs]
-    return draw_grid("Images that the data has twice", subtitle, both, captions, columns=2)
+    return draw_grid(title, subtitle, both, captions, columns=2)
 
 
 def draw_grid(title, subtitle, images, captions, columns=COLUMNS):

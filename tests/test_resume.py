@@ -19,7 +19,7 @@ from conftest import ROOT
 import data
 import step1_train
 from data.dataset import with_fingerprint
-from training import cpu, locking, runs
+from training import cpu, runs
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import soak_resume
@@ -292,7 +292,7 @@ def test_another_dataset_is_noticed(call, run, monkeypatch):
 
 
 def test_two_processes_do_not_resume_the_same_run(call, run):
-    with locking.locked(str(run)):
+    with runs.locked(str(run)):
         call(step1_train.main, "--resume", "a").error(1, "is being trained by another process")
 
 

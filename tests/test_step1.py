@@ -22,7 +22,7 @@ import data
 import model
 import step1_train
 import step2_export
-from training import command_line, locking, recipes, runs, trainer
+from training import command_line, recipes, runs, trainer
 
 TINY = "--model mlp --hidden 16 --epochs 2".split()
 
@@ -427,9 +427,9 @@ def test_a_run_in_progress_is_not_the_newest(call, here):
     for name in ("older", "newer"):
         call(step1_train.main, *TINY, "--epochs", 1, "--name", name).done()
     assert runs.find() == os.path.join("runs", "newer")
-    with locking.locked("runs/newer"):
+    with runs.locked("runs/newer"):
         assert runs.find() == os.path.join("runs", "older")
-        with locking.locked("runs/older"):
+        with runs.locked("runs/older"):
             call(step2_export.main).error(1, "runs/newer is being trained by another process")
 
 

@@ -11,6 +11,8 @@ import model
 import step1_train
 import step2_export
 import step3_infer
+from deploy import device
+from training import saliency
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,49 @@ def test_tiny_networks_fit_into_96_kilobytes():
     for classes in (2, 10):
         network = model.build("tiny", channels=3, classes=classes, image_size=(32, 32))
         assert sum(p.numel() for p in network.parameters()) <= 96 * 1024
+
+
+def test_what_a_device_must_hold():
+    first, second = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 1)
+    network = torch.nn.Sequential(first, torch.nn.BatchNorm2d(8), torch.nn.ReLU(), second).eval()
+    needed = device.needs(network, 3, 10, 10)
+    assert needed["activations"] == (8 + 4) * 100  # the first's result with the second's; ReLU overwrites
+    assert needed["multiply_adds"] == (27 * 8 + 8 * 4) * 100
+    assert needed["weights"] == 27 * 8 + 8 + 8 * 4 + 4 + 4 * 8 + 1  # with batch norm's, and its counter
+    residual = device.needs(model.Residual(8).eval(), 8, 10, 10)
+    assert residual["activations"] == 3 * 8 * 100  # the input waits for the sum while a convolution runs
+
+
+def test_attention_is_counted():
+    network = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    multiply_adds = device.needs(network, 5, 8)["multiply_adds"]
+    assert multiply_adds == 5 * 8 * (3 * 8 + 8 + 2 * 16) + 2 * 5 * 5 * 8
+
+
+def test_step2_says_what_an_image_needs(call, trained, here):
+    result = call(step2_export.main, "--run", trained.run, "--format", "onnx", "--out", "out").done()
+    (line,) = [line for line in result.out.splitlines() if line.startswith("an image needs")]
+    spec = step3_infer.Model("out/model.onnx").spec
+    assert f"{4e-6 * spec['device']['weights']:.2f} MB of weights" in line and "M multiply-adds" in line
+    assert spec["device"]["weights"] >= spec["parameters"] > 0
+
+
+def test_the_place_that_counts_is_found():
+    """A network whose answer rests on the brightness of one corner has looked at that corner."""
+    torch.manual_seed(0)
+    network = model.build("airbench", channels=1, classes=2, image_size=(32, 32), width=0.25)
+    network.forward = lambda x: torch.stack([x[:, 0, :8, 24:].mean((1, 2)), 0 * x.sum((1, 2, 3)) - 9], 1)
+    deployable = model.Deployable(network, (32, 32), [0.0], [1.0])
+    looked = saliency.where_looked(deployable, torch.full((32, 32, 1), 200, dtype=torch.uint8))
+    assert looked[:8, 24:].min() == 1 and looked.sum() == 64
+
+
+@pytest.mark.pictures
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_report_shows_where_the_network_looked(call, here, photos, weights, frozen):
+    asked = command(photos, "--width", 0.25, "--calibration", "none", "--name", "run")
+    call(step1_train.main, *asked, *(["--pretrained", weights, "--freeze-backbone"] if frozen else [])).done()
+    assert (
+        "a hint of what the network looks at, and not a proof" in (here / "runs/run/report.html").read_text()
+    )
+    assert (here / "runs/run/looked.png").stat().st_size > 1000

@@ -27,8 +27,12 @@ from pathlib import Path
 import torch
 
 from step3_infer import Problem, problems, replacing, say
-from training.locking import is_locked, locked
 from training.recipes import OWN_IMAGES, RESERVED
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes that resume one run are not kept apart
+    fcntl = None
 
 SCHEMA = 2  # of checkpoints; 1 can be exported, but not resumed
 RUNS, EXPORTS = "runs", "exports"
@@ -119,6 +123,29 @@ def find_newest(unfinished: bool) -> str:
     if unfinished:
         raise Problem(f"no unfinished run under {RUNS}/ to resume", 2)
     raise Problem(f"no trained run under {RUNS}/; python step1_train.py makes one", 2)
+
+
+def is_locked(run: str) -> bool:
+    """Is another process training this run?"""
+    with contextlib.suppress(Problem), locked(run):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(run: str) -> Iterator[None]:
+    """Keep the run directory for this process alone. Raises Problem if another process trains in it."""
+    if not fcntl:
+        yield
+        return
+    with problems(f"cannot read {run}", OSError):
+        handle = os.open(run, os.O_RDONLY)
+    try:
+        with problems(f"{run} is being trained by another process", BlockingIOError, form="{}"):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def is_finished(run: str) -> bool:
