@@ -26,8 +26,8 @@ MAY_IMPORT_AS_WELL = {"deploy/gate.py": {"model"}}
 OWN = {"step1_train", "step2_export", "step3_infer", "data", "model", "training", "deploy", "tests"}
 TOP_LEVEL = {*MAY_IMPORT, "tests", "requirements.txt", "README.md", "LICENSE"}
 
-LINES = {"step1_train.py": 450, "step2_export.py": 400, "step3_infer.py": 985, "model.py": 440}
-LINES_OF_OTHERS, LINES_IN_ALL, LINES_OF_A_FUNCTION, COLUMNS = 300, 8500, 40, 110
+LINES = {"step1_train.py": 450, "step2_export.py": 400, "step3_infer.py": 935, "model.py": 420}
+LINES_OF_OTHERS, LINES_IN_ALL, LINES_OF_A_FUNCTION, COLUMNS = 300, 8000, 40, 110
 LINES_OF_STEP3S_LIBRARY = 400  # up to its ruler
 
 
