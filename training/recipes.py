@@ -21,34 +21,25 @@ OPTIMIZERS = {
     # After airbench94_muon.
     "muon": {"lr": 0.12, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"},
 }
-# By network and dataset, "*" being any; of the layers that apply, each overrides those above it.
+# By network, or by network and dataset; see `recipe`.
 RECIPES = {
-    ("*", "*"): {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0},
-    ("torchvision", "*"): {"batch_size": 64},
-    ("mlp", "*"): {"optimizer": "adam", "batch_size": 32},
-    ("mynet", "*"): {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
-    ("resblock", "*"): {"lr": 0.5, "batch_size": 512},
-    ("linear", "*"): {
-        **{"epochs": 300, "batch_size": 100_000},
-        **{"lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
-    },
-    ("airbench", "*"): {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2},
-    ("tiny", "*"): {"epochs": 40, "optimizer": "muon", "batch_size": 250},
-    ("tiny", "digits"): {"epochs": 20, "batch_size": 64, "lr": 0.08},
-    ("airbench", "digits"): {
-        **{"width": 0.25, "epochs": 20, "batch_size": 64},
-        **{"lr": 0.08, "label_smoothing": 0.0},
-    },
-    ("airbench", "mnist"): {"width": 0.25, "batch_size": 500, "label_smoothing": 0.1},
-    ("airbench", "fashion-mnist"): {"width": 0.5},
-    ("airbench", "kmnist"): {"width": 0.5},
-    ("mlp", "digits"): {"epochs": 50},
-    ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
-    ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
-    ("pretrained", "*"): {
-        **{"epochs": 10, "batch_size": 64, "optimizer": "sgd", "label_smoothing": 0.0},
-        **{"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
-    },
+    "*": {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0},
+    "torchvision": {"batch_size": 64},
+    "mlp": {"optimizer": "adam", "batch_size": 32},
+    "mynet": {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
+    "resblock": {"lr": 0.5, "batch_size": 512},
+    "linear": {"epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
+    "airbench": {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2},
+    "tiny": {"epochs": 40, "optimizer": "muon", "batch_size": 250},
+    "tiny digits": {"epochs": 20, "batch_size": 64, "lr": 0.08},
+    "airbench digits": {"width": 0.25, "epochs": 20, "batch_size": 64, "lr": 0.08, "label_smoothing": 0.0},
+    "airbench mnist": {"width": 0.25, "batch_size": 500, "label_smoothing": 0.1},
+    "airbench fashion-mnist": {"width": 0.5},
+    "airbench kmnist": {"width": 0.5},
+    "mlp digits": {"epochs": 50},
+    "mynet digits": {"epochs": 50, "batch_size": 32, "lr": 0.04},
+    "resblock digits": {"epochs": 50, "batch_size": 64, "lr": 0.1},
+    "pretrained": {"batch_size": 64, "lr": 0.01, "weight_decay": 1e-4, "schedule": "onecycle"},
 }
 # What the calibration looks at, see training/calibration.py. A twin serves training splits of fewer than MANY
 # images, and none those of fewer than FEW_TO_CALIBRATE.
@@ -120,14 +111,11 @@ def check_name(name: str) -> None:
 def recipe(network: str, dataset: str, pretrained: bool, optimizer: str | None = None) -> dict:
     """The defaults for a network on a dataset, by the name of the option.
 
-    optimizer: the one asked for; another than the recipe's brings its own rate, momentum, decay and schedule.
+    Each of RECIPES that applies overrides those before it. optimizer: the one asked for; another than the
+    recipe's brings its own rate, momentum, decay and schedule.
     """
-    kind = network if (network, "*") in RECIPES else "torchvision"
-    layers = [("*", "*"), (kind, "*"), (kind, dataset)]
-    if pretrained:
-        layers.append(("pretrained", "*"))
-    chosen = {}
-    for layer in layers:
+    kind, chosen = network if network in RECIPES else "torchvision", {}
+    for layer in ("*", kind, f"{kind} {dataset}", *(("*", "pretrained") if pretrained else ())):
         chosen |= RECIPES.get(layer, {})
     if optimizer in (None, chosen["optimizer"]):
         return {**OPTIMIZERS[chosen["optimizer"]], **chosen}
@@ -169,7 +157,7 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
     settings.calibration = calibration(settings, dataset)
     own = settings.dataset in OWN_IMAGES
     if own and not settings.pretrained and count < MANY and max(height, width) >= PHOTO:
-        network = START if (settings.model, "*") in RECIPES else settings.model
+        network = START if settings.model in RECIPES else settings.model
         why = "starts from weights trained on ImageNet, at their size, and is usually far more accurate"
         note(f"{count:,} photos are few to start from nothing: --model {network} --pretrained {why}")
     if own and "epochs" not in given:
