@@ -34,9 +34,8 @@ def run_parallel(function: Callable, paths: list[str], title: str, *more) -> Ite
     """
     jobs = [(paths[start : start + CHUNK], start, *more) for start in range(0, len(paths), CHUNK)]
     workers, run = min(usable_cpus(), len(jobs), 61), map  # Windows has no pool of more
-    hidden = True if notes.silent else None  # None: unless standard error is a terminal
     killed = "a decoding process was killed, perhaps because memory ran out"
-    bar = tqdm(total=len(paths), desc=title, unit="file", leave=False, disable=hidden)
+    bar = tqdm(total=len(paths), desc=title, unit="file", leave=False, disable=notes.silent or None)
     with bar, contextlib.ExitStack() as stack, problems(killed, BrokenProcessPool, form="{}"):
         if workers > 1:
             context = multiprocessing.get_context(START_METHOD)

@@ -66,14 +66,6 @@ class Files:
         return {"images": len(self), "hash": digest(*contents)}
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The files of a dataset: the names of its classes, and its splits by name, "train" first."""
-
-    classes: list[str]
-    splits: dict[str, Files]
-
-
 def split_called(name: str) -> str | None:
     """The split that goes by this name, in any case: "train", "val", "test", or None."""
     return next((split for split, words in SPELLINGS.items() if name.lower() in words.split()), None)
@@ -127,10 +119,10 @@ def first_copies(paths: list[str]) -> np.ndarray:
     return same
 
 
-def hold_out_test(listing: Listing, source: str) -> Listing:
+def hold_out_test(splits: dict[str, Files], source: str) -> dict[str, Files]:
     """Turn a stratified part of the training split, always the same, into the test split. Raises Problem."""
-    train = listing.splits["train"]
+    train = splits["train"]
     held = stratified(train.labels, TEST_FRACTION, 0, first_copies(train.paths))
     if not held.any():
         raise Problem(f"{source} has one image of each class, none to test on: each needs two or more")
-    return Listing(listing.classes, listing.splits | {"train": train.part(~held), "test": train.part(held)})
+    return splits | {"train": train.part(~held), "test": train.part(held)}

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.files import Files, Listing, name_some, split_called
+from data.files import Files, name_some, split_called
 from data.notes import note
-from step3_infer import Problem, is_image, is_visible, problems
+from step3_infer import Problem, is_image, is_visible, problems, walk
 
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 HEIF = {".heic", ".heics", ".heif", ".heifs"}
 
 
-def list_folder(directory: str) -> Listing:
-    """The images of DIR/<class>/*, or of DIR/train/<class>/* and the like. Raises Problem."""
+def list_folder(directory: str) -> tuple[list[str], dict[str, Files]]:
+    """The classes and the splits of DIR/<class>/*, or of DIR/train/<class>/* and the like. Raises Problem."""
     if not os.path.isdir(directory):
         raise Problem(f"no directory {directory}: --dataset folder reads DIR/[train/]<class>/*", 2)
     folders, skipped = find_splits(directory), []
@@ -32,7 +32,7 @@ def list_folder(directory: str) -> Listing:
         count = f"{len(skipped):,} file{'s' if len(skipped) > 1 else ''}"
         names = name_some(os.path.relpath(path, directory) for path in skipped) + plugin_hint(skipped)
         note(f"left out {count} of {directory} that Pillow does not know as images: {names}")
-    return Listing(classes, splits)
+    return classes, splits
 
 
 def find_splits(directory: str) -> dict[str, str]:
@@ -106,14 +106,10 @@ def subfolders(directory: str) -> list[str]:
 
 def files_below(directory: str) -> Iterator[str]:
     """The files below a directory that are not hidden, a folder's before its subfolders'. Raises Problem."""
-    for folder, below, names in os.walk(directory, onerror=refuse):
-        below[:] = sorted(filter(is_visible, below))  # which os.walk descends into
-        yield from (os.path.join(folder, name) for name in sorted(filter(is_visible, names)))
-
-
-def refuse(error: OSError) -> None:
-    """Stop at a directory that cannot be read, which os.walk would pass over in silence. Raises Problem."""
-    raise Problem(f"cannot read {error.filename}: {error.strerror}")
+    for path, problem in walk(directory, is_visible):
+        if problem:
+            raise Problem(f"{path} {problem}")
+        yield path
 
 
 def plugin_hint(paths: list[str]) -> str:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from data.dataset import SPLITS
-from data.files import Files, Listing, Options, split_called
+from data.files import Files, Options, split_called
 from data.notes import note
 from step3_infer import Problem, problems
 
@@ -14,8 +14,8 @@ COLUMNS = {"image": ("filepath", "filename", "path", "image"), "label": ("label"
 SPLIT_COLUMN = "split"
 
 
-def list_csv(file: str, options: Options) -> Listing:
-    """The images of a CSV file, and of --test-csv, by split; for training unless it says. Raises Problem."""
+def list_csv(file: str, options: Options) -> tuple[list[str], dict[str, Files]]:
+    """The classes and the splits, train unless it says, of a CSV file and of --test-csv. Raises Problem."""
     rows, sources = read_images(file, options, "train"), {}
     if "train" not in rows:
         raise Problem(f"{file} has no row whose {SPLIT_COLUMN} is train")
@@ -39,7 +39,7 @@ def list_csv(file: str, options: Options) -> Listing:
             raise Problem(f"{source} has a label {unknown[0]!r} that no training image has")
         labels = np.array([index[name] for name in names], np.int64)
         splits[split] = Files(options.image_root or os.path.dirname(source), list(paths), labels)
-    return Listing(classes, splits)
+    return classes, splits
 
 
 def read_images(file: str, options: Options, default: str) -> dict[str, list[tuple[str, str]]]:

@@ -251,7 +251,7 @@ def test_step3_finds_the_files_that_training_took(tmp_path):
     from data.folders import list_folder
 
     found = [path for path, problem in find_images([str(tmp_path)], []) if problem is None]
-    assert found == list_folder(str(tmp_path)).splits["train"].paths and len(found) == 12
+    assert found == list_folder(str(tmp_path))[1]["train"].paths and len(found) == 12
 
 
 def test_probe_decodes_only_16_bit_files(tmp_path, monkeypatch):

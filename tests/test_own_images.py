@@ -117,8 +117,8 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
 
     # What step 1's evaluation says of the same files, read from its own cache.
     run = step2_export.read_run(str(run_of(here)))
-    listing = files.hold_out_test(folders.list_folder(str(mixed)), str(mixed))
-    paths, classes = listing.splits["train"].paths + listing.splits["test"].paths, listing.classes
+    classes, listed = folders.list_folder(str(mixed))
+    paths = [path for part in files.hold_out_test(listed, str(mixed)).values() for path in part.paths]
     dataset = data.load("folder", str(mixed), image_size=(64, 64), channels=3, resize=model.resize)
     images = np.concatenate([dataset.train_images, dataset.test_images])
     with torch.inference_mode():
@@ -149,8 +149,8 @@ def test_12_bit_images_are_predicted_as_evaluated(call, here, tmp_path):
     predicted = call(step3_infer.main, "--format", "json", folder).done()
     answers = {row["path"]: row for row in map(json.loads, predicted.out.splitlines())}
     assert all(row["label"] == path.split("/")[-2] for path, row in answers.items()) and len(answers) == 40
-    listing = files.hold_out_test(folders.list_folder(str(folder)), str(folder))
-    exported = [answers[path]["probability"] for path in listing.splits["test"].paths]
+    splits = files.hold_out_test(folders.list_folder(str(folder))[1], str(folder))
+    exported = [answers[path]["probability"] for path in splits["test"].paths]
     assert exported == pytest.approx(expected.tolist(), abs=1e-4)
 
 
