@@ -116,10 +116,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """All arguments of the command line, and by name those that were typed."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    absent = object()
-    parser.set_defaults(**dict.fromkeys(vars(args), absent))
-    typed = vars(parser.parse_args(argv))
-    return args, {name: value for name, value in typed.items() if value is not absent}
+    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))  # None is no default
+    return args, {name: value for name, value in vars(typed).items() if value is not None}
 
 
 def answer_at_once(args: argparse.Namespace, given: dict) -> int | None:
@@ -220,8 +218,7 @@ def evaluate(trainer: Trainer, split: Split, deployable: torch.nn.Module | None 
     share = trainer.processes.share
     labels, loss, parts = split.labels[split.members], 0.0, []
     outputs = torch.zeros(len(labels), len(trainer.dataset.classes), device=labels.device)
-    pixels = split.images[0, ..., 0].numel()
-    for images, targets in split.in_order(min(max(1_000_000 // pixels, 1), 125), share):
+    for images, targets in split.in_order(share):
         logits = network(normalise(images)).float()
         loss += criterion(logits, targets).sum().item()
         parts.append(logits)
@@ -383,7 +380,8 @@ def start(settings, directory, dataset, splits, deployable, machine, checkpoint,
     with machine.processes.first_of_each_machine_first():
         splits = features.prepare(splits, deployable, settings, not checkpoint)
     trainer = Trainer(settings, directory, dataset, splits, deployable, machine, is_twin)
-    trainer.restore(checkpoint)
+    if checkpoint:
+        trainer.restore(checkpoint["training"])
     return trainer
 
 

@@ -16,6 +16,7 @@ from step3_infer import Problem
 
 # Images held out for the calibration, at most. A temperature needs 1,000, a sharp threshold of `known` more.
 HELD_OUT, LARGEST_PART = 2500, 0.05
+MOST_PIXELS = 1_000_000  # in a batch that is not trained on
 
 
 @dataclass
@@ -44,35 +45,34 @@ class Split:
         """The share of each class: float32 [classes]."""
         return torch.bincount(self.labels.cpu()[self.members], minlength=classes) / len(self)
 
-    def in_order(self, batch_size: int, share: slice = slice(None)) -> Iterator[tuple]:
+    def in_order(self, share: slice = slice(None)) -> Iterator[tuple]:
         """Yield (images, labels) of the members in one process' share, each once and not augmented."""
-        for index, following in pairwise([*self.members[share].split(batch_size), self.members[:0]]):
+        device, size = self.labels.device, max(1, min(125, MOST_PIXELS // self.images[0, ..., 0].numel()))
+        for index, following in pairwise([*self.members[share].split(size), self.members[:0]]):
             self._prefetch(following)
-            yield self._to_device(self.images[index]), self.labels[self._to_device(index)]
+            yield self.images[index].to(device), self.labels[index.to(device)]
 
     def count_batches(self, batch_size: int, processes: int = 1) -> int:
         """How many batches `shuffled` yields in an epoch."""
         whole, rest = divmod(len(self), batch_size)
         return whole + (rest >= 2 * processes or whole == 0)  # batch norm cannot train on a single image
 
-    def shuffled(
-        self, batch_size: int, augment: list[str], epoch: int, seed: int, done=0, process=0, processes=1
-    ) -> Iterator[tuple]:
+    def shuffled(self, batch_size: int, augment: list[str], epoch: int, seed: int, done=0, share=slice(None)):
         """Yield (images, labels, how many the whole batch has) in random order, augmented; see `gather`.
 
-        batch_size: over all processes, each of which gets every `processes`-th image of a batch. The first
+        batch_size: over all processes, each of which gets its `share` of a batch, see `Processes`. The first
         `done` batches are left out. Order and augmentation follow from seed, epoch and position alone,
         whichever process computes them, so that a run can be resumed anywhere. flip alternates (Jordan 2024):
         an image is mirrored in every other epoch.
         """
         flips = (torch.rand(len(self.images), generator=seeded(seed)) < 0.5) ^ (epoch % 2 == 1)
         order = self.members[torch.randperm(len(self), generator=seeded(seed, epoch))]
-        batches = order.split(batch_size)[: self.count_batches(batch_size, processes)]
-        share = slice(process, None, processes)
+        batches = order.split(batch_size)[: self.count_batches(batch_size, share.step or 1)]
+        device = self.labels.device
         for position, (index, following) in enumerate(pairwise([*batches[done:], order[:0]]), done):
             self._prefetch(following[share])
             images = gather(self.images, index, augment, flips, seeded(seed, epoch, position), share)
-            yield self._to_device(images), self.labels[self._to_device(index[share])], len(index)
+            yield images.to(device), self.labels[index[share].to(device)], len(index)
 
     def _prefetch(self, index):
         """Ask the system to read the next rows of a memory map from disk while this batch computes.
@@ -88,9 +88,6 @@ class Split:
         for start in (first + index * row).tolist():
             before = start % mmap.PAGESIZE  # advice is for whole pages
             pages.madvise(mmap.MADV_WILLNEED, start - before, before + row)
-
-    def _to_device(self, tensor):
-        return tensor.to(self.labels.device)
 
 
 def seed_of(*numbers: int) -> int:

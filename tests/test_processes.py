@@ -55,7 +55,7 @@ def test_shares_of_a_batch_are_the_whole_batch_as_one_process_sees_it():
     images = torch.randint(0, 256, (50, 8, 8, 3), dtype=torch.uint8)
     whole = split.Split(images, torch.arange(50), torch.arange(50), images.numpy())
     alone = list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5))
-    shares = [list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5, 0, k, 2)) for k in range(2)]
+    shares = [list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5, 0, slice(k, None, 2))) for k in range(2)]
     assert len(alone) == len(shares[0]) == len(shares[1]) == whole.count_batches(11, 2) == 5
     for (pixels, labels, batch), first, second in zip(alone, *shares, strict=True):
         for k, (part, part_labels, part_batch) in enumerate((first, second)):

@@ -103,8 +103,7 @@ def describe(deployable, layers: tuple[str, ...], split: Split) -> tuple[torch.T
         rows, head = split.members.to(split.images.device), network.get_submodule(split.head)
         found = head(split.images[rows]), split.statistics[rows], split.labels[rows]
         return tuple(tensor.cpu() for tensor in found)
-    pixels = split.images[0, ..., 0].numel()
-    for images, labels in split.in_order(min(max(1_000_000 // pixels, 1), 125)):
+    for images, labels in split.in_order():
         logits, statistics = model.run_with_statistics(network, deployable.normalise(images), layers)
         parts.append((logits.float().cpu(), statistics.float().cpu(), labels.cpu()))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

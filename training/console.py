@@ -10,11 +10,10 @@ from step3_infer import say
 from training import runs
 
 FEW = 100  # test images: the result then says how many they were
-CALIBRATION = {  # what it prints of each of recipes.CALIBRATIONS
-    "validation": "calibrate on the validation split (--calibration none: not at all)\n",
-    "held-out": "calibrate on the images held out (--calibration none: not at all)\n",
-    "twin": "calibrate by a twin, trained afterwards for half as long (--calibration none: not at all)\n",
-    "none": "",
+CALIBRATION = {  # in words
+    "validation": "on the validation split",
+    "held-out": "on the images held out",
+    "twin": "by a twin, trained afterwards for half as long",
 }
 
 
@@ -39,19 +38,18 @@ def print_settings(trainer, threads: str = "") -> None:
         given = ", input {}x{}".format(*settings.image_size)
     several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
     machine = f"{trainer.device.type}, {several}{count_of(torch.get_num_threads(), 'thread')}"
-    note = f"          ({threads})\n" if threads else ""
-    show(
-        f"dataset   {settings.dataset}: {sizes}; {kind}\n"
-        f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}\n"
-        f"training  {count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}, "
-        f"{settings.optimizer} lr {settings.lr:g} {settings.schedule}, "
-        f"weight decay {settings.weight_decay:g},\n          label smoothing {settings.label_smoothing:g}, "
-        f"augment {' '.join(settings.augment) or 'none'}\n"
-        f"{CALIBRATION[settings.calibration]}"
-        f"machine   {machine}, {'bf16' if trainer.dtype else 'fp32'}, seed {settings.seed}\n"
-        f"{note}"
-        f"run       {trainer.run}"
-    )
+    epochs = f"{count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}"
+    rate, augment = f"lr {settings.lr:g} {settings.schedule}", " ".join(settings.augment) or "none"
+    show(f"dataset   {settings.dataset}: {sizes}; {kind}")
+    show(f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}")
+    show(f"training  {epochs}, {settings.optimizer} {rate}, weight decay {settings.weight_decay:g},")
+    show(f"          label smoothing {settings.label_smoothing:g}, augment {augment}")
+    if settings.calibration in CALIBRATION:
+        show(f"calibrate {CALIBRATION[settings.calibration]} (--calibration none: not at all)")
+    show(f"machine   {machine}, {'bf16' if trainer.dtype else 'fp32'}, seed {settings.seed}")
+    if threads:
+        show(f"          ({threads})")
+    show(f"run       {trainer.run}")
 
 
 def print_header(trainer) -> None:
@@ -78,21 +76,17 @@ def progress_bar(trainer, batches):
 
 def print_resumed(trainer, epochs_before: int) -> None:
     """Say where the run continues, and what a raised --epochs does. epochs_before: those it began with."""
-    epochs, progress = trainer.settings.epochs, trainer.progress
-    done = f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
-    show(f"resumed   after {done} of the next")
+    epochs = trainer.settings.epochs
+    show(f"resumed   after {done(trainer.progress)} of the next")
     if epochs_before != epochs:
         course = f"a course of {epochs} epochs from here on, not of {epochs_before}"
-        rate = trainer.settings.lr * trainer.rate(progress.steps)
+        rate = trainer.settings.lr * trainer.rate(trainer.progress.steps)
         notes.note(f"the learning rate follows {course}; the next one is {rate:.3g}")
 
 
 def print_how_to_resume(trainer) -> None:
-    """Say that a stopped run is saved, and the command that continues it."""
     if trainer.processes.rank == 0:
-        epochs, steps = trainer.progress.epoch - 1, trainer.progress.steps
-        done = f"{count_of(epochs, 'epoch')} and {count_of(steps, 'step')}"
-        say(f"stopped and saved after {done}; to continue:")
+        say(f"stopped and saved after {done(trainer.progress)}; to continue:")
         say(f"  {runs.resume_command(trainer.run)}")
     trainer.processes.wait()  # torchrun ends all processes as soon as one has ended
 
@@ -117,6 +111,10 @@ def print_result(trainer, network, summary: dict) -> None:
         for name, ours, true in zip(names, learned, (*data.LINEAR_WEIGHTS, data.LINEAR_BIAS), strict=True):
             print(f"{name:>6} {ours:10.4f} {true:8.4f}")
     print(f"{trainer.run}: {result} in {summary['train_seconds']:.0f} s")
+
+
+def done(progress) -> str:
+    return f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
 
 
 def count_of(number: int, noun: str) -> str:

@@ -20,11 +20,10 @@ import data
 import model
 from data import notes
 from data.cache import directory_for
-from data.split import Split
+from data.split import MOST_PIXELS, Split
 from step3_infer import problems, replacing
 from training.weights import head_keys
 
-MOST_PIXELS = 1_000_000  # in a batch
 HEAD_STEPS, HEAD_DECAY = 100, 1e-2  # of fitting a head: steps of L-BFGS, and the L2 penalty
 
 
@@ -47,9 +46,7 @@ def parts(deployable: model.Deployable, split: Split) -> tuple:
     return deployable.network, deployable.normalise
 
 
-def prepare(
-    splits: dict[str, Split], deployable: model.Deployable, settings, fresh: bool
-) -> dict[str, Split]:
+def prepare(splits: dict[str, Split], deployable, settings, fresh: bool) -> dict[str, Split]:
     """What to train on: the features of the splits for --freeze-backbone, else the splits.
 
     fresh: the weights are those of --pretrained; the head is fitted to their features, unless it came with

@@ -39,17 +39,11 @@ def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]
     summary["calibration_error"] = report.calibration_error(probabilities, labels)
     summary["calibration_error_floor"] = report.calibration_error_floor(probabilities)
     per_class = report.per_class(labels, evaluated.outputs.argmax(1), dataset.classes)
-    summary |= without_leaked(dataset.findings.leaked, evaluated.outputs.argmax(1) == labels)
+    leaked, right = dataset.findings.leaked, evaluated.outputs.argmax(1) == labels
+    if leaked.any():  # test images that are also in the training split
+        summary["test_images_in_train"] = int(leaked.sum())
+        summary["test_accuracy_without_them"] = None if leaked.all() else float(right[~leaked].mean())
     seen = [row for row in per_class.values() if row["support"]]
     summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
-    summary["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
-    summary["per_class"] = per_class
+    summary |= {"macro_f1": statistics.fmean(row["f1"] for row in seen), "per_class": per_class}
     return summary, probabilities
-
-
-def without_leaked(leaked: np.ndarray, right: np.ndarray) -> dict:
-    """What summary.json says of test images that are also in the training split; bool [n] each."""
-    if not leaked.any():
-        return {}
-    accuracy = None if leaked.all() else float(right[~leaked].mean())
-    return {"test_images_in_train": int(leaked.sum()), "test_accuracy_without_them": accuracy}

@@ -10,6 +10,7 @@ Every file appears whole or not at all.
 
 import argparse
 import contextlib
+import csv
 import glob
 import io
 import itertools
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -88,7 +89,6 @@ def rename(new: str, base: str, unique: bool) -> str:
 
 
 def refuse_taken(name: str) -> None:
-    """Raise Problem if there is a run of this name."""
     run = os.path.join(RUNS, name)
     if os.path.lexists(run):
         raise Problem(f"{run} exists and a run never overwrites another; choose another --name", 2)
@@ -244,11 +244,11 @@ def write_json(run: str, name: str, values: dict) -> None:
     write(run, name, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def write_metrics(run: str, rows: list[dict]) -> None:
-    """Write metrics.csv: a row for each epoch, an empty cell for what was not measured."""
-    names = list(rows[0])
-    lines = [names, *([("" if row[name] is None else row[name]) for name in names] for row in rows)]
-    write(run, METRICS, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+def write_table(run: str, name: str, rows: Iterable, end: str = "\n") -> None:
+    """Write a CSV file of a run; None becomes an empty cell. Raises CannotWrite."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator=end).writerows(rows)
+    write(run, name, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def save_checkpoint(run: str, spec: dict, state_dict: dict, epoch: int, training: dict, familiarity=None):

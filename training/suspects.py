@@ -6,9 +6,6 @@ average (the thresholds of confident learning, Northcutt et al. 2021) and its la
 have the least probable label. Nothing is changed or deleted.
 """
 
-import csv
-import io
-
 import numpy as np
 
 from data.notes import note
@@ -41,14 +38,12 @@ def find_suspects(trainer, probabilities: np.ndarray) -> dict | None:
     found = found[np.argsort(given[found], kind="stable")]
     if not len(found):
         return None
-    text, names = io.StringIO(), dataset.classes
-    table = csv.writer(text)
-    table.writerow(COLUMNS)
+    table, names = [COLUMNS], dataset.classes
     for k in found:
         split, row = images[k]
         path = dataset.paths[split][row] if dataset.paths else f"{split} image {row}"
-        table.writerow([path, names[labels[k]], names[guesses[k]], f"{given[k]:.6f}", f"{most[k]:.6f}"])
-    runs.write(trainer.run, SUSPECTS, text.getvalue().encode("utf-8", "surrogateescape"))
+        table.append([path, names[labels[k]], names[guesses[k]], f"{given[k]:.6f}", f"{most[k]:.6f}"])
+    runs.write_table(trainer.run, SUSPECTS, table, end="\r\n")
     note(f"images whose labels look wrong: {len(found):,}, listed in {trainer.run}/{SUSPECTS}")
     shown = [getattr(dataset, f"{split}_images")[row] for split, row in (images[k] for k in found[:25])]
     return {"images": shown, "labels": labels[found], "probabilities": probabilities[found]}

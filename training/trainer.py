@@ -93,9 +93,8 @@ class Trainer:
     def batches(self):
         """The rest of the current epoch, as Split.shuffled yields it, for this process."""
         settings, progress = self.settings, self.progress
-        order = progress.epoch, settings.seed, progress.steps
-        who = self.processes.rank, self.processes.count
-        return self.splits["train"].shuffled(settings.batch_size, settings.augment, *order, *who)
+        order = progress.epoch, settings.seed, progress.steps, self.processes.share
+        return self.splits["train"].shuffled(settings.batch_size, settings.augment, *order)
 
     def start_step(self) -> None:
         """Set the learning rate, and seed dropout by the step, so that a run can be resumed at any of them.
@@ -196,15 +195,15 @@ class Trainer:
         best, state = self.progress.best, self.deployable.network.state_dict()
         if not all(value.isfinite().all() for value in state.values()):
             raise Problem(f"the weights are no longer finite: try a smaller --lr than {self.settings.lr:g}")
-        spec = self.spec(test_accuracy)
         familiarity = self.calibration.familiarity if self.calibration else None
         training = {"progress": vars(self.progress), "optimizer": self.optimizer.state_dict()}
         training["network"] = state if best else None  # else it is the checkpoint's state_dict
         training["data"] = self.dataset.fingerprint
         result, epoch = (best["state_dict"], best["epoch"]) if best else (state, self.progress.epoch - 1)
-        runs.save_checkpoint(self.run, spec, result, epoch, training, familiarity)
+        runs.save_checkpoint(self.run, self.spec(test_accuracy), result, epoch, training, familiarity)
         if self.progress.rows:
-            runs.write_metrics(self.run, self.progress.rows)
+            rows = self.progress.rows[0], *map(dict.values, self.progress.rows)
+            runs.write_table(self.run, runs.METRICS, rows)
 
     def spec(self, test_accuracy: float | None) -> dict:
         """What the exported file will say of itself; deploy/README.md explains the keys."""
@@ -234,11 +233,8 @@ class Trainer:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def restore(self, checkpoint: dict | None) -> None:
-        """Continue from a checkpoint, if there is one."""
-        if checkpoint is None:
-            return
-        training = checkpoint["training"]
+    def restore(self, training: dict) -> None:
+        """Continue from what `save` wrote as `training`."""
         self.progress = Progress(**training["progress"])
         if self.processes.rank > 0:
             self.progress.sums = [0.0, 0.0, 0.0]  # the first process has those of all
