@@ -196,11 +196,9 @@ def batch_halvings(settings: argparse.Namespace, count: int | None, most_pixels:
 
     count: of images, None if the recipe was made for them. most_pixels: in a batch, None for any.
     """
-    limits = [] if count is None else [count // 16]
-    if most_pixels is not None:
-        limits.append(most_pixels // math.prod(settings.image_size))
+    limit = min((count or math.inf) / 16, (most_pixels or math.inf) / math.prod(settings.image_size))
     batch_size, halvings = settings.batch_size, 0
-    while batch_size > max(16, min(limits, default=batch_size)):
+    while batch_size > max(16, limit):
         batch_size, halvings = batch_size // 2, halvings + 1
     return halvings
 

@@ -183,8 +183,7 @@ def read(run: str) -> tuple[dict, dict | None]:
             checkpoint = load_plain(path)
             schema = checkpoint["schema"]
             if schema > SCHEMA:
-                known = f"this script knows up to {SCHEMA}: update Threestep"
-                raise Problem(f"{path} has schema {schema}, {known}")
+                raise Problem(f"{path} has schema {schema}, known is up to {SCHEMA}: update Threestep")
             if schema < SCHEMA:
                 way_out = "it can still be exported; start a new run to train further"
                 raise Problem(f"{path} was written by an earlier version and cannot be continued: {way_out}")
