@@ -113,8 +113,7 @@ def make_splits(dataset, settings, device: torch.device, resize: Callable) -> di
     elif settings.val_fraction:
         splits["train"], splits["val"] = hold_out(splits["train"], settings.val_fraction, settings.seed)
         if not all(len(split) for split in splits.values()):
-            fraction = f"--val-fraction {settings.val_fraction:g}"
-            raise Problem(f"{fraction} leaves a split empty: there are too few images", 2)
+            raise Problem(f"--val-fraction {settings.val_fraction:g} leaves a split empty: too few images", 2)
     elif settings.calibration == "held-out":
         fraction = min(LARGEST_PART, HELD_OUT / len(splits["train"]))
         splits["train"], splits["held-out"] = hold_out(splits["train"], fraction, settings.seed)

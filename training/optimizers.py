@@ -37,7 +37,6 @@ def set_rate(optimizer: torch.optim.Optimizer, part: float) -> None:
 
 
 def freeze_backbone(network: torch.nn.Module) -> None:
-    """Leave only the head trainable."""
     head = head_keys(network)
     for key, parameter in network.named_parameters():
         parameter.requires_grad = key in head

@@ -49,7 +49,6 @@ class Processes:
         return results[0]
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
         if self.count > 1:
             dist.barrier()
 

@@ -115,21 +115,15 @@ def find_newest(unfinished: bool) -> str:
     for run in glob.glob(os.path.join(RUNS, "*")):
         if os.path.isfile(os.path.join(run, needed)) and not (unfinished and is_finished(run)):
             changed[run] = os.path.getmtime(run if unfinished else os.path.join(run, CHECKPOINT))
-    free = [run for run in changed if not is_locked(run)]
-    if free:
-        return max(free, key=changed.get)
-    if changed:
-        raise Problem(f"{max(changed, key=changed.get)} is being trained by another process; name a run")
+    newest_first = sorted(changed, key=changed.get, reverse=True)
+    for run in newest_first:
+        with contextlib.suppress(Problem), locked(run):
+            return run
+    if newest_first:
+        raise Problem(f"{newest_first[0]} is being trained by another process; name a run")
     if unfinished:
         raise Problem(f"no unfinished run under {RUNS}/ to resume", 2)
     raise Problem(f"no trained run under {RUNS}/; python step1_train.py makes one", 2)
-
-
-def is_locked(run: str) -> bool:
-    """Is another process training this run?"""
-    with contextlib.suppress(Problem), locked(run):
-        return False
-    return True
 
 
 @contextlib.contextmanager

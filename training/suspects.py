@@ -22,8 +22,7 @@ def find_suspects(trainer, probabilities: np.ndarray) -> dict | None:
     probabilities: of the test split, [N, classes]. Raises CannotWrite.
     """
     dataset, calibration = trainer.dataset, trainer.calibration
-    images = [("test", row) for row in range(len(probabilities))]
-    labels = dataset.test_labels
+    images, labels = [("test", row) for row in range(len(probabilities))], dataset.test_labels
     if calibration:
         split = "train" if dataset.val_images is None else "val"
         rows = calibration.judged.tolist()

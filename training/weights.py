@@ -95,8 +95,7 @@ def load_pretrained(network: torch.nn.Module, state: dict) -> None:
     wrong = [key for key in own.keys() ^ state.keys() if key not in head]
     wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
     if wrong:
-        differ = f"{len(wrong)} entries differ, such as {min(wrong)!r}"
-        raise ValueError(f"does not fit this architecture: {differ}")
+        raise ValueError(f"does not fit this architecture: {len(wrong)} entries differ, as {min(wrong)!r}")
     fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
     if head - fitting.keys():
         fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
