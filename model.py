@@ -227,10 +227,10 @@ def build(name: str, *, channels: int, classes: int, image_size: tuple[int, int]
     """A freshly initialised network by its registry or torchvision name.
 
     channels: 1 or more; classes: 2 or more, or 1 for regression; image_size: (height, width) in pixels.
-    `options` holds only what `options_of` lists. Raises ValueError, with a sentence for the user, on anything
-    it cannot build.
+    `options` holds only what `options_of` lists, None being the default. Raises ValueError, with a sentence
+    for the user, on anything it cannot build.
     """
-    known = options_of(name)
+    known, options = options_of(name), {k: v for k, v in options.items() if v is not None}
     unknown = [f"--{option}" for option in options if option not in known]
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)} (--list-models names those it has)")

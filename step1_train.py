@@ -252,7 +252,6 @@ def build(machine: processes.Machine, settings, dataset: data.Dataset, checkpoin
     torch.manual_seed(settings.seed)
     regression, channels = dataset.task == "regression", dataset.train_images.shape[-1]
     options = {name: getattr(settings, name) for name in ("width", "hidden", "dropout")}
-    options = {name: value for name, value in options.items() if value is not None}
     shape = {"channels": channels, "classes": len(dataset.classes), "image_size": settings.image_size}
     try:
         network = model.build(settings.model, **shape, **options)

@@ -90,7 +90,6 @@ class Run:
 def rebuild(path: str, spec: dict, state_dict: dict, familiarity: dict | None = None) -> Run:
     """The network of a checkpoint. Any exception means that the checkpoint is damaged or not one of ours."""
     channels, options = spec["channels"], {k: spec["arguments"][k] for k in model.options_of(spec["model"])}
-    options = {name: value for name, value in options.items() if value is not None}
     shape = {"channels": channels, "classes": len(spec["classes"]), "image_size": spec["image_size"]}
     network = model.build(spec["model"], **shape, **options)
     network.load_state_dict(state_dict)
