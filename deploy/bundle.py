@@ -25,11 +25,6 @@ NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requiremen
 TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # differ between exports
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # the last: Windows, of a directory that exists
 INDEX = '<!doctype html><title>The page is in web/</title><meta http-equiv="refresh" content="0; url=web/">\n'
-CPP = """    cmake -S cpp -B ~/threestep-cpp -DONNXRUNTIME_DIR=/path/to/onnxruntime
-    cmake --build ~/threestep-cpp
-    ~/threestep-cpp/threestep --model model.onnx photos/
-
-[cpp/README.md](cpp/README.md) says where to get onnxruntime, and how to run `model.pt` instead."""
 
 
 def publish(out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict, dataset, expected) -> str:
@@ -73,7 +68,7 @@ def publish(out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict
 
 def readme(spec: dict, names: list[str]) -> str:
     """The README.md of a bundle: how to run it, and what each file is. names: of its files, so far."""
-    inputs, cpp = "--top-k 3 samples/", CPP
+    inputs, cpp = "--top-k 3 samples/", filled("bundle.cpp.md.template").rstrip()
     if spec["task"] == "regression":
         inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."

@@ -133,7 +133,6 @@ def describe_classes(spec):
 
 
 def describe_images(spec):
-    """Input and output of a classifier, and its limits."""
     known = "- Output `known`: float32 `[batch]`, how familiar the image looks, 0 to 1.\n"
     return filled(
         "card.md.template",
@@ -160,7 +159,7 @@ def describe_trust(spec, passed):
         yield "The probabilities are softmax outputs, not calibrated: 0.9 does not mean that 90% are right."
     measured = {file: figures for file, figures in passed.items() if figures.get("coverage")}
     if measured:
-        yield from describe_calibration(measured)
+        yield describe_calibration(measured)
     if spec.get("known"):
         yield describe_known(measured)
     if any(figures.get("camera") for figures in measured.values()):
@@ -176,24 +175,19 @@ def describe_trust(spec, passed):
 
 
 def describe_calibration(measured):
-    """Tables of the calibration error of each file, and of accuracy against coverage."""
     styles = {"calibration_error": ".2%", "calibration_error_floor": ".2%", "nll": ".4f"}
     file, first = next(iter(measured.items()))
     if "calibration_error_uncalibrated" in first:
         before = {key: first.get(f"{key}_uncalibrated") for key in styles}
         measured = {"before calibration": before, **measured}
     rows = [[name, *cells(figures, **styles)] for name, figures in measured.items()]
-    yield markdown_table(["on the test split", "calibration error", "noise floor", "cross entropy"], rows)
-    yield (
-        "The calibration error (ECE) is the mean distance between the probability of answers and how often\n"
-        f"they are right, in {BINS} bins of equal size. As the number of images is limited, perfect\n"
-        "probabilities would show the noise floor.\n\n"
-        f"The accuracy of {file}, if `--min-probability` leaves less probable answers to a person:"
-    )
+    head = ["on the test split", "calibration error", "noise floor", "cross entropy"]
+    texts = {"errors": markdown_table(head, rows), "bins": BINS, "file": file}
     rows = [["100%", *cells(first, accuracy=".2%"), "-"]]
     for share, found in first["coverage"].items():
         rows.append([f"{float(share):.0%}", f"{found['accuracy']:.2%}", threshold(found["probability"])])
-    yield markdown_table(["answered", "right", "lowest probability"], rows)
+    coverage = markdown_table(["answered", "right", "lowest probability"], rows)
+    return filled("card.calibration.md.template", **texts, coverage=coverage).rstrip()
 
 
 def describe_known(measured):
@@ -234,7 +228,6 @@ def provenance_section(spec):
 
 
 def parity_section(passed):
-    """The figures of each format that passed the gate, and how to repeat the comparison."""
     styles = {"samples": ",", "max_abs_diff": ".1e", "top1_agreement": ".2%", "accuracy": ".2%"}
     styles["mean_squared_error"] = ".3g"
     rows = [[file, *cells(figures, **styles)] for file, figures in passed.items()]
@@ -245,10 +238,6 @@ def parity_section(passed):
 
 
 def int8_note(figures):
-    """What quantization costs in accuracy and gains in speed."""
     speed = "not faster" if "warning" in figures else "faster"  # figures would make bundles of one run differ
-    return (
-        f"The int8 file is quantized ({markdown(figures['quantization'])}): its outputs are close to those\n"
-        f"of the network, not equal. The accuracy drop is {formatted(figures.get('drop'), '.2f')} points.\n"
-        f"On the exporting machine it was {speed} than float32.\n\n"
-    )
+    how, drop = markdown(figures["quantization"]), formatted(figures.get("drop"), ".2f")
+    return filled("card.int8.md.template", how=how, drop=drop, speed=speed)
