@@ -9,12 +9,7 @@ from pathlib import Path
 from deploy.card import confusion_matrix
 from step3_infer import printable, replacing
 
-CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8"))
-TITLES = {
-    "duplicates": "Images that the data has twice",
-    "looked": "Where the network looked: a hint, not a proof",
-    "suspects": "Images whose labels look wrong",
-}
+TITLES, CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8")).values()
 
 
 def draw_run(

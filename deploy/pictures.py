@@ -7,6 +7,7 @@ to the space available and never parsed as formulas, and characters that the fon
 import functools
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.style
 import numpy as np
@@ -22,16 +23,7 @@ from deploy.card import counted
 WIDTH, WIDE, DPI = 5.4, 10.0, 180  # inches: at a width of 5.4, 9 point letters are legible on a phone
 TOP, MARGIN = 0.62, 0.12  # inches: for the title, at the sides
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#5F6770", "#1B1F24"  # the first two: Okabe and Ito
-STYLE = {
-    "font.family": "DejaVu Sans",  # it comes with matplotlib
-    "font.size": 9,
-    "grid.color": "#E6E9ED",
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), "#B6BCC4"),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.formatter.useoffset"), False),
-    **dict.fromkeys(("legend.frameon", "text.parse_math"), False),
-}
+STYLE = Path(__file__).with_name("pictures.mplstyle")
 COLUMNS, GRID = 5, 25  # images per row, and in total
 FEW, SOME, MANY = 12, 30, 100  # classes: up to SOME the cells hold figures, up to MANY each class is named
 LISTED = 12  # confusions listed in words
@@ -195,7 +187,6 @@ def fill_cells(axis, counts, shares, side):
 
 
 def list_confusions(axis, counts, shares, names):
-    """The most frequent confusions in words, in two columns."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:LISTED]

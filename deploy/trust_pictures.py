@@ -7,8 +7,6 @@ from deploy import reliability as measured
 from deploy.card import counted, threshold
 from deploy.pictures import BLUE, GREY, ORANGE, WIDTH, as_png, new_figure
 
-CONFIDENCES = 20  # bars of the histogram of probabilities
-
 
 def percent(value, position=None):
     """A share as a tick label, with the decimals that it needs."""
@@ -48,7 +46,7 @@ def plot_reliability(diagram, histogram, name, probabilities, labels, lowest):
     title = f"{name}\ncalibration error {measured.calibration_error(probabilities, labels):.2%}"
     diagram.set_title(title, size=9, loc="left")
     diagram.yaxis.set_major_formatter(percent)
-    histogram.hist(probabilities.max(1), np.linspace(lowest, 1, CONFIDENCES + 1), color=BLUE)
+    histogram.hist(probabilities.max(1), np.linspace(lowest, 1, 21), color=BLUE)
     histogram.set(xlabel="probability of the answer", xlim=(lowest, 1))
     histogram.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     histogram.xaxis.set_major_formatter(percent)
