@@ -2,24 +2,8 @@
 
 The reference is the trained network in eager float32, spelled out from the spec. Each file is run by the code
 of step3_infer.py, in batches of 1, 7 and 64. A tolerance limits the largest difference of any output; where a
-regression predicts more than 1, the relative difference.
-
-    inputs                        tolerance                      why
-    test split, and probes of     --tolerance, default 1e-4      float32 differs by about 1e-6 between engines
-    many sizes
-    the same, top-1               no change except in ties,      engines may decide differently between
-                                  a fifth of the tolerance       classes that are equal
-    16 test samples in an         as above; int8: 1e-4, from     the file must need step3_infer.py and nothing
-    isolated process              the outputs in this process    else, and decoding must change no answer
-    int8: test split              --max-drop points of           int8 changes all probabilities a little, but
-                                  accuracy, default 0.5          should not change what a user reads
-    int8: probes                  probabilities sum to 1         there is no int8 reference for noise
-    golden samples on another     1e-4; int8: 2e-2               int8 differs by up to 5e-3 without VNNI, and
-    machine, by --self-test                                      by up to 1.2e-2 on 32-bit ARM
-    accuracy of the reference     0.005 and ties, from what      training may have evaluated on a GPU; more is
-                                  training reported              another test split or a changed checkpoint
-
-The spec inside the file must be the network's, too. Speed and trust in the outputs are measured only.
+regression predicts more than 1, the relative difference. "What is proven" in README.md lists all tolerances,
+with reasons. The spec inside the file must be the network's, too; speed and trust are measured only.
 """
 
 import json
@@ -47,7 +31,6 @@ ACCURACY_TOLERANCE = 0.005
 SELF_TEST_TOLERANCE, INT8_SELF_TEST_TOLERANCE = 1e-4, 2e-2
 ISOLATED_SAMPLES = 16
 SPEC_KEYS = ("task", "classes", "channels", "image_size", "mean", "std", "temperature", "checkpoint_sha256")
-CALIBRATION_KEYS = ("temperature", "calibration", "known")
 # The figures of a file that cannot be run.
 NO_FIGURES = {"max_abs_diff": None, "top1_agreement": None, "accuracy": None, "samples": 0}
 
@@ -84,7 +67,8 @@ class Run:
 
     def without_calibration(self) -> "Run":
         """The same run as if --calibration none had been given."""
-        return replace(self, spec={**self.spec, **dict.fromkeys(CALIBRATION_KEYS)}, familiarity=None)
+        none = dict.fromkeys(("temperature", "calibration", "known"))
+        return replace(self, spec={**self.spec, **none}, familiarity=None)
 
 
 def rebuild(path: str, spec: dict, state_dict: dict, familiarity: dict | None = None) -> Run:
