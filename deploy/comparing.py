@@ -85,13 +85,9 @@ def test_figures(spec: dict, exported: Model, got: Outputs, expected: Outputs, d
         return figures, []
     promised, failures = promises(spec, got, labels)
     figures |= promised | trust(spec, exported, got, labels)
-    return figures | {"camera": changed_by_a_camera(exported, dataset)}, failures
-
-
-def changed_by_a_camera(exported: Model, dataset) -> list[dict]:
-    """Accuracy and the mean of `known` under everyday changes, on test images spread over the whole split."""
-    chosen = slice(None, None, -(-len(dataset.test_labels) // CAMERA_IMAGES))
-    return list(camera.survey(exported, dataset.test_images[chosen], dataset.test_labels[chosen]))
+    spread = slice(None, None, -(-len(labels) // CAMERA_IMAGES))  # over the whole split
+    changes = camera.survey(exported, dataset.test_images[spread], labels[spread])
+    return figures | {"camera": list(changes)}, failures
 
 
 def promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:

@@ -204,7 +204,6 @@ def finish(path: str, spec: dict, opset: int) -> bytes:
         node.output[:] = [short_names[name] for name in node.output]
         node.ClearField("name")
         node.ClearField("doc_string")
-    del proto.graph.value_info[:], proto.metadata_props[:]
     return onnx_file.finish(proto, spec, opset)
 
 

@@ -98,7 +98,6 @@ def tiles(summary):
 
 
 def classes_section(figures):
-    """Precision, recall and F1 of each class as bars, after the classes with the lowest recall."""
     if not figures:
         return ""
     rows = []
@@ -115,7 +114,6 @@ def classes_section(figures):
 
 
 def export_section(run, export):
-    """The figures of each exported file, its failures and its warning."""
     rows, remarks = [], []
     for name, figures in export.items():
         probes = [probe["max_abs_diff"] for probe in figures.get("probes", {}).values()]
@@ -139,7 +137,6 @@ def export_section(run, export):
 
 
 def camera_section(export):
-    """The accuracy of each exported file on test images as a camera changes them, and the mean of `known`."""
     measured = {name: figures["camera"] for name, figures in export.items() if figures.get("camera")}
     if not measured:
         return ""
@@ -175,7 +172,6 @@ def epochs_section(run_dir):
 
 
 def runs_section(run, config, runs_dir, exports_dir):
-    """All runs on the same data side by side, the best first."""
     found = []
     for name in os.listdir(runs_dir) if os.path.isdir(runs_dir) else ():
         run_dir = os.path.join(runs_dir, name)
