@@ -122,15 +122,14 @@ def resized_outside(run: Run, spec: dict, inputs: np.ndarray) -> np.ndarray:
     """What step3 gives a file of this spec for inputs [N, ...]. Raises Problem if it resizes otherwise."""
     if not spec.get("fixed") or inputs.shape[1:3] == tuple(run.spec["image_size"]):
         return inputs
-    parts, sizes = [], (run.spec["image_size"], run.spec.get("fit") or "stretch")
+    sizes = run.spec["image_size"], run.spec.get("fit") or "stretch"
     for part in np.array_split(inputs, -(-len(inputs) // 64)):
         wanted = model.resize(torch.from_numpy(part), *sizes).numpy()
         resized = np.stack([step3_infer.resize(image, *sizes) for image in part])
         difference = np.abs(resized - wanted).max()
         if not difference <= RESIZE_TOLERANCE:
             raise Problem(f"step3_infer.py resizes otherwise, by {difference:.1e} grey levels")
-        parts.append(step3_infer.fit(part, spec))
-    return np.concatenate(parts)
+    return step3_infer.fit(inputs, spec)
 
 
 def check_reference(run: Run, dataset, expected: np.ndarray) -> None:
