@@ -146,7 +146,6 @@ def describe_images(spec):
 
 
 def describe_trust(spec, passed):
-    """What the probabilities and `known` are worth, measured on the files that passed the gate."""
     made, temperature = spec.get("calibration"), spec.get("temperature")
     yield "## How far to trust the probabilities"
     if temperature and made:
@@ -191,7 +190,6 @@ def describe_calibration(measured):
 
 
 def describe_known(measured):
-    """What thresholds of `known` keep and reject, by file, and what `known` cannot do."""
     kept, kinds = ([figures[key] for figures in measured.values()] for key in ("kept", "familiar"))
     rows = [[f"by `--reject {x}`", *(f"{share[x]:.1%}" for share in kept)] for x in ("0.99", "0.95")]
     kept = markdown_table(["kept of the test split", *measured], rows)

@@ -9,14 +9,13 @@ import json
 import os
 from pathlib import Path
 
-from deploy.card import busy, camera_rows, cells, filled, formatted, without_empty_columns
-from deploy.card import per_class as per_class  # these four for step1, which imports this module only
-from deploy.drawing import draw_familiar, picture_sections
-from deploy.drawing import draw_run as draw_run
-from deploy.reliability import calibration_error as calibration_error
-from deploy.reliability import calibration_error_floor as calibration_error_floor
+from deploy.card import busy, camera_rows, cells, filled, formatted, per_class, without_empty_columns
+from deploy.drawing import draw_familiar, draw_run, picture_sections
+from deploy.reliability import calibration_error, calibration_error_floor
 from step3_infer import printable, replacing, sha256
 
+# For step1, which imports this module only.
+__all__ = ["calibration_error", "calibration_error_floor", "draw_run", "per_class", "write_report"]
 PASSED, FAILED = "<span class=good>passed</span>", "<span class=bad>FAILED</span>"
 
 
@@ -65,7 +64,6 @@ def read_export(run_dir, export_dir):
 
 
 def header(config, summary):
-    """The line under the title."""
     data = text(config.get("dataset")) + (f" ({text(config['data_dir'])})" if config.get("data_dir") else "")
     parts = [f"{text(config.get('model'))} trained on {data}", text(str(summary.get("created", ""))[:10])]
     parts += [text(config.get(key, "")) for key in ("device_used", "precision_used")]
@@ -148,7 +146,6 @@ def camera_section(export):
 
 
 def configuration_section(config):
-    """The arguments of step1 that say something."""
     lines = []
     for key, value in config.items():
         if key in ("name", "run") or value is None or value is False or value == []:

@@ -34,7 +34,6 @@ def reliability(subtitle: str, labels: np.ndarray, probabilities: np.ndarray, te
 
 
 def plot_reliability(diagram, histogram, name, probabilities, labels, lowest):
-    """The diagram, and below it the histogram of the same probabilities."""
     confidence, accuracy, count = measured.reliability_bins(*measured.first_answers(probabilities, labels))
     chance = 1.96 * np.sqrt(confidence * (1 - confidence) / count)
     ends = np.clip([confidence - chance, confidence + chance], 0, 1)
