@@ -20,7 +20,7 @@ from deploy.samples import calibration_images, write_samples
 from step3_infer import replacing, say, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-EXCLUDED = ("__pycache__", "build*", ".*", "ort", "*.onnx")  # in cpp/ and web/, of one machine only
+EXCLUDED = shutil.ignore_patterns("__pycache__", "build*", ".*", "ort", "*.onnx")  # of one machine only
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
 TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # differ between exports
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # the last: Windows, of a directory that exists
@@ -40,8 +40,7 @@ def publish(out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict
     for file in (*models, step3_infer.__file__, os.path.join(HERE, "ENGINES.md")):
         shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
     for name in ("cpp", "web"):
-        excluded = shutil.ignore_patterns(*EXCLUDED)
-        shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=excluded)
+        shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=EXCLUDED)
     write_samples(folder, spec["classes"], dataset, expected)
     if any(name.endswith("-fixed") for name in parity):
         np.save(os.path.join(folder, "calibration.npy"), calibration_images(spec, dataset))
