@@ -234,7 +234,7 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
         elif args.bundle:
             parity = {name: parity[name] for name in formats}
             publish_bundle(workspace, out, parity, args.opset, spec, dataset, expected)
-    print(f"{'an image needs':15} {needs(spec['device'])}", flush=True)
+    print(f"one input needs {needs(spec['device'])}", flush=True)
     return failed
 
 

@@ -149,7 +149,7 @@ def test_attention_is_counted():
 
 def test_step2_says_what_an_image_needs(call, trained, here):
     result = call(step2_export.main, "--run", trained.run, "--format", "onnx", "--out", "out").done()
-    (line,) = [line for line in result.out.splitlines() if line.startswith("an image needs")]
+    (line,) = [line for line in result.out.splitlines() if line.startswith("one input needs")]
     spec = step3_infer.Model("out/model.onnx").spec
     assert f"{4e-6 * spec['device']['weights']:.2f} MB of weights" in line and "M multiply-adds" in line
     assert spec["device"]["weights"] >= spec["parameters"] > 0
