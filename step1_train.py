@@ -67,8 +67,8 @@ def add_data_options(parser):
     add("--data-dir", metavar="PATH", help="of the files, or for downloads (default: data/); the CSV file")
     size = command_line.image_size
     add("--image-size", type=size, metavar="N|HxW", help="of the network (default: see data/README.md)")
-    text = "how images get that size: stretched, or in their own shape (default: stretch)"
-    add("--fit", choices=("stretch", "crop", "letterbox"), default="stretch", help=text)
+    text = "how images get that size (default: crop, to keep the shape of your own; stretch for the others)"
+    add("--fit", choices=("stretch", "crop", "letterbox"), help=text)
     text = f"{', '.join(data.AUGMENTATIONS)}, or none (default: see data/README.md)"
     add("--augment", nargs="+", choices=(*data.AUGMENTATIONS, "none"), metavar="A", help=text)
     fraction = number(float, 0, 0.9, above=True)

@@ -100,11 +100,11 @@ def choose_target(paths: list[str], train: int, file: str, options: Options) -> 
         note(f"far smaller than the others, a 16th of their area or less: {count}, {name_some(small)}")
     if options.white is None and white != WHITES[-1]:
         note(f"the 16-bit images use {white.bit_length()} bits only: {white} is taken as white")
-    size = options.image_size or choose_size(found, options.usual_size)
+    size = options.image_size or choose_size(found, options.usual_size, options.fit)
     return Target(tuple(size), options.channels or found.channels, options.white or white)
 
 
-def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
+def choose_size(found: Probed, usual_size: int, fit: str) -> tuple[int, int]:
     """The size (height, width) of images that are all small and of one size; else, noted, the usual size."""
     smallest, largest, size = tuple(found.smallest), tuple(found.largest), (usual_size, usual_size)
     if found.sizes == 1 and max(largest) <= LARGEST_OWN_SIZE:
@@ -112,7 +112,7 @@ def choose_size(found: Probed, usual_size: int) -> tuple[int, int]:
     if found.sizes and (smallest, largest) != (size, size):
         low, high = ("{1}x{0}".format(*shape) for shape in (smallest, largest))
         have = f"{low} pixels" if found.sizes == 1 else f"{found.sizes:,} sizes, {low} to {high} pixels"
-        resized = f"resized to {usual_size}x{usual_size} (--image-size and --fit change that)"
+        resized = f"resized to {usual_size}x{usual_size} (--image-size) by --fit {fit}"
         note(f"the images have {have}; they are {resized}")
     return size
 

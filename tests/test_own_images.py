@@ -199,7 +199,7 @@ def test_derived_size_that_is_not_that_of_the_images_is_said(capsys, folder):
     assert note_of_sizes(capsys, folder) is None  # all are 16x16, and stay so
     for path in folder.glob("*/*/*.png"):
         Image.new("RGB", (90, 60)).save(path)
-    end = "they are resized to 64x64 (--image-size and --fit change that)"
+    end = "they are resized to 64x64 (--image-size) by --fit stretch"
     for _ in range(2):  # the second time from the cache
         assert note_of_sizes(capsys, folder) == f"note: the images have 90x60 pixels; {end}"
     Image.new("RGB", (10, 20)).save(folder / "train" / "a" / "0.png")

@@ -90,6 +90,7 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     if dataset == "linear" and network not in ("linear", "mlp"):
         raise Problem(f"--dataset {dataset} has features, not images: --model linear or mlp", 2)
     settings |= {"dataset": dataset, "model": network}
+    settings["fit"] = args.fit or ("crop" if dataset in OWN_IMAGES else "stretch")
     for name, value in recipe(network, dataset, bool(args.pretrained), args.optimizer).items():
         if settings[name] is None:
             settings[name] = value
@@ -220,5 +221,6 @@ def resumed(args, given: dict, arguments: dict, run: str, finished: bool) -> arg
         raise Problem(f"{run} was begun for {epochs} epochs, and --epochs can only be raised", 2)
     if finished and given.get("epochs", 0) <= epochs:
         raise Problem(f"{run} is finished; --epochs above {epochs} trains it further", 2)
+    defaults["fit"] = "stretch"  # before there was a choice
     settings = {name: arguments.get(name, default) for name, default in defaults.items()}
     return argparse.Namespace(**{**settings, **given})
