@@ -59,7 +59,7 @@ def test_sound_images_cause_no_note(call, here, photos):
 def test_copies_are_named_and_the_accuracy_is_given_without_them(call, here, photos):
     shutil.copy(photos / "train/cat/3.png", photos / "test/cat/again.png")
     Image.open(photos / "train/dog/5.png").save(photos / "test/dog/anew.jpg", quality=60)
-    Image.open(photos / "train/dog/6.png").resize((70, 60)).save(photos / "test/dog/scaled.png")
+    Image.open(photos / "train/dog/6.png").resize((60, 60)).save(photos / "test/dog/scaled.png")
     shutil.copy(photos / "train/cat/4.png", photos / "train/dog/mistaken.png")
     result = call(step1_train.main, *QUICK, "--data-dir", photos).done()
     said, train, test = notes(result), photos / "train", photos / "test"
