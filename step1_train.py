@@ -141,7 +141,7 @@ import torch.nn.functional as F
 import model
 from data import doctor
 from data.split import Split, make_splits
-from deploy import report
+from report import drawing, page
 from training import calibration, console, cpu, features, optimizers, processes, runs, weights
 from training.result import summarise
 from training.saliency import examples
@@ -306,7 +306,7 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
         console.show(f"epoch {best['epoch']} did best on the validation split and is kept")
     if best or trainer.calibration:
         trainer.save(evaluated.accuracy)
-    summary, outputs = summarise(trainer, deployable, evaluated, report)
+    summary, outputs = summarise(trainer, deployable, evaluated, page)
     runs.write_json(trainer.run, runs.SUMMARY, summary)
     write_pictures(trainer, deployable, evaluated.accuracy, outputs)
     runs.tidy(trainer.run)
@@ -327,10 +327,11 @@ def write_pictures(trainer, deployable, accuracy, outputs) -> None:
         images["augmented"] = augmented.cpu().numpy(), labels.cpu().numpy()
     try:
         try:
-            report.draw_run(trainer.run, spec, trainer.progress.rows, dataset.test_labels, outputs, **images)
+            rows = trainer.progress.rows
+            drawing.draw_run(trainer.run, spec, rows, dataset.test_labels, outputs, **images)
         except ImportError as error:
             note(f"no pictures without matplotlib ({error}); pip install matplotlib")
-        report.write_report(trainer.run, runs.RUNS, runs.EXPORTS)
+        page.write_report(trainer.run, runs.RUNS, runs.EXPORTS)
     except OSError as error:
         note(f"the run is complete, but its report cannot be written: {error.strerror or error}")
 

@@ -102,12 +102,12 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 from data.notes import silenced  # noqa: E402
-from deploy import bundle, device, fixed, gate, int8, report  # noqa: E402
-from deploy.card import needs  # noqa: E402
+from deploy import bundle, device, fixed, gate, int8  # noqa: E402
 from deploy.comparing import predictions, some  # noqa: E402
 from deploy.fixed import example_of, free_sizes  # noqa: E402
 from deploy.gate import Run  # noqa: E402
 from deploy.samples import GOLDEN_SAMPLES, golden_samples, one_of_each_class  # noqa: E402
+from report import card, page  # noqa: E402
 from training import cpu, runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
@@ -234,7 +234,7 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
         elif args.bundle:
             parity = {name: parity[name] for name in formats}
             publish_bundle(workspace, out, parity, args.opset, spec, dataset, expected)
-    print(f"one input needs {needs(spec['device'])}", flush=True)
+    print(f"one input needs {card.needs(spec['device'])}", flush=True)
     return failed
 
 
@@ -290,8 +290,14 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
     """Make the bundle of the proven files in `workspace`, with samples of the test split. Raises Problem."""
     newest = max(opset, int8.OPSET) if "onnx-int8" in parity else opset
     onnxruntime = onnx_file.OPSETS[newest][1]
+    described = spec
+    if dataset.task != "regression":
+        predicted = expected.main.argmax(1)
+        figures = card.per_class(dataset.test_labels, predicted, spec["classes"])
+        described = {**spec, "per_class": figures}
+    text = card.model_card(described, parity)
     with problems(f"cannot write the bundle in {out}", OSError):
-        archive = bundle.publish(out, workspace, parity, onnxruntime, spec, dataset, expected)
+        archive = bundle.publish(out, workspace, parity, onnxruntime, spec, dataset, expected, text)
     print(f"{'bundle':15} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
 
 
@@ -372,7 +378,7 @@ def run_export(args: argparse.Namespace) -> int:
             raise
         raise Problem(f"cannot write {out}: {error.strerror or error}") from None
     try:
-        report.write_report(path, os.path.dirname(path) or ".", runs.EXPORTS, out)
+        page.write_report(path, os.path.dirname(path) or ".", runs.EXPORTS, out)
     except OSError as error:
         say(f"note: {path}/report.html is as it was before the export: {error.strerror or error}")
     return 1 if failed else 0

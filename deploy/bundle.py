@@ -9,15 +9,15 @@ import json
 import os
 import re
 import shutil
+import string
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 import step3_infer
-from deploy.card import filled, markdown, model_card, per_class
 from deploy.samples import calibration_images, write_samples
-from step3_infer import replacing, say, sha256
+from step3_infer import printable, replacing, say, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 EXCLUDED = shutil.ignore_patterns("__pycache__", "build*", ".*", "ort", "*.onnx")  # of one machine only
@@ -27,12 +27,14 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # the last: Windows, of a
 INDEX = '<!doctype html><title>The page is in web/</title><meta http-equiv="refresh" content="0; url=web/">\n'
 
 
-def publish(out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict, dataset, expected) -> str:
+def publish(
+    out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict, dataset, expected, card: str
+) -> str:
     """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
 
     workspace: a directory in the same file system, with the exported files. parity: the contents of
     parity.json for them; onnxruntime: the oldest version that runs them; spec: what they contain; expected:
-    the network's outputs on the test split. Raises OSError.
+    the network's outputs on the test split; card: the text of MODEL_CARD.md. Raises OSError.
     """
     folder, path = os.path.join(workspace, "bundle"), archive_path(out)
     os.makedirs(os.path.join(folder, "samples"))
@@ -44,12 +46,10 @@ def publish(out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict
     write_samples(folder, spec["classes"], dataset, expected)
     if any(name.endswith("-fixed") for name in parity):
         np.save(os.path.join(folder, "calibration.npy"), calibration_images(spec, dataset))
-    if dataset.task != "regression":
-        spec = {**spec, "per_class": per_class(dataset.test_labels, expected.main.argmax(1), spec["classes"])}
     timeless = {name: {k: v for k, v in row.items() if k not in TIMINGS} for name, row in parity.items()}
     texts = {
         "requirements.txt": f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n",
-        "MODEL_CARD.md": model_card(spec, parity),
+        "MODEL_CARD.md": card,
         "README.md": readme(spec, os.listdir(folder)),
         "index.html": INDEX,
         "parity.json": json.dumps(timeless, indent=2, allow_nan=False) + "\n",
@@ -75,6 +75,16 @@ def readme(spec: dict, names: list[str]) -> str:
     text = filled("bundle.md.template", title=title, inputs=inputs, cpp=cpp)
     row = r"\| `((?:model|calibration)\.[^`]+)` \|.*\n"  # of a file that not every bundle has
     return re.sub(row, lambda found: found[0] if found[1] in names else "", text)
+
+
+def filled(template: str, **values: object) -> str:
+    """The text of a template in this directory."""
+    return string.Template(Path(HERE, template).read_text(encoding="utf-8")).substitute(values)
+
+
+def markdown(text: object) -> str:
+    """Untrusted text with the characters escaped that mean something to Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", printable(str(text)))
 
 
 def archive_path(out: str) -> str:

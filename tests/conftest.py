@@ -31,7 +31,8 @@ torch.set_num_threads(1)
 
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402
-from deploy import comparing, gate, report  # noqa: E402
+from deploy import comparing, gate  # noqa: E402
+from report import drawing, page  # noqa: E402
 from training import recipes  # noqa: E402
 
 
@@ -110,8 +111,8 @@ def independent(request, monkeypatch):
     test is about them."""
     torch.manual_seed(0)
     if not request.node.get_closest_marker("pictures"):
-        monkeypatch.setattr(report, "draw_run", lambda *args, **more: [])
-        monkeypatch.setattr(report, "draw_familiar", lambda *args: None)
+        monkeypatch.setattr(drawing, "draw_run", lambda *args, **more: [])
+        monkeypatch.setattr(page, "draw_familiar", lambda *args: None)
         monkeypatch.setattr(comparing, "camera", SimpleNamespace(survey=lambda *args: []))
     if not request.node.get_closest_marker("calibrated"):
         monkeypatch.setattr(recipes, "FEW_TO_CALIBRATE", 10**9)

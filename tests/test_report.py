@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import deploy
+import report
 import step3_infer
-from deploy import card, report
+from report import card, drawing, page
 
 pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
 pytestmark = pytest.mark.pictures
@@ -90,7 +90,7 @@ def check_pictures(run, *names):
 @pytest.mark.parametrize("n", [2, 100])
 def test_pictures_of_a_run(run, n):
     arguments = draw_arguments(n)
-    paths = report.draw_run(run, *arguments)
+    paths = drawing.draw_run(run, *arguments)
     check_pictures(run, *OF_CLASSIFIER)
     assert sorted(paths) == sorted(str(path) for path in run.iterdir())
     assert arguments[4].read == set(range(7))  # of the test images only the wrong predictions
@@ -99,7 +99,7 @@ def test_pictures_of_a_run(run, n):
 def test_hostile_class_names_are_drawn_without_a_warning(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report.draw_run(run, *draw_arguments(6, HOSTILE, shape=(30, 10, 3)))
+        drawing.draw_run(run, *draw_arguments(6, HOSTILE, shape=(30, 10, 3)))
     check_pictures(run, *OF_CLASSIFIER)
 
 
@@ -107,16 +107,16 @@ def test_pictures_repeat_and_leave_matplotlib_as_it_was(run):
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 30, "font.size": 30}):
-        report.draw_run(run, *draw_arguments(3))
+        drawing.draw_run(run, *draw_arguments(3))
         first = {path.name: path.read_bytes() for path in run.iterdir()}
         assert matplotlib.rcParams["text.usetex"] and matplotlib.rcParams["font.size"] == 30
-    report.draw_run(run, *draw_arguments(3))
+    drawing.draw_run(run, *draw_arguments(3))
     assert {path.name: path.read_bytes() for path in run.iterdir()} == first
 
 
 def test_a_run_without_wrong_predictions(run):
     arguments = draw_arguments(3, wrong=0)
-    report.draw_run(run, *arguments)
+    drawing.draw_run(run, *arguments)
     assert arguments[4].read == set()
     with Image.open(run / "mistakes.png") as image:
         assert image.height < 400  # a sentence, no grid
@@ -136,9 +136,9 @@ def drawn_texts(monkeypatch):
 def test_titles_use_the_singular_for_one(run, monkeypatch):
     texts, arguments = drawn_texts(monkeypatch), draw_arguments(3, wrong=1)
     arguments[1] = ROWS[:1]
-    report.draw_run(run, *arguments)
+    drawing.draw_run(run, *arguments)
     assert "Training curves, 1 epoch" in texts
-    report.draw_run(run, *draw_arguments(3, wrong=40))
+    drawing.draw_run(run, *draw_arguments(3, wrong=40))
     assert {"Training curves, 3 epochs", "Most confident wrong predictions, 25 of 40"} <= set(texts)
     assert {"Confusion matrix, 3 classes", "Most confident wrong predictions"} <= set(texts)
 
@@ -146,7 +146,7 @@ def test_titles_use_the_singular_for_one(run, monkeypatch):
 def test_pictures_of_a_regression_and_of_a_single_epoch(run):
     row = {**ROWS[0], "train_accuracy": None, "test_accuracy": None}
     spec, truths = {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, np.arange(5.0)[:, None]
-    report.draw_run(run, spec, [row], truths, truths + 1)
+    drawing.draw_run(run, spec, [row], truths, truths + 1)
     check_pictures(run, "curves.png", "predicted.png")
 
 
@@ -171,14 +171,14 @@ def drawn_titles(monkeypatch):
 
 def test_reliability_is_drawn_before_and_after(run, monkeypatch):
     texts, arguments = drawn_titles(monkeypatch), draw_arguments(3, wrong=6)
-    report.draw_run(run, *arguments)  # 60 images, 90 % right, with probability 0.93
+    drawing.draw_run(run, *arguments)  # 60 images, 90 % right, with probability 0.93
     assert any(text.startswith("Not calibrated\ncalibration error ") for text in texts)
     assert {"4 images each", "100% answered: 90.00% right"} <= set(texts)
     texts.clear()
-    report.draw_run(run, {**arguments[0], "temperature": 0.5}, *arguments[1:])
+    drawing.draw_run(run, {**arguments[0], "temperature": 0.5}, *arguments[1:])
     before, after = (text.split("\ncalibration error ") for text in texts if "calibration error" in text)
     assert before[0] == "Before calibration" and after[0] == "After, temperature 0.50"
-    error = report.calibration_error(arguments[3], arguments[2])
+    error = page.calibration_error(arguments[3], arguments[2])
     assert after[1] == f"{error:.2%}" and before[1] != after[1]
 
 
@@ -213,16 +213,16 @@ def test_familiar_shows_the_export_of_the_current_checkpoint(run, monkeypatch):
 
 
 def test_without_matplotlib_it_is_an_import_error(run, monkeypatch):
-    monkeypatch.delattr(deploy, "pictures", raising=False)
-    monkeypatch.delitem(sys.modules, "deploy.pictures", raising=False)
+    monkeypatch.delattr(report, "pictures", raising=False)
+    monkeypatch.delitem(sys.modules, "report.pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="matplotlib"):
-        report.draw_run(run, *draw_arguments(3))
+        drawing.draw_run(run, *draw_arguments(3))
     assert not list(run.iterdir())
 
 
 def test_figures_of_each_class():
-    figures = report.per_class([0, 0, 0, 1], [0, 1, 1, 1], ["a", "b", "never"])
+    figures = card.per_class([0, 0, 0, 1], [0, 1, 1, 1], ["a", "b", "never"])
     assert figures["a"] == {"precision": 1.0, "recall": 1 / 3, "f1": 0.5, "support": 3}
     assert figures["b"] == {"precision": 1 / 3, "recall": 1.0, "f1": 0.5, "support": 1}
     assert figures["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
@@ -284,14 +284,14 @@ def write_run(run, accuracy=0.9, dataset="digits", finished=True, **more):
 
 
 def read_report(run, **more):
-    path = report.write_report(str(run), str(run.parent), str(run.parent.parent / "exports"), **more)
+    path = page.write_report(str(run), str(run.parent), str(run.parent.parent / "exports"), **more)
     assert path == str(run / "report.html") and not list(run.glob("*.tmp"))
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
 def test_report_is_one_file_with_the_pictures_inside(run):
     write_run(run)
-    report.draw_run(run, *draw_arguments(3))
+    drawing.draw_run(run, *draw_arguments(3))
     page = read_report(run)
     assert len(page.addresses) == page.tags.count("img") == len(OF_CLASSIFIER)
     for address in page.addresses:
@@ -319,7 +319,7 @@ def test_report_is_one_file_with_the_pictures_inside(run):
 def test_hostile_texts_are_text_in_the_report(run):
     write_run(run, data_dir="<img src=x onerror=alert(1)>", dataset="folder")
     summary = json.loads((run / "summary.json").read_text())
-    figures = report.per_class(np.arange(6), np.zeros(6, int), [*HOSTILE[:5], "\ud800\u202e"])
+    figures = card.per_class(np.arange(6), np.zeros(6, int), [*HOSTILE[:5], "\ud800\u202e"])
     (run / "summary.json").write_text(json.dumps({**summary, "per_class": figures}))
     page = read_report(run)
     assert "script" not in page.tags and "img" not in page.tags

@@ -10,7 +10,7 @@ import torch
 def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]:
     """The figures of a run, and the outputs that they are of: [n, classes] probabilities, or [n, 1].
 
-    deployable: the network that is the result; evaluated: over the test split; report: deploy.report.
+    deployable: the network that is the result; evaluated: over the test split; report: report.page.
     """
     settings, dataset, best = trainer.settings, trainer.dataset, trainer.progress.best
     summary = {

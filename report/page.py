@@ -1,6 +1,6 @@
 """report.html of a run, and the pictures inside it.
 
-step1 calls `draw_run` and `write_report` after training; step2 calls `write_report` again after an export.
+step1 calls `write_report` after training; step2 calls it again after an export.
 """
 
 import csv
@@ -9,13 +9,13 @@ import json
 import os
 from pathlib import Path
 
-from deploy.card import busy, camera_rows, cells, filled, formatted, per_class, without_empty_columns
-from deploy.drawing import draw_familiar, draw_run, picture_sections
 from deploy.reliability import calibration_error, calibration_error_floor
+from report.card import busy, camera_rows, cells, filled, formatted, per_class, without_empty_columns
+from report.drawing import draw_familiar, picture_sections
 from step3_infer import printable, replacing, sha256
 
-# For step1, which imports this module only.
-__all__ = ["calibration_error", "calibration_error_floor", "draw_run", "per_class", "write_report"]
+# For training/result.py, which receives this module.
+__all__ = ["calibration_error", "calibration_error_floor", "per_class", "write_report"]
 PASSED, FAILED = "<span class=good>passed</span>", "<span class=bad>FAILED</span>"
 
 

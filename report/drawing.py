@@ -6,7 +6,7 @@ import os
 import struct
 from pathlib import Path
 
-from deploy.card import confusion_matrix
+from report.card import confusion_matrix
 from step3_infer import printable, replacing
 
 TITLES, CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8")).values()
@@ -24,7 +24,7 @@ def draw_run(
     For a regression, labels and outputs are [N, 1], and there are no images. Raises ImportError without
     matplotlib, or OSError.
     """
-    from deploy import pictures, trust_pictures  # importing matplotlib takes a second; it may be missing
+    from report import pictures, trust_pictures  # importing matplotlib takes a second; it may be missing
 
     run, date, drawn = printable(os.path.basename(os.path.normpath(run_dir))), spec["created"][:10], {}
     if spec["task"] == "regression":
@@ -63,7 +63,7 @@ def draw_familiar(run_dir: str, export: dict[str, dict]) -> None:
     proven = [figures for figures in export.values() if figures.get("passed") and figures.get("familiar")]
     try:
         subtitle, kinds = f"{printable(run)} · {printable(proven[0].get('file', ''))}", proven[0]["familiar"]
-        from deploy import trust_pictures  # only now, as importing matplotlib takes a second
+        from report import trust_pictures  # only now, as importing matplotlib takes a second
 
         content = trust_pictures.familiar(subtitle, kinds)
     except (ImportError, AttributeError, LookupError, TypeError, ValueError):

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from deploy.card import counted
+from report.card import counted
 
 WIDTH, WIDE, DPI = 5.4, 10.0, 180  # inches: at a width of 5.4, 9 point letters are legible on a phone
 TOP, MARGIN = 0.62, 0.12  # inches: for the title, at the sides

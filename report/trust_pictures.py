@@ -4,8 +4,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from deploy import reliability as measured
-from deploy.card import counted, threshold
-from deploy.pictures import BLUE, GREY, ORANGE, WIDTH, as_png, new_figure
+from report.card import counted, threshold
+from report.pictures import BLUE, GREY, ORANGE, WIDTH, as_png, new_figure
 
 
 def percent(value, position=None):
