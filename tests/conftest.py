@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -28,6 +29,10 @@ sys.path.insert(0, str(ROOT))  # plain `pytest` puts only tests/ there
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine down
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers share it
 torch.set_num_threads(1)
+# A job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt. A handler
+# of this process's own is not inherited: children get the default one.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402

@@ -29,8 +29,9 @@ SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / na
 TINY = "--model mlp --hidden 8 --epochs 1".split()
 
 # Runs a script as `python script ...` would, on a system without what POSIX and Linux alone have.
+# asyncio comes first: on a system whose sockets have sendmsg, Python 3.13's asks for os.sysconf on import.
 POORER = """
-import mmap, os, runpy, sys
+import asyncio, mmap, os, runpy, sys
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 for module, prefixes in ((os, ("sched_", "getloadavg", "posix_", "mkfifo", "sysconf")), (mmap, ("MADV_",))):
