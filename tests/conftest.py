@@ -2,6 +2,7 @@
 scripts."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -34,8 +35,10 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import data  # noqa: E402
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402
+from data.dataset import with_fingerprint  # noqa: E402
 from deploy import comparing, gate  # noqa: E402
 from report import drawing, page  # noqa: E402
 from training import recipes  # noqa: E402
@@ -122,6 +125,35 @@ def independent(request, monkeypatch):
     if not request.node.get_closest_marker("calibrated"):
         monkeypatch.setattr(recipes, "FEW_TO_CALIBRATE", 10**9)
     with same_threads():
+        yield
+
+
+@contextlib.contextmanager
+def only_few_digits():
+    """Shorten the bundled digits to 100 + 20, for tests whose result does not depend on the accuracy."""
+    load = data.load
+
+    def load_few(name, *args, **options):
+        dataset = load(name, *args, **options)
+        if name != "digits":
+            return dataset
+        few = dataclasses.replace(
+            dataset,
+            train_images=dataset.train_images[:100],
+            train_labels=dataset.train_labels[:100],
+            test_images=dataset.test_images[:20],
+            test_labels=dataset.test_labels[:20],
+        )
+        return with_fingerprint(few)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", load_few)
+        yield
+
+
+@pytest.fixture
+def few_digits():
+    with only_few_digits():
         yield
 
 
