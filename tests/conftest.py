@@ -247,6 +247,12 @@ def small(once):
 
 
 @pytest.fixture(scope="session")
+def linear(once):
+    """The regression of the tensor tutorial: a run and its export. Read only."""
+    return once("linear", train_and_export, "linear-linear", "--dataset", "linear")
+
+
+@pytest.fixture(scope="session")
 def all_formats(once, trained):
     """The trained run's files in all formats: a directory. Read only."""
     return once("all-formats", export_all, trained)
@@ -271,6 +277,25 @@ def small_run(small, here):
 def in_process(monkeypatch):
     """Switch off the proof in a process of its own: the first proof must catch each fault without it."""
     monkeypatch.setattr(gate, "prove_isolated", lambda *_: ({"samples": 0}, []))
+
+
+@pytest.fixture
+def plant(monkeypatch, small):
+    """plant(write): let write(good file, path) make the small run's model.onnx, in place of the exporter.
+
+    Without an argument the good file is copied: exporting it again would take seconds.
+    """
+
+    def plant(write=shutil.copy):
+        original = step2_export.FORMATS["onnx"]
+
+        def export(deployable, spec, path, opset, **unused):
+            write(small.export / original.file, path)
+            return {}
+
+        monkeypatch.setitem(step2_export.FORMATS, "onnx", original._replace(export=export))
+
+    return plant
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def test_what_cannot_work_is_said_before_a_run_is_claimed(call, here, arguments,
 
 
 def test_more_memory_than_there_is(call, here):
-    call(step1_train.main, *"--model mlp --hidden 9999999 9999999".split()).error(1, "memory")
+    call(step1_train.main, *"--model mlp --hidden 9 99999999999999".split()).error(1, "memory")
 
 
 def test_a_named_pipe_among_the_images(call, here, folder):  # noqa: F811
@@ -90,13 +90,13 @@ def test_checkpoints_whose_spec_lacks_something(call, small_run, change):
     call(step2_export.main).error(1, "not a Threestep checkpoint")
 
 
-def test_foreign_parity_json(call, small_run, here):
+def test_foreign_parity_json(call, small_run, here, in_process):
     (here / "out").mkdir()
     (here / "out" / "parity.json").write_text('{"onnx": 5}')
     call(step2_export.main, "--format", "torchscript", "--out", "out").done()
 
 
-def test_an_interrupted_run_is_exported_with_a_note(call, small_run):
+def test_an_interrupted_run_is_exported_with_a_note(call, small_run, in_process):
     checkpoint = torch.load(small_run / "checkpoint.pt", weights_only=True)
     torch.save({**checkpoint, "epoch": 1}, small_run / "checkpoint.pt")
     (small_run / "summary.json").unlink()

@@ -123,7 +123,8 @@ def test_the_default_network_holds_under_a_camera(trained):
 
 
 @pytest.mark.pictures
-def test_the_table_stands_in_the_report_and_on_the_card(call, small_run, here):
+def test_the_table_stands_in_the_report_and_on_the_card(call, small_run, here, plant, in_process):
+    plant()
     call(step2_export.main, "--format", "onnx", "--bundle").done()
     figures = json.loads((here / "exports" / "small" / "parity.json").read_text())["onnx"]["camera"]
     assert [row["change"] for row in figures] == ["none", *camera.CHANGES]

@@ -199,22 +199,6 @@ def test_a_file_that_does_not_run_in_isolation(small, trusted, monkeypatch):
 # ------------------------------------------------------------------------------------ through step 2
 
 
-@pytest.fixture
-def plant(monkeypatch, small):
-    """plant(fault): let the fault(good file, path) write model.onnx for step 2."""
-
-    def plant(fault):
-        original = step2_export.FORMATS["onnx"]
-
-        def write(deployable, spec, path, opset, **unused):
-            fault(small.export / original.file, path)
-            return {}
-
-        monkeypatch.setitem(step2_export.FORMATS, "onnx", original._replace(export=write))
-
-    return plant
-
-
 @pytest.mark.parametrize(
     "fault", [lambda good, path: edit_weights(good, path, lambda weights: -weights), onnx_with]
 )

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import train_and_export
 
 import data
 import step1_train
@@ -13,11 +12,6 @@ import step2_export
 import step3_infer
 
 TUTORIAL = "--dataset linear --optimizer sgd --momentum 0 --lr 0.001 --epochs 10".split()
-
-
-@pytest.fixture(scope="module")
-def linear(tmp_path_factory):
-    return train_and_export(tmp_path_factory.mktemp("linear"), "linear-linear", "--dataset", "linear")
 
 
 def test_rows_are_the_tutorials():
