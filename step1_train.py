@@ -33,7 +33,8 @@ import os
 
 import data
 from data.notes import note, silenced
-from step3_infer import Parser, Problem, guarded, number
+from inference.command_line import Parser, number
+from inference.errors import Problem, guarded
 from training import command_line, recipes
 
 
@@ -306,7 +307,7 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
         console.show(f"epoch {best['epoch']} did best on the validation split and is kept")
     if best or trainer.calibration:
         trainer.save(evaluated.accuracy)
-    summary, outputs = summarise(trainer, deployable, evaluated, page)
+    summary, outputs = summarise(trainer, deployable, evaluated)
     runs.write_json(trainer.run, runs.SUMMARY, summary)
     write_pictures(trainer, deployable, evaluated.accuracy, outputs)
     runs.tidy(trainer.run)

@@ -30,9 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import step3_infer
 from deploy import onnx_file
-from step3_infer import Parser, Problem, guarded, number, problems, replacing, say
+from inference.command_line import Parser, number, say
+from inference.errors import Problem, guarded, problems
+from inference.files import replacing
+from inference.predict import Model
 
 FORMAT_NAMES = ("torchscript", "onnx", "onnx-int8", "pt2", "executorch", "litert")  # of FORMATS, below
 COMPILED = ("executorch", "litert")  # always of a fixed size
@@ -107,6 +109,7 @@ from deploy.comparing import predictions, some  # noqa: E402
 from deploy.fixed import example_of, free_sizes  # noqa: E402
 from deploy.gate import Run  # noqa: E402
 from deploy.samples import GOLDEN_SAMPLES, golden_samples, one_of_each_class  # noqa: E402
+from inference.metrics import per_class  # noqa: E402
 from report import card, page  # noqa: E402
 from training import cpu, runs  # noqa: E402
 
@@ -157,7 +160,7 @@ def export_int8(
     spec = {
         **spec,
         "quantization": f"int8, {figures['quantization']}",
-        "golden": golden_samples(images, predictions(step3_infer.Model(quantized, threads), images), spec),
+        "golden": golden_samples(images, predictions(Model(quantized, threads), images), spec),
         "self_test_tolerance": gate.INT8_SELF_TEST_TOLERANCE,
         "known": spec["known"] and {**spec["known"], "tolerance": gate.INT8_KNOWN_TOLERANCE},
     }
@@ -293,7 +296,7 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
     described = spec
     if dataset.task != "regression":
         predicted = expected.main.argmax(1)
-        figures = card.per_class(dataset.test_labels, predicted, spec["classes"])
+        figures = per_class(dataset.test_labels, predicted, spec["classes"])
         described = {**spec, "per_class": figures}
     text = card.model_card(described, parity)
     with problems(f"cannot write the bundle in {out}", OSError):

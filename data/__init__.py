@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 from data.dataset import Dataset, differences, mean_and_std, refuse_changes, with_fingerprint  # noqa: F401
-from step3_infer import Problem
+from inference.errors import Problem
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # What augment.gather applies.

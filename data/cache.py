@@ -17,10 +17,19 @@ import numpy as np
 import PIL
 
 from data.dataset import digest
-from data.decoding import LARGEST_OWN_SIZE, WHITES, Probed, Target, decode_chunk, probe, run_parallel
+from data.decoding import (
+    LARGEST_OWN_SIZE,
+    WHITES,
+    Probed,
+    Target,
+    decode_chunk,
+    probe,
+    run_parallel,
+)
 from data.files import Options, name_some
 from data.notes import note
-from step3_infer import Problem, problems, replacing
+from inference.errors import Problem, problems
+from inference.files import replacing
 
 STALE = 24 * 3600  # seconds after which the temporary file of a killed build is removed
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from step3_infer import Problem
+from inference.errors import Problem
 
 SPLITS = ("train", "val", "test")
 SAMPLED = 100  # of a split's images go into its fingerprint with their content

@@ -16,7 +16,9 @@ from PIL import ExifTags
 from tqdm import tqdm
 
 from data import notes
-from step3_infer import Problem, decode_image, open_image, problems, usable_cpus
+from inference.cpus import usable_cpus
+from inference.errors import Problem, problems
+from inference.images import decode_image, open_image
 
 CHUNK = 256  # files a worker takes at a time
 # Forked workers start at once and share what is imported; only Linux' libraries all survive being forked.

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.dataset import Dataset
 from data.notes import note
-from step3_infer import Problem
+from inference.errors import Problem
 
 
 def load_torchvision(name: str, data_dir: str) -> Dataset:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.dataset import SAMPLED, digest
-from step3_infer import Problem, problems
+from inference.errors import Problem, problems
 
 TEST_FRACTION = 0.2  # held out if the data comes without a test split
 SPELLINGS = {"train": "train training", "val": "val valid validation", "test": "test testing"}

@@ -7,7 +7,8 @@ import numpy as np
 
 from data.files import Files, name_some, split_called
 from data.notes import note
-from step3_infer import Problem, is_image, is_visible, problems, walk
+from inference.errors import Problem, problems
+from inference.images import is_image, is_visible, walk
 
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 HEIF = {".heic", ".heics", ".heif", ".heifs"}

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from step3_infer import say
+from inference.command_line import say
 
 silent = False
 

@@ -8,7 +8,7 @@ from data.files import TEST_FRACTION, Options, hold_out_test, name_some
 from data.folders import list_folder
 from data.notes import note
 from data.tables import list_csv
-from step3_infer import Problem
+from inference.errors import Problem
 
 FEW = 5  # training images of a class, below which step1 says so
 

@@ -12,7 +12,7 @@ import torch
 
 from data.augment import gather
 from data.files import stratified
-from step3_infer import Problem
+from inference.errors import Problem
 
 # Images held out for the calibration, at most. A temperature needs 1,000, a sharp threshold of `known` more.
 HELD_OUT, LARGEST_PART = 2500, 0.05

@@ -8,7 +8,7 @@ import numpy as np
 from data.dataset import SPLITS
 from data.files import Files, Options, split_called
 from data.notes import note
-from step3_infer import Problem, problems
+from inference.errors import Problem, problems
 
 COLUMNS = {"image": ("filepath", "filename", "path", "image"), "label": ("label", "class", "target")}
 SPLIT_COLUMN = "split"

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-import step3_infer
+from deploy import archive
 from deploy.samples import calibration_images, write_samples
-from step3_infer import printable, replacing, say, sha256
+from inference.command_line import printable, say
+from inference.files import replacing, sha256
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 EXCLUDED = shutil.ignore_patterns("__pycache__", "build*", ".*", "ort", "*.onnx")  # of one machine only
@@ -39,8 +40,9 @@ def publish(
     folder, path = os.path.join(workspace, "bundle"), archive_path(out)
     os.makedirs(os.path.join(folder, "samples"))
     models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
-    for file in (*models, step3_infer.__file__, os.path.join(HERE, "ENGINES.md")):
+    for file in (*models, os.path.join(HERE, "ENGINES.md")):
         shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
+    archive.write_program(folder)
     for name in ("cpp", "web"):
         shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=EXCLUDED)
     write_samples(folder, spec["classes"], dataset, expected)

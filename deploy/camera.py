@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-from step3_infer import Model
+from inference.predict import Model
 
 PART = 500  # images that are changed, and run, together
 

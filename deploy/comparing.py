@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deploy import camera, reliability
-from step3_infer import Model
+from deploy import camera, unknown
+from inference import metrics
+from inference.predict import Model
 
 BATCHES = (1, 7, 64)
 CAMERA_IMAGES = 500  # at most
@@ -123,14 +124,14 @@ def trust(spec: dict, exported: Model, got: Outputs, labels: np.ndarray) -> dict
     "familiar" says for each kind of image: how many there were, which share of them a threshold that keeps
     99 % calls unknown, and how many fell into each bin of `known`.
     """
-    figures, versions = {"coverage": reliability.accuracy_at_coverage(got.main, labels)}, {"": got.main}
+    figures, versions = {"coverage": metrics.accuracy_at_coverage(got.main, labels)}, {"": got.main}
     if spec.get("temperature"):
-        versions["_uncalibrated"] = reliability.with_temperature(got.main, 1 / spec["temperature"])
+        versions["_uncalibrated"] = metrics.with_temperature(got.main, 1 / spec["temperature"])
     for suffix, probabilities in versions.items():
-        figures[f"calibration_error{suffix}"] = reliability.calibration_error(probabilities, labels)
-        figures[f"calibration_error_floor{suffix}"] = reliability.calibration_error_floor(probabilities)
+        figures[f"calibration_error{suffix}"] = metrics.calibration_error(probabilities, labels)
+        figures[f"calibration_error_floor{suffix}"] = metrics.calibration_error_floor(probabilities)
     if got.known is not None:
-        kinds = reliability.unknown_kinds(*spec["image_size"], spec["channels"])
+        kinds = unknown.unknown_kinds(*spec["image_size"], spec["channels"])
         known = {name: predictions(exported, images).known for name, images in kinds}
         figures["familiar"] = {}
         for name, values in {"test split": got.known, **known}.items():

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-import step3_infer
 from deploy import gate
 from deploy.samples import GOLDEN_SAMPLES, golden_samples, one_of_each_class
-from step3_infer import problems, replacing
+from inference.errors import problems
+from inference.files import replacing
+from inference.images import fit_to_input
 
 
 def of_fixed_size(run: gate.Run, spec: dict, dataset, batch: int | None, kind: str) -> dict:
@@ -19,7 +20,7 @@ def of_fixed_size(run: gate.Run, spec: dict, dataset, batch: int | None, kind: s
     """
     spec = {**spec, "fixed": {"batch": batch, "input": {"float": "float32"}.get(kind, kind)}}
     images = dataset.test_images[one_of_each_class(dataset, GOLDEN_SAMPLES)]
-    outputs = gate.reference(run, step3_infer.fit(images, spec))
+    outputs = gate.reference(run, fit_to_input(images, spec))
     return {**spec, "golden": golden_samples(images, outputs, spec)}
 
 

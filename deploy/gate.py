@@ -20,10 +20,12 @@ import numpy as np
 import torch
 
 import model
-import step3_infer
+from deploy import archive
 from deploy.comparing import Outputs, compare, latency, predictions, some, test_figures
 from deploy.samples import to_png
-from step3_infer import Model, Problem, problems
+from inference.errors import Problem, problems
+from inference.images import fit_to_input, resize
+from inference.predict import Model
 
 RESIZE_TOLERANCE = 1e-3  # grey levels
 KNOWN_TOLERANCE, INT8_KNOWN_TOLERANCE = 5e-3, 5e-2
@@ -125,11 +127,11 @@ def resized_outside(run: Run, spec: dict, inputs: np.ndarray) -> np.ndarray:
     sizes = run.spec["image_size"], run.spec.get("fit") or "stretch"
     for part in np.array_split(inputs, -(-len(inputs) // 64)):
         wanted = model.resize(torch.from_numpy(part), *sizes).numpy()
-        resized = np.stack([step3_infer.resize(image, *sizes) for image in part])
+        resized = np.stack([resize(image, *sizes) for image in part])
         difference = np.abs(resized - wanted).max()
         if not difference <= RESIZE_TOLERANCE:
             raise Problem(f"step3_infer.py resizes otherwise, by {difference:.1e} grey levels")
-    return step3_infer.fit(inputs, spec)
+    return fit_to_input(inputs, spec)
 
 
 def check_reference(run: Run, dataset, expected: np.ndarray) -> None:
@@ -218,7 +220,7 @@ def prove_rest(run: Run, file, exported: Model, inputs, expected: Outputs, toler
 
 
 def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: Outputs, tolerance: float):
-    """Compare the first inputs again, predicted by a process that has only step3_infer.py and the file."""
+    """Compare the first inputs again, predicted by a process that has only step3_infer.pyz and the file."""
     try:
         got = predict_isolated(run.spec, file, inputs[:ISOLATED_SAMPLES])
     except Problem as problem:
@@ -229,10 +231,10 @@ def prove_isolated(run: Run, file: str, inputs: np.ndarray, expected: Outputs, t
 def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
     """Outputs for inputs [N, ...], images as PNG files, from an otherwise empty directory. Raises Problem."""
     place, regression = tempfile.TemporaryDirectory, spec["task"] == "regression"
-    command = [sys.executable, "-I", "step3_infer.py", "--format", "json", "--model", os.path.basename(file)]
+    command = [sys.executable, "-I", archive.NAME, "--format", "json", "--model", os.path.basename(file)]
     with problems("no temporary directory to run it in", OSError), place() as folder, place() as pictures:
-        for needed in (step3_infer.__file__, file):
-            shutil.copy(needed, folder)
+        archive.write_program(folder)
+        shutil.copy(file, folder)
         if regression:
             command += ["--values=" + ",".join(map(str, row)) for row in inputs.tolist()]
         else:
@@ -241,7 +243,7 @@ def predict_isolated(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
                 Path(pictures, f"{index:03}.png").write_bytes(to_png(image))
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
     if done.returncode != 0:
-        raise Problem(f"step3_infer.py failed: {done.stderr.strip()}")
+        raise Problem(f"{archive.NAME} failed: {done.stderr.strip()}")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     if regression:
         return Outputs(np.array([[row["prediction"]] for row in rows], np.float32), None)

@@ -20,7 +20,8 @@ import onnx
 
 from deploy import onnx_file
 from deploy.comparing import predictions
-from step3_infer import Model, fit
+from inference.images import fit_to_input
+from inference.predict import Model
 
 OPSET = 20  # at least: the first with GELU as one operator, which in pieces would be quantized piece by piece
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -48,8 +49,8 @@ def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float,
     calibration, check = np.sort(order[:CALIBRATION]), np.sort(order[CALIBRATION : CALIBRATION + CHECK])
     exported = Model(source, threads)
     check = check if len(check) >= CALIBRATION else calibration  # of a small dataset
-    calibration_images = fit(images[calibration], exported.spec)
-    check_images, check_labels = fit(images[check], exported.spec), labels[check]
+    calibration_images = fit_to_input(images[calibration], exported.spec)
+    check_images, check_labels = fit_to_input(images[check], exported.spec), labels[check]
     before, tried = accuracy(source, check_images, check_labels, threads), []
     for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
         file = f"{source}.{number}.onnx"
@@ -213,7 +214,7 @@ def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads:
     slow, fast = (Model(file, threads) for file in (unquantized, quantized))
     figures = {}
     for size in [fast.batch] if fast.batch else (1, 64):
-        batch = fit(np.resize(images[:size], (size, *images.shape[1:])), fast.spec)
+        batch = fit_to_input(np.resize(images[:size], (size, *images.shape[1:])), fast.spec)
         figures[str(size)] = round(speedup(slow.predict, fast.predict, batch), 2)
     warning = f"it is not faster than float32 on this machine ({speed_in_words(figures)})"
     return {"speedup": figures} | ({} if min(figures.values()) >= FASTER else {"warning": warning})

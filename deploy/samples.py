@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deploy.comparing import Outputs
-from step3_infer import fit
+from inference.images import fit_to_input
 
 GOLDEN_SAMPLES, BUNDLE_SAMPLES = 4, 10
 CALIBRATION_IMAGES, CALIBRATION_BYTES = 256, 4 << 20  # at most
@@ -36,7 +36,7 @@ def golden_samples(inputs: np.ndarray, outputs: Outputs, spec: dict) -> list[dic
         encoded = base64.b64encode(to_png(image)).decode()
         sample = {"image": encoded, "probabilities": [round(p, 7) for p in probabilities]}
         if spec.get("fixed"):
-            sample["tensor"] = base64.b64encode(fit(image[None], spec).tobytes()).decode()
+            sample["tensor"] = base64.b64encode(fit_to_input(image[None], spec).tobytes()).decode()
         samples.append(sample if outputs.known is None else {**sample, "known": known_of(outputs, number)})
     return samples
 
@@ -50,7 +50,7 @@ def calibration_images(spec: dict, dataset) -> np.ndarray:
     fitting = CALIBRATION_BYTES // (math.prod(spec["image_size"]) * spec["channels"])
     wanted = min(CALIBRATION_IMAGES, max(1, fitting))
     images = dataset.train_images[:: -(-len(dataset.train_images) // wanted)]
-    return fit(np.asarray(images), {**spec, "fixed": {"batch": None, "input": "uint8"}})
+    return fit_to_input(np.asarray(images), {**spec, "fixed": {"batch": None, "input": "uint8"}})
 
 
 def write_samples(folder: str, classes: list[str], dataset, expected: Outputs) -> None:

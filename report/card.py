@@ -3,13 +3,13 @@
 import math
 import re
 import string
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from deploy.reliability import BINS
-from step3_infer import MODEL_NAMES, printable
+from inference.command_line import printable
+from inference.engines import MODEL_NAMES
+from inference.metrics import BINS
 
 FITS = {
     "stretch": "without keeping the aspect ratio",
@@ -46,21 +46,6 @@ def needs(device: dict[str, int]) -> str:
     """In words what one image needs in float32, see deploy/device.py."""
     weights, activations = (f"{4e-6 * device[name]:,.2f} MB of {name}" for name in ("weights", "activations"))
     return f"{weights}, {activations}, {1e-6 * device['multiply_adds']:,.1f} M multiply-adds"
-
-
-def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
-    """Counts [true, predicted] of whole numbers [N] and [N] below `classes`."""
-    pairs = np.asarray(labels, np.int64) * classes + np.asarray(predicted, np.int64)
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-
-
-def per_class(labels: Sequence[int], predicted: Sequence[int], classes: Sequence[str]) -> dict[str, dict]:
-    """Precision, recall, F1 and support of each class, from whole numbers [N] and [N] (0 where undefined)."""
-    counts = confusion_matrix(labels, predicted, len(classes))
-    hits, truths, guesses = counts.diagonal(), counts.sum(1), counts.sum(0)
-    columns = {"precision": hits / np.maximum(guesses, 1), "recall": hits / np.maximum(truths, 1)}
-    columns |= {"f1": 2 * hits / np.maximum(guesses + truths, 1), "support": truths}
-    return {name: {key: each[k].item() for key, each in columns.items()} for k, name in enumerate(classes)}
 
 
 def busy(figures: dict) -> str | None:

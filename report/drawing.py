@@ -6,8 +6,9 @@ import os
 import struct
 from pathlib import Path
 
-from report.card import confusion_matrix
-from step3_infer import printable, replacing
+from inference.command_line import printable
+from inference.files import replacing
+from inference.metrics import confusion_matrix
 
 TITLES, CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8")).values()
 
@@ -24,7 +25,10 @@ def draw_run(
     For a regression, labels and outputs are [N, 1], and there are no images. Raises ImportError without
     matplotlib, or OSError.
     """
-    from report import pictures, trust_pictures  # importing matplotlib takes a second; it may be missing
+    from report import (  # importing matplotlib takes a second; it may be missing
+        pictures,
+        trust_pictures,
+    )
 
     run, date, drawn = printable(os.path.basename(os.path.normpath(run_dir))), spec["created"][:10], {}
     if spec["task"] == "regression":

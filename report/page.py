@@ -9,13 +9,19 @@ import json
 import os
 from pathlib import Path
 
-from deploy.reliability import calibration_error, calibration_error_floor
-from report.card import busy, camera_rows, cells, filled, formatted, per_class, without_empty_columns
+from inference.command_line import printable
+from inference.files import replacing, sha256
+from report.card import (
+    busy,
+    camera_rows,
+    cells,
+    filled,
+    formatted,
+    without_empty_columns,
+)
 from report.drawing import draw_familiar, picture_sections
-from step3_infer import printable, replacing, sha256
 
 # For training/result.py, which receives this module.
-__all__ = ["calibration_error", "calibration_error_floor", "per_class", "write_report"]
 PASSED, FAILED = "<span class=good>passed</span>", "<span class=bad>FAILED</span>"
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from deploy import reliability as measured
+from inference import metrics as measured
 from report.card import counted, threshold
 from report.pictures import BLUE, GREY, ORANGE, WIDTH, as_png, new_figure
 

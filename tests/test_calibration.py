@@ -14,7 +14,9 @@ import model
 import step1_train
 import step2_export
 import step3_infer
-from deploy import comparing, reliability
+from deploy import comparing
+from inference import metrics
+from inference.predict import Model, predict
 from training import calibration, recipes
 
 pytestmark = pytest.mark.calibrated
@@ -92,7 +94,7 @@ def test_middle_layers_are_found_and_leave_the_network_as_it_was(name, layers):
 def test_calibration_error():
     probabilities = np.tile([[0.8, 0.2]], (1000, 1))
     labels = (np.arange(1000) % 10 >= 7).astype(int)  # 70 % right
-    assert reliability.calibration_error(probabilities, labels, bins=1) == pytest.approx(0.1)
+    assert metrics.calibration_error(probabilities, labels, bins=1) == pytest.approx(0.1)
 
 
 # --------------------------------------------------------------------------------------------------- in a run
@@ -195,7 +197,7 @@ def test_a_file_can_bring_its_own_thresholds(call, small_run, here, samples, noi
         row["label"] for row in rows(call(step3_infer.main, "--format", "json", "--model", file, noise_file))
     ]
     assert labels == ["unknown"]
-    answer = step3_infer.predict(samples[0], step3_infer.Model(file))
+    answer = predict(samples[0], Model(file))
     assert answer["label"] == "unsure" and answer["known"] > 0.01
 
 
@@ -261,7 +263,7 @@ def test_what_the_test_split_does_not_bear_out_fails_and_says_the_way_out():
 
 def test_a_run_can_be_exported_uncalibrated(call, small_run, here, in_process):
     call(step2_export.main, "--format", "torchscript", "--uncalibrated").done()
-    exported = step3_infer.Model(here / "exports" / "small" / "model.pt")
+    exported = Model(here / "exports" / "small" / "model.pt")
     assert exported.run(noise(8))[1] is None and exported.spec["temperature"] is None
 
 
@@ -273,5 +275,5 @@ def test_int8_has_a_table_of_its_own(all_formats):
         arrays = map(onnx.numpy_helper.to_array, onnx.load(all_formats / file).graph.initializer)
         tables += [array for array in arrays if array.shape == (1000,)]
     assert len(tables) == 2 and not np.array_equal(*tables) and (np.diff(tables[1]) >= 0).all()
-    quantized = step3_infer.Model(all_formats / "model.int8.onnx")
+    quantized = Model(all_formats / "model.int8.onnx")
     assert (quantized.run(noise(8))[1] == 0).all()

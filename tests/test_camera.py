@@ -12,8 +12,8 @@ from PIL import Image
 
 import data
 import step2_export
-import step3_infer
 from deploy import camera
+from inference.predict import Model
 
 
 def photos(size=(24, 20), channels=3):
@@ -88,7 +88,7 @@ def test_shift_and_rotation_move_what_is_there():
 def test_survey_measures_each_change_and_known_where_the_file_has_it(trained):
     digits = data.load("digits")
     images, labels = digits.test_images[:100], digits.test_labels[:100]
-    file = step3_infer.Model(trained.export / "model.onnx")
+    file = Model(trained.export / "model.onnx")
     rows = list(camera.survey(file, images, labels))
     assert [row["change"] for row in rows] == ["none", *camera.CHANGES]
     assert rows[0]["accuracy"] == (file.predict(images).argmax(1) == labels).mean()
@@ -114,7 +114,7 @@ def test_the_benchmark_prints_its_table(trained):
 
 def test_the_default_network_holds_under_a_camera(trained):
     digits = data.load("digits")
-    file = step3_infer.Model(trained.export / "model.onnx")
+    file = Model(trained.export / "model.onnx")
     clean, _ = camera.measure(file, digits.test_images, digits.test_labels)
     # Without blur, color and noise in training, contrast x0.5 leaves 96 %, x0.3 42 %.
     for function, strength in ((camera.noise, 16), (camera.contrast, 0.5), (camera.contrast, 0.3)):

@@ -23,6 +23,8 @@ from PIL import Image
 import model
 import step2_export
 import step3_infer
+from inference.command_line import printable
+from inference.predict import Model, predict
 
 CLASSES = ["cat", "dög", 'a "quoted" \\ one', "two\nlines", "\u202eemoji \U0001f600"]
 
@@ -287,7 +289,7 @@ def test_jpegs_are_predicted_like_step3_does(program, shipped, samples, tmp_path
         photo.save(tmp_path / f"{path.stem}.jpg", quality=95)
     lines = run(program, "--model", shipped, "--format", "json", tmp_path).done().out.splitlines()
     for line, path in zip(map(json.loads, lines), sorted(tmp_path.glob("*.jpg")), strict=True):
-        expected = step3_infer.predict(path, step3_infer.Model(shipped))
+        expected = predict(path, Model(shipped))
         assert line["label"] == expected["label"]
         assert line["probability"] == pytest.approx(expected["probability"], abs=0.02)
 
@@ -306,7 +308,7 @@ def test_names_are_escaped(program, compare, call, tiny, pictures, here):
     lines = run(program, "--model", tiny[3], "--top-k", 5, ".").done().out
     assert len(lines.splitlines()) == len(names)
     for name in [*(os.fsdecode(name) for name in names), *CLASSES]:
-        assert step3_infer.printable(name) in lines
+        assert printable(name) in lines
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", lines)
 
 
@@ -437,7 +439,7 @@ def test_self_test(program, here, shipped):
     passed = run(program, "--self-test").done()
     assert re.fullmatch(r"self-test passed: 4 golden samples, max difference \d\.\de-\d\d\n", passed.out)
     assert passed.err == f"model: {source}\n"
-    golden = step3_infer.Model(source).spec["golden"]
+    golden = Model(source).spec["golden"]
     golden[2]["probabilities"][0] += 0.001
     changed = run(program, "--self-test", "--model", with_spec(source, "changed", golden=golden))
     assert changed.code == 1 and changed.out == "self-test FAILED: 4 golden samples, max difference 1.0e-03\n"
@@ -460,7 +462,7 @@ def test_self_test(program, here, shipped):
     ],
 )
 def test_self_test_tolerance_is_that_of_step3(program, call, here, shipped, changes, passes):
-    spec = step3_infer.Model(shipped).spec
+    spec = Model(shipped).spec
     spec.pop("self_test_tolerance", None)
     for difference, passed in passes.items():
         golden = json.loads(json.dumps(spec["golden"]))
@@ -474,7 +476,7 @@ def test_self_test_tolerance_is_that_of_step3(program, call, here, shipped, chan
 
 
 def test_self_test_covers_known(program, call, here, shipped):
-    spec = step3_infer.Model(shipped).spec
+    spec = Model(shipped).spec
     known = spec["golden"][1]["known"]
     tolerance = spec["known"]["tolerance"]
     for moved, passed in (

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import step3_infer
-from step3_infer import Problem, decode_image
+from inference.errors import Problem
+from inference.images import decode_image, find_images
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -151,6 +151,6 @@ def test_directories_are_walked_in_name_order(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = [
-        os.path.relpath(path, tmp_path) for path, problem in step3_infer.find_images([str(tmp_path)], [])
+        os.path.relpath(path, tmp_path) for path, problem in find_images([str(tmp_path)], [])
     ]
     assert found == ["c.png", "a/x/3.tif", "b/1.png", "b/2.JPG"]

@@ -18,6 +18,10 @@ import model
 import step2_export
 import step3_infer
 from deploy import gate
+from inference import images as image_module
+from inference.errors import Problem
+from inference.images import resize
+from inference.predict import Model
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +46,7 @@ def noise(*shape):
 def test_step3_resizes_as_the_network(size):
     image = noise(*size, 3)
     wanted = model.resize(torch.from_numpy(image)[None], (32, 28))[0].numpy()
-    assert np.abs(step3_infer.resize(image, (32, 28)) - wanted).max() < 1e-3
+    assert np.abs(resize(image, (32, 28)) - wanted).max() < 1e-3
 
 
 def test_the_graph_is_fixed_and_casts_first(fixed_files):
@@ -64,7 +68,7 @@ def test_int8_is_symmetric(fixed_files):
 def test_step3_gives_it_resized_images(fixed_files, trained, size):
     run, images = step2_export.read_run(str(trained.run)), noise(4, *size, 1)
     rounded = model.resize(torch.from_numpy(images), (32, 32)).round().byte().numpy()
-    got = step3_infer.Model(fixed_files / "model.fixed.onnx").run(images)
+    got = Model(fixed_files / "model.fixed.onnx").run(images)
     wanted = gate.reference(run, rounded)
     assert np.abs(got[0] - wanted.main).max() <= 1e-4 and np.abs(got[1] - wanted.known).max() <= 5e-3
 
@@ -82,9 +86,9 @@ def test_golden_tensors_are_for_any_engine(fixed_files, name):
 
 def test_batches(call, fixed_files, samples, here):
     file = fixed_files / "model.fixed.onnx"
-    exported = step3_infer.Model(file)
+    exported = Model(file)
     assert exported.batch == 4 and len(exported.predict(noise(3, 20, 20, 1))) == 3
-    with pytest.raises(step3_infer.Problem, match="batches of 4, not of 5"):
+    with pytest.raises(Problem, match="batches of 4, not of 5"):
         exported.predict(noise(5, 32, 32, 1))
     Image.fromarray(noise(40, 30)).save(here / "odd.png")
     result = call(step3_infer.main, "--model", file, "--top-k", "1", *samples[:5], here / "odd.png").done()
@@ -97,7 +101,7 @@ def test_batches(call, fixed_files, samples, here):
 def test_float_input_is_not_rounded(call, trained, here, in_process):
     options = ["--format", "onnx", "--fixed", "--input", "float", "--out", here / "out"]
     call(step2_export.main, "--run", trained.run, *options).done()
-    exported, images = step3_infer.Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
+    exported, images = Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
     wanted = gate.reference(step2_export.read_run(str(trained.run)), images).main
     assert exported.batch is None and np.abs(exported.predict(images) - wanted).max() <= 1e-4
     parity = json.loads((here / "out" / "parity.json").read_text())
@@ -105,8 +109,9 @@ def test_float_input_is_not_rounded(call, trained, here, in_process):
 
 
 def test_gate_catches_another_resizing_outside(call, small_run, here, monkeypatch, in_process):
-    shift = step3_infer.resize
-    monkeypatch.setattr(step3_infer, "resize", lambda image, *sizes: shift(np.roll(image, 1, axis=0), *sizes))
+    shift = resize
+    for module in (image_module, gate):
+        monkeypatch.setattr(module, "resize", lambda image, *sizes: shift(np.roll(image, 1, axis=0), *sizes))
     result = call(step2_export.main, "--format", "onnx", "--fixed")
     assert result.code == 1 and "resizes otherwise" in result.err
     assert not (here / "exports" / "small" / "model.fixed.onnx").exists()

@@ -18,7 +18,8 @@ import model
 import step1_train
 import step2_export
 from deploy import gate
-from step3_infer import Model, Problem
+from inference.errors import Problem
+from inference.predict import Model
 
 
 @pytest.fixture(scope="module")

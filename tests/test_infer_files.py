@@ -3,6 +3,7 @@
 import argparse
 import csv
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -19,15 +20,24 @@ from conftest import ROOT, onnx_with
 from PIL import Image, UnidentifiedImageError
 
 import step3_infer
-from step3_infer import Problem, number, replacing, sha256
+from inference.command_line import number
+from inference.errors import Problem
+from inference.files import replacing, sha256
+from inference.images import decode_image, find_images, image_suffixes
+from inference.predict import Model, predict_files
 
 SCRIPT = ROOT / "step3_infer.py"
+predict_module = importlib.import_module(
+    "inference.predict"
+)  # in the package, the function has the name
 
 
 @pytest.fixture
 def predict(call, small):
     """predict(*arguments) -> Result, with a small network's ONNX file."""
-    return lambda *arguments: call(step3_infer.main, "--model", small.export / "model.onnx", *arguments)
+    return lambda *arguments: call(
+        step3_infer.main, "--model", small.export / "model.onnx", *arguments
+    )
 
 
 def rows_of(result):
@@ -42,7 +52,9 @@ def many(here):
         folder = here / "many" / f"{k // 250}"
         folder.mkdir(parents=True, exist_ok=True)
         side = (8, 9, 11)[k % 3]
-        Image.fromarray(rng.integers(0, 256, (side, side), dtype=np.uint8)).save(folder / f"{k:04}.png")
+        Image.fromarray(rng.integers(0, 256, (side, side), dtype=np.uint8)).save(
+            folder / f"{k:04}.png"
+        )
     (here / "many" / "0" / "0100.png").write_bytes(b"broken")
     return here / "many"
 
@@ -58,10 +70,12 @@ def test_threads_change_neither_order_nor_answers(predict, many):
 
 
 def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypatch):
-    decoded, decode = [], step3_infer.decode_image
-    monkeypatch.setattr(step3_infer, "decode_image", lambda path, *_: decoded.append(path) or decode(path, 1))
-    model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 3, 4, 1)
+    decoded, decode = [], decode_image
+    monkeypatch.setattr(
+        predict_module, "decode_image", lambda path, *_: decoded.append(path) or decode(path, 1)
+    )
+    model = Model(small.export / "model.onnx", 1)
+    results = predict_files(model, find_images([str(many)], []), 3, 4, 1)
     assert len(next(results)) == 4 and len(decoded) < 60
     results.close()
     time.sleep(0.2)
@@ -69,16 +83,16 @@ def test_first_answers_come_before_the_last_files_are_read(small, many, monkeypa
 
 
 def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
-    decoded, decode = [], step3_infer.decode_image
+    decoded, decode = [], decode_image
 
     def slow(path, *options):
         time.sleep(0.01)
         decoded.append(path)
         return decode(path, *options)
 
-    monkeypatch.setattr(step3_infer, "decode_image", slow)
-    model = step3_infer.Model(small.export / "model.onnx", 1)
-    results = step3_infer.predict_files(model, step3_infer.find_images([str(many)], []), 2, 60, 1)
+    monkeypatch.setattr(predict_module, "decode_image", slow)
+    model = Model(small.export / "model.onnx", 1)
+    results = predict_files(model, find_images([str(many)], []), 2, 60, 1)
     next(results)
     results.close()
     count = len(decoded)
@@ -89,15 +103,19 @@ def test_nobody_decodes_on_when_nobody_listens(small, many, monkeypatch):
 @pytest.mark.parametrize(
     ("window", "expected"), [(1 << 20, [7, 3]), (1, [1] * 10), (150, [2, 1, 2, 1, 1, 2, 1])]
 )
-def test_images_of_one_size_run_together_until_the_window_is_full(small, window, expected, monkeypatch):
+def test_images_of_one_size_run_together_until_the_window_is_full(
+    small, window, expected, monkeypatch
+):
     batches = []
-    model = step3_infer.Model(small.export / "model.onnx", 1)
+    model = Model(small.export / "model.onnx", 1)
     run = model._run
     monkeypatch.setattr(model, "_run", lambda inputs: batches.append(len(inputs)) or run(inputs))
-    monkeypatch.setattr(step3_infer, "WINDOW_BYTES", window)
+    monkeypatch.setattr(predict_module, "WINDOW_BYTES", window)
     sides = iter([8, 8, 9, 8, 8, 9, 9, 8, 8, 8])
-    monkeypatch.setattr(step3_infer, "decode_image", lambda *_: np.zeros((next(sides), 8, 1), np.uint8))
-    (results,) = step3_infer.predict_files(model, iter([("x", None)] * 10), 1, 16, 1)
+    monkeypatch.setattr(
+        predict_module, "decode_image", lambda *_: np.zeros((next(sides), 8, 1), np.uint8)
+    )
+    (results,) = predict_files(model, iter([("x", None)] * 10), 1, 16, 1)
     assert len(results) == 10
     assert batches == expected
 
@@ -108,7 +126,7 @@ def test_large_directories_are_walked_lazily(tmp_path, monkeypatch):
         (tmp_path / name / "1.png").touch()
     scanned, scan = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda place: scanned.append(place) or scan(place))
-    found = step3_infer.find_images([str(tmp_path)], [])
+    found = find_images([str(tmp_path)], [])
     assert next(found)[0].endswith("a/1.png") and len(scanned) == 2
 
 
@@ -121,9 +139,11 @@ def test_files_of_directories_that_are_no_images_are_named(predict, here, sample
         (here / name).write_text("not an image")
     result = predict("--format", "json", "a", "b", "a/labels.txt")
     assert [row["path"] for row in rows_of(result)] == ["a/x.png", "b/y.png", "a/labels.txt"]
-    (note,) = (line for line in result.err.splitlines() if not line.startswith("error: a/labels.txt"))
+    (note,) = (
+        line for line in result.err.splitlines() if not line.startswith("error: a/labels.txt")
+    )
     assert note == (
-        "note: passed over 4 files that Pillow does not know as images (.heic, .txt, no suffix): "
+        "note: skipped 4 files that Pillow cannot read (.heic, .txt, no suffix): "
         "a/labels.txt, a/photo.HEIC, b/notes, ...; pip install pillow-heif to read .heic"
     )
     os.unlink("b/notes")
@@ -180,7 +200,7 @@ def test_no_more_than_a_limit_is_read_of_an_endless_stream():
             return bytes(1000)
 
     with pytest.raises(Problem, match="not an image"):
-        step3_infer.decode_image(Endless(), 3)
+        decode_image(Endless(), 3)
     assert taken == [256 << 20]
 
 
@@ -216,7 +236,9 @@ def test_terminals_run_no_class_name(call, small, here, samples, name):
     out = call(step3_infer.main, "--model", model, samples[0]).done().out
     assert out.count("\n") == 1 and out.rstrip("\n").isprintable()
     assert (
-        rows_of(call(step3_infer.main, "--model", model, "--format", "json", samples[0]))[0]["label"]
+        rows_of(call(step3_infer.main, "--model", model, "--format", "json", samples[0]))[0][
+            "label"
+        ]
         in classes
     )
 
@@ -230,10 +252,12 @@ def test_every_size_becomes_the_pixels_that_pillow_has(tmp_path, size, mode):
         image = Image.fromarray(rng.integers(0, 256, size[::-1], dtype=np.uint16) * 257)
     image = image if mode == "I;16" else image.convert(mode)
     image.save(tmp_path / "image.png")
-    got = step3_infer.decode_image(tmp_path / "image.png", 3)
+    got = decode_image(tmp_path / "image.png", 3)
     if mode == "I;16":
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    assert got.shape == (size[1], size[0], 3) and np.array_equal(got, np.asarray(image.convert("RGB")))
+    assert got.shape == (size[1], size[0], 3) and np.array_equal(
+        got, np.asarray(image.convert("RGB"))
+    )
 
 
 def test_a_photo_needs_little_more_than_its_pixels(execute, small, here):
@@ -242,11 +266,13 @@ def test_a_photo_needs_little_more_than_its_pixels(execute, small, here):
     coarse.resize((4000, 3000)).save(here / "photo.jpg")
     if not os.path.exists("/proc/self/status"):
         pytest.skip("this system does not say how much memory a process held")
-    peak = (
-        "; import step3_infer, sys; step3_infer.main(sys.argv[1:]); print(open('/proc/self/status').read())"
-    )
+    peak = "; import step3_infer, sys; step3_infer.main(sys.argv[1:]); print(open('/proc/self/status').read())"
     command = f"import sys; sys.path.insert(0, {str(ROOT)!r}){peak}"
-    out = execute("-c", command, "--model", small.export / "model.onnx", "photo.jpg", cwd=here).done().out
+    out = (
+        execute("-c", command, "--model", small.export / "model.onnx", "photo.jpg", cwd=here)
+        .done()
+        .out
+    )
     assert int(out.split("VmHWM:")[1].split()[0]) < 250 << 10  # kB
 
 
@@ -272,14 +298,16 @@ def test_a_format_that_another_thread_is_just_loading(samples, monkeypatch):
             raise UnidentifiedImageError
         return opened(source)
 
-    step3_infer.image_suffixes.cache_clear()
+    image_suffixes.cache_clear()
     monkeypatch.setattr(Image, "open", not_yet)
     monkeypatch.setattr(Image, "init", lambda: initialised.append(1))
-    assert step3_infer.decode_image(samples[0], 1).shape == (8, 8, 1)
+    assert decode_image(samples[0], 1).shape == (8, 8, 1)
 
 
 def interrupted(command, here, wait):
-    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait(process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
@@ -291,13 +319,20 @@ def test_ctrl_c_at_work(small, samples, here):
     os.mkfifo(here / "results")
     command = [sys.executable, SCRIPT, "--model", small.export / "model.onnx", "--format", "json"]
     command += [*samples * 300, "--output", "old.txt"]
-    code, _, err = interrupted(command, here, lambda _: wait_for(lambda: list(here.glob(".old.txt-*.tmp"))))
+    code, _, err = interrupted(
+        command, here, lambda _: wait_for(lambda: list(here.glob(".old.txt-*.tmp")))
+    )
     assert code == 130 and err == "interrupted\n"
-    assert sorted(os.listdir()) == ["old.txt", "results"] and (here / "old.txt").read_text() == "of yesterday"
+    assert (
+        sorted(os.listdir()) == ["old.txt", "results"]
+        and (here / "old.txt").read_text() == "of yesterday"
+    )
 
 
 def test_ctrl_c_while_importing(here, tmp_path):
-    (tmp_path / "numpy.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(20)\n")
+    (tmp_path / "numpy.py").write_text(
+        "print('importing', flush=True)\nimport time\ntime.sleep(20)\n"
+    )
     command = ["env", f"PYTHONPATH={tmp_path}", sys.executable, SCRIPT, "x.png"]
     code, _, err = interrupted(command, here, lambda process: process.stdout.readline())
     assert code in (130, -signal.SIGINT) and err == ""
@@ -311,25 +346,37 @@ def wait_for(condition):
 
 
 def test_importers_get_the_same_answers(small, samples, predict):
-    model = step3_infer.Model(small.export / "model.onnx")
+    model = Model(small.export / "model.onnx")
     row = rows_of(predict("--format", "json", samples[2]).done())[0]
     del row["path"]
     pixels = np.array(Image.open(samples[2]).convert("L"))
     with open(samples[2], "rb") as file:
-        for given in (samples[2], str(samples[2]), file, pixels, pixels[..., None], pixels[::-1][::-1]):
-            answer = step3_infer.predict(given, model)
-            assert answer["label"] == row["label"] and abs(answer["probability"] - row["probability"]) < 1e-5
-            assert [entry["label"] for entry in answer["top"]] == [entry["label"] for entry in row["top"]]
-    assert len(step3_infer.predict(pixels, model, top_k=1)["top"]) == 1
+        for given in (
+            samples[2],
+            str(samples[2]),
+            file,
+            pixels,
+            pixels[..., None],
+            pixels[::-1][::-1],
+        ):
+            answer = predict_module.predict(given, model)
+            assert (
+                answer["label"] == row["label"]
+                and abs(answer["probability"] - row["probability"]) < 1e-5
+            )
+            assert [entry["label"] for entry in answer["top"]] == [
+                entry["label"] for entry in row["top"]
+            ]
+    assert len(predict(pixels, model, top_k=1)["top"]) == 1
 
 
 def test_importers_may_use_threads(small, samples):
     from concurrent.futures import ThreadPoolExecutor
 
-    model = step3_infer.Model(small.export / "model.onnx", 1)
-    alone = [step3_infer.predict(path, model) for path in samples]
+    model = Model(small.export / "model.onnx", 1)
+    alone = [predict(path, model) for path in samples]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda path: step3_infer.predict(path, model), samples * 10)) == alone * 10
+        assert list(pool.map(lambda path: predict(path, model), samples * 10)) == alone * 10
 
 
 @pytest.mark.parametrize(
@@ -344,7 +391,7 @@ def test_importers_may_use_threads(small, samples):
 )
 def test_importers_are_told_what_is_wrong(small, here, given, words):
     with pytest.raises(Problem, match=words):
-        step3_infer.predict(given, step3_infer.Model(small.export / "model.onnx"))
+        predict(given, Model(small.export / "model.onnx"))
 
 
 def test_long_names_of_output_files(predict, here, samples):
@@ -369,7 +416,9 @@ def test_replacing_is_whole_or_not_at_all(here):
     assert (here / "b.bin").read_bytes() == b"bytes"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), Problem("x")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), Problem("x")]
+)
 def test_replacing_leaves_nothing_after_an_error(here, error):
     (here / "a.txt").write_text("before")
     with pytest.raises(type(error)) as caught, replacing("a.txt") as file:
@@ -433,7 +482,12 @@ def test_sha256_of_a_file(here):
             ["0", "inf", "nan", "-1"],
             "a number above 0",
         ),
-        (number(float, 0, 1), {"0": 0.0, "1": 1.0}, ["1.01", "-0.01", "nan"], "a number from 0 to 1"),
+        (
+            number(float, 0, 1),
+            {"0": 0.0, "1": 1.0},
+            ["1.01", "-0.01", "nan"],
+            "a number from 0 to 1",
+        ),
     ],
 )
 def test_numbers_of_the_command_line(parse, accepted, refused, limit):

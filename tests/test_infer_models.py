@@ -17,27 +17,33 @@ from onnx import TensorProto, helper
 
 import step2_export
 import step3_infer
+from deploy import archive
+from inference.cpus import usable_cpus
+from inference.predict import Model
+from inference.self_test import self_test
 
 SCRIPT = ROOT / "step3_infer.py"
 
 
 @pytest.fixture
 def bundle(small, here):
-    """A directory with the script, two model files, one file below, and SHA256SUMS as sha256sum writes it."""
+    """A directory with the program, two model files, one file below, and SHA256SUMS as sha256sum writes it."""
     place = here / "bundle"
     (place / "samples").mkdir(parents=True)
-    shutil.copy(SCRIPT, place)
+    archive.write_program(place)
     for name in ("model.onnx", "model.pt"):
         shutil.copy(small.export / name, place)
     (place / "samples" / "a b.txt").write_text("content")
-    names = ["step3_infer.py", "model.onnx", "model.pt", "samples/a b.txt"]
-    sums = [f"{hashlib.sha256((place / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    names = [archive.NAME, "model.onnx", "model.pt", "samples/a b.txt"]
+    sums = [
+        f"{hashlib.sha256((place / name).read_bytes()).hexdigest()}  {name}\n" for name in names
+    ]
     (place / "SHA256SUMS").write_text("".join(sums))
     return place
 
 
 def test_verify_agrees_with_sha256sum(execute, bundle):
-    assert "4 files" in execute("step3_infer.py", "--verify", cwd=bundle).done().out
+    assert "4 files" in execute(archive.NAME, "--verify", cwd=bundle).done().out
     done = subprocess.run(
         ["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=bundle, capture_output=True, text=True
     )
@@ -63,7 +69,9 @@ def test_verify_names_every_finding(call, bundle):
         ("new\\n.txt", "not listed"),
     )
     assert len(lines) == 5 and all(line.startswith("error: ") for line in lines)
-    assert all(name in line and word in line for line, (name, word) in zip(lines, wanted, strict=True)), lines
+    assert all(
+        name in line and word in line for line, (name, word) in zip(lines, wanted, strict=True)
+    ), lines
 
 
 def test_verify_passes_over_the_runtime_that_the_user_fetched(call, bundle):
@@ -78,38 +86,28 @@ def test_verify_passes_over_the_runtime_that_the_user_fetched(call, bundle):
 
 
 def test_verify_after_the_bundle_was_used(execute, bundle, samples):
-    code = "import step3_infer; step3_infer.Model('model.onnx')"
+    code = f"import sys; sys.path.insert(0, {archive.NAME!r})\n"
+    code += "from inference import Model; Model('model.onnx')"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     execute("-c", code, cwd=bundle, env=environment).done()
-    assert len(list((bundle / "__pycache__").iterdir())) == 1
     shutil.copy(samples[0], bundle / "digit.png")
     arguments = ["--format", "csv", "--output", "answers.csv", "digit.png"]
-    execute("step3_infer.py", *arguments, cwd=bundle).done()
-    execute("step3_infer.py", "--verify", cwd=bundle).error(1, "__pycache__", "is not listed")
-    shutil.rmtree(bundle / "__pycache__")
-    result = execute("step3_infer.py", "--verify", cwd=bundle).done()
+    execute(archive.NAME, *arguments, cwd=bundle, env=environment).done()
+    result = execute(archive.NAME, "--verify", cwd=bundle, env=environment).done()
     assert "4 files match" in result.out and "did not compare 2 files" in result.err
     assert "answers.csv" in result.err and "digit.png" in result.err
 
 
-def test_verify_finds_planted_code(execute, bundle):
+def test_planted_code_is_found_and_does_not_run(execute, bundle):
     import py_compile
 
-    (bundle / "evil.py").write_text("print('evil')")
-    py_compile.compile(bundle / "step3_infer.py")
-    (cache,) = (bundle / "__pycache__").iterdir()
-    honest = cache.read_bytes()
-    py_compile.compile(bundle / "evil.py", cfile=cache)
-    (bundle / "evil.py").unlink()
-    cache.write_bytes(honest[:16] + cache.read_bytes()[16:])  # the date and the size of the listed source
-    result = execute("-c", "import step3_infer", cwd=bundle)
-    assert result.out == "evil\n"
-    execute("step3_infer.py", "--verify", cwd=bundle).error(1, cache.name, "is not listed")
-    cache.rename(cache.with_name("other.cpython-399.pyc"))
-    execute("step3_infer.py", "--verify", cwd=bundle).error(1, "other.cpython-399.pyc", "is not listed")
-    (bundle / "__pycache__" / "other.cpython-399.pyc").unlink()
-    (bundle / "extra.pyc").write_bytes(honest)
-    execute("step3_infer.py", "--verify", cwd=bundle).error(1, "extra.pyc", "is not listed")
+    for name in ("step3_infer", "inference", "json", "numpy", "csv", "signal"):
+        (bundle / f"{name}.py").write_text("print('evil')")
+    cache = py_compile.compile(bundle / "json.py")
+    result = execute(archive.NAME, "--verify", cwd=bundle)
+    assert result.code == 1 and "evil" not in result.out + result.err
+    for name in ("step3_infer.py", "inference.py", "json.py", os.path.basename(cache)):
+        assert f"{name} is not listed" in result.err
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,9 @@ def test_verify_finds_planted_code(execute, bundle):
 )
 def test_verify_with_malformed_sums(call, bundle, line):
     (bundle / "SHA256SUMS").write_text(line)
-    call(step3_infer.main, "--verify", "--model", bundle / "model.onnx").error(1, "SHA256SUMS, line 1")
+    call(step3_infer.main, "--verify", "--model", bundle / "model.onnx").error(
+        1, "SHA256SUMS, line 1"
+    )
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
@@ -134,7 +134,9 @@ def test_verify_without_sums(call, small):
 
 
 def test_files_with_code_are_announced(call, bundle, samples):
-    notes = call(step3_infer.main, "--model", bundle / "model.pt", samples[0]).done().err.splitlines()
+    notes = (
+        call(step3_infer.main, "--model", bundle / "model.pt", samples[0]).done().err.splitlines()
+    )
     assert len(notes) == 1 and "can carry code" in notes[0] and "use .onnx" in notes[0]
     assert call(step3_infer.main, "--model", bundle / "model.onnx", samples[0]).done().err == ""
 
@@ -143,7 +145,7 @@ def test_files_with_code_are_announced(call, bundle, samples):
 def pt2(small, tmp_path_factory):
     """The small network as model.pt2, its spec as an extra file."""
     run = step2_export.read_run(str(small.run))
-    golden = step3_infer.Model(small.export / "model.onnx").spec["golden"]
+    golden = Model(small.export / "model.onnx").spec["golden"]
     path = tmp_path_factory.mktemp("pt2") / "model.pt2"
     step2_export.export_pt2(run.deployable(), {**run.spec, "golden": golden}, path, 18)
     return path
@@ -176,14 +178,19 @@ def test_a_broken_file_prints_nothing_to_standard_output(execute, small, here):
 
 def test_device_is_understood_as_in_step_1(call, small, samples):
     arguments = ["--model", small.export / "model.onnx", samples[0]]
-    same = [call(step3_infer.main, option, "cpu", *arguments).done() for option in ("--device", "--provider")]
+    same = [
+        call(step3_infer.main, option, "cpu", *arguments).done()
+        for option in ("--device", "--provider")
+    ]
     assert same[0] == same[1]
     call(step3_infer.main, "--device", "toaster", *arguments).error(2, "toaster", "cpu")
 
 
 def test_broken_torch_files(call, pt2, samples, here):
     (here / "cut.pt2").write_bytes(pt2.read_bytes()[:5000])
-    call(step3_infer.main, "--model", "cut.pt2", samples[0]).error(1, "cut.pt2 is not a torch.export file")
+    call(step3_infer.main, "--model", "cut.pt2", samples[0]).error(
+        1, "cut.pt2 is not a torch.export file"
+    )
     for name, kind in (("zip.pt", "TorchScript"), ("zip.pt2", "torch.export")):
         with zipfile.ZipFile(name, "w") as file:
             file.writestr("hello.txt", "hello")
@@ -194,7 +201,9 @@ def test_order_of_model_names(call, small, pt2, samples, here):
     place = here / "exports" / "all"
     place.mkdir(parents=True)
     for name in ("model.onnx", "model.int8.onnx", "model.pt"):
-        shutil.copy(small.export / ("model.pt" if name == "model.pt" else "model.onnx"), place / name)
+        shutil.copy(
+            small.export / ("model.pt" if name == "model.pt" else "model.onnx"), place / name
+        )
     shutil.copy(pt2, place)
     for name in ("model.onnx", "model.int8.onnx", "model.pt", "model.pt2"):
         assert f"model: exports/all/{name}\n" in call(step3_infer.main, samples[0]).done().err
@@ -229,14 +238,18 @@ def foreign(path, spec, kind=TensorProto.UINT8, shape=("n", "h", "w", 1), classe
     ],
 )
 def test_graphs_that_are_not_what_their_spec_says(call, small, samples, here, changes, words):
-    spec = {**step3_infer.Model(small.export / "model.onnx").spec, "known": None}
+    spec = {**Model(small.export / "model.onnx").spec, "known": None}
     call(step3_infer.main, "--model", foreign(here / "m.onnx", spec), samples[0]).done()
-    call(step3_infer.main, "--model", foreign(here / "m.onnx", spec, **changes), samples[0]).error(1, *words)
+    call(step3_infer.main, "--model", foreign(here / "m.onnx", spec, **changes), samples[0]).error(
+        1, *words
+    )
 
 
 def test_external_data_that_is_missing(call, small, samples, here):
     graph = onnx.load(small.export / "model.onnx")
-    onnx.save(graph, "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=1024)
+    onnx.save(
+        graph, "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=1024
+    )
     call(step3_infer.main, "--model", "m.onnx", samples[0]).done()
     os.unlink("weights.bin")
     call(step3_infer.main, "--model", "m.onnx", samples[0]).error(1, "m.onnx", "weights.bin")
@@ -277,7 +290,7 @@ def test_deeply_nested_spec(call, small, samples, here):
 
 def with_golden_off_by(small, path, difference, **changes):
     """The small network's file, its golden samples changed by `difference` and its spec by `changes`."""
-    spec = step3_infer.Model(small.export / "model.onnx").spec
+    spec = Model(small.export / "model.onnx").spec
     spec.pop("self_test_tolerance", None)
     spec["golden"][-1]["probabilities"][3] += difference  # of the last sample only
     return onnx_with(small.export / "model.onnx", path, json.dumps({**spec, **changes}))
@@ -297,9 +310,10 @@ def with_golden_off_by(small, path, difference, **changes):
 )
 def test_tolerance_of_the_self_test(call, small, here, changes, difference, passes):
     model = with_golden_off_by(small, here / "m.onnx", difference, **changes)
-    loaded = step3_infer.Model(model)
-    count, found, passed = step3_infer.self_test(loaded)
-    assert passed == passes and count == len(loaded.spec["golden"]) and abs(found - abs(difference)) < 1e-5
+    loaded = Model(model)
+    found = self_test(loaded)
+    assert found.passed == passes and found.samples == len(loaded.spec["golden"])
+    assert abs(found.difference - abs(difference)) < 1e-5
     result = call(step3_infer.main, "--model", model, "--self-test")
     assert result.code == (0 if passes else 1) and ("passed" if passes else "FAILED") in result.out
 
@@ -310,7 +324,9 @@ def test_tolerance_that_is_no_number(call, small, here, tolerance):
     call(step3_infer.main, "--model", model, "--self-test").error(1, "malformed")
 
 
-@pytest.mark.parametrize("change", [{"classes": {"a": 1, "b": 2}}, {"white": 0}, {"white": "bright"}])
+@pytest.mark.parametrize(
+    "change", [{"classes": {"a": 1, "b": 2}}, {"white": 0}, {"white": "bright"}]
+)
 def test_more_specs_that_make_no_sense(call, small, samples, here, change):
     model = onnx_with(small.export / "model.onnx", here / "m.onnx", **change)
     call(step3_infer.main, "--model", model, samples[0]).error(1, "malformed spec")
@@ -323,7 +339,9 @@ def test_benchmark_as_text_and_as_json(execute, small, here):
     times = [figures[f"latency_p{q}_ms"] for q in (50, 95, 99)]
     assert 0 < times[0] <= times[1] <= times[2]
     assert figures["threads"] == 1 and figures["batch_size"] == 8
-    assert figures["images_per_second"] > 500 / times[0]  # not below half of what one image at a time gives
+    assert (
+        figures["images_per_second"] > 500 / times[0]
+    )  # not below half of what one image at a time gives
     assert (
         0 < figures["load_seconds"] < 10
         and 0 < figures["import_seconds"] < 60
@@ -335,14 +353,14 @@ def test_benchmark_as_text_and_as_json(execute, small, here):
 
 
 def test_benchmark_says_that_the_machine_was_busy(call, small, monkeypatch):
-    predict, count = step3_infer.Model.predict, itertools.count()
+    predict, count = Model.predict, itertools.count()
 
     def slow_at_times(self, inputs):
         if next(count) % 4 == 0:
             time.sleep(0.02)
         return predict(self, inputs)
 
-    monkeypatch.setattr(step3_infer.Model, "predict", slow_at_times)
+    monkeypatch.setattr(Model, "predict", slow_at_times)
     arguments = ["--model", small.export / "model.onnx", "--benchmark", "--threads", 1]
     assert "busy machine: " in call(step3_infer.main, *arguments).done().out
     figures = json.loads(call(step3_infer.main, *arguments, "--format", "json").done().out)
@@ -352,9 +370,9 @@ def test_benchmark_says_that_the_machine_was_busy(call, small, monkeypatch):
 
 
 def test_benchmark_is_no_table(call, small):
-    call(step3_infer.main, "--model", small.export / "model.onnx", "--benchmark", "--format", "csv").error(
-        2, "csv"
-    )
+    call(
+        step3_infer.main, "--model", small.export / "model.onnx", "--benchmark", "--format", "csv"
+    ).error(2, "csv")
 
 
 def write(place, **files):
@@ -373,5 +391,5 @@ def test_cpus_of_a_container(tmp_path, monkeypatch, quota, cpus):
     own.write_text("0::/a/b\n")
     write(tmp_path / "v2" / "a", cpu__max=quota)  # of the group above
     write(tmp_path / "v2" / "a" / "b", cpu__max="max 100000")
-    assert step3_infer.usable_cpus(str(tmp_path / "v2"), str(own)) == cpus
-    assert step3_infer.usable_cpus(str(tmp_path / "v2"), str(tmp_path / "missing")) == 4
+    assert usable_cpus(str(tmp_path / "v2"), str(own)) == cpus
+    assert usable_cpus(str(tmp_path / "v2"), str(tmp_path / "missing")) == 4

@@ -13,6 +13,7 @@ import data
 import step2_export
 import step3_infer
 from deploy import gate, int8
+from inference.predict import Model
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def unquantized(once, trained):
 
 def export_unquantized(place, trained):
     run = step2_export.read_run(str(trained.run))
-    spec = step3_infer.Model(str(trained.export / "model.onnx")).spec
+    spec = Model(str(trained.export / "model.onnx")).spec
     step2_export.export_onnx(run.deployable(), spec, str(place / "model.onnx"), int8.OPSET)
     return place / "model.onnx"
 
@@ -53,7 +54,7 @@ def test_the_file_is_small_accurate_and_says_how_it_was_made(call, all_formats):
     assert figures["speedup"].keys() == {"1", "64"}
     assert figures["tried"][-1]["quantization"] in int8.QUANTIZATIONS
     assert (figures["file"], figures["runs_with"]) == ("model.int8.onnx", "onnxruntime")
-    spec = step3_infer.Model(str(file)).spec
+    spec = Model(str(file)).spec
     assert figures["quantization"] in spec["quantization"]
     assert spec["self_test_tolerance"] == 2e-2
     call(step3_infer.main, "--model", file, "--self-test").done()
@@ -87,7 +88,7 @@ def test_every_quantization_can_be_made(trained, digits, tmp_path):
     source, images = str(trained.export / "model.onnx"), digits.train_images[:32]
     for settings in int8.QUANTIZATIONS.values():
         int8.quantize(source, str(tmp_path / "out.onnx"), images, **settings)
-        probabilities = step3_infer.Model(str(tmp_path / "out.onnx")).predict(images)
+        probabilities = Model(str(tmp_path / "out.onnx")).predict(images)
         assert np.allclose(probabilities.sum(1), 1, atol=1e-3)
 
 

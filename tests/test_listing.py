@@ -14,22 +14,22 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 import data
 import step1_train
-import step3_infer
-from step3_infer import Problem, find_images
+from inference.errors import Problem
+from inference.images import decode_image, find_images, image_suffixes
 
 
 @pytest.fixture(autouse=True)
 def forget_plugins():
     """Pillow's formats as they are without what a test registers."""
     Image.init()
-    step3_infer.image_suffixes.cache_clear()
+    image_suffixes.cache_clear()
     kept = [dict(table) for table in (Image.EXTENSION, Image.OPEN)], list(Image.ID)
     yield
     for table, before in zip((Image.EXTENSION, Image.OPEN), kept[0], strict=True):
         table.clear()
         table.update(before)
     Image.ID[:] = kept[1]
-    step3_infer.image_suffixes.cache_clear()
+    image_suffixes.cache_clear()
 
 
 def fill(folder, count=5, suffix=".png", size=(8, 8)):
@@ -566,6 +566,6 @@ def test_given_white_and_8_bit_files(tmp_path, capsys):
 def test_decoding_clips_above_white(tmp_path):
     pixels = np.array([[0, 2048, 4095, 5000, 65535]], np.uint16)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    decoded = step3_infer.decode_image(str(tmp_path / "x.png"), 1, 4095)[0, :, 0]
+    decoded = decode_image(str(tmp_path / "x.png"), 1, 4095)[0, :, 0]
     assert decoded.tolist() == [0, 128, 255, 255, 255]
-    assert step3_infer.decode_image(str(tmp_path / "x.png"), 1)[0, :, 0].tolist() == [0, 8, 16, 19, 255]
+    assert decode_image(str(tmp_path / "x.png"), 1)[0, :, 0].tolist() == [0, 8, 16, 19, 255]

@@ -10,6 +10,7 @@ import pytest
 from conftest import onnx_with
 
 import step3_infer
+from inference.predict import Model
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def changed(trained, here):
 
 
 def golden_of(trained):
-    return step3_infer.Model(str(trained.export / "model.onnx")).spec["golden"]
+    return Model(str(trained.export / "model.onnx")).spec["golden"]
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt"])

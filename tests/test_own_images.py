@@ -15,7 +15,7 @@ import step1_train
 import step2_export
 import step3_infer
 from data import files, folders
-from report.card import per_class
+from inference.metrics import per_class
 
 QUICK = "--model mlp --hidden 16 --epochs 2".split()
 

@@ -21,7 +21,7 @@ import data
 import step1_train
 from data import cache
 from deploy import bundle
-from step3_infer import Problem
+from inference.errors import Problem
 from training import runs
 
 FOLDERS = ("data", "deploy", "training")  # not the virtual environment, which may be in the clone

@@ -10,6 +10,7 @@ import data
 import step1_train
 import step2_export
 import step3_infer
+from inference.predict import Model
 
 TUTORIAL = "--dataset linear --optimizer sgd --momentum 0 --lr 0.001 --epochs 10".split()
 
@@ -56,7 +57,7 @@ def test_exported_file_predicts_from_values(call, linear, file):
 def test_spec_and_parity(linear):
     report = json.loads((linear.export / "parity.json").read_text())
     assert {figures["passed"] for figures in report.values()} == {True}
-    spec = step3_infer.Model(str(linear.export / "model.onnx")).spec
+    spec = Model(str(linear.export / "model.onnx")).spec
     assert spec["task"] == "regression" and spec["channels"] == 5 and spec["resize"] is None
 
 

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 import report
-import step3_infer
+from inference.metrics import per_class
+from inference.predict import Model
 from report import card, drawing, page
 
 pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
@@ -222,7 +223,7 @@ def test_without_matplotlib_it_is_an_import_error(run, monkeypatch):
 
 
 def test_figures_of_each_class():
-    figures = card.per_class([0, 0, 0, 1], [0, 1, 1, 1], ["a", "b", "never"])
+    figures = per_class([0, 0, 0, 1], [0, 1, 1, 1], ["a", "b", "never"])
     assert figures["a"] == {"precision": 1.0, "recall": 1 / 3, "f1": 0.5, "support": 3}
     assert figures["b"] == {"precision": 1 / 3, "recall": 1.0, "f1": 0.5, "support": 1}
     assert figures["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
@@ -319,7 +320,7 @@ def test_report_is_one_file_with_the_pictures_inside(run):
 def test_hostile_texts_are_text_in_the_report(run):
     write_run(run, data_dir="<img src=x onerror=alert(1)>", dataset="folder")
     summary = json.loads((run / "summary.json").read_text())
-    figures = card.per_class(np.arange(6), np.zeros(6, int), [*HOSTILE[:5], "\ud800\u202e"])
+    figures = per_class(np.arange(6), np.zeros(6, int), [*HOSTILE[:5], "\ud800\u202e"])
     (run / "summary.json").write_text(json.dumps({**summary, "per_class": figures}))
     page = read_report(run)
     assert "script" not in page.tags and "img" not in page.tags
@@ -478,7 +479,7 @@ def test_report_has_the_export_of_the_current_checkpoint(small, tmp_path):
 @pytest.fixture
 def facts(small):
     """The spec and the parity figures of a real export."""
-    spec = step3_infer.Model(str(small.export / "model.onnx")).spec
+    spec = Model(str(small.export / "model.onnx")).spec
     return spec, json.loads((small.export / "parity.json").read_text())
 
 

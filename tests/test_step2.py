@@ -20,9 +20,10 @@ from PIL import Image
 import data
 import step1_train
 import step2_export
-import step3_infer
 from data.dataset import with_fingerprint
 from deploy import gate
+from inference.engines import MODEL_NAMES
+from inference.predict import Model
 from training import cpu
 
 
@@ -108,7 +109,7 @@ def test_onnx_graph_is_as_promised(trained):
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt"])
 def test_spec_inside_the_file_says_where_it_comes_from(trained, name):
-    spec = step3_infer.Model(str(trained.export / name)).spec
+    spec = Model(str(trained.export / name)).spec
     checkpoint = (trained.run / "checkpoint.pt").read_bytes()
     assert spec["checkpoint_sha256"] == hashlib.sha256(checkpoint).hexdigest()
     keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy"
@@ -138,7 +139,7 @@ def test_colour_images_go_all_the_way(call, here, cifar10):
     arguments = "--dataset cifar10 --model mynet --epochs 1 --batch-size 32 --data-dir".split()
     call(step1_train.main, *arguments, cifar10).done()
     call(step2_export.main, "--format", "onnx").done()
-    model = step3_infer.Model(str(here / "exports" / "cifar10-mynet" / "model.onnx"))
+    model = Model(str(here / "exports" / "cifar10-mynet" / "model.onnx"))
     assert (model.spec["channels"], model.spec["image_size"], len(model.spec["mean"])) == (3, [32, 32], 3)
     assert (
         model.spec["classes"][9] == "truck"
@@ -238,7 +239,7 @@ def test_data_dir_without_effect(call, small_run, here):
 def test_the_parser_names_the_formats_that_there_are():
     files = {name: chosen.file for name, chosen in step2_export.FORMATS.items()}
     assert {name for name in files if not name.endswith("-fixed")} == set(step2_export.FORMAT_NAMES)
-    assert set(files.values()) == set(step3_infer.MODEL_NAMES)
+    assert set(files.values()) == set(MODEL_NAMES)
 
 
 @pytest.fixture
@@ -339,13 +340,13 @@ def test_as_a_process(execute, here):
 
 
 def test_threads_are_those_that_are_free_or_that_are_asked_for(call, small_run, monkeypatch):
-    used, load = [], step3_infer.Model.__init__
+    used, load = [], Model.__init__
 
     def record(self, path, threads=None, *more, **options):
         used.append(threads)
         return load(self, path, threads, *more, **options)
 
-    monkeypatch.setattr(step3_infer.Model, "__init__", record)
+    monkeypatch.setattr(Model, "__init__", record)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(cpu, "usable_cpus", lambda: 4)
     monkeypatch.setattr(cpu, "cpus_taken", lambda: 1.2)

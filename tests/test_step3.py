@@ -14,6 +14,7 @@ from PIL import Image
 
 import step3_infer
 from deploy import bundle
+from inference.predict import Model
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_output_is_not_there_when_the_work_breaks_off(predict, samples, here, mo
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(step3_infer.Model, "run", interrupt)
+    monkeypatch.setattr(Model, "run", interrupt)
     assert predict("--output", "answers.txt", *samples).code == 130
     assert os.listdir() == ["answers.txt"] and (here / "answers.txt").read_text() == "of yesterday"
 

@@ -10,8 +10,9 @@ from PIL import Image
 import model
 import step1_train
 import step2_export
-import step3_infer
 from deploy import device
+from inference.images import decode_image, resize
+from inference.predict import Model, predict
 from training import saliency
 
 
@@ -104,19 +105,19 @@ def test_the_shape_of_images_is_kept_by_every_reader(call, here, photos, fit, in
     (photo, *_) = sorted(photos.glob("test/left/*.png"))
     answers = []
     for name in ("model.onnx", "model.fixed.onnx", "model.pt"):
-        file = step3_infer.Model(here / "exports" / fit / name)
+        file = Model(here / "exports" / fit / name)
         assert file.spec["fit"] == fit
-        answers.append(step3_infer.predict(photo, file)["top"][0]["probability"])
+        answers.append(predict(photo, file)["top"][0]["probability"])
     assert max(answers) - min(answers) < 5e-3  # the fixed file is given rounded pixels
-    stretched = step3_infer.resize(step3_infer.decode_image(photo, 3), (32, 32))
-    kept = step3_infer.resize(step3_infer.decode_image(photo, 3), (32, 32), fit)
+    stretched = resize(decode_image(photo, 3), (32, 32))
+    kept = resize(decode_image(photo, 3), (32, 32), fit)
     bars = (kept.sum((1, 2)) == 0).sum()
     assert bars in ((0,) if fit == "crop" else (14, 15, 16)) and not np.allclose(stretched, kept)
 
 
 def test_crop_is_that_of_pillow():
     pixels = np.random.default_rng(0).integers(0, 256, (300, 201, 1), dtype=np.uint8)
-    ours = step3_infer.resize(pixels, (32, 48), "crop")[..., 0]
+    ours = resize(pixels, (32, 48), "crop")[..., 0]
     image = Image.fromarray(pixels[..., 0]).convert("F")
     wanted = np.asarray(image.resize((48, 32), Image.Resampling.BILINEAR, box=(0, 83, 201, 217)))
     assert np.abs(ours - wanted).max() < 1e-2
@@ -150,7 +151,7 @@ def test_attention_is_counted():
 def test_step2_says_what_an_image_needs(call, trained, here):
     result = call(step2_export.main, "--run", trained.run, "--format", "onnx", "--out", "out").done()
     (line,) = [line for line in result.out.splitlines() if line.startswith("one input needs")]
-    spec = step3_infer.Model("out/model.onnx").spec
+    spec = Model("out/model.onnx").spec
     assert f"{4e-6 * spec['device']['weights']:.2f} MB of weights" in line and "M multiply-adds" in line
     assert spec["device"]["weights"] >= spec["parameters"] > 0
 

@@ -27,8 +27,10 @@ from PIL import Image
 
 import step1_train
 import step2_export
-import step3_infer
 from deploy import bundle
+from inference.images import decode_image
+from inference.predict import Model, predict
+from inference.self_test import self_test
 
 WEB = ROOT / "deploy" / "web"
 VERSION = re.search(r"^version=(\S+)$", (WEB / "get-ort.sh").read_text(), re.MULTILINE)[1]
@@ -240,9 +242,9 @@ def set_limit(browser, name, text):
 
 
 def assert_as_step3(browser, file, paths):
-    model = step3_infer.Model(str(file))
+    model = Model(str(file))
     for path, card, known in zip(paths, cards(browser), known_shares(browser), strict=True):
-        image = step3_infer.decode_image(path, model.spec["channels"])[None]
+        image = decode_image(path, model.spec["channels"])[None]
         (expected,), shares = model.run(image)
         share = None if shares is None else pytest.approx(shares[0], rel=0, abs=known_tolerance(path))
         assert known == share, path
@@ -284,9 +286,9 @@ def strange(samples, tmp_path_factory):
 
 def as_step3(file, paths, reject, min_probability):
     """The labels of step 3 with these thresholds."""
-    model = step3_infer.Model(str(file))
+    model = Model(str(file))
     model.reject, model.min_probability = reject, min_probability
-    return [step3_infer.predict(path, model)["label"] for path in paths]
+    return [predict(path, model)["label"] for path in paths]
 
 
 def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(browser, site, strange):
@@ -366,9 +368,9 @@ def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(browser, site, sa
     browser.choose(*paths, samples[0])
     told = ["approximate" in text for text in browser.text("article")]
     assert told == [True] * 4 + [False]
-    model = step3_infer.Model(str(folder / "twelve.onnx"))
+    model = Model(str(folder / "twelve.onnx"))
     for path, card in zip([*paths, samples[0]], cards(browser), strict=True):
-        expected = step3_infer.predict(path, model)
+        expected = predict(path, model)
         assert next(iter(card)) == expected["label"]
         assert next(iter(card.values())) == pytest.approx(expected["probability"], abs=0.1)
 
@@ -517,7 +519,7 @@ def test_self_test_tolerance_is_that_of_step3(browser, site, changes, passes):
         text = json.dumps({**spec, "golden": golden, **changes})
         name = f"moved-{'-'.join(changes)}-{difference}.onnx"  # one each: a server's dates have whole seconds
         file = onnx_with(folder / "colour.onnx", folder / name, text)
-        assert step3_infer.self_test(step3_infer.Model(str(file)))[2] == passed
+        assert self_test(Model(str(file))).passed == passed
         problem = browser.open(f"{address}/web/?model=../{name}")
         assert ("Self-test FAILED" in problem) != passed
         assert ("Self-test passed" in browser.text("#selftest")[0]) == passed
@@ -532,7 +534,7 @@ def test_self_test_covers_known(browser, site):
         golden[1]["known"] = known + moved if known < 0.9 else known - moved
         name = f"known-{moved}.onnx"
         file = onnx_with(folder / "model.onnx", folder / name, golden=golden)
-        assert step3_infer.self_test(step3_infer.Model(str(file)))[2] == passed
+        assert self_test(Model(str(file))).passed == passed
         assert ("Self-test FAILED" in browser.open(f"{address}/web/?model=../{name}")) != passed
     golden[1]["known"] = None
     onnx_with(folder / "model.onnx", folder / "nothing.onnx", golden=golden)
@@ -588,7 +590,7 @@ def test_regression_takes_numbers(browser, site, tmp_path):
     browser.run(submit, ",".join(map(str, values)))
     browser.until("$('status').textContent.includes(': ')")
     name, value = re.fullmatch("\u2068(.+)\u2069: (.+)", browser.text("#status")[0]).groups()
-    model = step3_infer.Model(str(folder / "linear.onnx"))
+    model = Model(str(folder / "linear.onnx"))
     expected = model.predict(np.array([values], np.float32))[0, 0]
     assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-5) and name == model.spec["classes"][0]
     assert "passed" in browser.text("#selftest")[0]

@@ -6,7 +6,7 @@ from tqdm import tqdm
 import data
 import model
 from data import notes
-from step3_infer import say
+from inference.command_line import say
 from training import runs
 
 FEW = 100  # test images: the result then says how many they were

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from step3_infer import usable_cpus
+from inference.cpus import usable_cpus
 
 BUSY = 0.5  # CPUs used by other programs, above which a thread less is taken
 

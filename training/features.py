@@ -21,7 +21,8 @@ import model
 from data import notes
 from data.cache import directory_for
 from data.split import MOST_PIXELS, Split
-from step3_infer import problems, replacing
+from inference.errors import problems
+from inference.files import replacing
 from training.weights import head_keys
 
 HEAD_STEPS, HEAD_DECAY = 100, 1e-2  # of fitting a head: steps of L-BFGS, and the L2 penalty

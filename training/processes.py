@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from step3_infer import Problem, one_line, problems
+from inference.errors import Problem, one_line, problems
 from training import cpu
 
 

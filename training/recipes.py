@@ -11,7 +11,7 @@ import re
 
 import data
 from data.notes import note
-from step3_infer import Problem
+from inference.errors import Problem
 
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")  # see optimizers.rate
 OPTIMIZERS = {

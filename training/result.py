@@ -6,8 +6,10 @@ from datetime import datetime, timezone
 import numpy as np
 import torch
 
+from inference import metrics
 
-def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]:
+
+def summarise(trainer, deployable, evaluated) -> tuple[dict, np.ndarray]:
     """The figures of a run, and the outputs that they are of: [n, classes] probabilities, or [n, 1].
 
     deployable: the network that is the result; evaluated: over the test split; report: report.page.
@@ -34,11 +36,11 @@ def summarise(trainer, deployable, evaluated, report) -> tuple[dict, np.ndarray]
         logits = logits / trainer.calibration.temperature
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long()).item()
         summary |= {"test_loss_uncalibrated": evaluated.loss, "test_loss": loss}
-        summary["calibration_error_uncalibrated"] = report.calibration_error(probabilities, labels)
+        summary["calibration_error_uncalibrated"] = metrics.calibration_error(probabilities, labels)
         probabilities = logits.softmax(1).numpy()
-    summary["calibration_error"] = report.calibration_error(probabilities, labels)
-    summary["calibration_error_floor"] = report.calibration_error_floor(probabilities)
-    per_class = report.per_class(labels, evaluated.outputs.argmax(1), dataset.classes)
+    summary["calibration_error"] = metrics.calibration_error(probabilities, labels)
+    summary["calibration_error_floor"] = metrics.calibration_error_floor(probabilities)
+    per_class = metrics.per_class(labels, evaluated.outputs.argmax(1), dataset.classes)
     leaked, right = dataset.findings.leaked, evaluated.outputs.argmax(1) == labels
     if leaked.any():  # test images that are also in the training split
         summary["test_images_in_train"] = int(leaked.sum())

@@ -27,7 +27,9 @@ from pathlib import Path
 
 import torch
 
-from step3_infer import Problem, problems, replacing, say
+from inference.command_line import say
+from inference.errors import Problem, problems
+from inference.files import replacing
 from training.recipes import OWN_IMAGES, RESERVED
 
 try:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from data.split import Split, seed_of
-from step3_infer import SCHEMA, Problem
+from inference.errors import Problem
+from inference.spec import SCHEMA
 from training import cpu, features, optimizers, runs
 from training.calibration import Calibration
 from training.processes import Signals, Stopped

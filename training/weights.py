@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import model
-from step3_infer import Problem
+from inference.errors import Problem
 from training.runs import load_plain
 
 

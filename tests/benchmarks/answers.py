@@ -27,7 +27,9 @@ def keep(bundle: Path, out: str, folders: list[str]) -> None:
     """Run every .onnx file of a bundle over all images and write what it answers to an .npz file."""
     sys.dont_write_bytecode = True  # --verify reports what is not the bundle's
     sys.path.insert(0, str(bundle))
-    from step3_infer import Model, Problem, decode_image, is_image
+    from inference.errors import Problem
+    from inference.images import decode_image, is_image
+    from inference.predict import Model
 
     paths = [path for folder in (bundle / "samples", *folders) for path in sorted(Path(folder).rglob("*"))]
     paths = [path for path in paths if path.is_file() and is_image(str(path))]

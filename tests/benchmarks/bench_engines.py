@@ -29,7 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks
 
 from runtimes import RUNTIMES, onnxruntime, version  # noqa: E402
 
-from step3_infer import MODEL_NAMES, Model, fit  # noqa: E402
+from inference.engines import MODEL_NAMES  # noqa: E402
+from inference.images import fit_to_input
+from inference.predict import Model  # noqa: E402
 
 SIZES = ((64, 64), (57, 43), (20, 27), (32, 300), (480, 640), (3000, 4000))
 NOISE = 30  # grey levels
@@ -83,17 +85,17 @@ def measure(name: str, file: str, beside: str, inputs: str, threads: int) -> dic
     other = onnxruntime(beside, threads)
     arrays = np.load(inputs)
     for size in arrays.files:
-        images = fit(arrays[size], spec)
+        images = fit_to_input(arrays[size], spec)
         try:
             got = run_batches(run, images, spec["fixed"] and spec["fixed"]["batch"])
         except Exception as error:  # engines raise anything
             row["max"][size] = type(error).__name__
             continue
-        expected = run_batches(other, fit(arrays[size], right), right["fixed"] and right["fixed"]["batch"])
+        expected = run_batches(other, fit_to_input(arrays[size], right), right["fixed"] and right["fixed"]["batch"])
         row["max"][size] = float(np.abs(got - expected).max())
         row["changed"] += int((got.argmax(1) != expected.argmax(1)).sum())
         row["answers"] += len(images)
-    one = fit(arrays[arrays.files[0]][: (spec["fixed"] or {}).get("batch") or 1], spec)
+    one = fit_to_input(arrays[arrays.files[0]][: (spec["fixed"] or {}).get("batch") or 1], spec)
     row["run"], row["onnxruntime"] = fifth(run, other, one)
     return row
 

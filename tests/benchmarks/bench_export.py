@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import step2_export  # noqa: E402
 from deploy import int8  # noqa: E402
-from step3_infer import Model  # noqa: E402
+from inference.predict import Model  # noqa: E402
 
 FORMATS = ("torchscript", "onnx", "onnx-int8", "pt2")
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model  # noqa: E402
 from deploy import camera  # noqa: E402
-from step3_infer import Model  # noqa: E402
+from inference.predict import Model  # noqa: E402
 
 
 def gaussian_blur(images: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model  # noqa: E402
 import step1_train  # noqa: E402
-import step3_infer  # noqa: E402
+from inference.predict import Model  # noqa: E402
 
 
 class Pictures(Dataset):
@@ -115,7 +115,7 @@ def ours(place, dataset, *arguments):
     peak = int(subprocess.run(command, cwd=place, check=True, stdout=subprocess.PIPE).stdout)
     command = [sys.executable, ROOT / "step2_export.py", "--run", name, "--format", "onnx"]
     subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
-    exported = step3_infer.Model(str(place / "exports" / name / "model.onnx"))
+    exported = Model(str(place / "exports" / name / "model.onnx"))
     answers = [
         exported.predict(np.ascontiguousarray(part)).argmax(1)
         for part in np.array_split(dataset.test_images, 100)

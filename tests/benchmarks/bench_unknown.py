@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from deploy import reliability  # noqa: E402
+from deploy import unknown  # noqa: E402
 from deploy.comparing import predictions, threshold  # noqa: E402
-from step3_infer import Model, decode_image, find_images  # noqa: E402
+from inference.images import decode_image, find_images  # noqa: E402
+from inference.predict import Model  # noqa: E402
 
 COUNT = 500  # images of a kind
 PHOTOS = ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png")
@@ -32,7 +33,7 @@ PHOTOS = ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png")
 def kinds(spec: dict, more: list[str]):
     """(name, images uint8 [n, H, W, channels]), some of other sizes than the network's."""
     rng, channels = np.random.default_rng(0), spec["channels"]
-    for name, images in reliability.unknown_kinds(*spec["image_size"], channels, COUNT):
+    for name, images in unknown.unknown_kinds(*spec["image_size"], channels, COUNT):
         if len(images) > 1:
             yield name, images
     if spec["dataset"] != "digits":

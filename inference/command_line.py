@@ -1,0 +1,65 @@
+"""How a command line is read, and how text from outside is made safe to print."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+WIDTH = 78  # columns of --help, which then fits an 80-column terminal
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and a fixed width of the help text.
+
+    Asking the terminal for its width would import shutil, bz2, lzma and more at every start.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=fixed_width, **settings)
+
+    def error(self, message):
+        self.exit(2, f"error: {printable(message)} (--help shows all options)\n")
+
+
+def fixed_width(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, width=WIDTH)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """An argparse type for finite numbers of a kind, int or float.
+
+    low, high: the smallest and the largest number allowed; `above` excludes `low` itself.
+    """
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+
+        is_high_enough = value > low if above else value >= low
+        if is_high_enough and value <= high and value != math.inf:
+            return value
+
+        what = "whole number" if kind is int else "number"
+        limits = f"above {low}" if above else f"from {low}"
+        if high != math.inf:
+            limits += f" to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {limits}")
+
+    return parse
+
+
+def printable(text: str) -> str:
+    """Escape control characters and line breaks in text from outside: paths, class names, specs."""
+    characters = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)
+
+
+def say(message: str) -> None:
+    """Print one line to standard error."""
+    print(printable(message), file=sys.stderr)

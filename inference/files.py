@@ -1,0 +1,61 @@
+"""How files are written whole or not at all, and how their content is recognised."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from inference.errors import Problem, problems
+
+BLOCK = 1 << 20  # bytes that are hashed at a time
+
+
+@contextlib.contextmanager
+def replacing(path, mode: str = "wb", **open_options) -> Iterator:
+    """Open a file that replaces `path` as a whole if the block succeeds. Raises OSError.
+
+    Symbolic links are followed. A device or a named pipe cannot be replaced: it is written to.
+    """
+    path = os.path.realpath(path)
+    is_special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if is_special:
+        with open(path, mode, **open_options) as file:
+            yield file
+        return
+
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name[:40]}-{os.urandom(4).hex()}.tmp")
+    try:
+        with open(temporary, mode.replace("w", "x"), **open_options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # it is gone once it has replaced the other
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def output_stream(path: str | None) -> Iterator:
+    """Standard output, or a text file that replaces `path` as a whole. Raises Problem."""
+    if path is None:
+        if sys.stdout is None:
+            raise Problem("standard output is closed; give --output FILE")
+        yield sys.stdout
+        return
+
+    text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with problems(f"cannot write {path}", OSError), replacing(path, "w", **text) as out:
+        yield out
+
+
+def sha256(path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises OSError."""
+    import hashlib  # only where it is needed: importing it loads OpenSSL
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,308 @@
+"""How images are found, opened, decoded and fitted to a size."""
+
+import contextlib
+import functools
+import glob
+import io
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from inference.command_line import say
+from inference.errors import Problem, one_line
+
+# Known without loading Pillow's plugins, which takes longer than one prediction.
+IMAGE_SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".pgm",
+    ".ppm",
+    ".pbm",
+    ".avif",
+    ".jp2",
+}
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
+NAMED = 3  # files that a note names
+MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
+BAND_PIXELS = 1 << 18  # converted at a time: they fit the processor's cache
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+# ------------------------------------------------------------------------------------------- decode
+def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
+    """Decode one image file to uint8 [height, width, channels].
+
+    source: a path or a binary file object. channels: 1 for grey, 3 for RGB. white: the level of
+    16-bit greys from which on a pixel becomes 255. The EXIF orientation is applied; an animation
+    gives its first frame. Raises Problem, to which the caller adds the file name.
+    """
+    try:
+        source = prepared(source)
+        return read_pixels(source, channels, white)
+    except UnidentifiedImageError:
+        reason = "is not an image that Pillow can read" if size_of(source) else "is empty"
+    except FileNotFoundError:
+        reason = "no such file"
+    except MemoryError:
+        reason = "is too large for this machine's memory"
+    except Problem:
+        raise
+    except Exception as error:  # Pillow's plugins raise any exception on broken files
+        reason = f"cannot be read: {one_line(error)}"
+    raise Problem(reason)
+
+
+def prepared(source):
+    """The source in a form that Pillow can seek in. Raises Problem for what must not be opened."""
+    if hasattr(source, "read"):
+        return source if source.seekable() else io.BytesIO(source.read(MAX_STREAM_BYTES))
+
+    if os.path.exists(source) and not os.path.isfile(source):  # opening a named pipe waits for ever
+        raise Problem("is not a regular file")
+    return source
+
+
+def size_of(source) -> int:
+    """The size of a file or a file object in bytes."""
+    if not hasattr(source, "read"):
+        return os.path.getsize(source)
+    return source.seek(0, os.SEEK_END)
+
+
+def open_image(source) -> Image.Image:
+    """Image.open for every format that image_suffixes() knows.
+
+    Pillow loads its rarer plugins when the common ones fail. If another thread is loading them at
+    that moment, the first attempt fails although the file is fine.
+    """
+    with contextlib.suppress(UnidentifiedImageError):
+        return Image.open(source)
+
+    image_suffixes()
+    return Image.open(source)
+
+
+@functools.cache
+def image_suffixes() -> set[str]:
+    """Load all of Pillow's formats, and HEIC if pillow-heif is installed; return their suffixes."""
+    name_of = Image.registered_extensions()  # suffix -> format; this loads the plugins
+
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+    readable = {*Image.OPEN, "MPO"}  # the JPEG plugin opens MPO
+    return {suffix for suffix, name in name_of.items() if name in readable}
+
+
+def read_pixels(source, channels: int, white: int) -> np.ndarray:
+    """Read an image as uint8 [height, width, channels]; decode_image() explains the errors."""
+    with open_image(source) as image:
+        if image.mode == "F":
+            raise Problem(
+                "has 32-bit float pixels, which have no fixed range: save it with 8 or 16 bits"
+            )
+        if image.format == "EPS":  # Pillow would run Ghostscript
+            raise Problem("is PostScript, which is a program and not an image")
+
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            from PIL import ImageOps  # rarely needed, and slow to import
+
+            ImageOps.exif_transpose(image, in_place=True)
+
+        # "I;16" in either byte order, or "I" if Pillow has widened the pixels.
+        if image.mode.startswith("I"):
+            image = scale_to_8_bits(image, white)
+        return to_array(image, channels)
+
+
+def scale_to_8_bits(image: Image.Image, white: int) -> Image.Image:
+    """Scale greys of up to 16 bits so that `white` becomes 255. Raises Problem for more bits."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
+
+    scaled = (np.minimum(values, white) * 255 + white // 2) // white
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def to_array(image: Image.Image, channels: int) -> np.ndarray:
+    """Convert an image to uint8 [height, width, channels], grey or RGB.
+
+    It goes band by band: to convert a whole photo at once takes twice the time and memory.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    width, height = image.size
+    pixels = np.empty((height, width, channels), np.uint8)
+
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = image.crop((0, top, width, bottom)).convert(mode)
+        pixels[top:bottom] = np.asarray(band).reshape(-1, width, channels)
+    return pixels
+
+
+# ---------------------------------------------------------------------------------------------- fit
+def fit_to_input(images: np.ndarray, spec: dict) -> np.ndarray:
+    """What the runtime of a file is given for uint8 images [batch, H, W, channels].
+
+    The graph of most files resizes, and takes the images as they are. A file of fixed size takes
+    images of the network's own size, which are resized here.
+    """
+    fixed = spec["fixed"]
+    if not fixed:
+        return images
+
+    if images.shape[1:3] != tuple(spec["image_size"]):
+        # One by one, so that an image gives the same pixels in any batch.
+        resized = [resize(image, spec["image_size"], spec["fit"]) for image in images]
+        images = np.stack(resized)
+        if fixed["input"] != "float32":
+            images = np.rint(images)
+    return images.astype(fixed["input"], copy=False)
+
+
+def resize(image: np.ndarray, image_size, fit: str | None = None) -> np.ndarray:
+    """Resize uint8 [H, W, channels] to float32 [*image_size, channels].
+
+    Bilinear and antialiased, not rounded: as the graph of a file and Pillow resize. fit: "stretch"
+    or None; "crop" keeps the aspect ratio and the middle; "letterbox" keeps the aspect ratio and all
+    of the image, between black bars.
+    """
+    factors = np.divide(image.shape[:2], image_size)  # input pixels to one output pixel
+    if fit == "crop":
+        factors[:] = factors.min()
+    elif fit == "letterbox":
+        factors[:] = factors.max()
+
+    for axis in (0, 1):
+        image = resize_axis(image, axis, image_size[axis], factors[axis])
+    return image
+
+
+def resize_axis(image: np.ndarray, axis: int, n_out: int, factor: float) -> np.ndarray:
+    """Resize one axis of [H, W, channels] to n_out pixels of `factor` input pixels each."""
+    n_in = image.shape[axis]
+    source = np.arange(n_in) - (n_in - 1) / 2
+    target = np.arange(n_out)[:, None] - (n_out - 1) / 2
+
+    # A triangle around each output pixel: [n_out, n_in].
+    weights = np.maximum(1 - np.abs(target * factor - source) / max(factor, 1), 0)
+    weights /= np.maximum(weights.sum(1, keepdims=True), 1e-6)
+
+    lines = []
+    for weight in weights:
+        reached = np.flatnonzero(weight)  # so that a photo is never whole in memory as floats
+        part = np.take(image, reached, axis).astype(np.float32)
+        lines.append(np.tensordot(weight[reached].astype(np.float32), part, (0, axis)))
+    return np.stack(lines, axis)
+
+
+# --------------------------------------------------------------------------------------------- find
+def is_image(path: str) -> bool:
+    """Is a file an image, by its suffix or, if it has none, by its content?"""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix:
+        return suffix in IMAGE_SUFFIXES or suffix in image_suffixes()
+
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        return False
+    with contextlib.suppress(Exception):  # Pillow's plugins raise any exception on broken files
+        open_image(path).close()
+        return True
+    return False
+
+
+def find_images(paths: list[str], others: list) -> Iterator[tuple[str, Problem | None]]:
+    """Yield each file of the given paths: (path, None), or (path, why it cannot be used).
+
+    Globs are expanded and directories walked. Files in directories that are not images are
+    appended to `others`.
+    """
+    for path in paths:
+        is_glob = any(character in path for character in "*?[") and not os.path.lexists(path)
+        if is_glob:
+            yield from expand(path, others)
+        elif os.path.isdir(path):
+            yield from images_below(path, others)
+        else:
+            yield path, None
+
+
+def expand(pattern: str, others: list) -> Iterator[tuple[str, Problem | None]]:
+    """What find_images() yields for a glob."""
+    matches = sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        yield pattern, Problem("matches no file")
+        return
+
+    # "**" matches the directories of its files as well, whose files would come twice.
+    files = [match for match in matches if not os.path.isdir(match)]
+    yield from find_images(files or matches, others)
+
+
+def images_below(directory: str, others: list) -> Iterator[tuple[str, Problem | None]]:
+    """What find_images() yields for a directory."""
+    is_empty = True
+    for path, problem in walk(directory, is_visible):
+        if problem or is_image(path):
+            is_empty = False
+            yield path, problem
+        else:
+            others.append(path)
+
+    if is_empty:
+        yield directory, Problem("no images in this directory")
+
+
+def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Problem | None]]:
+    """Yield (path, None) for the files below a folder, in name order.
+
+    accept: a test of the names of files and folders that are wanted. Links to folders are yielded
+    as files and not followed. Folders that cannot be read come last, with a Problem.
+    """
+    accept = accept or bool
+    unreadable = []
+
+    for place, folders, files in os.walk(folder, onerror=unreadable.append):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        folders[:] = sorted(filter(accept, folders))  # os.walk goes on with these
+        for name in sorted(filter(accept, files + links)):
+            yield os.path.join(place, name), None
+
+    for error in unreadable:
+        yield error.filename, Problem(f"cannot be read: {error.strerror}")
+
+
+def is_visible(name: str) -> bool:
+    """Is a name neither hidden, like .DS_Store and ._photo.jpg, nor a file of the system?"""
+    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
+
+
+def note_files(did: str, paths: list[str], why: str = "") -> None:
+    """Note, if there are any, how many files something was done to, their kinds and first names."""
+    if not paths:
+        return
+
+    suffixes = {os.path.splitext(path)[1].lower() for path in paths}
+    kinds = ", ".join(sorted(suffix or "no suffix" for suffix in suffixes))
+    count = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
+    names = ", ".join(paths[:NAMED])
+    if len(paths) > NAMED:
+        names += ", ..."
+    hint = ""
+    if {".heic", ".heif"} & suffixes:
+        hint = "; pip install pillow-heif to read .heic"
+
+    say(f"note: {did} {count} {why} ({kinds}): {names}{hint}")

@@ -1,0 +1,199 @@
+"""What the spec inside an exported file says: its keys, their types and their meaning.
+
+A new key is a line in Spec; if older files lack it, a line in DEFAULTS; if this program relies on
+it, a line in RULES; and a line in deploy/README.md.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import TypedDict
+
+from inference.errors import Problem
+from inference.task import TASKS
+
+SCHEMA = 1  # the newest that this program understands
+KNOWN_TOLERANCE = 5e-3  # of `known` in the self-test, in files that do not say
+
+
+class Known(TypedDict):
+    """How `known` was made: see model.Familiarity."""
+
+    layers: list[str]  # whose outputs it looks at
+    images: int  # how many held-out images an image is compared with
+    tolerance: float  # largest difference that the self-test allows
+
+
+class Calibration(TypedDict):
+    """Which images the temperature was fitted on."""
+
+    source: str  # in words
+    images: int
+
+
+class Fixed(TypedDict):
+    """What a file of fixed size takes."""
+
+    batch: int | None  # the only batch size; None for any
+    input: str  # "uint8" or "float32"
+
+
+class Device(TypedDict):
+    """What one input needs: numbers, times 4 for bytes in float32."""
+
+    weights: int
+    activations: int  # held at a time
+    multiply_adds: int
+
+
+class Spec(TypedDict, total=False):
+    """All keys. Those of DEFAULTS may be missing in older files; read_spec() fills them in."""
+
+    schema: int  # raised when an older reader would misread the file
+    task: str  # "classification" or "regression"
+    classes: list[str]  # in the order of the probabilities; of a regression, the name of the number
+    channels: int  # 1 for grey, 3 for RGB; of a regression, the number of features
+    image_size: list[int]  # [height, width] that the network sees
+    resize: str | None  # how the graph resizes
+    fit: str | None  # how an image gets that size: "stretch", "crop" or "letterbox"
+    mean: list[float]  # of each channel, of pixels scaled to 0..1
+    std: list[float]
+    white: int  # the level of 16-bit pixels that becomes 255
+
+    temperature: float | None  # what the logits are divided by
+    calibration: Calibration | None
+    known: Known | None  # None for a file without the output `known`
+    reject: float | None  # keep this share of familiar images; the others are "unknown"
+    min_probability: float | None  # answers with less are "unsure"
+
+    dataset: str
+    model: str  # the name of the network
+    parameters: int
+    test_accuracy: float | None  # a fraction
+    arguments: dict  # step1's options
+    versions: dict[str, str]
+    created: str  # ISO 8601
+    checkpoint_sha256: str
+    device: Device
+    opset: int  # of ONNX
+    onnxruntime_min: str  # the oldest version that runs the file
+    quantization: str  # of int8 files, in words
+
+    golden: list[dict]  # samples with their expected outputs
+    self_test_tolerance: float  # largest difference of an output
+    fixed: Fixed | None  # None for a file that takes images of any size
+
+
+DEFAULTS = {
+    "fit": None,
+    "white": 65535,
+    "known": None,
+    "reject": None,
+    "min_probability": None,
+    "fixed": None,
+}
+
+
+def read_spec(text: str | None, path: str) -> Spec:
+    """Parse and validate the spec that the file `path` carries.
+
+    Raises Problem if there is none, if it needs a newer reader, or naming the first key that is
+    wrong.
+    """
+    if not text:
+        raise Problem(f"{path} carries no spec: it was not written by step2_export.py")
+    malformed = f"{path} has a malformed spec"
+
+    try:
+        spec = DEFAULTS | json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise Problem(f"{malformed}: it is not a JSON object") from None
+
+    schema = spec.get("schema")
+    if is_whole(schema, 1) and schema > SCHEMA:
+        raise Problem(f"{path} has a spec of schema {schema}: it needs a newer step3_infer.py")
+
+    validate(spec, RULES, malformed)
+    if TASKS[spec["task"]].has_images:
+        validate(spec, IMAGE_RULES, malformed)
+    if spec["reject"] is not None and spec["known"] is None:
+        raise Problem(f"{malformed}: reject needs known, which the file does not have")
+
+    if spec["known"] is not None:
+        spec["known"] = {"tolerance": KNOWN_TOLERANCE} | spec["known"]
+    return spec
+
+
+def validate(spec: dict, rules: dict, malformed: str) -> None:
+    """Raise Problem for the first key that is missing or breaks its rule."""
+    for key, (is_valid, wanted) in rules.items():
+        if key not in spec:
+            raise Problem(f"{malformed}: {key} is missing")
+        if not is_valid(spec[key]):
+            raise Problem(f"{malformed}: {key} must be {wanted}")
+
+
+def is_whole(value, low: int, high: int = 1 << 31) -> bool:
+    """Is it a whole number from low to high? JSON's true and false are none."""
+    return type(value) is int and low <= value <= high
+
+
+def is_number(value, low: float, high: float = math.inf) -> bool:
+    """Is it a number from low to high? NaN is not."""
+    return type(value) in (int, float) and low <= value <= high
+
+
+def is_share(value) -> bool:
+    return value is None or is_number(value, 0, 1)
+
+
+def are_names(value, least: int = 1) -> bool:
+    """Is it a list of `least` texts or more?"""
+    is_long_enough = isinstance(value, list) and len(value) >= least
+    return is_long_enough and all(isinstance(name, str) for name in value)
+
+
+def is_size(value) -> bool:
+    """Is it [height, width] in pixels?"""
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(is_whole(side, 1, (1 << 15) - 1) for side in value)
+
+
+def is_known(value) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and is_number(value.get("tolerance", KNOWN_TOLERANCE), 0)
+
+
+def is_fixed(value) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not {"batch", "input"} <= value.keys():
+        return False
+
+    any_batch = value["batch"] is None
+    return (any_batch or is_whole(value["batch"], 1, 1024)) and value["input"] in INPUTS
+
+
+INPUTS = ("uint8", "float32")
+FITS = (None, "stretch", "crop", "letterbox")
+Rule = tuple[Callable[[object], bool], str]
+
+# key -> (test, what it must be)
+RULES: dict[str, Rule] = {
+    "schema": (lambda value: is_whole(value, 1), "a whole number"),
+    "task": (lambda value: value in list(TASKS), " or ".join(TASKS)),
+    "classes": (are_names, "a list of names"),
+    "channels": (lambda value: is_whole(value, 1), "a whole number"),
+    "white": (lambda value: is_whole(value, 1, 65535), "a whole number from 1 to 65535"),
+    "known": (is_known, "null, or an object whose tolerance is a number"),
+    "reject": (is_share, "a number from 0 to 1, or null"),
+    "min_probability": (is_share, "a number from 0 to 1, or null"),
+    "fit": (lambda value: value in FITS, "stretch, crop, letterbox or null"),
+    "fixed": (is_fixed, "null, or a batch (1 to 1024, or null) and an input (uint8 or float32)"),
+}
+IMAGE_RULES: dict[str, Rule] = {
+    "classes": (lambda value: are_names(value, least=2), "a list of two names or more"),
+    "channels": (lambda value: is_whole(value, 1) and value in (1, 3), "1 or 3"),
+    "image_size": (is_size, "[height, width], each from 1 to 32767"),
+}
