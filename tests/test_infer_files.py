@@ -367,16 +367,19 @@ def test_importers_get_the_same_answers(small, samples, predict):
             assert [entry["label"] for entry in answer["top"]] == [
                 entry["label"] for entry in row["top"]
             ]
-    assert len(predict(pixels, model, top_k=1)["top"]) == 1
+    assert len(predict_module.predict(pixels, model, top_k=1)["top"]) == 1
 
 
 def test_importers_may_use_threads(small, samples):
     from concurrent.futures import ThreadPoolExecutor
 
     model = Model(small.export / "model.onnx", 1)
-    alone = [predict(path, model) for path in samples]
+    alone = [predict_module.predict(path, model) for path in samples]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda path: predict(path, model), samples * 10)) == alone * 10
+        assert (
+            list(pool.map(lambda path: predict_module.predict(path, model), samples * 10))
+            == alone * 10
+        )
 
 
 @pytest.mark.parametrize(
@@ -391,7 +394,7 @@ def test_importers_may_use_threads(small, samples):
 )
 def test_importers_are_told_what_is_wrong(small, here, given, words):
     with pytest.raises(Problem, match=words):
-        predict(given, Model(small.export / "model.onnx"))
+        predict_module.predict(given, Model(small.export / "model.onnx"))
 
 
 def test_long_names_of_output_files(predict, here, samples):
