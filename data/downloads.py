@@ -1,4 +1,4 @@
-"""torchvision's datasets: downloaded on first use, and downloaded again if their files are damaged."""
+"""torchvision's datasets: downloaded on first use, and again if their files are damaged."""
 
 import contextlib
 import http.client
@@ -13,55 +13,104 @@ from data.dataset import Dataset
 from data.notes import note
 from inference.errors import Problem
 
+# torchvision's classes have the names of the datasets in capitals, but for this one.
+CLASS_NAMES = {"fashion-mnist": "FashionMNIST"}
+
+# Every way that torchvision fails without a network, without a directory, or on damaged files.
+FAILURES = (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError)
+
+# An IDX file begins with a big-endian number: 8, the code of uint8, and the number of dimensions.
+IDX_MAGIC = 0x800
+MOST_DIMENSIONS = 255
+
 
 def load_torchvision(name: str, data_dir: str) -> Dataset:
-    """One of torchvision's datasets, downloaded to `data_dir` unless it is there. Raises Problem."""
-    import torchvision  # here, because the import takes a second that the bundled digits need not pay
+    """One of torchvision's datasets, downloaded to `data_dir` if needed. Raises Problem."""
+    # Here, because the import takes a second that the bundled digits need not pay.
+    import torchvision
 
-    cls = getattr(torchvision.datasets, {"fashion-mnist": "FashionMNIST"}.get(name, name.upper()))
-    archives, directory = set_damaged_aside(cls, data_dir)
+    cls = getattr(torchvision.datasets, CLASS_NAMES.get(name, name.upper()))
+    directory, archives = locate_archives(cls, data_dir)
+    set_damaged_aside(directory, archives)
+
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-        failure = f"cannot get {name} ({reason or str(error).splitlines()[-1]})"
-        others = "or run again with a network, or use --dataset digits, which needs none"
-        raise Problem(f"{failure}: put {', '.join(archives)} into {directory}, {others}") from None
-    arrays = {}
-    for split, part in zip(("train", "test"), splits, strict=True):
-        images = np.asarray(part.data)
-        arrays[f"{split}_images"] = images.reshape(*images.shape[:3], -1)  # grey images get a channel axis
-        arrays[f"{split}_labels"] = np.asarray(part.targets, dtype=np.int64)
-    classes = [text.split(" - ")[0] for text in splits[0].classes]  # MNIST's are "0 - zero", "1 - one", ...
-    return Dataset(name=name, classes=classes, **arrays)
+            train = cls(data_dir, train=True, download=True)
+            test = cls(data_dir, train=False, download=True)
+    except FAILURES as error:
+        raise Problem(
+            f"cannot get {name} ({reason_of(error)}): put {', '.join(archives)} into {directory}, "
+            "or run again with a network, or use --dataset digits, which needs none"
+        ) from None
+
+    train_images, train_labels = to_arrays(train)
+    test_images, test_labels = to_arrays(test)
+    return Dataset(
+        name=name,
+        # MNIST's are "0 - zero", "1 - one" and so on.
+        classes=[text.split(" - ")[0] for text in train.classes],
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+    )
 
 
-def set_damaged_aside(cls: type, data_dir: str) -> tuple[list[str], str]:
+def reason_of(error: Exception) -> str:
+    """Why a download failed, in the system's words if there are any, else in a single line."""
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
+    return reason or str(error).splitlines()[-1]
+
+
+def to_arrays(split) -> tuple[np.ndarray, np.ndarray]:
+    """The images, uint8 [N, H, W, C], and the labels, int64 [N], of a torchvision dataset."""
+    images = np.asarray(split.data)
+    images = images.reshape(*images.shape[:3], -1)  # grey images get a channel axis
+    labels = np.asarray(split.targets, dtype=np.int64)
+    return images, labels
+
+
+def locate_archives(cls: type, data_dir: str) -> tuple[str, dict[str, str]]:
+    """The directory where the archives of a dataset belong, and their MD5 sums by name."""
+    if hasattr(cls, "resources"):  # the MNIST family: four gzip files beside what they unpack to
+        return os.path.join(data_dir, cls.__name__, "raw"), dict(cls.resources)
+    return data_dir, {cls.filename: cls.tgz_md5}
+
+
+def set_damaged_aside(directory: str, archives: dict[str, str]) -> None:
     """Report the damaged files of an earlier download, so that torchvision fetches them again.
 
-    torchvision checks archives by their MD5, but accepts any unpacked MNIST file that exists, so a damaged
-    one is renamed here. Returns the names of the archives and the directory where they belong.
+    torchvision checks archives by their MD5, but accepts any unpacked MNIST file that exists, so a
+    damaged one is renamed here.
     """
     from torchvision.datasets.utils import check_integrity
 
-    if hasattr(cls, "resources"):  # the MNIST family: four gzip files beside what was unpacked from them
-        directory, archives = os.path.join(data_dir, cls.__name__, "raw"), dict(cls.resources)
-    else:
-        directory, archives = data_dir, {cls.filename: cls.tgz_md5}
     for archive, md5 in archives.items():
         path = os.path.join(directory, archive)
         if os.path.isfile(path) and not check_integrity(path, md5):
             note(f"{path} is incomplete or corrupt: downloading it again")
+
+        is_compressed = path.endswith(".gz")
         unpacked = path.removesuffix(".gz")
-        if unpacked != path and os.path.isfile(unpacked) and not is_whole_idx(unpacked):
-            os.replace(unpacked, unpacked + ".damaged")
-            note(f"{unpacked} is incomplete or corrupt: renamed to {unpacked}.damaged and unpacked again")
-    return list(archives), directory
+        if is_compressed and os.path.isfile(unpacked) and not is_whole_idx(unpacked):
+            aside = unpacked + ".damaged"
+            os.replace(unpacked, aside)
+            note(f"{unpacked} is incomplete or corrupt: renamed to {aside} and unpacked again")
 
 
 def is_whole_idx(path: str) -> bool:
-    """Is it as long as its IDX header says: two zeros, the type (8: uint8), the rank, big-endian sizes?"""
-    magic, *shape = np.fromfile(path, ">u4", 256).tolist() or [0]
-    rank = magic - 0x800
-    return 0 < rank <= len(shape) and os.path.getsize(path) == 4 + 4 * rank + math.prod(shape[:rank])
+    """Is an IDX file of uint8 as long as its header says?
+
+    The header is the magic number and the size of each dimension, 4 bytes each.
+    """
+    words = np.fromfile(path, ">u4", 1 + MOST_DIMENSIONS).tolist()
+    if not words:
+        return False
+
+    dimensions = words[0] - IDX_MAGIC
+    sizes = words[1 : 1 + dimensions]
+    if dimensions <= 0 or len(sizes) < dimensions:
+        return False
+
+    header = 4 * (1 + dimensions)
+    return os.path.getsize(path) == header + math.prod(sizes)

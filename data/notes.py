@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from inference.command_line import say
 
-silent = False
+silent = False  # of the whole process: notes come from places that know no settings
 
 
 def note(message: str) -> None:
@@ -18,7 +18,8 @@ def note(message: str) -> None:
 def silenced(quiet: bool) -> Iterator[None]:
     """Print no notes within the block if `quiet`."""
     global silent
-    before, silent = silent, quiet
+    before = silent
+    silent = quiet
     try:
         yield
     finally:
