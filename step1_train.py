@@ -316,20 +316,29 @@ def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
 
 def write_pictures(trainer, deployable, accuracy, outputs) -> None:
     """Draw a finished run's pictures and write its report.html. outputs: those of the test split."""
-    settings, dataset, spec, images = trainer.settings, trainer.dataset, trainer.spec(accuracy), {}
+    settings = trainer.settings
+    dataset = trainer.dataset
     cpu.give_back_memory()
+
+    result = drawing.Result(
+        spec=trainer.spec(accuracy),
+        rows=trainer.progress.rows,
+        labels=dataset.test_labels,
+        outputs=outputs,
+    )
     if dataset.task == "classification":
-        pairs = {"duplicates": dataset.findings.pairs, "looked": examples(trainer, deployable, outputs)}
-        images = {"images": dataset.test_images, "pairs": pairs}
-        images["suspects"] = find_suspects(trainer, outputs)
+        result.images = dataset.test_images
+        result.duplicates = dataset.findings.pairs
+        result.looked = examples(trainer, deployable, outputs)
+        result.suspects = find_suspects(trainer, outputs)
         train = trainer.splits["train"]
         train = getattr(train, "images_split", train)  # what features were made of
         augmented, labels, _ = next(train.shuffled(25, settings.augment, 1, settings.seed))
-        images["augmented"] = augmented.cpu().numpy(), labels.cpu().numpy()
+        result.augmented = augmented.cpu().numpy(), labels.cpu().numpy()
+
     try:
         try:
-            rows = trainer.progress.rows
-            drawing.draw_run(trainer.run, spec, rows, dataset.test_labels, outputs, **images)
+            drawing.draw_run(trainer.run, result)
         except ImportError as error:
             note(f"no pictures without matplotlib ({error}); pip install matplotlib")
         page.write_report(trainer.run, runs.RUNS, runs.EXPORTS)

@@ -111,6 +111,7 @@ from deploy.gate import Run  # noqa: E402
 from deploy.samples import GOLDEN_SAMPLES, golden_samples, one_of_each_class  # noqa: E402
 from inference.metrics import per_class  # noqa: E402
 from report import card, page  # noqa: E402
+from report.text import device_needs  # noqa: E402
 from training import cpu, runs  # noqa: E402
 
 # -------------------------------------------------------------------------------------------------- exporters
@@ -237,7 +238,7 @@ def export(run: Run, dataset: data.Dataset, out: str, args: argparse.Namespace) 
         elif args.bundle:
             parity = {name: parity[name] for name in formats}
             publish_bundle(workspace, out, parity, args.opset, spec, dataset, expected)
-    print(f"one input needs {card.needs(spec['device'])}", flush=True)
+    print(f"one input needs {device_needs(spec['device'])}", flush=True)
     return failed
 
 
@@ -298,9 +299,9 @@ def publish_bundle(workspace, out, parity, opset, spec, dataset, expected) -> No
         predicted = expected.main.argmax(1)
         figures = per_class(dataset.test_labels, predicted, spec["classes"])
         described = {**spec, "per_class": figures}
-    text = card.model_card(described, parity)
+    model_card = card.model_card(described, parity)
     with problems(f"cannot write the bundle in {out}", OSError):
-        archive = bundle.publish(out, workspace, parity, onnxruntime, spec, dataset, expected, text)
+        archive = bundle.publish(out, workspace, parity, onnxruntime, spec, dataset, expected, model_card)
     print(f"{'bundle':15} {archive:36} {os.path.getsize(archive) / 1e6:5.2f} MB", flush=True)
 
 

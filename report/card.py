@@ -1,15 +1,24 @@
-"""A model in words and figures: MODEL_CARD.md, precision and recall of each class, the confusion matrix."""
+"""MODEL_CARD.md: a model in words and figures, for people who decide where it may be used."""
 
-import math
-import re
-import string
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
-from inference.command_line import printable
 from inference.engines import MODEL_NAMES
 from inference.metrics import BINS
+from report.text import (
+    MISSING,
+    camera_table,
+    cells,
+    counted,
+    device_needs,
+    filled,
+    formatted,
+    markdown,
+    markdown_table,
+    merged_if_equal,
+    rounded_down,
+)
 
 FITS = {
     "stretch": "without keeping the aspect ratio",
@@ -19,208 +28,284 @@ FITS = {
 CLASSES_LISTED = 100  # by name; a card names no more
 
 
-def formatted(value: object, style: str, unit: str = "") -> str:
-    """A number in this format, with its unit; a dash for anything that is not a number."""
-    try:
-        return format(value, style) + unit
-    except (TypeError, ValueError, OverflowError):
-        return "-"
-
-
-def cells(figures: dict, **styles: str) -> list[str]:
-    """The figures of these names, each `formatted` in its style."""
-    return [formatted(figures.get(name), style) for name, style in styles.items()]
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun in the singular or plural: 1 epoch, 1,000 epochs."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def threshold(probability: float) -> str:
-    """A probability, rounded down, so that a threshold of it still lets through what has it."""
-    return f"{math.floor(1e4 * probability) / 1e4:g}"
-
-
-def needs(device: dict[str, int]) -> str:
-    """In words what one image needs in float32, see deploy/device.py."""
-    weights, activations = (f"{4e-6 * device[name]:,.2f} MB of {name}" for name in ("weights", "activations"))
-    return f"{weights}, {activations}, {1e-6 * device['multiply_adds']:,.1f} M multiply-adds"
-
-
-def busy(figures: dict) -> str | None:
-    """In words: other work slowed the latency down. None if the 90th percentile is within twice the 10th."""
-    try:
-        low, high = map(float, figures.get("latency_spread"))
-    except (TypeError, ValueError):
-        return None
-    return f"busy machine: {high / low:.3g}x spread of the latency" if 0 < 2 * low < high else None
-
-
-# ------------------------------------------------------------------------------------------------- model card
 def model_card(spec: dict, parity: dict[str, dict]) -> str:
-    """MODEL_CARD.md of an export.
+    """The text of MODEL_CARD.md of an export.
 
-    spec: what the files contain, with `per_class` if the figures of each class are known. parity: the
-    contents of parity.json, figures by format. A line whose figure is missing is left out.
+    spec: what the files contain, with `per_class` if the figures of each class are known.
+    parity: the contents of parity.json, figures by format. A line whose figure is missing is left
+    out.
     """
-    passed = {figures.get("file", name): figures for name, figures in parity.items() if figures.get("passed")}
+    passed = {}
+    for name, figures in parity.items():
+        if figures.get("passed"):
+            file = figures.get("file", name)
+            passed[file] = figures
+
     sections = [f"# Model card: {markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"]
     if spec["task"] == "regression":
-        features, target = counted(spec["channels"], "feature"), markdown(spec["classes"][0])
-        about = {"features": features, "target": target, "channels": spec["channels"]}
-        sections.append(filled("card.regression.md.template", **about).rstrip())
+        sections.append(describe_regression(spec))
     else:
-        sections += [*describe_classes(spec), describe_images(spec), *describe_trust(spec, passed)]
-    return "\n\n".join([*sections, provenance_section(spec), parity_section(passed)])
+        sections += describe_classes(spec)
+        sections.append(describe_images(spec))
+        sections += describe_trust(spec, passed)
+    sections.append(provenance_section(spec))
+    sections.append(parity_section(passed))
+    return "\n\n".join(sections)
 
 
-def filled(template: str, **values: object) -> str:
-    """The text of a template in this directory."""
-    return string.Template(Path(__file__).with_name(template).read_text(encoding="utf-8")).substitute(values)
-
-
-def markdown(text: object) -> str:
-    """Untrusted text with the characters escaped that mean something to Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", printable(str(text)))
-
-
-def without_empty_columns(head: list[str], rows: list[list[str]]) -> tuple[list, list]:
-    """The head and rows of a table without the columns that contain only dashes."""
-    keep = [k for k in range(len(head)) if any(row[k] != "-" for row in rows)]
-    return [head[k] for k in keep], [[row[k] for k in keep] for row in rows]
-
-
-def markdown_table(head, rows):
-    """A Markdown table; the columns after the first are aligned to the right."""
-    head, rows = without_empty_columns(head, rows)
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def describe_classes(spec):
-    classes, accuracy = spec["classes"], spec.get("test_accuracy")
-    names, more = ", ".join(map(markdown, classes[:CLASSES_LISTED])), len(classes) - CLASSES_LISTED
-    names += f", and {more:,} more, which the model file lists" if more > 0 else ""
-    yield f"An image classifier with {len(classes):,} classes: {names}"
-    if accuracy is not None:
-        dataset = markdown(spec["dataset"])
-        yield f"## Accuracy\n\nThe top-1 accuracy on the test split of {dataset} is {accuracy:.2%}."
-    per_class = spec.get("per_class", {})
-    seen = [figures for figures in per_class.values() if figures["support"]]
-    if seen:
-        recall, f1 = (np.mean([figures[key] for figures in seen]) for key in ("recall", "f1"))
-        yield f"Averaged over the classes, the recall (balanced accuracy) is {recall:.2%}, the F1 {f1:.2%}."
-    styles = {"precision": ".1%", "recall": ".1%", "f1": ".1%", "support": ","}
-    if per_class:
-        rows = [[markdown(name), *cells(figures, **styles)] for name, figures in per_class.items()]
-        yield markdown_table(["class", "precision", "recall", "F1", "test images"], rows[:CLASSES_LISTED])
-
-
-def describe_images(spec):
-    known = "- Output `known`: float32 `[batch]`, how familiar the image looks, 0 to 1.\n"
+def describe_regression(spec: dict) -> str:
     return filled(
-        "card.md.template",
-        size="x".join(map(str, spec["image_size"])),
-        channels="3 channels (red, green, blue)" if spec["channels"] == 3 else "1 channel (grey)",
-        classes=len(spec["classes"]),
-        known=known if spec.get("known") else "",
-        fit=FITS[spec.get("fit") or "stretch"],
-        device=needs(spec["device"]),
+        "card.regression.md.template",
+        features=counted(spec["channels"], "feature"),
+        target=markdown(spec["classes"][0]),
+        channels=spec["channels"],
     ).rstrip()
 
 
-def describe_trust(spec, passed):
-    made, temperature = spec.get("calibration"), spec.get("temperature")
+# ----------------------------------------------------------------------------- classes and accuracy
+def describe_classes(spec: dict) -> Iterator[str]:
+    """The paragraphs that say what the classes are, and how accurate the network is on each."""
+    classes = spec["classes"]
+    names = ", ".join(markdown(name) for name in classes[:CLASSES_LISTED])
+    if len(classes) > CLASSES_LISTED:
+        names += f", and {len(classes) - CLASSES_LISTED:,} more, which the model file lists"
+    yield f"An image classifier with {len(classes):,} classes: {names}"
+
+    accuracy = spec.get("test_accuracy")
+    if accuracy is not None:
+        dataset = markdown(spec["dataset"])
+        yield f"## Accuracy\n\nThe top-1 accuracy on the test split of {dataset} is {accuracy:.2%}."
+
+    per_class = spec.get("per_class")
+    if per_class:
+        yield from describe_each_class(per_class)
+
+
+def describe_each_class(per_class: dict[str, dict]) -> Iterator[str]:
+    # A class without test images has no recall that could count in the average.
+    seen = [figures for figures in per_class.values() if figures["support"]]
+    if seen:
+        recall = np.mean([figures["recall"] for figures in seen])
+        f1 = np.mean([figures["f1"] for figures in seen])
+        averages = f"the recall (balanced accuracy) is {recall:.2%}, the F1 {f1:.2%}"
+        yield f"Averaged over the classes, {averages}."
+
+    styles = {"precision": ".1%", "recall": ".1%", "f1": ".1%", "support": ","}
+    rows = []
+    for name, figures in list(per_class.items())[:CLASSES_LISTED]:
+        rows.append([markdown(name), *cells(figures, styles)])
+    yield markdown_table(["class", "precision", "recall", "F1", "test images"], rows)
+
+
+def describe_images(spec: dict) -> str:
+    channels = "1 channel (grey)"
+    if spec["channels"] == 3:  # what decoding makes of any file; the spec allows 1 or 3
+        channels = "3 channels (red, green, blue)"
+
+    known = ""
+    if spec.get("known"):
+        known = "- Output `known`: float32 `[batch]`, how familiar the image looks, 0 to 1.\n"
+
+    height, width = spec["image_size"]
+    return filled(
+        "card.md.template",
+        size=f"{height}x{width}",
+        channels=channels,
+        classes=len(spec["classes"]),
+        known=known,
+        fit=FITS[spec.get("fit") or "stretch"],
+        device=device_needs(spec["device"]),
+    ).rstrip()
+
+
+# ------------------------------------------------------------------------- how far to trust outputs
+def describe_trust(spec: dict, passed: dict[str, dict]) -> Iterator[str]:
+    """The paragraphs that say how far to trust the outputs.
+
+    passed: figures of parity.json by file.
+    """
     yield "## How far to trust the probabilities"
-    if temperature and made:
-        images, source = counted(made["images"], "image"), markdown(made["source"])
-        yield (
-            f"The probabilities are calibrated by a temperature of {temperature:.3g}, which was fitted on\n"
-            f"{images} outside the test split (source: {source})."
-        )
-    else:
-        yield "The probabilities are softmax outputs, not calibrated: 0.9 does not mean that 90% are right."
+    yield describe_temperature(spec)
+
     measured = {file: figures for file, figures in passed.items() if figures.get("coverage")}
     if measured:
         yield describe_calibration(measured)
     if spec.get("known"):
         yield describe_known(measured)
-    if any(figures.get("camera") for figures in measured.values()):
+
+    on_camera = {}
+    for file, figures in measured.items():
+        if figures.get("camera"):
+            on_camera[file] = figures["camera"]
+    if on_camera:
         yield "Test images, changed as cameras change them, were classified as follows."
-        rows = camera_rows([figures["camera"] for figures in measured.values()], accuracy=".1%")
-        yield markdown_table(["change", *measured], rows)
-    options = {"--reject": spec.get("reject"), "--min-probability": spec.get("min_probability")}
-    thresholds = [f"`{option} {value:g}`" for option, value in options.items() if value is not None]
-    if thresholds:
-        yield f"Unless they are told otherwise, the programs use {' and '.join(thresholds)}."
-    else:
-        yield "Unless they are given a threshold, the programs name a class for every image."
+        files, rows = camera_table(on_camera, {"accuracy": ".1%"})
+        yield markdown_table(["change", *(file or "accuracy" for file in files)], rows)
+
+    yield describe_thresholds(spec)
 
 
-def describe_calibration(measured):
+def describe_temperature(spec: dict) -> str:
+    """Whether the probabilities are calibrated, and on what."""
+    temperature = spec.get("temperature")
+    calibration = spec.get("calibration")
+    if not (temperature and calibration):
+        return (
+            "The probabilities are softmax outputs, not calibrated: "
+            "0.9 does not mean that 90% are right."
+        )
+
+    images = counted(calibration["images"], "image")
+    source = markdown(calibration["source"])
+    made = f"by a temperature of {temperature:.3g}, which was fitted on"
+    on = f"{images} outside the test split (source: {source})"
+    return f"The probabilities are calibrated {made}\n{on}."
+
+
+def describe_thresholds(spec: dict) -> str:
+    """The thresholds that are built into the files, which the command line can override."""
+    thresholds = []
+    if spec.get("reject") is not None:
+        thresholds.append(f"`--reject {spec['reject']:g}`")
+    if spec.get("min_probability") is not None:
+        thresholds.append(f"`--min-probability {spec['min_probability']:g}`")
+
+    if not thresholds:
+        return "Unless they are given a threshold, the programs name a class for every image."
+    return f"Unless they are told otherwise, the programs use {' and '.join(thresholds)}."
+
+
+def describe_calibration(measured: dict[str, dict]) -> str:
+    """The calibration error of each file, and the accuracy of the first at several coverages."""
+    first_file, first = next(iter(measured.items()))
+    return filled(
+        "card.calibration.md.template",
+        errors=calibration_table(measured),
+        bins=BINS,
+        file=first_file,
+        coverage=coverage_table(first),
+    ).rstrip()
+
+
+def calibration_table(measured):
     styles = {"calibration_error": ".2%", "calibration_error_floor": ".2%", "nll": ".4f"}
-    file, first = next(iter(measured.items()))
-    if "calibration_error_uncalibrated" in first:
-        before = {key: first.get(f"{key}_uncalibrated") for key in styles}
-        measured = {"before calibration": before, **measured}
-    rows = [[name, *cells(figures, **styles)] for name, figures in measured.items()]
-    head = ["on the test split", "calibration error", "noise floor", "cross entropy"]
-    texts = {"errors": markdown_table(head, rows), "bins": BINS, "file": file}
-    rows = [["100%", *cells(first, accuracy=".2%"), "-"]]
-    for share, found in first["coverage"].items():
-        rows.append([f"{float(share):.0%}", f"{found['accuracy']:.2%}", threshold(found["probability"])])
-    coverage = markdown_table(["answered", "right", "lowest probability"], rows)
-    return filled("card.calibration.md.template", **texts, coverage=coverage).rstrip()
-
-
-def describe_known(measured):
-    kept, kinds = ([figures[key] for figures in measured.values()] for key in ("kept", "familiar"))
-    rows = [[f"by `--reject {x}`", *(f"{share[x]:.1%}" for share in kept)] for x in ("0.99", "0.95")]
-    kept = markdown_table(["kept of the test split", *measured], rows)
-    unknown = {name: [f"{kind[name]['unknown']:.0%}" for kind in kinds] for name in kinds[0]}
-    del unknown["test split"]
-    rows = [[name, f"{kinds[0][name]['images']:,}", *shares] for name, shares in unknown.items()]
-    unknown = markdown_table(["called unknown by `--reject 0.99`", "images", *measured], rows)
-    return filled("card.known.md.template", kept=kept, unknown=unknown).rstrip()
-
-
-def camera_rows(measured: list[list[dict]], **styles: str) -> list[list[str]]:
-    """The rows of a table of everyday changes: the figures of each file, in these styles, by change."""
     rows = []
-    for changes in zip(*measured, strict=True):
-        figures = [cell for change in changes for cell in cells(change, **styles)]
-        rows.append([f"{changes[0]['change']} {changes[0]['strength']}", *figures])
-    return rows
+
+    # Before calibration all files are alike: the figures of the first stand for them.
+    first = next(iter(measured.values()))
+    if "calibration_error_uncalibrated" in first:
+        before = {name: first.get(f"{name}_uncalibrated") for name in styles}
+        rows.append(["before calibration", *cells(before, styles)])
+
+    for file, figures in measured.items():
+        rows.append([file, *cells(figures, styles)])
+    head = ["on the test split", "calibration error", "noise floor", "cross entropy"]
+    return markdown_table(head, rows)
 
 
-def provenance_section(spec):
-    pretrained, checkpoint = spec.get("arguments", {}).get("pretrained"), spec.get("checkpoint_sha256")
-    versions = [f"{markdown(name)} {markdown(value)}" for name, value in spec["versions"].items()]
-    facts = {
-        "Network": f"{markdown(spec['model'])}, {counted(spec['parameters'], 'parameter')}",
-        "Dataset": markdown(spec["dataset"]),
-        "Initial weights": markdown(f"pretrained ({pretrained})") if pretrained else None,
-        "Trained": spec.get("created"),
-        "Versions": ", ".join(versions),
-        "Checkpoint": f"SHA-256 `{checkpoint}`" if checkpoint else None,
-    }
-    lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact]
+def coverage_table(figures):
+    # All answers have no lowest probability: nothing is left out.
+    rows = [["100%", formatted(figures.get("accuracy"), ".2%"), MISSING]]
+    for share, found in figures["coverage"].items():
+        accuracy = f"{found['accuracy']:.2%}"
+        rows.append([f"{float(share):.0%}", accuracy, rounded_down(found["probability"])])
+    return markdown_table(["answered", "right", "lowest probability"], rows)
+
+
+def describe_known(measured: dict[str, dict]) -> str:
+    """How much `known` keeps of the test split, and how much of other kinds it calls unknown."""
+    return filled(
+        "card.known.md.template", kept=kept_table(measured), unknown=unknown_table(measured)
+    ).rstrip()
+
+
+def kept_table(measured):
+    rows = []
+    for keep in ("0.99", "0.95"):
+        shares = [f"{figures['kept'][keep]:.1%}" for figures in measured.values()]
+        rows.append([f"by `--reject {keep}`", *shares])
+    return markdown_table(["kept of the test split", *measured], rows)
+
+
+def unknown_table(measured):
+    first = next(iter(measured.values()))
+    kinds = [kind for kind in first["familiar"] if kind != "test split"]  # that is in kept_table
+
+    columns = {}
+    for file, figures in measured.items():
+        columns[file] = [f"{figures['familiar'][kind]['unknown']:.0%}" for kind in kinds]
+    columns = merged_if_equal(columns)
+
+    rows = []
+    for number, kind in enumerate(kinds):
+        images = f"{first['familiar'][kind]['images']:,}"
+        rows.append([kind, images, *(column[number] for column in columns.values())])
+    head = ["called unknown by `--reject 0.99`", "images", *(file or "share" for file in columns)]
+    return markdown_table(head, rows)
+
+
+# ------------------------------------------------------------------------------ where it comes from
+def provenance_section(spec: dict) -> str:
+    network = f"{markdown(spec['model'])}, {counted(spec['parameters'], 'parameter')}"
+    versions = []
+    for name, version in spec["versions"].items():
+        versions.append(f"{markdown(name)} {markdown(version)}")
+
+    lines = [
+        "## Provenance",
+        "",
+        f"- Network: {network}",
+        f"- Dataset: {markdown(spec['dataset'])}",
+    ]
+    pretrained = spec.get("arguments", {}).get("pretrained")
+    if pretrained:
+        lines.append(f"- Initial weights: {markdown(f'pretrained ({pretrained})')}")
+    if spec.get("created"):
+        lines.append(f"- Trained: {spec['created']}")
+    if versions:
+        lines.append(f"- Versions: {', '.join(versions)}")
+    if spec.get("checkpoint_sha256"):
+        lines.append(f"- Checkpoint: SHA-256 `{spec['checkpoint_sha256']}`")
     lines.append("- The licences of the dataset and of pretrained weights are not recorded here.")
-    return "## Provenance\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
-def parity_section(passed):
-    styles = {"samples": ",", "max_abs_diff": ".1e", "top1_agreement": ".2%", "accuracy": ".2%"}
-    styles["mean_squared_error"] = ".3g"
-    rows = [[file, *cells(figures, **styles)] for file, figures in passed.items()]
-    head = "file,test samples,largest difference,top-1 agreement,accuracy,mean squared error".split(",")
-    notes = "".join(int8_note(figures) for figures in passed.values() if figures.get("quantization"))
-    file = next((name for name in MODEL_NAMES if name in passed), "model.onnx")
-    return filled("card.parity.md.template", table=markdown_table(head, rows), notes=notes, file=file)
+def parity_section(passed: dict[str, dict]) -> str:
+    """How far the outputs of each file are from the network's, and how to test another machine."""
+    columns = {  # key of parity.json: (title, style)
+        "samples": ("test samples", ","),
+        "max_abs_diff": ("largest difference", ".1e"),
+        "top1_agreement": ("top-1 agreement", ".2%"),
+        "accuracy": ("accuracy", ".2%"),
+        "mean_squared_error": ("mean squared error", ".3g"),
+    }
+    head = ["file", *(title for title, _ in columns.values())]
+    styles = {key: style for key, (_, style) in columns.items()}
+    rows = [[file, *cells(figures, styles)] for file, figures in passed.items()]
+
+    notes = ""
+    for figures in passed.values():
+        if figures.get("quantization"):
+            notes += quantization_note(figures)
+
+    # MODEL_NAMES lists the file first that step3 prefers.
+    to_test = next((name for name in MODEL_NAMES if name in passed), "model.onnx")
+    return filled(
+        "card.parity.md.template",
+        table=markdown_table(head, rows),
+        notes=notes,
+        file=to_test,
+    )
 
 
-def int8_note(figures):
-    speed = "not faster" if "warning" in figures else "faster"  # figures would make bundles of one run differ
-    how, drop = markdown(figures["quantization"]), formatted(figures.get("drop"), ".2f")
-    return filled("card.int8.md.template", how=how, drop=drop, speed=speed)
+def quantization_note(figures):
+    # In words: bundles of one run are equal to the byte, and a measured speed never repeats.
+    speed = "faster"
+    if "warning" in figures:
+        speed = "not faster"
+    return filled(
+        "card.int8.md.template",
+        how=markdown(figures["quantization"]),
+        drop=formatted(figures.get("drop"), ".2f"),
+        speed=speed,
+    )

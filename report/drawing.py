@@ -1,94 +1,220 @@
-"""Which pictures a run has: they are drawn into its directory, and shown in its report."""
+"""Which pictures a run has: they are drawn into its directory, and shown in its report.
 
-import base64
-import json
+A new picture is an entry of PICTURES, a function of pictures.py or trust_pictures.py that draws it,
+and its call in `draw_classifier` or `draw_regression`.
+"""
+
 import os
-import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from inference.command_line import printable
 from inference.files import replacing
 from inference.metrics import confusion_matrix
 
-TITLES, CAPTIONS = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8")).values()
+# Only functions import pictures.py: matplotlib, which that needs, takes a second or may be missing.
 
 
-def draw_run(
-    run_dir, spec, rows, labels, outputs, images=None, augmented=None, pairs=None, suspects=None
-) -> list[str]:
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a run may have."""
+
+    file: str  # in the run's directory
+    caption: str  # plain text, shown below it in report.html and read aloud in its place
+
+
+# In the order in which report.html shows them.
+PICTURES = (
+    Picture(
+        "curves.png",
+        "Training figures are averages of an epoch, with augmentation and label smoothing if any; "
+        "losses are those before any calibration.",
+    ),
+    Picture(
+        "predicted.png",
+        "Predictions on the test split against the true values; points on the line are exact.",
+    ),
+    Picture(
+        "confusion.png",
+        "Confusion matrix of the test split, coloured by the share of the true class (row).",
+    ),
+    Picture(
+        "reliability.png",
+        "How often answers of the test split are right, against the probability that they are "
+        "given. On the line, probabilities mean what they say; below, how many images have which.",
+    ),
+    Picture(
+        "coverage.png",
+        "Accuracy on the test split if only the most probable answers are given; the others are "
+        "called unsure by --min-probability of step 3.",
+    ),
+    Picture(
+        "familiar.png",
+        "The output known for the test split and for other kinds of pictures; the orange part is "
+        "called unknown by --reject 0.95 of step 3. An unfamiliar object that is photographed like "
+        "the training images mostly looks familiar.",
+    ),
+    Picture(
+        "mistakes.png",
+        "Wrong predictions on the test split: predicted class, its probability, and true class.",
+    ),
+    Picture(
+        "looked.png",
+        "Test images, up to six with right answers and then up to six with wrong ones, and what "
+        "counted for the answer, in orange. This is a hint of what the network looks at, and not a "
+        "proof.",
+    ),
+    Picture(
+        "suspects.png",
+        "Images whose labels look wrong to networks that did not train on them, least probable "
+        "labels first; suspects.csv lists all of them.",
+    ),
+    Picture(
+        "duplicates.png",
+        "Images that the data has twice, the same or nearly so: first those with two labels, then "
+        "those in the training and the test split.",
+    ),
+    Picture(
+        "samples.png",
+        "Training images with their labels, after augmentation, as the network receives them.",
+    ),
+)
+DUPLICATES = "Images that the data has twice"
+LOOKED = "Where the network looked: a hint, not a proof"
+
+
+@dataclass
+class Result:
+    """What the pictures of a finished run show. Images are uint8."""
+
+    spec: dict
+    rows: list[dict]  # of metrics.csv, by column
+
+    # Of the test split: labels [N] and probabilities [N, classes]; for a regression both [N, 1].
+    labels: np.ndarray
+    outputs: np.ndarray
+    images: Sequence | None = None  # [H, W, C] by index, read only if they are drawn
+
+    augmented: tuple[np.ndarray, np.ndarray] | None = None  # images [n, H, W, C] and labels [n]
+    duplicates: Sequence[tuple] = ()  # pairs: (image, image, text, text)
+    looked: Sequence[tuple] = ()  # pairs: (image, image with what counted in colour, text, text)
+    suspects: dict | None = None  # as training/suspects.py finds them
+
+
+def draw_run(run_dir: str, result: Result) -> list[str]:
     """Draw the pictures of a finished run into its directory and return their paths.
 
-    spec: the run's; rows: those of metrics.csv, as dicts. Of the test split: labels, whole numbers [N];
-    outputs, the probabilities [N, classes]; images, uint8 [H, W, C] by index, read only if they are drawn.
-    augmented: uint8 [n, H, W, C] of the training split, and their labels [n]. pairs: by a name of TITLES what
-    is shown side by side, (image, image, text, text). suspects: as training/suspects.py finds them, if any.
-    For a regression, labels and outputs are [N, 1], and there are no images. Raises ImportError without
-    matplotlib, or OSError.
+    Raises ImportError without matplotlib, or OSError.
     """
-    from report import (  # importing matplotlib takes a second; it may be missing
-        pictures,
-        trust_pictures,
-    )
+    from report import pictures
 
-    run, date, drawn = printable(os.path.basename(os.path.normpath(run_dir))), spec["created"][:10], {}
-    if spec["task"] == "regression":
-        subtitle = f"{run} · test loss {((labels - outputs) ** 2).mean():.4g} · {date}"
-        drawn["predicted.png"] = pictures.predicted(subtitle, labels[:, 0], outputs[:, 0])
+    name = run_name(run_dir)
+    if result.spec["task"] == "regression":
+        subtitle = f"{name} · test loss {mean_squared_error(result):.4g} · {date(result)}"
+        drawn = draw_regression(result, subtitle)
     else:
-        subtitle = f"{run} · test accuracy {spec['test_accuracy']:.2%} · {date}"
-        names = [printable(name) for name in spec["classes"]]
-        counts = confusion_matrix(labels, outputs.argmax(1), len(names))
-        drawn["confusion.png"] = pictures.confusion(subtitle, counts, names)
-        drawn["mistakes.png"] = pictures.mistakes(subtitle, images, labels, outputs, names)
-        temperature = spec.get("temperature")
-        drawn["reliability.png"] = trust_pictures.reliability(subtitle, labels, outputs, temperature)
-        drawn["coverage.png"] = trust_pictures.coverage(subtitle, labels, outputs)
-        if augmented is not None and len(augmented[0]):
-            drawn["samples.png"] = pictures.samples(subtitle, *augmented, names)
-    if suspects:
-        drawn["suspects.png"] = pictures.mistakes(subtitle, **suspects, names=names, title=TITLES["suspects"])
-    for name, shown in (pairs or {}).items():
-        if shown:
-            named = [(*pair[:2], *map(printable, pair[2:])) for pair in shown]
-            drawn[f"{name}.png"] = pictures.pairs(TITLES[name], subtitle, named)
-    drawn["curves.png"] = pictures.curves(subtitle, rows)
-    for name, content in drawn.items():
-        with replacing(os.path.join(run_dir, name)) as file:
+        accuracy = result.spec["test_accuracy"]
+        subtitle = f"{name} · test accuracy {accuracy:.2%} · {date(result)}"
+        drawn = draw_classifier(result, subtitle)
+    drawn["curves.png"] = pictures.curves(subtitle, result.rows)
+
+    # All are drawn before the first is written: without matplotlib, the directory stays as it is.
+    paths = []
+    for file_name, content in drawn.items():
+        path = os.path.join(run_dir, file_name)
+        with replacing(path) as file:
             file.write(content)
-    return [os.path.join(run_dir, name) for name in drawn]
+        paths.append(path)
+    return paths
+
+
+def run_name(run_dir):
+    return printable(os.path.basename(os.path.normpath(run_dir)))
+
+
+def date(result):
+    return result.spec["created"][: len("2026-01-02")]
+
+
+def mean_squared_error(result):
+    return ((result.labels - result.outputs) ** 2).mean()
+
+
+def draw_regression(result: Result, subtitle: str) -> dict[str, bytes]:
+    """The pictures, PNG by file name, that only a regression has."""
+    from report import pictures
+
+    truths = result.labels[:, 0]
+    predictions = result.outputs[:, 0]
+    return {"predicted.png": pictures.predicted(subtitle, truths, predictions)}
+
+
+def draw_classifier(result: Result, subtitle: str) -> dict[str, bytes]:
+    """The pictures, PNG by file name, that only a classifier of images has."""
+    from report import pictures, trust_pictures
+
+    labels = result.labels
+    probabilities = result.outputs
+    names = [printable(name) for name in result.spec["classes"]]
+    temperature = result.spec.get("temperature")
+    counts = confusion_matrix(labels, probabilities.argmax(1), len(names))
+
+    drawn = {
+        "confusion.png": pictures.confusion(subtitle, counts, names),
+        "mistakes.png": pictures.mistakes(subtitle, result.images, labels, probabilities, names),
+        "reliability.png": trust_pictures.reliability(subtitle, labels, probabilities, temperature),
+        "coverage.png": trust_pictures.coverage(subtitle, labels, probabilities),
+    }
+    if result.augmented is not None and len(result.augmented[0]):
+        images, image_labels = result.augmented
+        drawn["samples.png"] = pictures.samples(subtitle, images, image_labels, names)
+    if result.suspects:
+        drawn["suspects.png"] = pictures.suspects(subtitle, names=names, **result.suspects)
+    if result.duplicates:
+        duplicates = with_printable_text(result.duplicates)
+        drawn["duplicates.png"] = pictures.pairs(DUPLICATES, subtitle, duplicates)
+    if result.looked:
+        looked = with_printable_text(result.looked)
+        drawn["looked.png"] = pictures.pairs(LOOKED, subtitle, looked)
+    return drawn
+
+
+def with_printable_text(pairs):
+    """Pairs of images whose texts, such as file names, cannot hold control characters."""
+    return [
+        (one, other, printable(first), printable(second)) for one, other, first, second in pairs
+    ]
 
 
 def draw_familiar(run_dir: str, export: dict[str, dict]) -> None:
-    """Draw familiar.png from the figures of the first exported file that has any; else remove an earlier one.
+    """Draw familiar.png of the first exported file that has the figures, or else remove it.
 
     export: figures of parity.json by format. Raises OSError.
     """
-    path, run = os.path.join(run_dir, "familiar.png"), os.path.basename(os.path.normpath(run_dir))
-    proven = [figures for figures in export.values() if figures.get("passed") and figures.get("familiar")]
+    path = os.path.join(run_dir, "familiar.png")
     try:
-        subtitle, kinds = f"{printable(run)} · {printable(proven[0].get('file', ''))}", proven[0]["familiar"]
-        from report import trust_pictures  # only now, as importing matplotlib takes a second
+        figures = first_with_familiar(export)
+        subtitle = f"{run_name(run_dir)} · {printable(figures.get('file', ''))}"
 
-        content = trust_pictures.familiar(subtitle, kinds)
+        # Only now: a report without this picture need not wait for matplotlib.
+        from report import trust_pictures
+
+        content = trust_pictures.familiar(subtitle, figures["familiar"])
     except (ImportError, AttributeError, LookupError, TypeError, ValueError):
-        Path(path).unlink(missing_ok=True)  # nothing to draw, no matplotlib, or other figures than the gate's
+        # Nothing to draw, no matplotlib, or other figures than the gate's.
+        Path(path).unlink(missing_ok=True)
         return
+
     with replacing(path) as file:
         file.write(content)
 
 
-def picture_sections(run_dir):
-    """The pictures in the run's directory: small ones side by side, then each wide one by itself."""
-    small, wide = [], []
-    for name, caption in CAPTIONS.items():
-        try:
-            content = Path(run_dir, name).read_bytes()
-            width, height = struct.unpack(">II", content[16:24])  # PNG's header
-        except (OSError, struct.error):
-            continue
-        size = f'width="{width}" height="{height}"' + (" class=wide" if width > 1200 else "")
-        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        image = f'<div class=scroll><img {size} alt="{caption}" src="{source}"></div>'
-        figure = f"<section><figure>{image}<figcaption>{caption}</figcaption></figure></section>"
-        (wide if width > 1200 else small).append(figure)
-    return [f"<div class=pair>{''.join(small)}</div>", *wide]
+def first_with_familiar(export):
+    """The figures of the first file that passed and has `familiar`. Raises LookupError."""
+    for figures in export.values():
+        if figures.get("passed") and figures.get("familiar"):
+            return figures
+    raise LookupError("no exported file has figures of what looks familiar")

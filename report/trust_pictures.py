@@ -1,95 +1,159 @@
-"""Pictures of how far a model's outputs can be trusted; the functions return PNG bytes, see pictures.py."""
+"""Pictures of how far a model's outputs can be trusted; they return PNG bytes, see pictures.py."""
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from inference import metrics as measured
-from report.card import counted, threshold
-from report.pictures import BLUE, GREY, ORANGE, WIDTH, as_png, new_figure
+from inference import metrics
+from report.pictures import BLUE, GREY, LIGHT_GREY, ORANGE, WIDTH, as_png, new_figure
+from report.text import counted, rounded_down
+
+ROUND_STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 
 
-def percent(value, position=None):
-    """A share as a tick label, with the decimals that it needs."""
+def percent(value: float, position: int | None = None) -> str:
+    """A share as a tick label, with the decimals that it needs; matplotlib passes the position."""
     return f"{100 * value:.6g}%"
 
 
+# -------------------------------------------------------------------------------------- reliability
 @as_png
-def reliability(subtitle: str, labels: np.ndarray, probabilities: np.ndarray, temperature: float | None):
-    """The reliability diagram of probabilities [N, classes] for labels [N], also before `temperature`."""
-    parts = {"Not calibrated": probabilities}
+def reliability(
+    subtitle: str, labels: np.ndarray, probabilities: np.ndarray, temperature: float | None
+) -> Figure:
+    """The reliability diagram of probabilities [N, classes] for labels [N].
+
+    temperature: if it was divided by, the diagram before that stands beside it.
+    """
+    columns = {"Not calibrated": probabilities}
     if temperature:
-        before = measured.with_temperature(probabilities, 1 / temperature)
-        parts = {"Before calibration": before, f"After, temperature {temperature:.2f}": probabilities}
+        columns = {
+            "Before calibration": metrics.with_temperature(probabilities, 1 / temperature),
+            f"After, temperature {temperature:.2f}": probabilities,
+        }
+
     title = f"Reliability of the probabilities, {counted(len(labels), 'test image')}"
     figure = new_figure(title, subtitle, WIDTH, 4.1)
-    axes = figure.subplots(2, len(parts), sharex=True, sharey="row", squeeze=False, height_ratios=(2.2, 1))
-    lowest = max(np.floor(10 * min(part.max(1).min() for part in parts.values()) - 1e-6) / 10, 0)
-    for column, (name, part) in zip(axes.T, parts.items(), strict=True):
-        plot_reliability(*column, name, part, labels, lowest)
-    axes[0, 0].set(ylabel="accuracy", ylim=(min(axes[0, 0].get_ylim()[0], lowest), 1 + 0.03 * (1 - lowest)))
-    axes[1, 0].set_ylabel("test images")
+    axes = figure.subplots(
+        2, len(columns), sharex=True, sharey="row", squeeze=False, height_ratios=(2.2, 1)
+    )
+    diagrams, histograms = axes
+
+    # All axes start at the tenth below the lowest confidence.
+    confidence = min(column.max(1).min() for column in columns.values())
+    lowest = max(np.floor(10 * confidence - 1e-6) / 10, 0)
+
+    for number, (name, column) in enumerate(columns.items()):
+        plot_reliability(diagrams[number], name, column, labels, lowest)
+        plot_confidence(histograms[number], column, lowest)
+
+    bottom, _ = diagrams[0].get_ylim()
+    diagrams[0].set(ylabel="accuracy", ylim=(min(bottom, lowest), 1 + 0.03 * (1 - lowest)))
+    histograms[0].set_ylabel("test images")
     figure.align_ylabels()
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    handles, texts = diagrams[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
-def plot_reliability(diagram, histogram, name, probabilities, labels, lowest):
-    confidence, accuracy, count = measured.reliability_bins(*measured.first_answers(probabilities, labels))
+def plot_reliability(axis, name, probabilities, labels, lowest):
+    """Plot the accuracy of each bin against its confidence, beside what perfect ones would show."""
+    answer_confidence, is_right = metrics.first_answers(probabilities, labels)  # [N] each
+    confidence, accuracy, count = metrics.reliability_bins(answer_confidence, is_right)  # [bins]
+
+    # 95 % of the bins of perfect probabilities lie within 1.96 standard deviations.
     chance = 1.96 * np.sqrt(confidence * (1 - confidence) / count)
-    ends = np.clip([confidence - chance, confidence + chance], 0, 1)
-    diagram.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, label="perfect")
-    diagram.vlines(confidence, *ends, color="#B6BCC4", linewidth=2, label="perfect, but for chance (95%)")
-    each = " to ".join(f"{number:,.0f}" for number in np.unique([count.min(), count.max()]))
-    style = {"color": BLUE, "markersize": 3.5, "clip_on": False, "zorder": 3}
-    diagram.plot(confidence, accuracy, "o", **style, label=f"{each} images each")
-    title = f"{name}\ncalibration error {measured.calibration_error(probabilities, labels):.2%}"
-    diagram.set_title(title, size=9, loc="left")
-    diagram.yaxis.set_major_formatter(percent)
-    histogram.hist(probabilities.max(1), np.linspace(lowest, 1, 21), color=BLUE)
-    histogram.set(xlabel="probability of the answer", xlim=(lowest, 1))
-    histogram.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    histogram.xaxis.set_major_formatter(percent)
-    histogram.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    histogram.yaxis.set_major_formatter("{x:,.0f}")
+    low = np.clip(confidence - chance, 0, 1)
+    high = np.clip(confidence + chance, 0, 1)
+
+    axis.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, label="perfect")
+    axis.vlines(
+        confidence, low, high, color=LIGHT_GREY, linewidth=2, label="perfect, but for chance (95%)"
+    )
+    sizes = np.unique([count.min(), count.max()])  # two if the images cannot be divided equally
+    axis.plot(
+        confidence,
+        accuracy,
+        "o",
+        color=BLUE,
+        markersize=3.5,
+        clip_on=False,
+        zorder=3,
+        label=" to ".join(f"{size:,.0f}" for size in sizes) + " images each",
+    )
+
+    error = metrics.calibration_error(probabilities, labels)
+    axis.set_title(f"{name}\ncalibration error {error:.2%}", size=9, loc="left")
+    axis.yaxis.set_major_formatter(percent)
 
 
+def plot_confidence(axis, probabilities, lowest):
+    """Plot how many answers have which probability."""
+    axis.hist(probabilities.max(1), np.linspace(lowest, 1, 21), color=BLUE)
+    axis.set(xlabel="probability of the answer", xlim=(lowest, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS))
+    axis.xaxis.set_major_formatter(percent)
+    axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+
+
+# ----------------------------------------------------------------------------------------- coverage
 @as_png
-def coverage(subtitle: str, labels: np.ndarray, probabilities: np.ndarray) -> bytes:
+def coverage(subtitle: str, labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     """Accuracy of the most probable answers against their share, of probabilities [N, classes]."""
-    accuracy, _ = measured.coverage_curve(probabilities, labels)
+    accuracy, _ = metrics.coverage_curve(probabilities, labels)  # [N], of the k most probable
     shares = np.arange(1, len(accuracy) + 1) / len(accuracy)
-    figure = new_figure("Accuracy if only the most probable answers are given", subtitle, WIDTH, 4.1)
+
+    title = "Accuracy if only the most probable answers are given"
+    figure = new_figure(title, subtitle, WIDTH, 4.1)
     axis = figure.subplots()
     axis.plot(shares, accuracy, color=BLUE, label=f"100% answered: {accuracy[-1]:.2%} right")
-    for share, found in measured.accuracy_at_coverage(probabilities, labels).items():
-        label = f"{float(share):.0%} answered: {found['accuracy']:.2%} right, probability from "
-        label += threshold(found["probability"])
+
+    for share, found in metrics.accuracy_at_coverage(probabilities, labels).items():
+        right = f"{float(share):.0%} answered: {found['accuracy']:.2%} right"
+        label = f"{right}, probability from {rounded_down(found['probability'])}"
         axis.plot(float(share), found["accuracy"], "o", color=ORANGE, markersize=5, label=label)
-    low, high = accuracy[len(accuracy) // 2 :].min(), accuracy.max()  # one mistake of few counts too much
+
+    # Of few answers one mistake counts too much: the limits are those of the right half.
+    low = accuracy[len(accuracy) // 2 :].min()
+    high = accuracy.max()
     room = 0.08 * max(high - low, 0.01)
-    axis.set(xlabel="share of the test images that is answered", ylabel="accuracy of these answers")
-    axis.set(xlim=(0, 1.02), ylim=(low - room, high + room))
-    axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    for line in (axis.xaxis, axis.yaxis):
-        line.set_major_formatter(percent)
+    axis.set(xlabel="share of the test images that is answered", xlim=(0, 1.02))
+    axis.set(ylabel="accuracy of these answers", ylim=(low - room, high + room))
+
+    axis.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
+    axis.xaxis.set_major_formatter(percent)
+    axis.yaxis.set_major_formatter(percent)
     figure.legend(loc="outside lower center", fontsize=8.5)
     return figure
 
 
+# -------------------------------------------------------------------------------------- familiarity
 @as_png
-def familiar(subtitle: str, kinds: dict[str, dict]) -> bytes:
-    """Histograms of `known`, one for each kind of image: see comparing.trust."""
+def familiar(subtitle: str, kinds: dict[str, dict]) -> Figure:
+    """Histograms of `known`, one for each kind of image: `familiar` of parity.json."""
     figure = new_figure("How familiar images look", subtitle, WIDTH, 0.72 * len(kinds) + 0.4)
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, kind) in zip(axes, kinds.items(), strict=True):
-        shares = np.array(kind["histogram"]) / kind["images"]
-        edges, colours = np.arange(len(shares)) / len(shares), [ORANGE] + [BLUE] * (len(shares) - 1)
-        axis.bar(edges, shares, 1 / len(shares), align="edge", color=colours, edgecolor="white")
-        axis.set(xlim=(0, 1), ylim=(0, 1.1 * shares.max()))
-        axis.set_yticks([0, shares.max()], ["0", f"{shares.max():.0%}"], size=8)
-        axis.grid(False, axis="y")
-        unknown = f"{percent(round(kind['unknown'], 3))} unknown at --reject 0.99"
-        axis.set_title(f"{name}, {counted(kind['images'], 'image')}: {unknown}", size=8.5, loc="left", pad=3)
+        plot_familiar(axis, name, kind)
+
     axes[-1].set_xlabel("known: the share of held-out images that look less familiar")
     figure.supylabel("share of the images", size=9)
     return figure
+
+
+def plot_familiar(axis, name, kind):
+    shares = np.array(kind["histogram"]) / kind["images"]
+    bins = len(shares)
+    left_edges = np.arange(bins) / bins
+    colours = [ORANGE] + [BLUE] * (bins - 1)  # the first bin: what --reject 0.95 calls unknown
+    axis.bar(left_edges, shares, 1 / bins, align="edge", color=colours, edgecolor="white")
+
+    highest = shares.max()
+    axis.set(xlim=(0, 1), ylim=(0, 1.1 * highest))
+    axis.set_yticks([0, highest], ["0", f"{highest:.0%}"], size=8)
+    axis.grid(False, axis="y")
+
+    unknown = percent(round(kind["unknown"], 3))
+    title = f"{name}, {counted(kind['images'], 'image')}: {unknown} unknown at --reject 0.99"
+    axis.set_title(title, size=8.5, loc="left", pad=3)

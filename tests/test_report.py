@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import report
-from inference.metrics import per_class
+from inference.metrics import calibration_error, per_class
 from inference.predict import Model
 from report import card, drawing, page
 
@@ -57,7 +57,7 @@ class Recorder:
 
 
 def draw_arguments(n, classes=None, wrong=7, shape=(8, 8, 1)):
-    """Arguments of draw_run after the directory, for n classes; the first `wrong` predictions are wrong."""
+    """The fields of a Result of n classes; the first `wrong` predictions are wrong."""
     classes, count = classes or [f"class {i}" for i in range(n)], max(60, 2 * n)
     labels = np.arange(count) % n
     outputs = np.full((count, n), 0.1 / n)
@@ -65,6 +65,10 @@ def draw_arguments(n, classes=None, wrong=7, shape=(8, 8, 1)):
     spec = {"task": "classification", "classes": classes, "test_accuracy": 1 - wrong / count}
     spec["created"] = "2026-01-02T03:04:05+00:00"
     return [spec, ROWS, labels, outputs, Recorder(shape), (np.zeros((4, *shape), np.uint8), labels[:4])]
+
+
+def draw_run(run, *arguments):
+    return drawing.draw_run(run, drawing.Result(*arguments))
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def check_pictures(run, *names):
 @pytest.mark.parametrize("n", [2, 100])
 def test_pictures_of_a_run(run, n):
     arguments = draw_arguments(n)
-    paths = drawing.draw_run(run, *arguments)
+    paths = draw_run(run, *arguments)
     check_pictures(run, *OF_CLASSIFIER)
     assert sorted(paths) == sorted(str(path) for path in run.iterdir())
     assert arguments[4].read == set(range(7))  # of the test images only the wrong predictions
@@ -100,7 +104,7 @@ def test_pictures_of_a_run(run, n):
 def test_hostile_class_names_are_drawn_without_a_warning(run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawing.draw_run(run, *draw_arguments(6, HOSTILE, shape=(30, 10, 3)))
+        draw_run(run, *draw_arguments(6, HOSTILE, shape=(30, 10, 3)))
     check_pictures(run, *OF_CLASSIFIER)
 
 
@@ -108,16 +112,16 @@ def test_pictures_repeat_and_leave_matplotlib_as_it_was(run):
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 30, "font.size": 30}):
-        drawing.draw_run(run, *draw_arguments(3))
+        draw_run(run, *draw_arguments(3))
         first = {path.name: path.read_bytes() for path in run.iterdir()}
         assert matplotlib.rcParams["text.usetex"] and matplotlib.rcParams["font.size"] == 30
-    drawing.draw_run(run, *draw_arguments(3))
+    draw_run(run, *draw_arguments(3))
     assert {path.name: path.read_bytes() for path in run.iterdir()} == first
 
 
 def test_a_run_without_wrong_predictions(run):
     arguments = draw_arguments(3, wrong=0)
-    drawing.draw_run(run, *arguments)
+    draw_run(run, *arguments)
     assert arguments[4].read == set()
     with Image.open(run / "mistakes.png") as image:
         assert image.height < 400  # a sentence, no grid
@@ -137,9 +141,9 @@ def drawn_texts(monkeypatch):
 def test_titles_use_the_singular_for_one(run, monkeypatch):
     texts, arguments = drawn_texts(monkeypatch), draw_arguments(3, wrong=1)
     arguments[1] = ROWS[:1]
-    drawing.draw_run(run, *arguments)
+    draw_run(run, *arguments)
     assert "Training curves, 1 epoch" in texts
-    drawing.draw_run(run, *draw_arguments(3, wrong=40))
+    draw_run(run, *draw_arguments(3, wrong=40))
     assert {"Training curves, 3 epochs", "Most confident wrong predictions, 25 of 40"} <= set(texts)
     assert {"Confusion matrix, 3 classes", "Most confident wrong predictions"} <= set(texts)
 
@@ -147,7 +151,7 @@ def test_titles_use_the_singular_for_one(run, monkeypatch):
 def test_pictures_of_a_regression_and_of_a_single_epoch(run):
     row = {**ROWS[0], "train_accuracy": None, "test_accuracy": None}
     spec, truths = {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, np.arange(5.0)[:, None]
-    drawing.draw_run(run, spec, [row], truths, truths + 1)
+    draw_run(run, spec, [row], truths, truths + 1)
     check_pictures(run, "curves.png", "predicted.png")
 
 
@@ -172,14 +176,14 @@ def drawn_titles(monkeypatch):
 
 def test_reliability_is_drawn_before_and_after(run, monkeypatch):
     texts, arguments = drawn_titles(monkeypatch), draw_arguments(3, wrong=6)
-    drawing.draw_run(run, *arguments)  # 60 images, 90 % right, with probability 0.93
+    draw_run(run, *arguments)  # 60 images, 90 % right, with probability 0.93
     assert any(text.startswith("Not calibrated\ncalibration error ") for text in texts)
     assert {"4 images each", "100% answered: 90.00% right"} <= set(texts)
     texts.clear()
-    drawing.draw_run(run, {**arguments[0], "temperature": 0.5}, *arguments[1:])
+    draw_run(run, {**arguments[0], "temperature": 0.5}, *arguments[1:])
     before, after = (text.split("\ncalibration error ") for text in texts if "calibration error" in text)
     assert before[0] == "Before calibration" and after[0] == "After, temperature 0.50"
-    error = page.calibration_error(arguments[3], arguments[2])
+    error = calibration_error(arguments[3], arguments[2])
     assert after[1] == f"{error:.2%}" and before[1] != after[1]
 
 
@@ -218,7 +222,7 @@ def test_without_matplotlib_it_is_an_import_error(run, monkeypatch):
     monkeypatch.delitem(sys.modules, "report.pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="matplotlib"):
-        drawing.draw_run(run, *draw_arguments(3))
+        draw_run(run, *draw_arguments(3))
     assert not list(run.iterdir())
 
 
@@ -292,7 +296,7 @@ def read_report(run, **more):
 
 def test_report_is_one_file_with_the_pictures_inside(run):
     write_run(run)
-    drawing.draw_run(run, *draw_arguments(3))
+    draw_run(run, *draw_arguments(3))
     page = read_report(run)
     assert len(page.addresses) == page.tags.count("img") == len(OF_CLASSIFIER)
     for address in page.addresses:
