@@ -12,7 +12,7 @@ from inference import metrics
 def summarise(trainer, deployable, evaluated) -> tuple[dict, np.ndarray]:
     """The figures of a run, and the outputs that they are of: [n, classes] probabilities, or [n, 1].
 
-    deployable: the network that is the result; evaluated: over the test split; report: report.page.
+    deployable: the network that is the result; evaluated: over the test split.
     """
     settings, dataset, best = trainer.settings, trainer.dataset, trainer.progress.best
     summary = {
