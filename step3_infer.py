@@ -275,7 +275,8 @@ def run_compare(args: argparse.Namespace) -> int:
     if figures is None:
         return code
 
-    flips, images = count_flips(figures), figures["images"]
+    flips = count_flips(figures)
+    images = figures["images"]
     if args.max_flips is not None and flips / images > args.max_flips:
         limit = f"more than --max-flips {args.max_flips}"
         say(f"error: {flips} of {images} answers changed, {limit}")

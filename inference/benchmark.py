@@ -31,7 +31,8 @@ def benchmark(
     batch_size = model.batch or batch_size
     inputs = random_inputs(model, batch_size)
     latencies = measure_latencies(model, inputs[:1])  # ms
-    first, later = latencies[0], latencies[1:]
+    first = latencies[0]
+    later = latencies[1:]
     low, high = np.percentile(later, (10, 90)).round(4).tolist()
     p50, p95, p99 = np.percentile(later, (50, 95, 99)).round(3).tolist()
     busy = None

@@ -177,8 +177,8 @@ def resize(image: np.ndarray, image_size, fit: str | None = None) -> np.ndarray:
     """Resize uint8 [H, W, channels] to float32 [*image_size, channels].
 
     Bilinear and antialiased, not rounded: as the graph of a file and Pillow resize. fit: "stretch"
-    or None; "crop" keeps the aspect ratio and the middle; "letterbox" keeps the aspect ratio and all
-    of the image, between black bars.
+    or None; "crop" keeps the aspect ratio and the middle; "letterbox" keeps the aspect ratio and
+    all of the image, between black bars.
     """
     factors = np.divide(image.shape[:2], image_size)  # input pixels to one output pixel
     if fit == "crop":
