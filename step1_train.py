@@ -241,7 +241,7 @@ def load_dataset(settings: argparse.Namespace) -> data.Dataset:
     except ValueError as error:
         raise Problem(error, 2) from None
     options = {name: getattr(settings, name) for name in ("image_size", "fit", *data.OPTIONS)}
-    options |= {"usual_size": usual_size, "resize": model.resize}
+    options["usual_size"] = usual_size
     return data.load(settings.dataset, settings.data_dir, **options)
 
 
@@ -371,7 +371,7 @@ def run(args: argparse.Namespace, given: dict) -> int:
         dataset = doctor.examined(dataset)
         machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
         deployable = build(machine, settings, dataset, checkpoint)
-        splits = make_splits(dataset, settings, machine.device, model.resize)
+        splits = make_splits(dataset, settings, machine.device)
         if directory is None:
             directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(directory, group.rank))

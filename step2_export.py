@@ -347,7 +347,7 @@ def load_data(run: Run, data_dir: str | None = None, splits: tuple[str, ...] = (
     if data_dir is not None and name in ("digits", "linear"):
         raise Problem(f"--data-dir belongs to datasets read from files; {run.path} was trained on {name}", 2)
     with silenced(True):  # step1 has said it
-        dataset = data.load_for(run.spec, data_dir, model.resize)
+        dataset = data.load_for(run.spec, data_dir)
     if run.fingerprint is not None:
         data.refuse_changes(run.path, run.fingerprint, dataset.fingerprint, splits)
     return dataset

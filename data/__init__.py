@@ -1,8 +1,10 @@
 """Datasets of one common form: `load(name, data_dir)` returns a `Dataset`.
 
-`digits` is bundled with this package. The named image sets are torchvision's, downloaded on first use to
---data-dir (by default this folder, where git ignores them). `folder` and `csv` read your own images, and
-`linear` is generated.
+`digits` is bundled with this package. The named image sets are torchvision's, downloaded on first
+use to --data-dir (by default this folder, where git ignores them). `folder` and `csv` read your own
+images, and `linear` is generated.
+
+Importing this package must not import torch: `step1_train.py --help` imports it.
 """
 
 import difflib
@@ -10,14 +12,32 @@ import os
 
 import numpy as np
 
-from data.dataset import Dataset, differences, mean_and_std, refuse_changes, with_fingerprint  # noqa: F401
+from data.dataset import (  # noqa: F401
+    Dataset,
+    differences,
+    mean_and_std,
+    refuse_changes,
+    with_fingerprint,
+)
 from inference.errors import Problem
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+
 # What augment.gather applies.
 AUGMENTATIONS = ("flip", "translate", "crop", "rotate", "blur", "color", "noise", "cutout")
-# The options of `load` that the command line of step1 has, besides the dataset, --data-dir and --image-size.
-OPTIONS = ("strict", "cache_dir", "image_root", "test_csv", "image_column", "label_column", "seed")
+
+# The options of `load` that step1's command line has, besides --dataset, --data-dir, --image-size.
+OPTIONS = (
+    "strict",
+    "cache_dir",
+    "image_root",
+    "test_csv",
+    "image_column",
+    "label_column",
+    "seed",
+)
+
+# The names that --dataset takes, and what --list-datasets says of them.
 DATASETS = {
     "digits": "UCI handwritten digits, 8x8 grey, 1,437 + 360, bundled",
     "mnist": "MNIST handwritten digits, 28x28 grey, 60,000 + 10,000",
@@ -29,59 +49,106 @@ DATASETS = {
     "csv": "your images: --data-dir FILE.csv, a path and a label a row",
     "linear": "the tensor tutorial's regression, 5 features, 20 + 20 rows",
 }
-LINEAR_WEIGHTS, LINEAR_BIAS = (0.3, 4.0, 0.2, 2.5, 18.0), 17.0
+
+LINEAR_WEIGHTS = (0.3, 4.0, 0.2, 2.5, 18.0)
+LINEAR_BIAS = 17.0
+LINEAR_ROWS = 20  # in each split
 
 
 def load(name: str, data_dir: str | None = None, *, seed: int = 0, **options) -> Dataset:
     """Load a dataset by its name. Raises Problem.
 
-    data_dir: where torchvision's files are or will go, the directory of `folder`, or the file of `csv`.
-    seed: of the random rows of `linear`. options: fields of `files.Options`, used by folder and csv only.
+    data_dir: where torchvision's files are or will go, the directory of `folder`, or the file of
+    `csv`. seed: of the random rows of `linear`. options: fields of `files.Options`, used by folder
+    and csv only.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(DATASETS)}."
-        raise Problem(f"unknown dataset {name!r}; {hint} (--list-datasets shows all)", 2)
+        raise unknown_dataset(name)
+
     if name == "digits":
-        with np.load(os.path.join(HERE, "digits.npz")) as arrays:  # digits.md says how they were split
-            return with_fingerprint(Dataset(name, list("0123456789"), **arrays))
+        return with_fingerprint(load_digits())
     if name == "linear":
         return with_fingerprint(generate_linear(seed))
-    # What the other datasets need is imported here: `--help` imports this package, too.
+
+    # What the other datasets need is imported only now, so that --help need not wait for it.
     if name not in ("folder", "csv"):
         from data.downloads import load_torchvision
 
         return with_fingerprint(load_torchvision(name, data_dir or HERE))
+
     if data_dir is None:
         raise Problem(f"--dataset {name} needs --data-dir: {DATASETS[name]}", 2)
+
     from data.files import Options
     from data.own import load_own
 
     return load_own(name, data_dir, Options(**options))
 
 
+def unknown_dataset(name: str) -> Problem:
+    """The error for a dataset that does not exist, with the nearest name if there is one."""
+    hint = f"known: {', '.join(DATASETS)}."
+    nearest = difflib.get_close_matches(name, DATASETS, n=1)
+    if nearest:
+        hint = f"did you mean {nearest[0]!r}?"
+    return Problem(f"unknown dataset {name!r}; {hint} (--list-datasets shows all)", 2)
+
+
 def guess(data_dir: str) -> str | None:
-    """The dataset that --data-dir alone names: "csv" for a CSV file, "folder" for class folders, or None."""
+    """The dataset that --data-dir alone implies.
+
+    "csv" for a CSV file, "folder" for a directory of class folders, otherwise None.
+    """
     if os.path.isfile(data_dir):
-        return "csv" if data_dir.lower().endswith((".csv", ".tsv")) else None
+        is_csv = data_dir.lower().endswith((".csv", ".tsv"))
+        return "csv" if is_csv else None
+
     from data.folders import has_classes
 
-    return "folder" if os.path.isdir(data_dir) and has_classes(data_dir) else None
+    if os.path.isdir(data_dir) and has_classes(data_dir):
+        return "folder"
+    return None
 
 
-def load_for(spec: dict, data_dir: str | None, resize) -> Dataset:
-    """Load the dataset of a run's spec as step1 loaded it, or from another `data_dir`. Raises Problem."""
-    arguments, images = spec["arguments"], spec["task"] == "classification"
+def load_for(spec: dict, data_dir: str | None) -> Dataset:
+    """Load the dataset of a run's spec as step1 loaded it, or from another `data_dir`.
+
+    Raises Problem.
+    """
+    arguments = spec["arguments"]
     options = {name: arguments[name] for name in OPTIONS}
-    options["image_size"] = tuple(spec["image_size"]) if images else None
-    options |= {"channels": spec["channels"], "white": spec.get("white", 65535)}
-    options |= {"resize": resize, "fit": spec.get("fit") or "stretch"}
+
+    if spec["task"] == "classification":
+        options["image_size"] = tuple(spec["image_size"])
+    options["channels"] = spec["channels"]
+
+    # Specs of earlier versions lack these two, and were trained with these values.
+    options["white"] = spec.get("white", 65535)
+    options["fit"] = spec.get("fit") or "stretch"
+
     return load(spec["dataset"], data_dir or arguments["data_dir"], **options)
 
 
+def load_digits() -> Dataset:
+    """The bundled digits; digits.md says where they come from and how they were split."""
+    with np.load(os.path.join(HERE, "digits.npz")) as arrays:
+        return Dataset(name="digits", classes=list("0123456789"), **arrays)
+
+
 def generate_linear(seed: int) -> Dataset:
-    """The tensor tutorial's 20 + 20 rows: features uniform in 0..1, and an exact linear function of them."""
+    """The tensor tutorial's 20 + 20 rows: features uniform in 0..1, and a linear function."""
     rng = np.random.default_rng(seed)
-    features = rng.random((40, 5), dtype=np.float32)
-    targets = features @ np.array(LINEAR_WEIGHTS, np.float32)[:, None] + np.float32(LINEAR_BIAS)
-    return Dataset("linear", ["y"], features[:20], targets[:20], features[20:], targets[20:], "regression")
+    weights = np.array(LINEAR_WEIGHTS, np.float32)
+
+    features = rng.random((2 * LINEAR_ROWS, len(weights)), dtype=np.float32)  # [rows, features]
+    targets = features @ weights[:, None] + np.float32(LINEAR_BIAS)  # [rows, 1]
+
+    return Dataset(
+        name="linear",
+        classes=["y"],
+        train_images=features[:LINEAR_ROWS],
+        train_labels=targets[:LINEAR_ROWS],
+        test_images=features[LINEAR_ROWS:],
+        test_labels=targets[LINEAR_ROWS:],
+        task="regression",
+    )

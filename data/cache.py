@@ -1,8 +1,9 @@
 """Image files decoded once into a memory-mapped uint8 array, which later runs reuse.
 
-A cache is two files: <key>.u8 with the pixels [N, height, width, channels], and <key>.json, written last,
-with the shape and the files that could not be read. The key is a hash of the list of files with their sizes
-and times and of the options. A changed folder therefore gets a new cache, and the old one is removed.
+A cache is two files: <key>.u8 with the pixels [N, height, width, channels], and <key>.json, written
+last, with the shape and the files that could not be read. The key is a hash of the options and of
+the list of files with their sizes and times. A changed folder therefore gets a new cache, and the
+old one is removed.
 """
 
 import contextlib
@@ -10,185 +11,217 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL
 
 from data.dataset import digest
-from data.decoding import (
-    LARGEST_OWN_SIZE,
-    WHITES,
-    Probed,
-    Target,
-    decode_chunk,
-    probe,
-    run_parallel,
-)
-from data.files import Options, name_some
+from data.decoding import decode_chunk
+from data.files import Options
+from data.json_files import read_json, write_json
 from data.notes import note
+from data.parallel import run_parallel
+from data.target import Target, choose_target
 from inference.errors import Problem, problems
-from inference.files import replacing
 
-STALE = 24 * 3600  # seconds after which the temporary file of a killed build is removed
+STALE_SECONDS = 24 * 3600  # after which the temporary file of a killed build is removed
 
 
-def load_images(paths: list[str], train: int, source: str, options: Options) -> tuple:
+@dataclass(frozen=True)
+class Decoded:
+    """The images that a list of files holds."""
+
+    readable: np.ndarray  # bool [files]
+    pixels: np.ndarray  # uint8 memory map [readable files, height, width, channels]
+    sizes: np.ndarray  # of the readable files in bytes, int64
+    white: int  # the level of 16-bit pixels that became 255
+
+
+def load_images(paths: list[str], train: int, source: str, options: Options) -> Decoded:
     """Decode every file, or reuse the cache of an earlier run. Raises Problem.
 
-    train: how many of the files, the first ones, are for training. source: their directory or CSV file.
-    Returns which files could be read, bool [files]; their pixels, a uint8 memory map [n, height, width,
-    channels]; their sizes in bytes, int64 [n]; and the level of 16-bit pixels that became 255.
+    train: how many of the files, the first ones, are for training. source: their directory or CSV
+    file.
     """
     source = os.path.abspath(source)
     directory = directory_for(source, options.cache_dir)
-    failure, form = f"cannot keep the image cache in {directory}", "{}: {}; choose another --cache-dir"
-    with problems(failure, OSError, form=form):
+
+    failure = f"cannot keep the image cache in {directory}"
+    with problems(failure, OSError, form="{}: {}; choose another --cache-dir"):
         os.makedirs(directory, exist_ok=True)
+
         state, sizes = state_of(paths)
-        target = choose_target(paths, train, os.path.join(directory, f"probe-{state}-{train}.json"), options)
-        key = digest(json.dumps([source, *target, options.fit, PIL.__version__]).encode())
+        probe_file = os.path.join(directory, f"probe-{state}-{train}.json")
+        target = choose_target(paths, train, probe_file, options)
+
+        key = key_for(source, target, options.fit)
         base = os.path.join(directory, f"{key}-{state}")
         if not is_whole(base):
             remove_outdated(directory, key, os.path.basename(base))
-            resize = options.resize and functools.partial(options.resize, fit=options.fit)
-            build(paths, base, target, resize)
-        about = read_json(base + ".json")
-        for index, reason in about["unreadable"]:
-            note(f"left out: {paths[index]} {reason}")
-        if about["unreadable"] and options.strict:
-            refuse(paths, about["unreadable"], "; --strict was given: repair or remove them")
-        pixels = np.memmap(base + ".u8", np.uint8, "c", shape=tuple(about["shape"]))
-    kept = np.ones(len(paths), dtype=bool)
-    kept[[index for index, _ in about["unreadable"]]] = False
-    return kept, pixels, sizes[kept], target.white
+            build_cache(paths, base, target, options.fit)
+
+        description = read_json(base + ".json")
+        unreadable = description["unreadable"]
+        report_unreadable(paths, unreadable, options.strict)
+
+        # Copy on write: nothing that is done to the images reaches the cache.
+        pixels = np.memmap(base + ".u8", np.uint8, mode="c", shape=tuple(description["shape"]))
+
+    readable = np.ones(len(paths), dtype=bool)
+    for number, _ in unreadable:
+        readable[number] = False
+    return Decoded(readable=readable, pixels=pixels, sizes=sizes[readable], white=target.white)
 
 
 def directory_for(source: str, cache_dir: str | None) -> str:
     """Where to keep what is computed of a directory or a file: in --cache-dir, or beside it."""
+    if cache_dir:
+        return cache_dir
     beside = source if os.path.isdir(source) else os.path.dirname(source)
-    return cache_dir or os.path.join(beside, ".threestep")
-
-
-def read_json(path: str):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def write_json(path: str, content) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(content).encode())
+    return os.path.join(beside, ".threestep")
 
 
 def state_of(paths: list[str]) -> tuple[str, np.ndarray]:
-    """A hash of the files' paths, sizes and modification times, and the sizes, 0 for a missing file."""
-    lines, sizes = [], np.zeros(len(paths), dtype=np.int64)
-    for index, path in enumerate(paths):
+    """A hash of the files' paths, sizes and modification times; the sizes, int64 [files].
+
+    A missing file has size 0.
+    """
+    lines = []
+    sizes = np.zeros(len(paths), dtype=np.int64)
+
+    for number, path in enumerate(paths):
         try:
             status = os.stat(path)
-            sizes[index] = status.st_size
-            lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
         except (OSError, ValueError):  # ValueError: a NUL in the path
             lines.append(f"{path}\0missing")
+            continue
+        sizes[number] = status.st_size
+        lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}")
+
     return digest("\n".join(lines).encode("utf-8", "surrogateescape")), sizes
 
 
-def choose_target(paths: list[str], train: int, file: str, options: Options) -> Target:
-    """What to decode to, as the options say or as it suits the images; found in `file` by later runs."""
-    if None not in (options.image_size, options.channels, options.white):
-        return Target(tuple(options.image_size), options.channels, options.white)
-    found = None
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-        found = Probed(**read_json(file))
-    if found is None or found.channels not in (1, 3) or found.white not in WHITES:
-        found = probe(paths, train)
-        write_json(file, found._asdict())
-    white, small = found.white, [paths[number] for number in found.small]
-    if small:
-        count = f"{len(small):,} image{'s' if len(small) > 1 else ''}"
-        note(f"far smaller than the others, a 16th of their area or less: {count}, {name_some(small)}")
-    if options.white is None and white != WHITES[-1]:
-        note(f"the 16-bit images use {white.bit_length()} bits only: {white} is taken as white")
-    size = options.image_size or choose_size(found, options.usual_size, options.fit)
-    return Target(tuple(size), options.channels or found.channels, options.white or white)
-
-
-def choose_size(found: Probed, usual_size: int, fit: str) -> tuple[int, int]:
-    """The size (height, width) of images that are all small and of one size; else, noted, the usual size."""
-    smallest, largest, size = tuple(found.smallest), tuple(found.largest), (usual_size, usual_size)
-    if found.sizes == 1 and max(largest) <= LARGEST_OWN_SIZE:
-        return largest
-    if found.sizes and (smallest, largest) != (size, size):
-        low, high = ("{1}x{0}".format(*shape) for shape in (smallest, largest))
-        have = f"{low} pixels" if found.sizes == 1 else f"{found.sizes:,} sizes, {low} to {high} pixels"
-        resized = f"resized to {usual_size}x{usual_size} (--image-size) by --fit {fit}"
-        note(f"the images have {have}; they are {resized}")
-    return size
+def key_for(source: str, target: Target, fit: str) -> str:
+    """A hash of what a cache is made of, besides the state of the files."""
+    return digest(json.dumps([source, *target, fit, PIL.__version__]).encode())
 
 
 def is_whole(base: str) -> bool:
     """Is there a cache of this name, with as many bytes as its description says?"""
     try:
-        about = read_json(base + ".json")
-        whole = os.path.getsize(base + ".u8") == int(np.prod(about["shape"])) and len(about["shape"]) == 4
-        return whole and all(isinstance(index, int) for index, _ in about["unreadable"])
+        description = read_json(base + ".json")
+        shape = description["shape"]
+        numbers = [number for number, _ in description["unreadable"]]
+        size = os.path.getsize(base + ".u8")
+        return (
+            len(shape) == 4
+            and size == int(np.prod(shape))
+            and all(isinstance(number, int) for number in numbers)
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
-def build(paths: list[str], base: str, target: Target, resize: Callable | None) -> None:
+def report_unreadable(paths: list[str], unreadable: list[tuple[int, str]], strict: bool) -> None:
+    """Note each file that could not be read, and why. Raises Problem if `strict`."""
+    for number, reason in unreadable:
+        note(f"skipped: {paths[number]} {reason}")
+    if unreadable and strict:
+        refuse(paths, unreadable, "; --strict was given: repair or remove them")
+
+
+def refuse(paths: list[str], unreadable: list[tuple[int, str]], way_out: str) -> None:
+    """Raise Problem, as files cannot be read; way_out: what can be done, in words."""
+    number, reason = unreadable[0]
+    count = f"{len(unreadable):,} of {len(paths):,} files cannot be read"
+    raise Problem(f"{count}, the first: {paths[number]} {reason}{way_out}")
+
+
+# ---------------------------------------------------------------------------------------- building
+def build_cache(paths: list[str], base: str, target: Target, fit: str) -> None:
     """Decode all files into <base>.u8 and describe it in <base>.json. Raises Problem or OSError.
 
-    Each build writes to a file of its own and swaps it in, so that two at once do no harm. A whole cache is
-    never replaced, because other runs may have mapped it: Windows refuses that.
+    Each build writes to a file of its own and swaps it in, so that two at once do no harm. A whole
+    cache is never replaced, because other runs may have mapped it: Windows refuses that.
     """
-    temporary, row_bytes, started = f"{base}.{os.getpid()}.tmp", target.row_bytes(), time.perf_counter()
+    started = time.perf_counter()
+    temporary = f"{base}.{os.getpid()}.tmp"
+
     try:
-        with open(temporary, "w+b") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in an hour
-                os.posix_fallocate(file.fileno(), 0, row_bytes * len(paths))
-            unreadable = list(run_parallel(decode_chunk, paths, "decoding", temporary, target, resize))
-            if 2 * len(unreadable) > len(paths):  # the list is wrong then, not the files
-                absent = not os.path.lexists(paths[unreadable[0][0]])
-                way_out = "; --image-root says what the paths of a CSV file are relative to" if absent else ""
-                refuse(paths, unreadable, way_out)
-            kept = np.delete(np.arange(len(paths)), [index for index, _ in unreadable])
-            if unreadable:
-                pixels = np.memmap(file, np.uint8, "r+", shape=(len(paths), row_bytes))
-                for row, index in enumerate(kept[unreadable[0][0] :], unreadable[0][0]):
-                    pixels[row] = pixels[index]
-                pixels.flush()
-            file.truncate(len(kept) * row_bytes)
-            os.fsync(file.fileno())
+        unreadable = decode_all(paths, temporary, target, fit)
         if not is_whole(base):  # or else another run has been faster
             os.replace(temporary, base + ".u8")
-            shape = [len(kept), *target.image_size, target.channels]
+            shape = [len(paths) - len(unreadable), *target.image_size, target.channels]
             write_json(base + ".json", {"shape": shape, "unreadable": unreadable})
     except PermissionError:
         if not is_whole(base):  # or else the other run has published it at this very moment
             raise
     finally:
         Path(temporary).unlink(missing_ok=True)
+
     seconds = time.perf_counter() - started
-    rate = f"{len(paths) / seconds:,.0f} a second"
+    rate = f"{len(paths) / seconds:,.0f} per second"
     note(f"decoded {len(paths):,} files in {seconds:.1f} s ({rate}), cached for later runs")
 
 
-def refuse(paths: list[str], unreadable: list[tuple[int, str]], way_out: str) -> None:
-    """Raise Problem, as files cannot be read; way_out: what can be done, in words."""
-    index, reason = unreadable[0]
-    count = f"{len(unreadable):,} of {len(paths):,} files cannot be read"
-    raise Problem(f"{count}, the first: {paths[index]} {reason}{way_out}")
+def decode_all(paths: list[str], temporary: str, target: Target, fit: str) -> list[tuple[int, str]]:
+    """Decode all files into one, the rows of those that cannot be read removed.
+
+    Returns the number of each file that cannot be read, and the reason. Raises Problem, also if
+    more than half of the files cannot be read, or OSError.
+    """
+    row_bytes = target.row_bytes()
+
+    with open(temporary, "w+b") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in an hour
+            os.posix_fallocate(file.fileno(), 0, row_bytes * len(paths))
+
+        decode = functools.partial(decode_chunk, file=temporary, target=target, fit=fit)
+        unreadable = list(run_parallel(decode, paths, "decoding"))
+        if len(unreadable) > len(paths) / 2:  # the list is wrong then, not the files
+            refuse(paths, unreadable, way_out_of_missing(paths[unreadable[0][0]]))
+
+        if unreadable:
+            close_gaps(file, len(paths), row_bytes, [number for number, _ in unreadable])
+        file.truncate((len(paths) - len(unreadable)) * row_bytes)
+        os.fsync(file.fileno())
+
+    return unreadable
+
+
+def way_out_of_missing(path: str) -> str:
+    """What to do about a file that cannot be read, if it does not exist; else empty."""
+    if os.path.lexists(path):
+        return ""
+    return "; --image-root says what the paths of a CSV file are relative to"
+
+
+def close_gaps(file, count: int, row_bytes: int, gaps: list[int]) -> None:
+    """Move up the rows of a file of `count` rows that follow the rows `gaps`."""
+    pixels = np.memmap(file, np.uint8, "r+", shape=(count, row_bytes))
+    kept = np.delete(np.arange(count), gaps)
+
+    # The rows before the first gap stay where they are.
+    for row in range(gaps[0], len(kept)):
+        pixels[row] = pixels[kept[row]]
+    pixels.flush()
 
 
 def remove_outdated(directory: str, key: str, current: str) -> None:
-    """Remove caches with these options of an earlier state of the files, and what killed builds left.
+    """Remove caches of an earlier state of the files, and what killed builds left.
 
     Those of the name `current` stay: another run may be publishing them at this moment.
     """
     for entry in os.scandir(directory):
-        stale = entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > STALE
-        cached = entry.name.startswith(key) and entry.name.endswith((".u8", ".json"))
-        if stale or (cached and not entry.name.startswith(current)):
-            with contextlib.suppress(OSError):  # another run removes it, too, or on Windows still uses it
+        is_temporary = entry.name.endswith(".tmp")
+        is_stale = is_temporary and time.time() - entry.stat().st_mtime > STALE_SECONDS
+
+        is_cache = entry.name.startswith(key) and entry.name.endswith((".u8", ".json"))
+        is_outdated = is_cache and not entry.name.startswith(current)
+
+        if is_stale or is_outdated:
+            # Another run removes it, too, or on Windows still uses it.
+            with contextlib.suppress(OSError):
                 os.unlink(entry.path)

@@ -1,36 +1,37 @@
-"""The image files of a dataset by split, whichever list they come from, and the options to read them with."""
+"""The image files of a dataset by split, whichever list they come from, and how to read them."""
 
-import contextlib
-import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.dataset import SAMPLED, digest
-from inference.errors import Problem, problems
+from data.dataset import digest, sampling_step
+from inference.errors import problems
 
-TEST_FRACTION = 0.2  # held out if the data comes without a test split
-SPELLINGS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
-NAMED = 3  # of many files or classes, how many a message names
+# The names of each split's folder, or in a split column, in lower case.
+SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+NAMES_SHOWN = 3  # how many of many files or classes a message names
+HASHED_BYTES = 1 << 16  # of a sampled file, the part whose content enters the fingerprint
 
 
 @dataclass(frozen=True)
 class Options:
     """How `folder` and `csv` are read; most fields are command line options of the same name.
 
-    image_size (height, width), channels and white (the level of 16-bit pixels that becomes 255) are derived
-    from the images if None. usual_size is the image size if the images differ in size or are large. resize is
-    the exported graph's own function, from a uint8 tensor [1, height, width, channels], a size and `fit` to
-    the resized tensor.
+    image_size (height, width), channels and white (the level of 16-bit pixels that becomes 255) are
+    derived from the images if None. usual_size is the image size if the images differ in size or
+    are large.
     """
 
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     white: int | None = None
     usual_size: int = 64
-    resize: Callable | None = None
     fit: str = "stretch"
     strict: bool = False
     cache_dir: str | None = None
@@ -53,76 +54,49 @@ class Files:
 
     def part(self, chosen: np.ndarray) -> "Files":
         """The files that bool [n] chooses."""
-        return Files(self.root, [self.paths[i] for i in np.flatnonzero(chosen)], self.labels[chosen])
+        paths = [self.paths[number] for number in np.flatnonzero(chosen)]
+        return Files(root=self.root, paths=paths, labels=self.labels[chosen])
 
     def fingerprint(self, sizes: np.ndarray) -> dict:
-        """{"images": number, "hash": of names, sizes [n], labels and the content of some}. Raises Problem."""
-        root = os.path.join(self.root, "")
-        names = "\n".join(path.removeprefix(root) for path in self.paths).replace(os.sep, "/")
-        contents = [names.encode("utf-8", "surrogateescape"), sizes.tobytes(), self.labels.tobytes()]
-        for path in self.paths[:: max(1, len(self.paths) // SAMPLED)]:
+        """{"images": count, "hash": of names, sizes, labels and the content of some files}.
+
+        sizes: of the files in bytes, int64 [n]. Raises Problem if a file can no longer be read.
+        """
+        contents = [self.relative_names(), sizes.tobytes(), self.labels.tobytes()]
+
+        for path in self.paths[:: sampling_step(len(self.paths))]:
             with problems(f"{path} can no longer be read", OSError), open(path, "rb") as file:
-                contents.append(file.read(1 << 16))
+                contents.append(file.read(HASHED_BYTES))
+
         return {"images": len(self), "hash": digest(*contents)}
+
+    def relative_names(self) -> bytes:
+        """The paths below `root`, a line each, the same on every system."""
+        root = os.path.join(self.root, "")  # with a separator at its end
+        names = "\n".join(path.removeprefix(root) for path in self.paths)
+        return names.replace(os.sep, "/").encode("utf-8", "surrogateescape")
 
 
 def split_called(name: str) -> str | None:
     """The split that goes by this name, in any case: "train", "val", "test", or None."""
-    return next((split for split, words in SPELLINGS.items() if name.lower() in words.split()), None)
+    for split, spellings in SPELLINGS.items():
+        if name.lower() in spellings:
+            return split
+    return None
 
 
 def name_some(names: Iterable[str]) -> str:
     """The first names of a list, and how many there are besides."""
     names = list(names)
-    rest = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+    shown = ", ".join(names[:NAMES_SHOWN])
+
+    remaining = len(names) - NAMES_SHOWN
+    if remaining > 0:
+        return f"{shown} and {remaining:,} more"
+    return shown
 
 
-def stratified(labels: np.ndarray, fraction: float, seed: int, same: np.ndarray | None = None) -> np.ndarray:
-    """Choose `fraction` of every class at random: bool [n].
-
-    Copies, of equal numbers in `same` [n], are chosen or not as one, and not if they have several labels. At
-    least one member of every class is chosen and at least one is not; the only member of a class is not.
-    """
-    if same is not None:
-        _, first, group = np.unique(same, return_index=True, return_inverse=True)
-        unlike = np.bincount(group, labels != labels[first][group]) > 0
-        together = (stratified(labels[first], fraction, seed) & ~unlike)[group]
-        alone = stratified(labels, fraction, seed)
-        for members in (labels == label for label in np.unique(labels)):
-            if not 0 < together[members].mean() < 1:  # a class of copies alone: better this than none
-                together[members] = alone[members]
-        return together
-    rng, chosen = np.random.default_rng(seed), np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        chosen[rng.permutation(members)[:count]] = True
-    return chosen
-
-
-def first_copies(paths: list[str]) -> np.ndarray:
-    """The first file with the same content as each, itself if it cannot be read: int64 [n].
-
-    Only files of equal sizes are read, which photos from a camera hardly ever have.
-    """
-    same, by_size = np.arange(len(paths)), {}
-    for number, path in enumerate(paths):
-        with contextlib.suppress(OSError, ValueError):
-            if os.path.isfile(path):  # reading a named pipe would block for ever
-                by_size.setdefault(os.path.getsize(path), []).append(number)
-    for numbers in by_size.values():
-        found = {}
-        for number in numbers if len(numbers) > 1 else ():
-            with contextlib.suppress(OSError), open(paths[number], "rb") as file:
-                same[number] = found.setdefault(hashlib.sha256(file.read()).digest(), number)
-    return same
-
-
-def hold_out_test(splits: dict[str, Files], source: str) -> dict[str, Files]:
-    """Turn a stratified part of the training split, always the same, into the test split. Raises Problem."""
-    train = splits["train"]
-    held = stratified(train.labels, TEST_FRACTION, 0, first_copies(train.paths))
-    if not held.any():
-        raise Problem(f"{source} has one image of each class, none to test on: each needs two or more")
-    return splits | {"train": train.part(~held), "test": train.part(held)}
+def count_of(count: int, noun: str) -> str:
+    """The count and the noun, which gets an "s" unless there is just one: "1 file", "2 files"."""
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {noun}{plural}"

@@ -4,52 +4,120 @@ import numpy as np
 
 from data.cache import load_images
 from data.dataset import Dataset
-from data.files import TEST_FRACTION, Options, hold_out_test, name_some
+from data.files import Files, Options, name_some
 from data.folders import list_folder
+from data.holdout import TEST_FRACTION, hold_out_test
 from data.notes import note
 from data.tables import list_csv
 from inference.errors import Problem
 
-FEW = 5  # training images of a class, below which step1 says so
+FEW_TRAINING_IMAGES = 5  # a class with fewer is named in a note
 
 
 def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     """Load `folder` or `csv`. Raises Problem."""
-    classes, listed = list_folder(data_dir) if name == "folder" else list_csv(data_dir, options)
-    held_out = "test" not in listed
-    if held_out:
+    if name == "folder":
+        classes, listed = list_folder(data_dir)
+    else:
+        classes, listed = list_csv(data_dir, options)
+
+    holds_out_test = "test" not in listed
+    if holds_out_test:
         listed = hold_out_test(listed, data_dir)
+
+    # The files of all splits share one cache, in the order of the splits.
     paths = [path for files in listed.values() for path in files.paths]
-    kept, pixels, sizes, white = load_images(paths, len(listed["train"]), data_dir, options)
-    arrays, splits, fingerprint = {}, {}, {"classes": classes}
+    decoded = load_images(paths, len(listed["train"]), data_dir, options)
+
+    arrays = {}
+    splits = {}
+    fingerprint = {"classes": classes}
+    first_file = 0
+    first_image = 0  # unreadable files have no row in the cache
+
     for split, files in listed.items():
-        part = splits[split] = files.part(kept[: len(files)])
-        fingerprint[split] = part.fingerprint(sizes[: len(part)])
-        arrays |= {f"{split}_images": pixels[: len(part)], f"{split}_labels": part.labels}
-        kept, pixels, sizes = kept[len(files) :], pixels[len(part) :], sizes[len(part) :]
-    check_splits(data_dir, classes, listed, splits, held_out)
-    paths = {split: files.paths for split, files in splits.items()}
-    return Dataset(name, classes, **arrays, white=white, fingerprint=fingerprint, paths=paths)
+        readable = files.part(decoded.readable[first_file : first_file + len(files)])
+        rows = slice(first_image, first_image + len(readable))
+
+        splits[split] = readable
+        fingerprint[split] = readable.fingerprint(decoded.sizes[rows])
+        arrays[f"{split}_images"] = decoded.pixels[rows]
+        arrays[f"{split}_labels"] = readable.labels
+
+        first_file += len(files)
+        first_image += len(readable)
+
+    check_splits(data_dir, classes, listed, splits)
+    if holds_out_test:
+        note_held_out(data_dir, splits)
+    note_small_classes(classes, splits)
+
+    return Dataset(
+        name=name,
+        classes=classes,
+        white=decoded.white,
+        fingerprint=fingerprint,
+        paths={split: files.paths for split, files in splits.items()},
+        **arrays,
+    )
 
 
-def check_splits(data_dir: str, names: list[str], listed: dict, splits: dict, held_out: bool) -> None:
-    """Say how the readable images, `splits`, were split. Raises Problem if some are missing altogether."""
-    train, test = (np.bincount(splits[k].labels, minlength=len(names)) for k in ("train", "test"))
-    if train.min() == 0:
-        label = train.argmin()
-        were = (listed["train"].labels == label).sum()
-        name = f"class {names[label]!r} of {data_dir}"
-        raise Problem(f"{name} has no readable image left to train on, of {were} listed")
+def check_splits(
+    data_dir: str,
+    classes: list[str],
+    listed: dict[str, Files],
+    splits: dict[str, Files],
+) -> None:
+    """Raise Problem if no file of a class, or of a split, can be read.
+
+    listed: all files by split. splits: the readable ones.
+    """
+    counts = count_images(splits["train"], len(classes))
+    if counts.min() == 0:
+        label = counts.argmin()
+        total = (listed["train"].labels == label).sum()
+        raise Problem(
+            f"class {classes[label]!r} of {data_dir} has no readable image left to train on, "
+            f"of {total} listed"
+        )
+
     for split, files in splits.items():
-        if not len(files):
-            were = len(listed[split])
-            raise Problem(f"the {split} split of {data_dir} has no readable image left, of {were} listed")
-    if held_out:
+        if len(files) == 0:
+            total = len(listed[split])
+            raise Problem(
+                f"the {split} split of {data_dir} has no readable image left, of {total} listed"
+            )
+
+
+def note_held_out(data_dir: str, splits: dict[str, Files]) -> None:
+    """Note why and how many images were held out of the training split."""
+    if "val" in splits:
+        reason = f"{data_dir} has a validation split, which chooses the epoch, but no test split"
+    else:
         reason = "no test split given"
-        if "val" in splits:
-            reason = f"{data_dir} has a validation split, which chooses the epoch, but no test split"
-        share = f"{test.sum():,} of {test.sum() + train.sum():,} training images held out for it"
-        note(f"{reason}: {share}, {TEST_FRACTION:.0%} of each class (at least one)")
-    few = [f"{name!r} {n} (and {m})" for name, n, m in zip(names, train, test, strict=True) if n < FEW]
-    if few:
-        note(f"few images to train on (and to test on): {name_some(few)}")
+
+    held_out = len(splits["test"])
+    total = held_out + len(splits["train"])
+    note(
+        f"{reason}: {held_out:,} of {total:,} training images held out for testing, "
+        f"{TEST_FRACTION:.0%} of each class (at least one)"
+    )
+
+
+def note_small_classes(classes: list[str], splits: dict[str, Files]) -> None:
+    """Note the classes that have few training images."""
+    train = count_images(splits["train"], len(classes))
+    test = count_images(splits["test"], len(classes))
+
+    small = []
+    for name, train_count, test_count in zip(classes, train, test, strict=True):
+        if train_count < FEW_TRAINING_IMAGES:
+            small.append(f"{name!r} {train_count} (test {test_count})")
+
+    if small:
+        note(f"classes with few training images: {name_some(small)}")
+
+
+def count_images(files: Files, classes: int) -> np.ndarray:
+    """How many images of a split each class has: int64 [classes]."""
+    return np.bincount(files.labels, minlength=classes)

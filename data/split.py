@@ -1,9 +1,8 @@
-"""A split ready to be trained on: batches gathered from uint8 images by index and augmented as a whole."""
+"""A split ready to be trained on: batches of uint8 images, gathered by index and augmented."""
 
-import functools
 import mmap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,21 +10,30 @@ import numpy as np
 import torch
 
 from data.augment import gather
-from data.files import stratified
+from data.holdout import stratified
 from inference.errors import Problem
+from model import resize
 
-# Images held out for the calibration, at most. A temperature needs 1,000, a sharp threshold of `known` more.
-HELD_OUT, LARGEST_PART = 2500, 0.05
-MOST_PIXELS = 1_000_000  # in a batch that is not trained on
+# Images held out for the calibration, at most, and as a part of the training split. A temperature
+# needs 1,000, a sharp threshold of `known` more.
+MOST_HELD_OUT = 2500
+LARGEST_PART = 0.05
+
+# A batch that is not trained on has at most so many images and pixels.
+MOST_IMAGES = 125
+MOST_PIXELS = 1_000_000
+
+RESIZED_AT_A_TIME = 1024  # images
 
 
 @dataclass
 class Split:
-    """images: uint8 [N, H, W, C], or float32 features [N, n]; labels: int64 [N], or float32 targets [N, 1].
+    """Images or features with their labels, and which of them belong to the split.
 
-    members: int64 [n], the rows of both that belong to the split, on the CPU. source: the array that `images`
-    were made from; where it is a memory map of the right size, `images` is that map. same: int64 [N], equal
-    for rows with equal pixels.
+    images: uint8 [N, H, W, C], or float32 features [N, n]. labels: int64 [N], or float32 targets
+    [N, 1]. members: int64 [n], the rows of both that belong to the split, on the CPU. source: the
+    array that `images` were made from; where it is a memory map of the right size, `images` is that
+    map. same: int64 [N], equal for rows with equal pixels.
     """
 
     images: torch.Tensor
@@ -43,51 +51,90 @@ class Split:
 
     def class_shares(self, classes: int) -> torch.Tensor:
         """The share of each class: float32 [classes]."""
-        return torch.bincount(self.labels.cpu()[self.members], minlength=classes) / len(self)
+        labels = self.labels.cpu()[self.members]
+        return torch.bincount(labels, minlength=classes) / len(self)
 
     def in_order(self, share: slice = slice(None)) -> Iterator[tuple]:
-        """Yield (images, labels) of the members in one process' share, each once and not augmented."""
-        device, size = self.labels.device, max(1, min(125, MOST_PIXELS // self.images[0, ..., 0].numel()))
-        for index, following in pairwise([*self.members[share].split(size), self.members[:0]]):
+        """Yield (images, labels) of the members in one process' share, each once, not augmented."""
+        device = self.labels.device
+        size = evaluation_batch_size(self.images)
+        batches = self.members[share].split(size)
+
+        for index, following in with_next(batches):
             self._prefetch(following)
             yield self.images[index].to(device), self.labels[index.to(device)]
 
     def count_batches(self, batch_size: int, processes: int = 1) -> int:
         """How many batches `shuffled` yields in an epoch."""
         whole, rest = divmod(len(self), batch_size)
-        return whole + (rest >= 2 * processes or whole == 0)  # batch norm cannot train on a single image
 
-    def shuffled(self, batch_size: int, augment: list[str], epoch: int, seed: int, done=0, share=slice(None)):
-        """Yield (images, labels, how many the whole batch has) in random order, augmented; see `gather`.
+        # Batch norm cannot train on a single image, so a process needs two.
+        uses_rest = rest >= 2 * processes or whole == 0
+        return whole + uses_rest
 
-        batch_size: over all processes, each of which gets its `share` of a batch, see `Processes`. The first
-        `done` batches are left out. Order and augmentation follow from seed, epoch and position alone,
-        whichever process computes them, so that a run can be resumed anywhere. flip alternates (Jordan 2024):
-        an image is mirrored in every other epoch.
+    def shuffled(
+        self,
+        batch_size: int,
+        augment: list[str],
+        epoch: int,
+        seed: int,
+        done: int = 0,
+        share: slice = slice(None),
+    ) -> Iterator[tuple]:
+        """Yield (images, labels, size of the whole batch) in random order, augmented by `gather`.
+
+        batch_size: over all processes, each of which gets its `share` of a batch. The first `done`
+        batches are left out. Order and augmentation follow from seed, epoch and position alone,
+        whichever process computes them, so that a run can be resumed anywhere.
         """
-        flips = (torch.rand(len(self.images), generator=seeded(seed)) < 0.5) ^ (epoch % 2 == 1)
+        # An image is mirrored in every other epoch (alternating flip, Jordan 2024).
+        flips = torch.rand(len(self.images), generator=seeded(seed)) < 0.5  # bool [N]
+        if epoch % 2 == 1:
+            flips = ~flips
+
         order = self.members[torch.randperm(len(self), generator=seeded(seed, epoch))]
-        batches = order.split(batch_size)[: self.count_batches(batch_size, share.step or 1)]
+        processes = share.step or 1
+        count = self.count_batches(batch_size, processes)
+        batches = order.split(batch_size)[done:count]
+
         device = self.labels.device
-        for position, (index, following) in enumerate(pairwise([*batches[done:], order[:0]]), done):
+        for position, (index, following) in enumerate(with_next(batches), done):
             self._prefetch(following[share])
-            images = gather(self.images, index, augment, flips, seeded(seed, epoch, position), share)
+            generator = seeded(seed, epoch, position)
+            images = gather(self.images, index, augment, flips, generator, share)
             yield images.to(device), self.labels[index[share].to(device)], len(index)
 
-    def _prefetch(self, index):
-        """Ask the system to read the next rows of a memory map from disk while this batch computes.
+    def _prefetch(self, index: torch.Tensor) -> None:
+        """Ask the system to read the next rows of a memory map while this batch computes.
 
-        Read-ahead is turned off: for random rows it reads mostly unneeded pages (8 MB a row on one machine).
+        Read-ahead is turned off: for random rows it reads mostly unneeded pages (8 MB a row on one
+        machine).
         """
-        mapped = isinstance(self.source, np.memmap) and self.images.data_ptr() == self.source.ctypes.data
-        if not mapped or not hasattr(mmap, "MADV_RANDOM"):
+        is_map = isinstance(self.source, np.memmap)
+        is_mapped = is_map and self.images.data_ptr() == self.source.ctypes.data
+        if not is_mapped or not hasattr(mmap, "MADV_RANDOM"):
             return
-        pages, row = self.source._mmap, self.source[0].nbytes
+
+        pages = self.source._mmap
         pages.madvise(mmap.MADV_RANDOM)
-        first = self.source.ctypes.data - np.frombuffer(pages, np.uint8).ctypes.data
-        for start in (first + index * row).tolist():
+
+        row_bytes = self.source[0].nbytes
+        offset = self.source.ctypes.data - np.frombuffer(pages, np.uint8).ctypes.data
+        for start in (offset + index * row_bytes).tolist():
             before = start % mmap.PAGESIZE  # advice is for whole pages
-            pages.madvise(mmap.MADV_WILLNEED, start - before, before + row)
+            pages.madvise(mmap.MADV_WILLNEED, start - before, before + row_bytes)
+
+
+def evaluation_batch_size(images: torch.Tensor) -> int:
+    """How many of images [N, H, W, C] or features [N, n] to take at a time without training."""
+    pixels = images[0, ..., 0].numel()
+    return max(1, min(MOST_IMAGES, MOST_PIXELS // pixels))
+
+
+def with_next(batches: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each batch of an index with the one after it, which is empty at the end."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return pairwise([*batches, nothing])
 
 
 def seed_of(*numbers: int) -> int:
@@ -96,28 +143,41 @@ def seed_of(*numbers: int) -> int:
 
 
 def seeded(*numbers: int) -> torch.Generator:
+    """A generator of its own for every tuple of numbers, on the CPU."""
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
-def make_splits(dataset, settings, device: torch.device, resize: Callable) -> dict[str, Split]:
+# ---------------------------------------------------------------------------------- making splits
+def make_splits(dataset, settings, device: torch.device) -> dict[str, Split]:
     """The splits of a `data.Dataset` by name: "train", "test", and perhaps "val" or "held-out".
 
-    settings: image_size, val_fraction, calibration and seed. Raises Problem if a split would be empty.
+    settings: image_size, fit, val_fraction, calibration and seed. Raises Problem if a split would
+    be empty.
     """
-    images = settings.image_size, device, functools.partial(resize, fit=settings.fit)
-    splits = {"train": make_split(dataset.train_images, dataset.train_labels, *images)}
+
+    def make(name: str) -> Split:
+        images = dataset.images_of(name)
+        labels = dataset.labels_of(name)
+        return make_split(images, labels, settings.image_size, settings.fit, device)
+
+    train = make("train")
     if dataset.findings:
-        splits["train"].same = dataset.findings.same[: len(dataset.train_images)]
+        train.same = dataset.findings.same[: len(train)]
+    splits = {"train": train}
+
     if dataset.val_images is not None:
-        splits["val"] = make_split(dataset.val_images, dataset.val_labels, *images)
+        splits["val"] = make("val")
     elif settings.val_fraction:
-        splits["train"], splits["val"] = hold_out(splits["train"], settings.val_fraction, settings.seed)
+        splits["train"], splits["val"] = hold_out(train, settings.val_fraction, settings.seed)
         if not all(len(split) for split in splits.values()):
-            raise Problem(f"--val-fraction {settings.val_fraction:g} leaves a split empty: too few images", 2)
+            raise Problem(
+                f"--val-fraction {settings.val_fraction:g} leaves a split empty: too few images", 2
+            )
     elif settings.calibration == "held-out":
-        fraction = min(LARGEST_PART, HELD_OUT / len(splits["train"]))
-        splits["train"], splits["held-out"] = hold_out(splits["train"], fraction, settings.seed)
-    splits["test"] = make_split(dataset.test_images, dataset.test_labels, *images)
+        fraction = min(LARGEST_PART, MOST_HELD_OUT / len(train))
+        splits["train"], splits["held-out"] = hold_out(train, fraction, settings.seed)
+
+    splits["test"] = make("test")
     return splits
 
 
@@ -127,19 +187,48 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     Copies of an image go to the same part.
     """
     labels = split.labels.cpu().numpy()[split.members]
-    same = None if split.same is None else split.same[split.members]
-    chosen = stratified(labels if labels.ndim == 1 else np.zeros(len(labels)), fraction, seed, same)
+    if labels.ndim > 1:  # targets, [n, 1]
+        labels = np.zeros(len(labels))
+
+    same = None
+    if split.same is not None:
+        same = split.same[split.members]
+
+    chosen = stratified(labels, fraction, seed, same)
     return split.part(~chosen), split.part(chosen)
 
 
-def make_split(images: np.ndarray, labels: np.ndarray, size, device: torch.device, resize: Callable) -> Split:
-    """A Split of arrays on the device, images resized to `size` by `resize`, the graph's own, and rounded.
+def make_split(
+    images: np.ndarray,
+    labels: np.ndarray,
+    image_size: tuple[int, int],
+    fit: str,
+    device: torch.device,
+) -> Split:
+    """A Split of arrays on the device, images resized as the exported graph does, and rounded.
 
     On a GPU, a set too large for it stays in the machine's memory.
     """
     tensor = torch.from_numpy(images)
-    if tensor.dtype == torch.uint8 and tuple(tensor.shape[1:3]) != tuple(size):
-        tensor = torch.cat([resize(part, size).round().byte() for part in tensor.split(1024)]).contiguous()
+
+    is_image = tensor.dtype == torch.uint8
+    if is_image and tuple(tensor.shape[1:3]) != tuple(image_size):
+        tensor = resize_all(tensor, image_size, fit)
+
     if device.type != "cuda" or tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         tensor = tensor.to(device)
-    return Split(tensor, torch.from_numpy(labels).to(device), torch.arange(len(labels)), images)
+
+    return Split(
+        images=tensor,
+        labels=torch.from_numpy(labels).to(device),
+        members=torch.arange(len(labels)),
+        source=images,
+    )
+
+
+def resize_all(images: torch.Tensor, image_size: tuple[int, int], fit: str) -> torch.Tensor:
+    """Resize uint8 [N, H, W, C] to [N, *image_size, C], some at a time as floats are large."""
+    parts = []
+    for part in images.split(RESIZED_AT_A_TIME):
+        parts.append(resize(part, image_size, fit).round().byte())
+    return torch.cat(parts).contiguous()

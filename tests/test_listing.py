@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import pickle
 import shutil
 import sys
 import types
@@ -186,7 +185,7 @@ def test_every_suffix_of_pillow_and_files_without_one_are_taken(tmp_path, capsys
         (tmp_path / name / "bare" / "0.png").rename(tmp_path / name / "bare" / "0")
     dataset = data.load("folder", str(tmp_path))
     assert sum(sizes(dataset).values()) == 24
-    assert "left out" not in capsys.readouterr().err
+    assert "skipped" not in capsys.readouterr().err
 
 
 def test_other_files_are_counted_in_one_line(tmp_path, capsys):
@@ -195,7 +194,7 @@ def test_other_files_are_counted_in_one_line(tmp_path, capsys):
         for file in ("notes.txt", "labels.xml", "README", "photo.HEIC"):
             (tmp_path / name / file).write_text("not an image")
     data.load("folder", str(tmp_path))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert "8 files" in line and os.path.join("a", "README") in line and "5 more" in line
     assert "pip install pillow-heif" in line and line.startswith("note: ")
 
@@ -217,7 +216,7 @@ def test_what_systems_leave_in_folders_is_skipped_silently(tmp_path, capsys):
             (tmp_path / name / file).write_text("not an image")
     (tmp_path / "__MACOSX" / "a").mkdir(parents=True)
     assert sizes(data.load("folder", str(tmp_path))) == {"train": 8, "test": 2}
-    assert "left out" not in capsys.readouterr().err
+    assert "skipped" not in capsys.readouterr().err
 
 
 def test_installed_pillow_heif_is_used(tmp_path, monkeypatch):
@@ -261,7 +260,7 @@ def test_probe_decodes_only_16_bit_files(tmp_path, monkeypatch):
     deep.save(tmp_path / "a" / "deep.png")
     decoded, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.filename) or load(self))
-    from data.decoding import probe_chunk
+    from data.target import probe_chunk
 
     paths = sorted(map(str, tmp_path.glob("*/*.png")))
     found = probe_chunk(paths, 0, len(paths))
@@ -327,8 +326,8 @@ def test_rows_without_a_label_or_a_path_are_counted(images, capsys):
     rows[3], rows[7] = (rows[3][0], " "), ("", rows[7][1])
     file = write_csv(images / "list.csv", ("path", "label"), *rows)
     assert sum(sizes(data.load("csv", str(file))).values()) == 8
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: left out: ")]
-    assert "2 rows" in line and "row 5" in line and "list.csv" in line
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "without an image" in line]
+    assert line.startswith("note: skipped 2 rows ") and "row 5" in line and "list.csv" in line
     message = refused("csv", file, strict=True)
     assert "2 rows" in message and "--strict" in message
 
@@ -377,8 +376,8 @@ def test_class_with_few_images_is_named(tmp_path, capsys):
     fill(tmp_path / "b", 3)
     fill(tmp_path / "c", 1)
     data.load("folder", str(tmp_path))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "few images" in line]
-    assert "'b' 2 (and 1), 'c' 1 (and 0)" in line and "'a'" not in line
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "few training images" in line]
+    assert "'b' 2 (test 1), 'c' 1 (test 0)" in line and "'a'" not in line
 
 
 def test_fingerprint_is_that_of_a_copy(tmp_path):
@@ -495,19 +494,18 @@ def test_no_text_is_read_in_the_locale_s_encoding(execute, images):
 
 
 def test_workers_start_where_processes_cannot_be_forked(tmp_path, monkeypatch):
-    import model
-    from data import decoding
+    from data import parallel
 
     folder = tmp_path / "photos"
     for name in "ab":
         fill(folder / name, 8)
-    monkeypatch.setattr(decoding, "CHUNK", 4)
-    monkeypatch.setattr(decoding, "usable_cpus", lambda: 2)
-    forked = data.load("folder", str(folder), cache_dir=str(tmp_path / "first"))
-    monkeypatch.setattr(decoding, "START_METHOD", "spawn")
-    spawned = data.load("folder", str(folder), cache_dir=str(tmp_path / "second"))
+    monkeypatch.setattr(parallel, "CHUNK", 4)
+    monkeypatch.setattr(parallel, "usable_cpus", lambda: 2)
+    options = {"image_size": (6, 6)}  # not that of the images: each worker must be able to resize
+    forked = data.load("folder", str(folder), cache_dir=str(tmp_path / "first"), **options)
+    monkeypatch.setattr(parallel, "START_METHOD", "spawn")
+    spawned = data.load("folder", str(folder), cache_dir=str(tmp_path / "second"), **options)
     assert np.array_equal(forked.train_images, spawned.train_images) and len(spawned.train_images) == 12
-    assert pickle.loads(pickle.dumps(model.resize)) is model.resize  # which workers get where sizes differ
 
 
 # ---------------------------------------------------------------------------------- 10, 12 and 14 bits in 16

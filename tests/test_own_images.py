@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 import data
-import model
 import step1_train
 import step2_export
 import step3_infer
-from data import files, folders
+from data import folders, holdout
 from inference.metrics import per_class
 
 QUICK = "--model mlp --hidden 16 --epochs 2".split()
@@ -104,7 +103,7 @@ def run_of(here):
 def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
     arguments = ["--dataset", "folder", "--data-dir", mixed, *QUICK, "--epochs", 4]
     trained = call(step1_train.main, *arguments).done()
-    left_out = [line for line in trained.err.splitlines() if line.startswith("note: left out: ")]
+    left_out = [line for line in trained.err.splitlines() if line.startswith("note: skipped: ")]
     for name in BROKEN:
         assert sum(name in line for line in left_out) == 1
     assert "64x64 colour" in trained.out and " of 196 training images held out" in trained.err
@@ -118,8 +117,8 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
     # What step 1's evaluation says of the same files, read from its own cache.
     run = step2_export.read_run(str(run_of(here)))
     classes, listed = folders.list_folder(str(mixed))
-    paths = [path for part in files.hold_out_test(listed, str(mixed)).values() for path in part.paths]
-    dataset = data.load("folder", str(mixed), image_size=(64, 64), channels=3, resize=model.resize)
+    paths = [path for part in holdout.hold_out_test(listed, str(mixed)).values() for path in part.paths]
+    dataset = data.load("folder", str(mixed), image_size=(64, 64), channels=3)
     images = np.concatenate([dataset.train_images, dataset.test_images])
     with torch.inference_mode():
         expected = run.network(run.deployable().normalise(torch.from_numpy(images))).softmax(1)
@@ -149,7 +148,7 @@ def test_12_bit_images_are_predicted_as_evaluated(call, here, tmp_path):
     predicted = call(step3_infer.main, "--format", "json", folder).done()
     answers = {row["path"]: row for row in map(json.loads, predicted.out.splitlines())}
     assert all(row["label"] == path.split("/")[-2] for path, row in answers.items()) and len(answers) == 40
-    splits = files.hold_out_test(folders.list_folder(str(folder))[1], str(folder))
+    splits = holdout.hold_out_test(folders.list_folder(str(folder))[1], str(folder))
     exported = [answers[path]["probability"] for path in splits["test"].paths]
     assert exported == pytest.approx(expected.tolist(), abs=1e-4)
 
@@ -189,7 +188,7 @@ def test_size_colour_and_augmentation_are_derived_and_printed(call, here, folder
 
 def note_of_sizes(capsys, folder, **options):
     """What loading a folder says of the sizes of its images."""
-    data.load("folder", str(folder), resize=model.resize, **options)
+    data.load("folder", str(folder), **options)
     lines = [line for line in capsys.readouterr().err.splitlines() if "resized" in line]
     assert len(lines) <= 1
     return lines[0] if lines else None
@@ -382,10 +381,10 @@ def test_csv_with_a_test_label_that_training_lacks(call, here, folder, listing):
 
 def test_stratified_takes_the_fraction_of_each_class():
     labels = np.repeat([0, 1, 2, 3], [100, 50, 3, 1])
-    chosen = files.stratified(labels, 0.2, seed=0)
+    chosen = holdout.stratified(labels, 0.2, seed=0)
     assert np.bincount(labels[chosen], minlength=4).tolist() == [20, 10, 1, 0]
-    assert np.array_equal(chosen, files.stratified(labels, 0.2, seed=0))
-    assert not np.array_equal(chosen, files.stratified(labels, 0.2, seed=1))
+    assert np.array_equal(chosen, holdout.stratified(labels, 0.2, seed=0))
+    assert not np.array_equal(chosen, holdout.stratified(labels, 0.2, seed=1))
 
 
 @pytest.mark.parametrize("dataset", ["folder", "csv"])

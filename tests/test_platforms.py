@@ -187,7 +187,7 @@ def test_all_files_of_a_run_and_a_bundle_have_names_that_windows_allows(call, he
 
 def test_cache_that_another_process_has_mapped_is_not_replaced(folder, monkeypatch):  # noqa: F811
     """Two runs build the same cache at once: the one that ends later leaves the other's in place."""
-    build, mapped = cache.build, []
+    build, mapped = cache.build_cache, []
 
     def second(paths, base, *more):
         build(paths, base, *more)
@@ -197,7 +197,7 @@ def test_cache_that_another_process_has_mapped_is_not_replaced(folder, monkeypat
         after = os.stat(f"{base}.u8")
         assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
-    monkeypatch.setattr(cache, "build", second)
+    monkeypatch.setattr(cache, "build_cache", second)
     assert len(data.load("folder", str(folder)).train_images) == 36 and mapped
     assert not list((folder / ".threestep").glob("*.tmp"))
 

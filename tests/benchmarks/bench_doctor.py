@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import model  # noqa: E402
 from data import doctor  # noqa: E402
 
 COUNT = 100  # planted images of a kind
@@ -50,7 +49,7 @@ def seconds():
 def examine(folder, cache, size):
     """The dataset as the doctor leaves it, and the seconds (CPU, wall) of decoding and of examining."""
     start = seconds()
-    dataset = data.load("folder", str(folder), cache_dir=cache, image_size=size, resize=model.resize)
+    dataset = data.load("folder", str(folder), cache_dir=cache, image_size=size)
     decoded = seconds()
     dataset = doctor.examined(dataset)
     return dataset, decoded - start, seconds() - decoded

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import model  # noqa: E402
 from deploy import camera  # noqa: E402
 from inference.predict import Model  # noqa: E402
 
@@ -53,7 +52,7 @@ RESEMBLED_BY = {
 
 def test_images(spec: dict, data_dir: str | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     """So many images and labels of the test split that the run of this spec had, evenly spread over it."""
-    dataset = data.load_for(spec, data_dir, model.resize)
+    dataset = data.load_for(spec, data_dir)
     total = len(dataset.test_images)
     chosen = np.arange(min(count, total)) * total // min(count, total)
     return np.asarray(dataset.test_images[chosen]), np.asarray(dataset.test_labels)[chosen]

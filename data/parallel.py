@@ -1,0 +1,73 @@
+"""Work on many files, handed out to all cores in chunks."""
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from tqdm import tqdm
+
+from data import notes
+from inference.cpus import usable_cpus
+from inference.errors import problems
+
+CHUNK = 256  # files that a worker takes at a time
+MOST_WORKERS = 61  # Windows has no larger pool
+
+# Forked workers start at once and share what is imported, but only Linux' libraries all survive it.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
+def run_parallel(
+    function: Callable[[list[str], int], list],
+    paths: list[str],
+    title: str,
+) -> Iterator:
+    """Yield everything that function(paths of a chunk, number of its first path) returns, in order.
+
+    function: of a module, or a functools.partial of one, so that it can be sent to a worker. title:
+    of the progress bar. Raises Problem if a worker is killed, and whatever the function raises.
+    """
+    starts = range(0, len(paths), CHUNK)
+    chunks = [paths[start : start + CHUNK] for start in starts]
+    workers = min(usable_cpus(), len(chunks), MOST_WORKERS)
+
+    killed = "a decoding process was killed, perhaps because memory ran out"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(problems(killed, BrokenProcessPool, form="{}"))
+        bar = stack.enter_context(progress_bar(len(paths), title))
+
+        if workers > 1:
+            pool = stack.enter_context(worker_pool(workers))
+            results = pool.map(function, chunks, starts)
+        else:
+            results = map(function, chunks, starts)
+
+        for chunk, found in zip(chunks, results, strict=True):
+            yield from found
+            bar.update(len(chunk))
+
+
+def progress_bar(count: int, title: str) -> tqdm:
+    """A bar over `count` files, shown on a terminal only and never with --quiet."""
+    hidden = True if notes.silent else None  # None: tqdm hides it unless it has a terminal
+    return tqdm(total=count, desc=title, unit="file", leave=False, disable=hidden)
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes; what has not been started when the block is left is cancelled."""
+    pool = ProcessPoolExecutor(
+        max_workers=workers,
+        mp_context=multiprocessing.get_context(START_METHOD),
+        # Ctrl-C reaches all processes, and the parent alone answers it.
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,222 @@
+"""What all images are decoded to: size, channels and white level, as given or as suits the files.
+
+The headers of the files tell. They are read once; later runs find the result in a small JSON file.
+"""
+
+import contextlib
+import functools
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from data.files import Options, count_of, name_some
+from data.json_files import read_json, write_json
+from data.notes import note
+from data.parallel import run_parallel
+from inference.images import open_image
+
+GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
+LARGEST_OWN_SIZE = 64  # images that all have one size up to this keep it
+FAR_SMALLER = 16  # an image of less than the median area divided by this is named
+WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
+FIRST_SIDEWAYS = 5  # the EXIF orientations from here on exchange width and height
+
+
+class Target(NamedTuple):
+    """What every file is decoded to: uint8 [*image_size, channels], 16-bit `white` becoming 255."""
+
+    image_size: tuple[int, int]  # height, width
+    channels: int
+    white: int
+
+    def row_bytes(self) -> int:
+        """The size of one decoded image in bytes."""
+        height, width = self.image_size
+        return height * width * self.channels
+
+
+class Header(NamedTuple):
+    """What is read of a file before it is decoded."""
+
+    number: int  # of the file
+    size: tuple[int, int]  # height, width
+    mode: str  # Pillow's
+    brightest: int  # of 16-bit pixels, else 0
+
+    def area(self) -> int:
+        return math.prod(self.size)
+
+
+class Probed(NamedTuple):
+    """What the headers say of all files; the JSON file has these keys."""
+
+    sizes: int  # how many different ones there are
+    smallest: tuple[int, int]  # by area: height, width
+    largest: tuple[int, int]
+    channels: int
+    white: int  # the level of 16-bit pixels that becomes 255
+    small: list[int]  # the numbers of the files that are far smaller than the rest
+
+
+# ---------------------------------------------------------------------------------------- deciding
+def choose_target(paths: list[str], train: int, probe_file: str, options: Options) -> Target:
+    """What to decode to, as the options say or as suits the images.
+
+    train: how many of the files, the first ones, are for training. probe_file: where the result of
+    reading all headers is kept for later runs.
+    """
+    if None not in (options.image_size, options.channels, options.white):
+        return Target(tuple(options.image_size), options.channels, options.white)
+
+    probed = read_probed(probe_file)
+    if probed is None:
+        probed = probe(paths, train)
+        write_json(probe_file, probed._asdict())
+
+    note_small_images(paths, probed)
+    if options.white is None and probed.white != WHITES[-1]:
+        bits = probed.white.bit_length()
+        note(f"the 16-bit images use {bits} bits only: {probed.white} is taken as white")
+
+    size = options.image_size or choose_size(probed, options.usual_size, options.fit)
+    return Target(
+        image_size=tuple(size),
+        channels=options.channels or probed.channels,
+        white=options.white or probed.white,
+    )
+
+
+def read_probed(path: str) -> Probed | None:
+    """What an earlier run found in the headers; None if there is nothing or it makes no sense."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+        probed = Probed(**read_json(path))
+        if probed.channels in (1, 3) and probed.white in WHITES:
+            return probed
+    return None
+
+
+def note_small_images(paths: list[str], probed: Probed) -> None:
+    """Note the images that are far smaller than the others: they may be thumbnails."""
+    if not probed.small:
+        return
+    count = count_of(len(probed.small), "image")
+    names = name_some(paths[number] for number in probed.small)
+    limit = f"less than 1/{FAR_SMALLER} of the median area"
+    note(f"far smaller than the others, {limit}: {count}, {names}")
+
+
+def choose_size(probed: Probed, usual_size: int, fit: str) -> tuple[int, int]:
+    """The size (height, width) of images that are all small and of one size, else the usual size.
+
+    Notes that images are resized, if they are.
+    """
+    smallest = tuple(probed.smallest)
+    largest = tuple(probed.largest)
+    size = (usual_size, usual_size)
+
+    if probed.sizes == 1 and max(largest) <= LARGEST_OWN_SIZE:
+        return largest
+
+    have_that_size = smallest == largest == size
+    if probed.sizes and not have_that_size:
+        if probed.sizes == 1:
+            have = f"{as_text(smallest)} pixels"
+        else:
+            have = f"{probed.sizes:,} sizes, {as_text(smallest)} to {as_text(largest)} pixels"
+        resized = f"resized to {as_text(size)} (--image-size) by --fit {fit}"
+        note(f"the images have {have}; they are {resized}")
+    return size
+
+
+def as_text(size: tuple[int, int]) -> str:
+    """(height, width) as people write it, width first."""
+    height, width = size
+    return f"{width}x{height}"
+
+
+# ----------------------------------------------------------------------------------------- probing
+def probe(paths: list[str], train: int) -> Probed:
+    """Read the headers of all files.
+
+    The images are grey (1 channel) if all files are. The white level is the smallest of WHITES that
+    holds the pixels of the 16-bit files, of which only those of the training split count, the first
+    `train` files.
+    """
+    probe_these = functools.partial(probe_chunk, train=train)
+    headers = list(run_parallel(probe_these, paths, "reading headers"))
+    if not headers:  # decoding says why
+        return Probed(
+            sizes=0,
+            smallest=(0, 0),
+            largest=(0, 0),
+            channels=3,
+            white=WHITES[-1],
+            small=[],
+        )
+
+    sizes = {header.size for header in headers}
+    by_area = sorted(sizes, key=lambda size: (math.prod(size), size))
+
+    modes = {header.mode for header in headers}
+    channels = 1 if modes <= GREY_MODES else 3
+
+    # Without a 16-bit file all are 0, and the level does not matter.
+    brightest = max(header.brightest for header in headers) or WHITES[-1]
+    white = min(white for white in WHITES if white >= brightest)
+
+    median_area = np.median([header.area() for header in headers])
+    small = [header.number for header in headers if header.area() < median_area / FAR_SMALLER]
+
+    return Probed(
+        sizes=len(by_area),
+        smallest=by_area[0],
+        largest=by_area[-1],
+        channels=channels,
+        white=white,
+        small=small,
+    )
+
+
+def probe_chunk(paths: list[str], start: int, train: int) -> list[Header]:
+    """The headers of files from number `start` on.
+
+    Files that cannot be read are left out: decoding reports them.
+    """
+    headers = []
+    for number, path in enumerate(paths, start):
+        # Opening a named pipe would block forever.
+        if not os.path.isfile(path):
+            continue
+        # Pillow's plugins raise any exception on broken files.
+        with contextlib.suppress(Exception), open_image(path) as image:
+            size = size_as_shown(image)
+            mode = image.mode
+            headers.append(Header(number=number, size=size, mode=mode, brightest=0))
+
+            if mode.startswith("I") and number < train:
+                brightest = brightest_pixel(image)
+                headers[-1] = Header(number=number, size=size, mode=mode, brightest=brightest)
+    return headers
+
+
+def size_as_shown(image: Image.Image) -> tuple[int, int]:
+    """The height and width of an image; of a small one, after its EXIF rotation."""
+    width, height = image.size
+
+    # Pillow decodes a whole PNG for its EXIF, and only small images keep their size.
+    if max(width, height) <= LARGEST_OWN_SIZE:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation >= FIRST_SIDEWAYS:
+            return width, height
+    return height, width
+
+
+def brightest_pixel(image: Image.Image) -> int:
+    """The highest level of an image with 16 bits; 0 if its pixels do not fit into 16 bits."""
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > WHITES[-1]:
+        return 0
+    return int(pixels.max())
