@@ -22,8 +22,8 @@ from report.text import (
 
 FITS = {
     "stretch": "without keeping the aspect ratio",
-    "crop": "keeping the shape and the middle of the image",
-    "letterbox": "keeping the shape, between black bars",
+    "crop": "keeping the aspect ratio and the middle of the image",
+    "letterbox": "keeping the aspect ratio, between black bars",
 }
 CLASSES_LISTED = 100  # by name; a card names no more
 
@@ -87,7 +87,7 @@ def describe_each_class(per_class: dict[str, dict]) -> Iterator[str]:
     if seen:
         recall = np.mean([figures["recall"] for figures in seen])
         f1 = np.mean([figures["f1"] for figures in seen])
-        averages = f"the recall (balanced accuracy) is {recall:.2%}, the F1 {f1:.2%}"
+        averages = f"recall (balanced accuracy) is {recall:.2%} and F1 is {f1:.2%}"
         yield f"Averaged over the classes, {averages}."
 
     styles = {"precision": ".1%", "recall": ".1%", "f1": ".1%", "support": ","}
@@ -138,7 +138,7 @@ def describe_trust(spec: dict, passed: dict[str, dict]) -> Iterator[str]:
         if figures.get("camera"):
             on_camera[file] = figures["camera"]
     if on_camera:
-        yield "Test images, changed as cameras change them, were classified as follows."
+        yield "Accuracy on some test images after changes that cameras make:"
         files, rows = camera_table(on_camera, {"accuracy": ".1%"})
         yield markdown_table(["change", *(file or "accuracy" for file in files)], rows)
 
@@ -157,7 +157,7 @@ def describe_temperature(spec: dict) -> str:
 
     images = counted(calibration["images"], "image")
     source = markdown(calibration["source"])
-    made = f"by a temperature of {temperature:.3g}, which was fitted on"
+    made = f"with a temperature of {temperature:.3g}, which was fitted on"
     on = f"{images} outside the test split (source: {source})"
     return f"The probabilities are calibrated {made}\n{on}."
 
@@ -171,8 +171,8 @@ def describe_thresholds(spec: dict) -> str:
         thresholds.append(f"`--min-probability {spec['min_probability']:g}`")
 
     if not thresholds:
-        return "Unless they are given a threshold, the programs name a class for every image."
-    return f"Unless they are told otherwise, the programs use {' and '.join(thresholds)}."
+        return "Without a threshold, the programs name a class for every image."
+    return f"By default, the programs use {' and '.join(thresholds)}."
 
 
 def describe_calibration(measured: dict[str, dict]) -> str:
@@ -224,7 +224,7 @@ def kept_table(measured):
     for keep in ("0.99", "0.95"):
         shares = [f"{figures['kept'][keep]:.1%}" for figures in measured.values()]
         rows.append([f"by `--reject {keep}`", *shares])
-    return markdown_table(["kept of the test split", *measured], rows)
+    return markdown_table(["share of the test split kept", *measured], rows)
 
 
 def unknown_table(measured):

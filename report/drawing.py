@@ -30,8 +30,8 @@ class Picture:
 PICTURES = (
     Picture(
         "curves.png",
-        "Training figures are averages of an epoch, with augmentation and label smoothing if any; "
-        "losses are those before any calibration.",
+        "Training metrics are averages over an epoch, with augmentation and label smoothing where "
+        "used; losses are those before calibration.",
     ),
     Picture(
         "predicted.png",
@@ -43,19 +43,19 @@ PICTURES = (
     ),
     Picture(
         "reliability.png",
-        "How often answers of the test split are right, against the probability that they are "
-        "given. On the line, probabilities mean what they say; below, how many images have which.",
+        "How often answers on the test split are right, by the probability they are given. On the "
+        "line, probabilities mean what they say; below, how many images get which probability.",
     ),
     Picture(
         "coverage.png",
-        "Accuracy on the test split if only the most probable answers are given; the others are "
-        "called unsure by --min-probability of step 3.",
+        "Accuracy on the test split if only the most probable answers are given; "
+        "--min-probability of step 3 calls the others unsure.",
     ),
     Picture(
         "familiar.png",
-        "The output known for the test split and for other kinds of pictures; the orange part is "
-        "called unknown by --reject 0.95 of step 3. An unfamiliar object that is photographed like "
-        "the training images mostly looks familiar.",
+        "The output known for the test split and for other kinds of images; --reject 0.95 of step "
+        "3 calls the orange part unknown. Unfamiliar objects that are photographed like the "
+        "training images usually look familiar.",
     ),
     Picture(
         "mistakes.png",
@@ -63,26 +63,26 @@ PICTURES = (
     ),
     Picture(
         "looked.png",
-        "Test images, up to six with right answers and then up to six with wrong ones, and what "
-        "counted for the answer, in orange. This is a hint of what the network looks at, and not a "
+        "Test images, up to six with right answers and then up to six with wrong ones; orange "
+        "marks what counted for the answer. This is a hint at what the network looks at, not a "
         "proof.",
     ),
     Picture(
         "suspects.png",
-        "Images whose labels look wrong to networks that did not train on them, least probable "
-        "labels first; suspects.csv lists all of them.",
+        "Images whose labels look wrong to networks that were not trained on them, the least "
+        "probable labels first; suspects.csv lists all of them.",
     ),
     Picture(
         "duplicates.png",
-        "Images that the data has twice, the same or nearly so: first those with two labels, then "
-        "those in the training and the test split.",
+        "Images that are in the data twice, identical or nearly so: first copies with conflicting "
+        "labels, then copies in both the training and the test split.",
     ),
     Picture(
         "samples.png",
         "Training images with their labels, after augmentation, as the network receives them.",
     ),
 )
-DUPLICATES = "Images that the data has twice"
+DUPLICATES = "Images that are in the data twice"
 LOOKED = "Where the network looked: a hint, not a proof"
 
 

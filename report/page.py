@@ -148,7 +148,8 @@ def leak_note(summary):
     if not count:
         return ""
     without = formatted(summary.get("test_accuracy_without_them"), ".2%")
-    return f"{without} without {formatted(count, ',')} that also lie in train"
+    noun = "image" if count == 1 else "images"
+    return f"{without} without {formatted(count, ',')} {noun} also in the training split"
 
 
 def calibration_note(summary):
@@ -291,9 +292,9 @@ def camera_section(export):
         head += [f"{prefix}accuracy", "mean of known"]
     rows = [[escaped(change), *figures] for change, *figures in rows]
 
-    about = "Some images of the test split, changed as cameras change them in everyday use."
+    about = "Accuracy on some test images after changes that cameras make in everyday use."
     inner = table(head, rows)
-    return f"<section><h2>Pictures as a camera changes them</h2><p>{about}</p>{inner}</section>"
+    return f"<section><h2>Changes that cameras make</h2><p>{about}</p>{inner}</section>"
 
 
 def configuration_section(config):
@@ -325,7 +326,7 @@ def epochs_section(run_dir):
         return ""
 
     inner = table([escaped(name).replace("_", " ") for name in head], rows)
-    return f"<section><details><summary>Metrics of every epoch</summary>{inner}</details></section>"
+    return f"<section><details><summary>Metrics by epoch</summary>{inner}</details></section>"
 
 
 # ---------------------------------------------------------------------------- runs on the same data

@@ -67,9 +67,7 @@ def plot_reliability(axis, name, probabilities, labels, lowest):
     high = np.clip(confidence + chance, 0, 1)
 
     axis.plot([lowest, 1], [lowest, 1], color=GREY, linewidth=1, label="perfect")
-    axis.vlines(
-        confidence, low, high, color=LIGHT_GREY, linewidth=2, label="perfect, but for chance (95%)"
-    )
+    axis.vlines(confidence, low, high, color=LIGHT_GREY, linewidth=2, label="range of chance (95%)")
     sizes = np.unique([count.min(), count.max()])  # two if the images cannot be divided equally
     axis.plot(
         confidence,
@@ -111,14 +109,14 @@ def coverage(subtitle: str, labels: np.ndarray, probabilities: np.ndarray) -> Fi
 
     for share, found in metrics.accuracy_at_coverage(probabilities, labels).items():
         right = f"{float(share):.0%} answered: {found['accuracy']:.2%} right"
-        label = f"{right}, probability from {rounded_down(found['probability'])}"
+        label = f"{right}, probability {rounded_down(found['probability'])} or more"
         axis.plot(float(share), found["accuracy"], "o", color=ORANGE, markersize=5, label=label)
 
     # Of few answers one mistake counts too much: the limits are those of the right half.
     low = accuracy[len(accuracy) // 2 :].min()
     high = accuracy.max()
     room = 0.08 * max(high - low, 0.01)
-    axis.set(xlabel="share of the test images that is answered", xlim=(0, 1.02))
+    axis.set(xlabel="share of test images answered", xlim=(0, 1.02))
     axis.set(ylabel="accuracy of these answers", ylim=(low - room, high + room))
 
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))

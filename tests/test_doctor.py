@@ -73,7 +73,8 @@ def test_copies_are_named_and_the_accuracy_is_given_without_them(call, here, pho
     assert right - 3 <= round(summary["test_accuracy_without_them"] * 16) <= right
     assert f"{summary['test_accuracy_without_them']:.2%} without 3 images also in train" in result.out
     report = (run / "report.html").read_text(encoding="utf-8")
-    assert "without 3 that also lie in train" in report and "Images that the data has twice" in report
+    assert "without 3 images also in the training split" in report
+    assert "Images that are in the data twice" in report
     assert (run / "duplicates.png").stat().st_size > 1000
     assert (test / "cat/again.png").exists()  # nothing is ever deleted
 

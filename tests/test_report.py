@@ -493,7 +493,7 @@ def test_model_card_averages_over_the_classes(facts):
     rows = {"a": {**empty, "recall": 1.0, "f1": 0.8, "support": 90}, "c": empty}
     rows["b"] = {**empty, "recall": 0.5, "f1": 0.6, "support": 10}
     text = card.model_card({**spec, "per_class": rows}, parity)
-    assert "the recall (balanced accuracy) is 75.00%, the F1 70.00%." in text
+    assert "recall (balanced accuracy) is 75.00% and F1 is 70.00%." in text
     assert "balanced accuracy" not in card.model_card({**spec, "per_class": {}}, parity)
 
 
@@ -546,8 +546,8 @@ def test_model_card_says_how_far_to_trust_the_outputs(facts):
         f"| by `--reject 0.99` | {found['kept']['0.99']:.1%} |",
         f"| uniform noise | 100 | {found['familiar']['uniform noise']['unknown']:.0%} |",
         f"| white | 1 | {found['familiar']['white']['unknown']:.0%} |",
-        "is photographed like the training images is mostly given a known name.",
-        "Unless they are given a threshold, the programs name a class for every image.",
+        "photographed like the training images is usually given a known name.",
+        "Without a threshold, the programs name a class for every image.",
     ):
         assert words in trust, words
     assert "| test split |" not in trust and "not calibrated" not in text

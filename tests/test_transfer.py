@@ -172,6 +172,6 @@ def test_the_report_shows_where_the_network_looked(call, here, photos, weights, 
     asked = command(photos, "--width", 0.25, "--calibration", "none", "--name", "run")
     call(step1_train.main, *asked, *(["--pretrained", weights, "--freeze-backbone"] if frozen else [])).done()
     assert (
-        "a hint of what the network looks at, and not a proof" in (here / "runs/run/report.html").read_text()
+        "a hint at what the network looks at, not a proof" in (here / "runs/run/report.html").read_text()
     )
     assert (here / "runs/run/looked.png").stat().st_size > 1000
