@@ -10,6 +10,8 @@ import pytest
 from benchmarks import answers
 from conftest import ROOT
 
+from deploy import archive
+
 PROVE = ROOT / "tests" / "benchmarks" / "prove_arm64.sh"
 
 
@@ -18,7 +20,11 @@ def keep(path, **changes):
     about = {"files": {"model.onnx": {"limit": 1e-6, "known_limit": 5e-3}}}
     arrays = {"pixels": ["a", "b"], "probabilities": np.float32([[0.75, 0.25], [0.5, 0.5]])}
     arrays = {**arrays, "known": np.float32([0.5, 0.25]), **changes}
-    np.savez(path, about=json.dumps(about), **{f"model.onnx/{name}": kept for name, kept in arrays.items()})
+    np.savez(
+        path,
+        about=json.dumps(about),
+        **{f"model.onnx/{name}": kept for name, kept in arrays.items()},
+    )
     return path
 
 
@@ -52,15 +58,21 @@ def test_each_kind_of_difference_is_seen(tmp_path, capsys, changes, cells):
 def test_one_machine_gives_the_same_answers_twice(small, tmp_path, execute):
     bundle = tmp_path / "bundle"
     shutil.copytree(ROOT / "data" / "samples", bundle / "samples")
-    for path in (ROOT / "step3_infer.py", small.export / "model.onnx"):
-        shutil.copy(path, bundle)
+    shutil.copy(small.export / "model.onnx", bundle)
+    archive.write_program(str(bundle))
     program = ROOT / "tests" / "benchmarks" / "answers.py"
     for name in ("one.npz", "two.npz"):
         execute(program, "keep", bundle, tmp_path / name, ROOT / "data" / "samples").done()
-    compared = execute(program, "compare", tmp_path / "one.npz", tmp_path / "two.npz", "model.onnx").done()
+    compared = execute(
+        program, "compare", tmp_path / "one.npz", tmp_path / "two.npz", "model.onnx"
+    ).done()
     assert compared.out.startswith("20 | 0 | 0 | 0.0e+00 | 0 | ") and "passed" in compared.out
     assert "onnxruntime " in execute(program, "versions", tmp_path / "one.npz").done().out
-    assert not (bundle / "__pycache__").exists()
+    assert sorted(path.name for path in bundle.iterdir()) == [
+        "model.onnx",
+        "samples",
+        "step3_infer.pyz",
+    ]
     (bundle / "samples" / "broken.png").write_bytes(b"no image")
     refused = execute(program, "keep", bundle, tmp_path / "three.npz")
     assert refused.code == 1 and refused.err.startswith("error: ") and "broken.png" in refused.err
@@ -70,6 +82,8 @@ def test_one_machine_gives_the_same_answers_twice(small, tmp_path, execute):
 @pytest.mark.parametrize("arguments", [[], ["nowhere.zip"], [ROOT / "data"], [ROOT / "README.md"]])
 def test_wrong_usage_of_the_proof_is_one_line(arguments, tmp_path):
     variables = {"PATH": "/usr/bin:/bin", "CACHE": str(tmp_path), "PYTHON": sys.executable}
-    done = subprocess.run(["bash", PROVE, *arguments], env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", PROVE, *arguments], env=variables, capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

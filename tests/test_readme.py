@@ -15,7 +15,7 @@ from deploy import archive
 
 NAMES = (
     *("README.md", "data/README.md", "deploy/README.md", "deploy/cpp/README.md"),
-    *("data/digits.md", "tests/benchmarks/README.md"),
+    *("data/digits.md", "tests/benchmarks/README.md", "tests/benchmarks/NOTES.md"),
 )
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
@@ -58,7 +58,10 @@ def test_first_command_trains_exports_and_predicts(tmp_path):
         assert python == ".venv/bin/python"
         arguments = [str(ROOT / argument) for argument in arguments]  # data/samples
         done = subprocess.run(
-            [sys.executable, ROOT / script, *arguments], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, ROOT / script, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
     answers = [re.split(r"  | ", line)[:2] for line in done.stdout.splitlines()]
@@ -78,7 +81,9 @@ def test_second_command_is_what_ci_runs():
 def test_every_option_named_exists():
     scripts = ("step1_train.py", "step2_export.py", "step3_infer.py")
     helps = [
-        subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True
+        ).stdout
         for script in scripts
     ]
     known = set(re.findall(r"--[a-z0-9-]+", "".join(helps)))
@@ -98,7 +103,13 @@ def anchors(name):
 
 @pytest.mark.parametrize(
     ("name", "link"),
-    sorted({(name, link) for name in NAMES for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[name])}),
+    sorted(
+        {
+            (name, link)
+            for name in NAMES
+            for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[name])
+        }
+    ),
 )
 def test_links_within_the_repository_lead_somewhere(name, link):
     path, _, anchor = link.partition("#")

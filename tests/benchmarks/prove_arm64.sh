@@ -25,6 +25,7 @@ Environment variables:
   SUITE    release of Debian that the emulators and the arm64 system are taken from (default: trixie; QEMU 7.2 of
            bookworm is too old and crashes)
   MIRROR   its archive (default: a Debian system's own, otherwise http://deb.debian.org/debian)
+  RESULTS  directory of the results file (default: tests/benchmarks/results)
 
 The machine needs x86-64, Debian or Ubuntu, and access to MIRROR and PyPI. Exit codes: 0 proven, 1 an answer or a
 command failed, 2 wrong usage.
@@ -147,7 +148,7 @@ check_names() { # EMULATOR VARIABLE NAME...
 }
 
 prove() { # NAME COMMAND...: the bundle's commands by this Python, then a row of the table for each model file
-    local name=$1 step3=$work/bundle/step3_infer.py answers=$work/$1.npz model cells
+    local name=$1 step3=$work/bundle/step3_infer.pyz answers=$work/$1.npz model cells
     local -A tested=()
     shift
     echo "running as $name" >&2
@@ -244,11 +245,13 @@ echo "| processor | file | self-test | images | decoded otherwise | answers chan
 echo "|---|---|---|---|---|---|---|---|---|---|"
 cat "$work/table"
 echo
-"$system/qemu-aarch64" --version | sed -n "1s/^qemu-aarch64 version \([^ ]*\).*/QEMU \1, $suite/p"
+notes=("$("$system/qemu-aarch64" --version | sed -n "1s/^qemu-aarch64 version \([^ ]*\).*/QEMU \1, $suite/p")")
 for name in native "${arm64[0]}"; do # the only two environments
     [[ -e $work/$name.npz ]] || continue
-    echo "$name: $(clean "$native/bin/python" "$here/answers.py" versions "$work/$name.npz")"
+    notes+=("$name: $(clean "$native/bin/python" "$here/answers.py" versions "$work/$name.npz")")
 done
+printf '%s\n' "${notes[@]}"
+clean "$native/bin/python" "$here/answers.py" record "$work/table" "${notes[@]}" ${RESULTS:+--results "$RESULTS"}
 echo "Emulation shows what a processor's instructions compute; it says nothing of its speed, memory or drivers."
 [[ $failures == 0 ]] || die "$failures checks failed"
 echo "proven: no answer changed, all differences are within the limits, every command of the bundle succeeded"
