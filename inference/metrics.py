@@ -14,9 +14,7 @@ SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
 
 
 # ------------------------------------------------------------------------------------------ classes
-def confusion_matrix(
-    labels: Sequence[int], predicted: Sequence[int], classes: int
-) -> np.ndarray:
+def confusion_matrix(labels: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
     """Counts, int64 [true class, predicted class], of whole numbers [n] and [n] below `classes`."""
     pairs = np.asarray(labels, np.int64) * classes + np.asarray(predicted, np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
@@ -58,9 +56,7 @@ def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 # ------------------------------------------------------------------------------------ probabilities
-def first_answers(
-    probabilities: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def first_answers(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The confidence of each first answer, float64 [n], and whether it is right, bool [n].
 
     probabilities: [n, classes]; labels: [n].
@@ -111,9 +107,7 @@ def calibration_error_floor(probabilities: np.ndarray) -> float:
     return float(np.mean([binned_error(confidence, right) for right in drawn]))
 
 
-def coverage_curve(
-    probabilities: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy [n] of the k most probable answers, for k from 1 to n, and the k-th probability."""
     confidence, right = first_answers(probabilities, labels)
     order = np.argsort(-confidence, kind="stable")

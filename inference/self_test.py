@@ -9,6 +9,7 @@ import numpy as np
 from inference.errors import Problem
 from inference.images import decode_image
 from inference.predict import Model
+from inference.spec import MAX_TOLERANCE
 from inference.task import task_of
 
 # Of files that do not say: what an output may differ.
@@ -27,15 +28,21 @@ class SelfTest:
 def self_test(model: Model) -> SelfTest:
     """Run the golden samples of a file and compare. Raises Problem if they cannot be used."""
     spec = model.spec
-    if not spec.get("golden"):
+    if not spec["golden"]:
         raise Problem("this file carries no golden samples to test with")
 
-    usual = INT8_TOLERANCE if "quantization" in spec else TOLERANCE
-    known_tolerance = spec["known"]["tolerance"] if spec["known"] else 0.0
+    tolerance = spec["self_test_tolerance"]
+    if tolerance is None:
+        tolerance = INT8_TOLERANCE if "quantization" in spec else TOLERANCE
+    tolerance = min(tolerance, MAX_TOLERANCE)
+    known_tolerance = 0.0
+    if spec["known"]:
+        known_tolerance = min(spec["known"]["tolerance"], MAX_TOLERANCE)
+
     # NaN agrees with nothing: np.max keeps it, and no comparison with it is true.
-    differences, known_differences = [], []
+    differences = []
+    known_differences = []
     try:
-        tolerance = float(spec.get("self_test_tolerance", usual))
         for sample in spec["golden"]:
             difference, known_difference = compare_sample(model, sample)
             differences.append(difference)

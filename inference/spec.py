@@ -15,6 +15,17 @@ from inference.task import TASKS
 SCHEMA = 1  # the newest that this program understands
 KNOWN_TOLERANCE = 5e-3  # of `known` in the self-test, in files that do not say
 
+# Limits that no file of step2_export.py reaches. The C++ program and the page have the same.
+MAX_BYTES = 32 << 20  # of the spec's text
+MAX_DEPTH = 16  # of lists and objects inside each other
+MAX_WHOLE = 1 << 53  # which JavaScript still counts exactly
+MAX_NAME = 256  # characters of a class name
+MAX_GOLDEN = 64  # samples
+MAX_SIDE = 4096  # pixels that the network sees, as in step1
+MAX_BATCH = 1024
+MAX_FIXED_VALUES = 1 << 28  # of the only input size of a file of fixed size
+MAX_TOLERANCE = 5e-2  # of the self-test: more would pass anything
+
 
 class Known(TypedDict):
     """How `known` was made: see model.Familiarity."""
@@ -91,6 +102,8 @@ DEFAULTS = {
     "reject": None,
     "min_probability": None,
     "fixed": None,
+    "golden": [],
+    "self_test_tolerance": None,
 }
 
 
@@ -104,10 +117,14 @@ def read_spec(text: str | None, path: str) -> Spec:
         raise Problem(f"{path} carries no spec: it was not written by step2_export.py")
     malformed = f"{path} has a malformed spec"
 
+    if len(text) > MAX_BYTES:
+        raise Problem(f"{malformed}: it has more than {MAX_BYTES >> 20} MiB")
     try:
-        spec = DEFAULTS | json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        raise Problem(f"{malformed}: it is not a JSON object") from None
+        spec = DEFAULTS | json.loads(text, parse_constant=refuse_constant)
+        check_values(spec)
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = error if isinstance(error, Refused) else "it is not a JSON object"
+        raise Problem(f"{malformed}: {reason}") from None
 
     schema = spec.get("schema")
     if is_whole(schema, 1) and schema > SCHEMA:
@@ -116,12 +133,57 @@ def read_spec(text: str | None, path: str) -> Spec:
     validate(spec, RULES, malformed)
     if TASKS[spec["task"]].has_images:
         validate(spec, IMAGE_RULES, malformed)
+        check_fixed_size(spec, malformed)
     if spec["reject"] is not None and spec["known"] is None:
         raise Problem(f"{malformed}: reject needs known, which the file does not have")
 
     if spec["known"] is not None:
         spec["known"] = {"tolerance": KNOWN_TOLERANCE} | spec["known"]
     return spec
+
+
+class Refused(ValueError):
+    """JSON that Python reads and other readers do not, or that no honest file contains."""
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN, Infinity and -Infinity, which are no JSON."""
+    raise Refused(f"it contains {name}")
+
+
+def check_values(spec: dict) -> None:
+    """Raise Refused for values that the readers in C++ and JavaScript would not take."""
+    waiting = [(spec, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise Refused(f"it is more than {MAX_DEPTH} levels deep")
+
+        if isinstance(value, dict):
+            waiting += [(part, depth + 1) for part in (*value.keys(), *value.values())]
+        elif isinstance(value, list):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise Refused("it contains a number that is too large")
+        elif isinstance(value, int) and abs(value) > MAX_WHOLE:
+            raise Refused("it contains a number that is too large")
+        elif isinstance(value, str) and not is_unicode(value):
+            raise Refused("it contains half of a surrogate pair")
+
+
+def is_unicode(text: str) -> bool:
+    """Can the text be encoded, or does it contain half of a surrogate pair?"""
+    return text.isascii() or text == text.encode(errors="ignore").decode()
+
+
+def check_fixed_size(spec: dict, malformed: str) -> None:
+    """Raise Problem if the only input size of a file would not fit into memory."""
+    if spec["fixed"] is None:
+        return
+    height, width = spec["image_size"]
+    values = (spec["fixed"]["batch"] or 1) * height * width * spec["channels"]
+    if values > MAX_FIXED_VALUES:
+        raise Problem(f"{malformed}: its fixed input has {values:,} values")
 
 
 def validate(spec: dict, rules: dict, malformed: str) -> None:
@@ -148,15 +210,20 @@ def is_share(value) -> bool:
 
 
 def are_names(value, least: int = 1) -> bool:
-    """Is it a list of `least` texts or more?"""
-    is_long_enough = isinstance(value, list) and len(value) >= least
-    return is_long_enough and all(isinstance(name, str) for name in value)
+    """Is it a list of `least` different names or more?"""
+    if not isinstance(value, list) or len(value) < least:
+        return False
+    return all(map(is_name, value)) and len(set(value)) == len(value)
+
+
+def is_name(value) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= MAX_NAME
 
 
 def is_size(value) -> bool:
     """Is it [height, width] in pixels?"""
     is_pair = isinstance(value, list) and len(value) == 2
-    return is_pair and all(is_whole(side, 1, (1 << 15) - 1) for side in value)
+    return is_pair and all(is_whole(side, 1, MAX_SIDE) for side in value)
 
 
 def is_known(value) -> bool:
@@ -171,8 +238,14 @@ def is_fixed(value) -> bool:
     if not isinstance(value, dict) or not {"batch", "input"} <= value.keys():
         return False
 
-    any_batch = value["batch"] is None
-    return (any_batch or is_whole(value["batch"], 1, 1024)) and value["input"] in INPUTS
+    is_batch = value["batch"] is None or is_whole(value["batch"], 1, MAX_BATCH)
+    return is_batch and value["input"] in INPUTS
+
+
+def are_golden(value) -> bool:
+    if not isinstance(value, list) or len(value) > MAX_GOLDEN:
+        return False
+    return all(isinstance(sample, dict) for sample in value)
 
 
 INPUTS = ("uint8", "float32")
@@ -183,17 +256,25 @@ Rule = tuple[Callable[[object], bool], str]
 RULES: dict[str, Rule] = {
     "schema": (lambda value: is_whole(value, 1), "a whole number"),
     "task": (lambda value: value in list(TASKS), " or ".join(TASKS)),
-    "classes": (are_names, "a list of names"),
+    "classes": (are_names, f"a list of different names of 1 to {MAX_NAME} characters"),
     "channels": (lambda value: is_whole(value, 1), "a whole number"),
     "white": (lambda value: is_whole(value, 1, 65535), "a whole number from 1 to 65535"),
     "known": (is_known, "null, or an object whose tolerance is a number"),
     "reject": (is_share, "a number from 0 to 1, or null"),
     "min_probability": (is_share, "a number from 0 to 1, or null"),
     "fit": (lambda value: value in FITS, "stretch, crop, letterbox or null"),
-    "fixed": (is_fixed, "null, or a batch (1 to 1024, or null) and an input (uint8 or float32)"),
+    "fixed": (
+        is_fixed,
+        f"null, or a batch (1 to {MAX_BATCH}, or null) and an input (uint8 or float32)",
+    ),
+    "golden": (are_golden, f"a list of at most {MAX_GOLDEN} samples"),
+    "self_test_tolerance": (
+        lambda value: value is None or is_number(value, 0),
+        "a number from 0, or null",
+    ),
 }
 IMAGE_RULES: dict[str, Rule] = {
-    "classes": (lambda value: are_names(value, least=2), "a list of two names or more"),
+    "classes": (lambda value: are_names(value, least=2), "two different names or more"),
     "channels": (lambda value: is_whole(value, 1) and value in (1, 3), "1 or 3"),
-    "image_size": (is_size, "[height, width], each from 1 to 32767"),
+    "image_size": (is_size, f"[height, width], each from 1 to {MAX_SIDE}"),
 }

@@ -14,15 +14,21 @@ import onnx
 import pytest
 from conftest import ROOT, onnx_with
 from onnx import TensorProto, helper
+from specs import REFUSED, TAKEN
 
 import step2_export
 import step3_infer
 from deploy import archive
 from inference.cpus import usable_cpus
+from inference.errors import Problem
 from inference.predict import Model
 from inference.self_test import self_test
+from inference.spec import read_spec
 
 SCRIPT = ROOT / "step3_infer.py"
+
+
+HONEST = {"schema": 1, "task": "classification", "classes": ["a", "b"], "channels": 1, "image_size": [8, 8]}
 
 
 @pytest.fixture
@@ -318,7 +324,7 @@ def test_tolerance_of_the_self_test(call, small, here, changes, difference, pass
     assert result.code == (0 if passes else 1) and ("passed" if passes else "FAILED") in result.out
 
 
-@pytest.mark.parametrize("tolerance", [None, "much", [1e-4], 10**400], ids=str)
+@pytest.mark.parametrize("tolerance", ["much", [1e-4], True, -1, 10**400], ids=str)
 def test_tolerance_that_is_no_number(call, small, here, tolerance):
     model = with_golden_off_by(small, here / "m.onnx", 0, self_test_tolerance=tolerance)
     call(step3_infer.main, "--model", model, "--self-test").error(1, "malformed")
@@ -393,3 +399,38 @@ def test_cpus_of_a_container(tmp_path, monkeypatch, quota, cpus):
     write(tmp_path / "v2" / "a" / "b", cpu__max="max 100000")
     assert usable_cpus(str(tmp_path / "v2"), str(own)) == cpus
     assert usable_cpus(str(tmp_path / "v2"), str(tmp_path / "missing")) == 4
+
+
+def changed_text(text, change):
+    """The JSON text of a spec after a change of tests/specs.py."""
+    return change(text) if callable(change) else json.dumps({**json.loads(text), **change})
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_specs_that_every_reader_refuses(name):
+    honest = json.dumps(HONEST)
+    with pytest.raises(Problem, match="malformed spec"):
+        read_spec(changed_text(honest, REFUSED[name]), "m.onnx")
+
+
+def test_specs_that_every_reader_takes():
+    assert read_spec(json.dumps(HONEST), "m.onnx")["classes"] == ["a", "b"]
+    for change in TAKEN.values():
+        read_spec(changed_text(json.dumps(HONEST), change), "m.onnx")
+
+
+def test_a_spec_of_many_megabytes_is_refused():
+    with pytest.raises(Problem, match="more than 32 MiB"):
+        read_spec(json.dumps({**HONEST, "extra": "x" * (33 << 20)}), "m.onnx")
+
+
+@pytest.mark.parametrize("fixed", [{"batch": 1024, "input": "uint8"}, {"batch": 0, "input": "uint8"}])
+def test_fixed_sizes_that_would_fill_the_memory(fixed):
+    with pytest.raises(Problem, match="malformed spec"):
+        read_spec(json.dumps({**HONEST, "image_size": [4096, 4096], "fixed": fixed}), "m.onnx")
+
+
+def test_a_self_test_that_would_pass_anything_is_capped(small, here):
+    huge = {"self_test_tolerance": 1e6}
+    model = Model(with_golden_off_by(small, here / "m.onnx", 0.06, **huge))
+    assert not self_test(model).passed

@@ -1,0 +1,81 @@
+"""Specs that step3, the C++ program and the page must all refuse, or all take.
+
+Each is a name and what is changed in the spec of an honest classifier of images (two or more classes,
+no `fixed`): a dict of keys, or a function from the honest JSON text to another text.
+"""
+
+NESTED = "[" * 40 + "]" * 40
+
+
+def replaced(old: str, new: str):
+    """A change of the JSON text itself, for what json.dumps does not write."""
+
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new, 1)
+
+    return change
+
+
+REFUSED = {
+    "schema true": {"schema": True},
+    "schema text": {"schema": "1"},
+    "schema fraction": {"schema": 1.5},
+    "schema zero": {"schema": 0},
+    "task": {"task": "detection"},
+    "task list": {"task": ["classification"]},
+    "classes none": {"classes": []},
+    "classes one": {"classes": ["a"]},
+    "classes text": {"classes": "ab"},
+    "classes number": {"classes": ["a", 3]},
+    "classes empty name": {"classes": ["a", ""]},
+    "classes twice": {"classes": ["a", "a"]},
+    "classes long name": {"classes": ["a", "b" * 257]},
+    "classes half a surrogate": {"classes": ["a", "\ud800"]},
+    "channels true": {"channels": True},
+    "channels two": {"channels": 2},
+    "channels text": {"channels": "1"},
+    "image_size large": {"image_size": [4097, 8]},
+    "image_size fraction": {"image_size": [8.5, 8]},
+    "image_size zero": {"image_size": [0, 8]},
+    "image_size one side": {"image_size": [8]},
+    "image_size object": {"image_size": {"height": 8}},
+    "fit": {"fit": "squeeze"},
+    "white zero": {"white": 0},
+    "white large": {"white": 65536},
+    "white true": {"white": True},
+    "known list": {"known": []},
+    "known true": {"known": True},
+    "known tolerance": {"known": {"layers": [], "images": 1, "tolerance": -1}},
+    "known tolerance text": {"known": {"layers": [], "images": 1, "tolerance": "1"}},
+    "reject": {"reject": 1.5},
+    "reject true": {"reject": True},
+    "reject text": {"reject": "0.99"},
+    "min_probability": {"min_probability": -0.1},
+    "min_probability true": {"min_probability": True},
+    "golden object": {"golden": {}},
+    "golden text": {"golden": ["sample"]},
+    "golden many": {"golden": [{}] * 65},
+    "self_test_tolerance text": {"self_test_tolerance": "1e-4"},
+    "self_test_tolerance negative": {"self_test_tolerance": -1e-4},
+    "self_test_tolerance true": {"self_test_tolerance": True},
+    "large number": {"parameters": 10**400},
+    "not exact in JavaScript": {"parameters": 2**53 + 2},
+    "NaN": replaced('"schema": 1', '"extra": NaN, "schema": 1'),
+    "Infinity": replaced('"schema": 1', '"extra": -Infinity, "schema": 1'),
+    "beyond a double": replaced('"schema": 1', '"extra": 1e999, "schema": 1'),
+    "deep": replaced('"schema": 1', f'"extra": {NESTED}, "schema": 1'),
+    "very deep": replaced('"schema": 1', f'"extra": {"[" * 100_000}'),
+    "list": lambda text: "[]",
+    "null": lambda text: "null",
+    "text": lambda text: '"spec"',
+    "cut": lambda text: text[:-1],
+}
+TAKEN = {
+    "as it is": {},
+    "a key that nobody knows": {"extra": {"deep": [[[[1]]]]}},
+    "names with spaces and signs": {"classes": ["an apple", "é" * 256]},
+    "no thresholds": {"reject": None, "min_probability": None},
+    "no golden samples": {"golden": []},
+    "tolerance null": {"self_test_tolerance": None},
+}
