@@ -20,6 +20,7 @@ from data.dataset import (  # noqa: F401
     with_fingerprint,
 )
 from inference.errors import Problem
+from inference.task import REGRESSION, task_of
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -118,7 +119,7 @@ def load_for(spec: dict, data_dir: str | None) -> Dataset:
     arguments = spec["arguments"]
     options = {name: arguments[name] for name in OPTIONS}
 
-    if spec["task"] == "classification":
+    if task_of(spec).has_images:
         options["image_size"] = tuple(spec["image_size"])
     options["channels"] = spec["channels"]
 
@@ -150,5 +151,5 @@ def generate_linear(seed: int) -> Dataset:
         train_labels=targets[:LINEAR_ROWS],
         test_images=features[LINEAR_ROWS:],
         test_labels=targets[LINEAR_ROWS:],
-        task="regression",
+        task=REGRESSION.name,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from inference.errors import Problem
+from inference.task import TASKS
 
 SPLITS = ("train", "val", "test")
 SAMPLED = 100  # how many images of a split enter its fingerprint with their content
@@ -27,13 +28,18 @@ class Dataset:
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
-    task: str = "classification"
+    task: str = "classification"  # a name in inference.task.TASKS
     val_images: np.ndarray | None = None
     val_labels: np.ndarray | None = None
     white: int = 65535  # the level of 16-bit pixels that became 255
     fingerprint: dict = field(default_factory=dict)  # see `differences`
     paths: dict[str, list[str]] = field(default_factory=dict)  # of the files, if any, by split
     findings: object = None  # doctor.Findings, once the doctor has examined the dataset
+
+    @property
+    def has_images(self) -> bool:
+        """Are these images with classes, and not features with targets?"""
+        return TASKS[self.task].has_images
 
     def images_of(self, split: str) -> np.ndarray | None:
         """The images of "train", "val" or "test"; None if there is no such split."""

@@ -46,7 +46,7 @@ class Copies:
 
 def examined(dataset: Dataset) -> Dataset:
     """The dataset with its `Findings`, after noting them. A regression is returned as it is."""
-    if dataset.task != "classification":
+    if not dataset.has_images:
         return dataset
 
     images = AllImages(dataset)
