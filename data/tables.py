@@ -74,6 +74,7 @@ def read_test_images(options: Options) -> list[Row]:
 def sort_classes(names: set[str]) -> list[str]:
     """The classes in order: by value if all are whole numbers, otherwise as text."""
 
+    # isdecimal() also holds for digits of other scripts, which int() reads.
     def is_number(name: str) -> bool:
         return name.removeprefix("-").isdecimal() and len(name) < LONGEST_NUMBER
 
@@ -108,7 +109,7 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[Row
     rows = {}
     incomplete = []
     for number, cells in enumerate(lines[1:], start=2):
-        if not any(cells):
+        if not any(cells):  # spreadsheets like to end with empty rows
             continue
         place = f"{file}, row {number}"
         if len(cells) != len(header):
@@ -198,6 +199,7 @@ def read_lines(file: str) -> list[list[str]]:
 
     try:
         with unreadable, malformed, open(file, newline="", encoding="utf-8-sig") as stream:
+            # The first line only names columns, so the separator is the commonest one in it.
             first_line = stream.readline()
             delimiter = max(",;\t", key=first_line.count)
             stream.seek(0)
