@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -28,7 +29,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # plain `pytest` puts only tests/ there
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine down
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers share it
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of the processes that tests start: two workers share it
 torch.set_num_threads(1)
 # A job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt. A handler
 # of this process's own is not inherited: children get the default one.
@@ -88,7 +91,14 @@ def execute():
     error."""
 
     def execute(*command, close="", **options):
-        command = ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, *(str(part) for part in command)]
+        command = [
+            "sh",
+            "-c",
+            f'exec "$@" {close}',
+            "sh",
+            sys.executable,
+            *(str(part) for part in command),
+        ]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         done = subprocess.run(command, text=True, encoding="utf-8", timeout=100, **options)
         return Result(done.returncode, done.stdout or "", done.stderr or "")
@@ -177,7 +187,7 @@ def here(tmp_path, monkeypatch):
 
 @dataclass
 class Trained:
-    """A run and its export, below `place`, and what the two scripts printed."""
+    """A run and its export, below `place`, and what the scripts printed."""
 
     place: Path
     run: Path
@@ -214,7 +224,9 @@ def once(tmp_path_factory):
         except FileExistsError:
             end = time.monotonic() + 300
             while not result.exists():
-                assert time.monotonic() < end, f"the worker that makes {name} does not come to an end"
+                assert time.monotonic() < end, (
+                    f"the worker that makes {name} does not come to an end"
+                )
                 time.sleep(0.1)
         else:
             try:
@@ -233,10 +245,34 @@ def once(tmp_path_factory):
     return once
 
 
+def first_command():
+    """The steps of the README's first command: [["python3", "-m", "venv", ".venv"], ...]."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^```bash\n(.*?)```", text, re.DOTALL | re.MULTILINE)[1]
+    return [shlex.split(step) for step in block.split("&&")]
+
+
+def run_first_command(place):
+    """Run the README's first command after its installation: step 1, step 2, and step 3 on the samples."""
+    printed = []
+    for python, script, *arguments in first_command():
+        if script.endswith(".py"):
+            assert python == ".venv/bin/python"
+            command = [sys.executable, ROOT / script, *(ROOT / argument for argument in arguments)]
+            done = subprocess.run(
+                command, cwd=place, capture_output=True, text=True, encoding="utf-8"
+            )
+            assert done.returncode == 0, done.stderr
+            printed.append(Result(done.returncode, done.stdout, done.stderr))
+    return Trained(
+        place, place / "runs/digits-airbench", place / "exports/digits-airbench", printed
+    )
+
+
 @pytest.fixture(scope="session")
 def trained(once):
-    """The default network on the digits: few epochs, but enough for 97 %. Read only."""
-    return once("trained", train_and_export, "digits-airbench", "--epochs", "6")
+    """What the README's first command leaves: the default network on the digits, exported. Read only."""
+    return once("trained", run_first_command)
 
 
 @pytest.fixture(scope="session")
@@ -264,6 +300,20 @@ def export_all(place, trained):
     with same_threads():
         assert step2_export.main([str(argument) for argument in arguments]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def fixed_files(once, trained):
+    """The trained run's files of fixed size, for four images at once: a directory. Read only."""
+    return once("fixed", export_fixed, trained)
+
+
+def export_fixed(place, trained):
+    arguments = ["--run", trained.run, "--out", place / "digits", "--fixed", "4"]
+    arguments += ["--format", "onnx", "onnx-int8"]
+    with same_threads():
+        assert step2_export.main([str(argument) for argument in arguments]) == 0
+    return place / "digits"
 
 
 @pytest.fixture
@@ -361,7 +411,11 @@ def cifar10(tmp_path, monkeypatch):
     3."""
     from torchvision.datasets import CIFAR10
 
-    folder, rng, sums = tmp_path / "small-data" / "cifar-10-batches-py", np.random.default_rng(0), {}
+    folder, rng, sums = (
+        tmp_path / "small-data" / "cifar-10-batches-py",
+        np.random.default_rng(0),
+        {},
+    )
     folder.mkdir(parents=True)
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
     contents = {"batches.meta": {"label_names": classes}}
@@ -374,6 +428,8 @@ def cifar10(tmp_path, monkeypatch):
         (folder / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     for table in ("train_list", "test_list"):  # torchvision checks every file by its md5
-        monkeypatch.setattr(CIFAR10, table, [[name, sums[name]] for name, _ in getattr(CIFAR10, table)])
+        monkeypatch.setattr(
+            CIFAR10, table, [[name, sums[name]] for name, _ in getattr(CIFAR10, table)]
+        )
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
     return tmp_path / "small-data"

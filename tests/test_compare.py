@@ -9,7 +9,6 @@ import onnx
 import pytest
 from conftest import onnx_with
 from PIL import Image
-from test_fixed import fixed_files  # noqa: F401  the fixture
 
 import step3_infer
 
@@ -17,7 +16,9 @@ import step3_infer
 @pytest.fixture
 def compare(call, trained, here):
     """compare(*arguments) -> Result, of the small network, old.onnx, with the trained one, new.onnx."""
-    return lambda *arguments: call(step3_infer.main, "--compare", "old.onnx", "new.onnx", *arguments)
+    return lambda *arguments: call(
+        step3_infer.main, "--compare", "old.onnx", "new.onnx", *arguments
+    )
 
 
 @pytest.fixture
@@ -38,9 +39,15 @@ def folders(files, samples):
 
 def answers(call, model, *paths):
     """What a plain prediction says: {path: {class: probability}}, best first."""
-    out = call(step3_infer.main, "--model", model, "--format", "json", "--top-k", 10, *paths).done().out
+    out = (
+        call(step3_infer.main, "--model", model, "--format", "json", "--top-k", 10, *paths)
+        .done()
+        .out
+    )
     rows = map(json.loads, out.splitlines())
-    return {row["path"]: {entry["label"]: entry["probability"] for entry in row["top"]} for row in rows}
+    return {
+        row["path"]: {entry["label"]: entry["probability"] for entry in row["top"]} for row in rows
+    }
 
 
 def test_the_figures_are_those_of_two_predictions(call, compare, folders):
@@ -55,7 +62,9 @@ def test_the_figures_are_those_of_two_predictions(call, compare, folders):
     }
     counts = [flip["count"] for flip in figures["flips"]]
     assert counts == sorted(counts, reverse=True)
-    changes = {path: max(abs(old[path][name] - new[path][name]) for name in old[path]) for path in old}
+    changes = {
+        path: max(abs(old[path][name] - new[path][name]) for name in old[path]) for path in old
+    }
     found = {row["path"]: row["change"] for row in figures["changed"]}
     assert found == pytest.approx(changes, abs=1e-5)
     assert list(found.values()) == sorted(found.values(), reverse=True)
@@ -67,7 +76,9 @@ def test_the_figures_are_those_of_two_predictions(call, compare, folders):
     for k, name in enumerate(("old", "new")):
         side = figures[name]
         assert side["model"] == f"{name}.onnx" and side["bytes"] == os.path.getsize(f"{name}.onnx")
-        right = sum(os.path.basename(os.path.dirname(path)) == pair[k] for path, pair in best.items())
+        right = sum(
+            os.path.basename(os.path.dirname(path)) == pair[k] for path, pair in best.items()
+        )
         assert side["accuracy"] == pytest.approx(right / 10) and 0 < side["ms_per_image"] < 1000
 
 
@@ -150,7 +161,9 @@ def test_classes_in_another_order(compare, files, folders):
     steps = {"starts": [-1], "ends": [-99], "axes": [1], "steps": [-1]}
     for name, values in steps.items():
         graph.graph.initializer.append(onnx.helper.make_tensor(f"turn_{name}", 7, [1], values))
-    node = onnx.helper.make_node("Slice", ["straight", *(f"turn_{n}" for n in steps)], ["probabilities"])
+    node = onnx.helper.make_node(
+        "Slice", ["straight", *(f"turn_{n}" for n in steps)], ["probabilities"]
+    )
     graph.graph.node.append(node)
     onnx.save(graph, "new.onnx")
     onnx_with("new.onnx", "new.onnx", classes=list("9876543210"))
@@ -169,9 +182,15 @@ def test_classes_in_another_order(compare, files, folders):
         (["--compare", "a.onnx", "b.onnx"], ["PATH"]),
         (["--compare", "a.onnx", "b.onnx", "-"], ["standard input"]),
         (["--compare", "a.onnx", "b.onnx", "x.png", "--format", "csv"], ["csv"]),
-        (["--compare", "a.onnx", "b.onnx", "x.png", "--model", "c.onnx"], ["--model has no effect"]),
+        (
+            ["--compare", "a.onnx", "b.onnx", "x.png", "--model", "c.onnx"],
+            ["--model has no effect"],
+        ),
         (["--compare", "a.onnx", "b.onnx", "x.png", "--top-k", "2"], ["--top-k has no effect"]),
-        (["--compare", "a.onnx", "b.onnx", "x.png", "--max-flips", "5%"], ["--max-flips", "from 0 to 1"]),
+        (
+            ["--compare", "a.onnx", "b.onnx", "x.png", "--max-flips", "5%"],
+            ["--max-flips", "from 0 to 1"],
+        ),
     ],
 )
 def test_wrong_usage(call, here, arguments, words):
@@ -185,7 +204,7 @@ def test_models_that_cannot_be_read(compare, files, samples):
     compare(samples[0]).error(1, "no model file new.onnx")
 
 
-def test_other_engines_and_files_of_fixed_size(call, trained, all_formats, fixed_files, folders):  # noqa: F811
+def test_other_engines_and_files_of_fixed_size(call, trained, all_formats, fixed_files, folders):
     Image.open("set/3/x.png").resize((20, 12)).save("set/3/other.png")
     exact = [all_formats / "model.pt", all_formats / "model.pt2"]
     others = [all_formats / "model.int8.onnx", *sorted(fixed_files.glob("model.fixed*.onnx"))]

@@ -11,7 +11,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import same_threads
 from PIL import Image
 
 import model
@@ -22,20 +21,6 @@ from inference import images as image_module
 from inference.errors import Problem
 from inference.images import resize
 from inference.predict import Model
-
-
-@pytest.fixture(scope="session")
-def fixed_files(once, trained):
-    """The trained run's files of fixed size, for four images at once: a directory. Read only."""
-    return once("fixed", export_fixed, trained)
-
-
-def export_fixed(place, trained):
-    arguments = ["--run", trained.run, "--out", place / "digits", "--fixed", "4"]
-    arguments += ["--format", "onnx", "onnx-int8"]
-    with same_threads():
-        assert step2_export.main([str(argument) for argument in arguments]) == 0
-    return place / "digits"
 
 
 def noise(*shape):
@@ -60,7 +45,9 @@ def test_the_graph_is_fixed_and_casts_first(fixed_files):
 def test_int8_is_symmetric(fixed_files):
     graph = onnx.load(fixed_files / "model.fixed.int8.onnx").graph
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    points = [constants[node.input[2]] for node in graph.node if node.op_type.endswith("QuantizeLinear")]
+    points = [
+        constants[node.input[2]] for node in graph.node if node.op_type.endswith("QuantizeLinear")
+    ]
     assert points and all(point.dtype == np.int8 and not point.any() for point in points)
 
 
@@ -70,7 +57,9 @@ def test_step3_gives_it_resized_images(fixed_files, trained, size):
     rounded = model.resize(torch.from_numpy(images), (32, 32)).round().byte().numpy()
     got = Model(fixed_files / "model.fixed.onnx").run(images)
     wanted = gate.reference(run, rounded)
-    assert np.abs(got[0] - wanted.main).max() <= 1e-4 and np.abs(got[1] - wanted.known).max() <= 5e-3
+    assert (
+        np.abs(got[0] - wanted.main).max() <= 1e-4 and np.abs(got[1] - wanted.known).max() <= 5e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["model.fixed.onnx", "model.fixed.int8.onnx"])
@@ -78,7 +67,9 @@ def test_golden_tensors_are_for_any_engine(fixed_files, name):
     session = onnxruntime.InferenceSession(fixed_files / name)
     spec = json.loads(session.get_modelmeta().custom_metadata_map["spec"])
     assert spec["fixed"] == {"batch": 4, "input": "uint8"}
-    tensors = [np.frombuffer(base64.b64decode(sample["tensor"]), np.uint8) for sample in spec["golden"]]
+    tensors = [
+        np.frombuffer(base64.b64decode(sample["tensor"]), np.uint8) for sample in spec["golden"]
+    ]
     got = session.run(None, {"image": np.stack(tensors).reshape(4, 32, 32, 1)})[0]
     wanted = np.array([sample["probabilities"] for sample in spec["golden"]])
     assert np.abs(got - wanted).max() <= spec["self_test_tolerance"]
@@ -91,7 +82,9 @@ def test_batches(call, fixed_files, samples, here):
     with pytest.raises(Problem, match="batches of 4, not of 5"):
         exported.predict(noise(5, 32, 32, 1))
     Image.fromarray(noise(40, 30)).save(here / "odd.png")
-    result = call(step3_infer.main, "--model", file, "--top-k", "1", *samples[:5], here / "odd.png").done()
+    result = call(
+        step3_infer.main, "--model", file, "--top-k", "1", *samples[:5], here / "odd.png"
+    ).done()
     assert len(result.out.splitlines()) == 6
     call(step3_infer.main, "--model", file, "--self-test").done()
     refused = call(step3_infer.main, "--model", file, "--batch-size", "5", samples[0])
@@ -111,10 +104,12 @@ def test_float_input_is_not_rounded(call, trained, here, in_process):
 def test_gate_catches_another_resizing_outside(call, small_run, here, monkeypatch, in_process):
     shift = resize
     for module in (image_module, gate):
-        monkeypatch.setattr(module, "resize", lambda image, *sizes: shift(np.roll(image, 1, axis=0), *sizes))
-    result = call(step2_export.main, "--format", "onnx", "--fixed")
+        monkeypatch.setattr(
+            module, "resize", lambda image, *sizes: shift(np.roll(image, 1, axis=0), *sizes)
+        )
+    result = call(step2_export.main, "--format", "torchscript", "--fixed")
     assert result.code == 1 and "resizes otherwise" in result.err
-    assert not (here / "exports" / "small" / "model.fixed.onnx").exists()
+    assert not (here / "exports" / "small" / "model.fixed.pt").exists()
 
 
 def test_spec_that_lies(fixed_files, here, call, samples):
@@ -125,7 +120,11 @@ def test_spec_that_lies(fixed_files, here, call, samples):
         onnx.helper.set_model_props(proto, {"spec": json.dumps({**spec, "fixed": lie})})
         onnx.save(proto, here / "model.onnx")
         result = call(step3_infer.main, "--model", here / "model.onnx", samples[0])
-        assert result.code == 1 and len(result.err.splitlines()) == 1 and "malformed spec" in result.err
+        assert (
+            result.code == 1
+            and len(result.err.splitlines()) == 1
+            and "malformed spec" in result.err
+        )
 
 
 def test_what_is_refused(call, here, monkeypatch, small_run):
@@ -147,4 +146,6 @@ def test_network_that_a_format_cannot_hold(call, here, monkeypatch, small_run):
 
     monkeypatch.setitem(sys.modules, "litert_torch", SimpleNamespace(convert=convert))
     result = call(step2_export.main, "--format", "litert")
-    result.error(1, "model.tflite is not written", "LiteRT cannot hold this network: no such operator")
+    result.error(
+        1, "model.tflite is not written", "LiteRT cannot hold this network: no such operator"
+    )

@@ -46,7 +46,11 @@ KINDS = [
     (".jpg", lambda image: image.convert("CMYK"), {}),
     (".png", lambda image: image.convert("L"), {}),
     (".png", lambda image: image.convert("LA"), {}),
-    (".png", lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), {}),
+    (
+        ".png",
+        lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257),
+        {},
+    ),
 ]
 
 
@@ -59,7 +63,9 @@ def mixed(tmp_path):
         for index in range(98):
             suffix, convert, options = KINDS[index % len(KINDS)]
             size = tuple(rng.integers(16, 90, 2))
-            convert(picture(rng, label, size)).save(folder / name / f"{index:03}{suffix}", **options)
+            convert(picture(rng, label, size)).save(
+                folder / name / f"{index:03}{suffix}", **options
+            )
     whole = (folder / "grün" / "001.jpg").read_bytes()
     (folder / "grün" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "grün" / "empty.png").write_bytes(b"")
@@ -92,7 +98,10 @@ def write_csv(path, rows, header=("path", "label"), encoding="utf-8"):
 @pytest.fixture
 def listing(folder):
     """A CSV over the folder's training images, with paths relative to it."""
-    rows = [(path.relative_to(folder), path.parent.name) for path in sorted(folder.glob("train/*/*.png"))]
+    rows = [
+        (path.relative_to(folder), path.parent.name)
+        for path in sorted(folder.glob("train/*/*.png"))
+    ]
     return write_csv(folder / "list.csv", rows)
 
 
@@ -100,19 +109,21 @@ def run_of(here):
     return max((here / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
 
 
-def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
+def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed, in_process):
     arguments = ["--dataset", "folder", "--data-dir", mixed, *QUICK, "--epochs", 4]
     trained = call(step1_train.main, *arguments).done()
     left_out = [line for line in trained.err.splitlines() if line.startswith("note: skipped: ")]
     for name in BROKEN:
         assert sum(name in line for line in left_out) == 1
     assert "64x64 colour" in trained.out and " of 196 training images held out" in trained.err
-    call(step2_export.main).done()
+    call(step2_export.main, "--format", "torchscript").done()
 
     predicted = call(step3_infer.main, "--format", "json", mixed)
     answers = {row["path"]: row for row in map(json.loads, predicted.out.splitlines())}
     assert predicted.code == 1 and len(answers) == 200
-    assert {path.rsplit("/", 1)[1] for path, row in answers.items() if "error" in row} == set(BROKEN)
+    assert {path.rsplit("/", 1)[1] for path, row in answers.items() if "error" in row} == set(
+        BROKEN
+    )
 
     # What step 1's evaluation says of the same files, read from its own cache.
     run = step2_export.read_run(str(run_of(here)))
@@ -127,7 +138,7 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed):
     assert [answers[path]["label"] for path in readable] == [classes[i] for i in expected.argmax(1)]
 
 
-def test_12_bit_images_are_predicted_as_evaluated(call, here, tmp_path):
+def test_12_bit_images_are_predicted_as_evaluated(call, here, tmp_path, in_process):
     rng, folder = np.random.default_rng(0), tmp_path / "scope"
     for label, name in enumerate("ab"):
         (folder / name).mkdir(parents=True)
@@ -170,8 +181,12 @@ def test_csv_whose_paths_are_relative_to_another_directory(call, here, folder, l
 def test_stops_when_more_than_half_are_unreadable(call, here, folder):
     for path in sorted(folder.glob("*/*/*.png"))[:25]:
         path.write_bytes(b"")
-    call(step1_train.main, "--dataset", "folder", "--data-dir", folder, *QUICK).error(1, "25 of 48", "empty")
-    assert not list((folder / ".threestep").glob("*.u8")) and not list((folder / ".threestep").glob("*.tmp"))
+    call(step1_train.main, "--dataset", "folder", "--data-dir", folder, *QUICK).error(
+        1, "25 of 48", "empty"
+    )
+    assert not list((folder / ".threestep").glob("*.u8")) and not list(
+        (folder / ".threestep").glob("*.tmp")
+    )
 
 
 def test_size_colour_and_augmentation_are_derived_and_printed(call, here, folder):
@@ -203,7 +218,10 @@ def test_derived_size_that_is_not_that_of_the_images_is_said(capsys, folder):
         assert note_of_sizes(capsys, folder) == f"note: the images have 90x60 pixels; {end}"
     Image.new("RGB", (10, 20)).save(folder / "train" / "a" / "0.png")
     Image.new("RGB", (400, 300)).save(folder / "train" / "a" / "1.png")
-    assert note_of_sizes(capsys, folder) == f"note: the images have 3 sizes, 10x20 to 400x300 pixels; {end}"
+    assert (
+        note_of_sizes(capsys, folder)
+        == f"note: the images have 3 sizes, 10x20 to 400x300 pixels; {end}"
+    )
     assert "resized to 224x224" in note_of_sizes(capsys, folder, usual_size=224)
     assert note_of_sizes(capsys, folder, image_size=(32, 32)) is None
 
@@ -233,7 +251,9 @@ def test_quiet_prints_no_notes(call, here, folder):
     refused.error(1, "1 of 37", "--strict", "broken.png is empty")
     (folder / "train" / "a" / "0.png").write_bytes(b"")
     stopped = call(step1_train.main, "--resume", "plain-mlp-2", "--epochs", 3)
-    assert stopped.err.startswith("error: ") and len(stopped.err.splitlines()) == 1  # it was begun quietly
+    assert (
+        stopped.err.startswith("error: ") and len(stopped.err.splitlines()) == 1
+    )  # it was begun quietly
 
 
 def test_second_run_reads_the_cache_and_a_changed_folder_does_not(call, here, folder):
@@ -256,6 +276,7 @@ def test_damaged_cache_is_built_again(call, here, folder):
     assert "decoded 48 files" in call(step1_train.main, *arguments).done().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_two_runs_at_once_build_one_whole_cache(here, folder, tmp_path):
     import subprocess
@@ -263,14 +284,24 @@ def test_two_runs_at_once_build_one_whole_cache(here, folder, tmp_path):
 
     from conftest import ROOT
 
-    command = [sys.executable, ROOT / "step1_train.py", "--dataset", "folder", "--data-dir", folder, *QUICK]
+    command = [
+        sys.executable,
+        ROOT / "step1_train.py",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        folder,
+        *QUICK,
+    ]
     running = [subprocess.Popen(command, cwd=here, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(100) for process in running] == [0, 0]
     assert sorted(path.name for path in (here / "runs").iterdir()) == ["plain-mlp", "plain-mlp-2"]
     assert len(list((folder / ".threestep").glob("*.u8"))) == 1
     assert not list((folder / ".threestep").glob("*.tmp"))
     dataset = data.load("folder", str(folder))
-    assert np.array_equal(dataset.train_images[0], np.asarray(Image.open(folder / "train" / "a" / "0.png")))
+    assert np.array_equal(
+        dataset.train_images[0], np.asarray(Image.open(folder / "train" / "a" / "0.png"))
+    )
 
 
 def test_cache_dir_that_cannot_be_written(call, here, folder, tmp_path):
@@ -287,7 +318,9 @@ def test_full_disk_while_caching(call, here, folder, monkeypatch):
     monkeypatch.setattr("os.posix_fallocate", full)
     arguments = ["--dataset", "folder", "--data-dir", folder, *QUICK]
     call(step1_train.main, *arguments).error(1, "No space left on device", "--cache-dir")
-    assert not list((folder / ".threestep").glob("*.u8")) and not list((folder / ".threestep").glob("*.tmp"))
+    assert not list((folder / ".threestep").glob("*.u8")) and not list(
+        (folder / ".threestep").glob("*.tmp")
+    )
 
 
 def test_folder_without_class_folders(call, here, tmp_path):
@@ -314,18 +347,23 @@ def test_csv_trains_like_the_folder(call, here, folder, listing):
     rows = [(path, path.parent.name) for path in sorted(folder.glob("test/*/*.png"))]
     test_csv = write_csv(folder / "test.csv", rows, header=("Filename", "Class"))
     arguments = ["--dataset", "csv", "--data-dir", listing, "--test-csv", test_csv, *QUICK]
-    assert "36 train, 12 test; 3 classes, 16x16 colour" in call(step1_train.main, *arguments).done().out
+    assert (
+        "36 train, 12 test; 3 classes, 16x16 colour"
+        in call(step1_train.main, *arguments).done().out
+    )
     by_csv = torch.load(run_of(here) / "checkpoint.pt", weights_only=True)
     call(step1_train.main, "--dataset", "folder", "--data-dir", folder, *QUICK).done()
     by_folder = torch.load(run_of(here) / "checkpoint.pt", weights_only=True)
     assert all(
-        torch.equal(by_csv["state_dict"][key], by_folder["state_dict"][key]) for key in by_csv["state_dict"]
+        torch.equal(by_csv["state_dict"][key], by_folder["state_dict"][key])
+        for key in by_csv["state_dict"]
     )
 
 
-def test_csv_with_numbers_a_root_and_named_columns(call, here, folder):
+def test_csv_with_numbers_a_root_and_named_columns(call, here, folder, in_process):
     rows = [
-        (path.name, 10 + "abc".index(path.parent.name), "x") for path in sorted(folder.glob("train/*/*.png"))
+        (path.name, 10 + "abc".index(path.parent.name), "x")
+        for path in sorted(folder.glob("train/*/*.png"))
     ]
     rows = [(f"{'abc'[int(label) - 10]}/{name}", label, extra) for name, label, extra in rows]
     file = write_csv(here / "list.csv", rows, header=("which file", "kind", "comment"))
@@ -338,13 +376,16 @@ def test_csv_with_numbers_a_root_and_named_columns(call, here, folder):
         "11",
         "12",
     ]
-    call(step2_export.main).done()
+    call(step2_export.main, "--format", "torchscript").done()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rows: [("path", "name"), *rows[1:]], ["label or class or target", "--label-column"]),
+        (
+            lambda rows: [("path", "name"), *rows[1:]],
+            ["label or class or target", "--label-column"],
+        ),
         (lambda rows: [("path", "path"), *rows[1:]], ["'path'", "twice"]),
         (lambda rows: [rows[0], *((path, "a") for path, _ in rows[1:])], ["one class", "'a'"]),
         (
@@ -399,7 +440,9 @@ def test_one_image_a_class_leaves_none_to_test_on(call, here, folder, dataset):
     call(step1_train.main, "--dataset", dataset, "--data-dir", source, *QUICK).error(1, *words)
 
 
-def test_validation_split_selects_and_the_test_split_is_evaluated_once(call, here, folder, monkeypatch):
+def test_validation_split_selects_and_the_test_split_is_evaluated_once(
+    call, here, folder, monkeypatch, in_process
+):
     evaluated, evaluate = [], step1_train.evaluate
 
     def watch(trainer, split, *rest):
@@ -407,7 +450,17 @@ def test_validation_split_selects_and_the_test_split_is_evaluated_once(call, her
         return evaluate(trainer, split, *rest)
 
     monkeypatch.setattr(step1_train, "evaluate", watch)
-    arguments = ["--dataset", "folder", "--data-dir", folder, "--val-fraction", 0.25, *QUICK, "--epochs", 5]
+    arguments = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        folder,
+        "--val-fraction",
+        0.25,
+        *QUICK,
+        "--epochs",
+        5,
+    ]
     out = call(step1_train.main, *arguments).done().out
     assert "27 train, 9 val, 12 test" in out
     assert evaluated == [9] * 5 + [12]
@@ -417,7 +470,7 @@ def test_validation_split_selects_and_the_test_split_is_evaluated_once(call, her
         rows = list(csv.DictReader(stream))
     best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
     assert summary["epoch_kept"] == int(best["epoch"]) and "test_accuracy" not in rows[0]
-    call(step2_export.main).done()
+    call(step2_export.main, "--format", "torchscript").done()
 
 
 def test_validation_folder_chooses_the_epoch(call, here, folder):
@@ -428,7 +481,9 @@ def test_validation_folder_chooses_the_epoch(call, here, folder):
     assert "val_accuracy" in header and "test_accuracy" not in header
 
 
-def test_class_weights_balanced_adjusts_by_the_shares_of_the_classes(call, here, folder, monkeypatch):
+def test_class_weights_balanced_adjusts_by_the_shares_of_the_classes(
+    call, here, folder, monkeypatch
+):
     for path in sorted((folder / "train" / "a").iterdir())[:9]:
         path.unlink()
     seen, criterion = [], step1_train.criterion
@@ -448,6 +503,10 @@ def test_per_class_figures_follow_their_definitions():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([0, 0, 1, 1, 0, 1])
     figures = per_class(labels.numpy(), predicted.numpy(), ["a", "b", "c"])
-    assert figures["a"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "support": 3})
-    assert figures["b"] == pytest.approx({"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / 5, "support": 2})
+    assert figures["a"] == pytest.approx(
+        {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "support": 3}
+    )
+    assert figures["b"] == pytest.approx(
+        {"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / 5, "support": 2}
+    )
     assert figures["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}

@@ -30,8 +30,10 @@ def arguments(photos, name, *more):
     ]
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "resnet18"])
-def test_torchvision_networks_pass_the_gate_in_both_formats(call, here, photos, name):
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v3_small", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
+def test_torchvision_networks_pass_the_gate_in_both_formats(call, here, photos, in_process, name):
     out = call(step1_train.main, *arguments(photos, name)).done().out
     assert f"{name}: " in out and "input 96x96" in out
     call(step2_export.main).done()
@@ -45,7 +47,9 @@ def test_torchvision_networks_pass_the_gate_in_both_formats(call, here, photos, 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_torchvision_network_takes_any_number_of_channels(channels):
-    network = model.build("mobilenet_v3_small", channels=channels, classes=7, image_size=(64, 48)).eval()
+    network = model.build(
+        "mobilenet_v3_small", channels=channels, classes=7, image_size=(64, 48)
+    ).eval()
     assert network(torch.zeros(2, channels, 64, 48)).shape == (2, 7)
 
 
@@ -69,7 +73,9 @@ def weights(tmp_path_factory):
     return path
 
 
-def test_local_weights_keep_the_backbone_and_replace_the_head(call, here, photos, weights):
+def test_local_weights_keep_the_backbone_and_replace_the_head(
+    call, here, photos, weights, in_process
+):
     command = arguments(photos, "mobilenet_v3_small", "--pretrained", weights, "--freeze-backbone")
     assert "2,050 trained" in call(step1_train.main, *command).done().out
     (file,) = (here / "runs").glob("*/checkpoint.pt")
@@ -83,7 +89,7 @@ def test_local_weights_keep_the_backbone_and_replace_the_head(call, here, photos
     assert checkpoint["spec"]["mean"] == pytest.approx(
         [0.485, 0.456, 0.406]
     )  # ImageNet's, as the weights want
-    call(step2_export.main).done()
+    call(step2_export.main, "--format", "torchscript").done()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +105,9 @@ def test_local_weights_keep_the_backbone_and_replace_the_head(call, here, photos
 def test_weights_as_other_programs_write_them(call, here, photos, weights, wrap):
     state = torch.load(weights, weights_only=True)
     torch.save(wrap(state), here / "theirs.pth")
-    call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", "theirs.pth")).done()
+    call(
+        step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", "theirs.pth")
+    ).done()
     loaded, spec = starting_weights.read_weights(str(here / "theirs.pth"))
     assert spec == {} and loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
@@ -127,7 +135,8 @@ class Code:
 
 def test_wrong_weights_are_refused_by_name(call, here, photos, weights):
     torch.save(
-        model.build("resnet18", channels=3, classes=2, image_size=(96, 96)).state_dict(), here / "other.pth"
+        model.build("resnet18", channels=3, classes=2, image_size=(96, 96)).state_dict(),
+        here / "other.pth",
     )
     torch.save({"weights": [1, 2, 3]}, here / "list.pth")
     (here / "code.pth").write_bytes(pickle.dumps(Code()))
@@ -139,9 +148,13 @@ def test_wrong_weights_are_refused_by_name(call, here, photos, weights):
         ("text.pth", "cannot be loaded"),
         ("absent.pth", "no such file"),
     ]:
-        refused = call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", name))
+        refused = call(
+            step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", name)
+        )
         line = refused.error(2, name, word)
-        assert "weights_only" not in line and "\x1b" not in refused.err and "\\x1b" not in refused.err
+        assert (
+            "weights_only" not in line and "\x1b" not in refused.err and "\\x1b" not in refused.err
+        )
     assert not (here / "executed").exists() and not (here / "runs").exists()
 
 
@@ -153,8 +166,12 @@ def test_default_weights_without_a_network(call, here, photos, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(here / "hub"))
     refused = call(step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained"))
     refused.error(1, "https://", "--pretrained FILE", here / "hub")
-    call(step1_train.main, *arguments(photos, "airbench", "--pretrained")).error(2, "no default weights")
-    call(step1_train.main, *arguments(photos, "resnet18", "--freeze-backbone")).error(2, "--pretrained")
+    call(step1_train.main, *arguments(photos, "airbench", "--pretrained")).error(
+        2, "no default weights"
+    )
+    call(step1_train.main, *arguments(photos, "resnet18", "--freeze-backbone")).error(
+        2, "--pretrained"
+    )
 
 
 def test_our_own_checkpoint_starts_another_run(call, here, photos):
@@ -171,7 +188,9 @@ def test_our_own_checkpoint_starts_another_run(call, here, photos):
         32,
     ]
     call(step1_train.main, *command, "--name", "first").done()
-    call(step1_train.main, *command, "--pretrained", "runs/first/checkpoint.pt", "--freeze-backbone").done()
+    call(
+        step1_train.main, *command, "--pretrained", "runs/first/checkpoint.pt", "--freeze-backbone"
+    ).done()
     files = (here / "runs" / name / "checkpoint.pt" for name in ("first", f"{photos.name}-mynet"))
     first, second = (torch.load(file, weights_only=True)["state_dict"] for file in files)
     assert torch.equal(first["blocks.0.weight"], second["blocks.0.weight"])

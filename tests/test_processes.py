@@ -55,7 +55,9 @@ def test_shares_of_a_batch_are_the_whole_batch_as_one_process_sees_it():
     images = torch.randint(0, 256, (50, 8, 8, 3), dtype=torch.uint8)
     whole = split.Split(images, torch.arange(50), torch.arange(50), images.numpy())
     alone = list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5))
-    shares = [list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5, 0, slice(k, None, 2))) for k in range(2)]
+    shares = [
+        list(whole.shuffled(11, data.AUGMENTATIONS, 1, 5, 0, slice(k, None, 2))) for k in range(2)
+    ]
     assert len(alone) == len(shares[0]) == len(shares[1]) == whole.count_batches(11, 2) == 5
     for (pixels, labels, batch), first, second in zip(alone, *shares, strict=True):
         for k, (part, part_labels, part_batch) in enumerate((first, second)):
@@ -69,13 +71,21 @@ def test_two_processes_train_as_one_and_either_resumes_the_other(call, here):
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     threads = [(here / f"threads-{rank}").read_text() for rank in range(2)]
-    assert "gloo" not in "".join(threads)  # one that wants Python's lock at the end aborts its process
-    assert out.count("epoch   train loss") == 1 and "2 processes" in out  # only the first one prints
+    assert "gloo" not in "".join(
+        threads
+    )  # one that wants Python's lock at the end aborts its process
+    assert (
+        out.count("epoch   train loss") == 1 and "2 processes" in out
+    )  # only the first one prints
     assert {path.name for path in (here / "runs").iterdir()} == {"one", "two"}
-    for alone, together in zip(rows(here / "runs" / "one"), rows(here / "runs" / "two"), strict=True):
+    for alone, together in zip(
+        rows(here / "runs" / "one"), rows(here / "runs" / "two"), strict=True
+    ):
         assert float(together["train_loss"]) == pytest.approx(float(alone["train_loss"]), rel=1e-4)
         assert float(together["test_loss"]) == pytest.approx(float(alone["test_loss"]), rel=1e-4)
-    summaries = [json.loads((here / "runs" / name / "summary.json").read_text()) for name in ("one", "two")]
+    summaries = [
+        json.loads((here / "runs" / name / "summary.json").read_text()) for name in ("one", "two")
+    ]
     supports = [[row["support"] for row in summary["per_class"].values()] for summary in summaries]
     assert sum(supports[1]) == 360 and supports[0] == supports[1]  # each test image counted once
     assert summaries[1]["test_accuracy"] == pytest.approx(summaries[0]["test_accuracy"], abs=0.006)
@@ -97,6 +107,7 @@ def test_a_process_that_dies_takes_the_others_with_it_and_the_run_goes_on(call, 
     assert checkpoint["epoch"] >= 1
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_said_once(here):
     process = launch(here, "--model", "mlq")
     _, err = process.communicate(timeout=60)
