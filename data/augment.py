@@ -17,6 +17,8 @@ MOST_BLUR = 1.2  # standard deviation, in pixels
 LEAST_BLUR = 0.1  # which changes nothing
 MOST_COLOUR_CHANGE = 0.4
 MOST_NOISE = 12  # standard deviation, in grey levels
+NOISE_ROWS = 4096  # of the table of noise
+NOISE_COLUMNS = 256
 LUMA = (0.299, 0.587, 0.114)  # Pillow's grey
 
 
@@ -212,10 +214,6 @@ def change_colours(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
         grey = (pixels @ luma)[..., None]  # [n, H, W, 1]
         pixels = torch.lerp(grey, pixels, saturation)
     return pixels.round_().clamp_(0, 255).byte()
-
-
-NOISE_ROWS = 4096
-NOISE_COLUMNS = 256
 
 
 def add_noise(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,14 @@ import numpy as np
 
 from data.summaries import AllImages, shrink
 
-# Of thumbnails: a hash in each of several tables, from these principal components.
+# A thumbnail has a hash of 32 bits in each of several tables, made of its principal components.
 TABLES = 6
 BITS = 32
 COMPONENTS = 24
-# In each table, hashes are compared with the next ones in order ...
+
+# In each table, sorted by hash, an image is compared with the next ones. Two images are proposed as
+# a pair if their hashes begin with log2(N) + SURPLUS_BITS equal bits.
 NEIGHBOURS = 3
-# ... and propose a pair if they begin with log2(N) + SURPLUS_BITS equal bits.
 SURPLUS_BITS = 5
 
 # The pixels of this many pairs are compared, those with the closest thumbnails.
