@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
 """Step 1 of 3: train a network on a dataset.
 
-    python step1_train.py                                  # the bundled digits, a minute on a laptop
+    python step1_train.py                              # the bundled digits, a minute on a laptop
     python step1_train.py --dataset cifar10 --epochs 10
     python step1_train.py --data-dir photos --model mobilenet_v3_small --pretrained
-    python step1_train.py --dataset linear                 # a regression, no images at all
-    python step1_train.py --resume                         # continue the last unfinished run
-    torchrun --nproc-per-node=4 step1_train.py ...         # four processes, each on a GPU if there are any
+    python step1_train.py --dataset linear             # a regression, no images at all
+    python step1_train.py --resume                     # continue the last unfinished run
+    torchrun --nproc-per-node=4 step1_train.py ...     # four processes, on GPUs if there are any
 
 Writes runs/<name>/ and never over an earlier run:
 
-    checkpoint.pt    the network, its spec, and the state for --resume; plain data that torch.load reads
+    checkpoint.pt    the network, its spec, and the state for --resume; torch.load reads it
     config.json      every argument, derived ones included, before the first step
     metrics.csv      a row for each epoch: loss and accuracy on both splits, learning rate, seconds
     summary.json     the result; report.html shows it with its pictures
 
-What the command line leaves open is derived from the dataset and the network, and printed before work starts.
-Next: python step2_export.py
+What the command line leaves open is derived from the dataset and the network, and printed before
+work starts. Next: python step2_export.py
 """
 
 import signal
@@ -30,6 +30,7 @@ import contextlib
 import copy
 import math
 import os
+import time
 
 import data
 from data.notes import note, silenced
@@ -38,91 +39,267 @@ from inference.errors import Problem, guarded
 from training import command_line, recipes
 
 
-def build_parser():
+# ------------------------------------------------------------------------------------- command line
+def build_parser() -> Parser:
     parser = Parser(
         description="Train a network on a dataset; writes runs/<name>/.",
         epilog="example: python step1_train.py --dataset mnist --epochs 2",
     )
     add_data_options(parser)
+    add_own_image_options(parser)
+    add_network_options(parser)
     add_training_options(parser)
-    add = parser.add_argument_group("machine and run").add_argument
-    precisions = ("auto", "fp32", "bf16")
-    add("--precision", choices=precisions, default="auto", help="exports are fp32 (default: auto)")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if any)")
-    add("--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU (default: as many as are free)")
-    seed = number(int, 0, 2**31)
-    add("--seed", type=seed, default=0, metavar="N", help="repeats bit for bit on the CPU (default: 0)")
-    add("--sync-batchnorm", action="store_true", help="torchrun on GPUs: batch norm over all processes")
-    add("--name", help="of the run (default: <dataset>-<model>, with -2, -3, ... if taken)")
-    text = "continue a run to the very same result (default: the newest unfinished); --epochs may be raised"
-    add("--resume", nargs="?", const="", metavar="RUN", help=text)
-    text = "also within an epoch: every N steps, or every N minutes"
-    add("--checkpoint-every", type=command_line.checkpoint_interval, metavar="N|Nm", help=text)
-    add("--quiet", action="store_true", help="print the result only")
+    add_machine_options(parser)
     return parser
 
 
-def add_data_options(parser):
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="digits", metavar="NAME", help="see --list-datasets (default: digits)")
-    add("--data-dir", metavar="PATH", help="of the files, or for downloads (default: data/); the CSV file")
-    size = command_line.image_size
-    add("--image-size", type=size, metavar="N|HxW", help="of the network (default: see data/README.md)")
-    text = "how images get that size (default: crop, to keep the shape of your own; stretch for the others)"
-    add("--fit", choices=("stretch", "crop", "letterbox"), help=text)
-    text = f"{', '.join(data.AUGMENTATIONS)}, or none (default: see data/README.md)"
-    add("--augment", nargs="+", choices=(*data.AUGMENTATIONS, "none"), metavar="A", help=text)
-    fraction = number(float, 0, 0.9, above=True)
-    text = "hold out this part of the training split and keep the epoch that does best on it"
-    add("--val-fraction", type=fraction, metavar="X", help=text)
-    add("--patience", type=number(int, 1), metavar="N", help="stop after N epochs without a better one")
-    add("--class-weights", choices=("balanced",), help="make rare classes count as much as others")
-    add("--list-datasets", action="store_true", help="list the datasets and exit")
-    add = parser.add_argument_group("your own images (folder, csv)").add_argument
-    add("--cache-dir", metavar="DIR", help="for the decoded images (default: .threestep beside the data)")
-    add("--strict", action="store_true", help="refuse unreadable files instead of leaving them out")
-    add("--test-csv", metavar="FILE", help="the test split (default: a part of each class, held out)")
-    add("--image-root", metavar="DIR", help="what paths are relative to (default: the CSV file's directory)")
-    add("--image-column", metavar="NAME", help="default: filepath, filename, path or image")
-    add("--label-column", metavar="NAME", help="default: label, class or target")
+def add_data_options(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        default="digits",
+        metavar="NAME",
+        help="name of the dataset, see --list-datasets (default: digits)",
+    )
+    group.add_argument(
+        "--data-dir",
+        metavar="PATH",
+        help="directory of the files or for downloads (default: data/); for csv, the file",
+    )
+    group.add_argument(
+        "--image-size",
+        type=command_line.image_size,
+        metavar="N|HxW",
+        help="size of the network's input (default: see data/README.md)",
+    )
+    group.add_argument(
+        "--fit",
+        choices=("stretch", "crop", "letterbox"),
+        help="how images get that size (default: crop for your own images, which keeps their "
+        "shape; stretch for the named datasets)",
+    )
+    group.add_argument(
+        "--augment",
+        nargs="+",
+        choices=(*data.AUGMENTATIONS, "none"),
+        metavar="A",
+        help=f"{', '.join(data.AUGMENTATIONS)}, or none (default: see data/README.md)",
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=number(float, 0, 0.9, above=True),
+        metavar="X",
+        help="hold out this part of the training split and keep the epoch that does best on it",
+    )
+    group.add_argument(
+        "--patience",
+        type=number(int, 1),
+        metavar="N",
+        help="stop after N epochs without a better one",
+    )
+    group.add_argument(
+        "--class-weights",
+        choices=("balanced",),
+        help="make rare classes count as much as frequent ones",
+    )
+    group.add_argument("--list-datasets", action="store_true", help="list the datasets and exit")
 
 
-def add_training_options(parser):
-    count, positive, optimizers = number(int, 1), number(float, 0, above=True), tuple(recipes.OPTIMIZERS)
-    add = parser.add_argument_group("network").add_argument
-    add("--model", metavar="NAME", help="see --list-models (default: airbench; linear for --dataset linear)")
-    add("--width", type=positive, metavar="X", help="multiplies the channels of airbench")
-    add("--hidden", type=count, nargs="*", metavar="N", help="sizes of mlp's hidden layers (default: 128)")
-    add("--dropout", type=number(float, 0, 0.99), metavar="P", help="of mlp (default: 0) and mynet (0.1)")
-    text = "start from torchvision's default weights, or from a local state_dict or checkpoint"
-    add("--pretrained", nargs="?", const="default", metavar="FILE", help=text)
-    add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
-    add("--list-models", action="store_true", help="list the networks and exit")
+def add_own_image_options(parser: Parser) -> None:
+    group = parser.add_argument_group("your own images (folder, csv)")
+    group.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="directory for decoded images (default: .threestep beside the data)",
+    )
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail on unreadable files instead of skipping them",
+    )
+    group.add_argument(
+        "--test-csv",
+        metavar="FILE",
+        help="CSV file of the test split (default: hold out a part of each class)",
+    )
+    group.add_argument(
+        "--image-root",
+        metavar="DIR",
+        help="directory that paths are relative to (default: the CSV file's)",
+    )
+    group.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="column of the paths (default: filepath, filename, path or image)",
+    )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="column of the labels (default: label, class or target)",
+    )
+
+
+def add_network_options(parser: Parser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="name of the network, see --list-models (default: airbench; linear for "
+        "--dataset linear)",
+    )
+    group.add_argument(
+        "--width",
+        type=number(float, 0, above=True),
+        metavar="X",
+        help="factor for the channels of airbench",
+    )
+    group.add_argument(
+        "--hidden",
+        type=number(int, 1),
+        nargs="*",
+        metavar="N",
+        help="sizes of the hidden layers of mlp (default: 128)",
+    )
+    group.add_argument(
+        "--dropout",
+        type=number(float, 0, 0.99),
+        metavar="P",
+        help="dropout of mlp (default: 0) and mynet (default: 0.1)",
+    )
+    group.add_argument(
+        "--pretrained",
+        nargs="?",
+        const="default",
+        metavar="FILE",
+        help="start from torchvision's default weights, or from a local state_dict or checkpoint",
+    )
+    group.add_argument(
+        "--freeze-backbone",
+        action="store_true",
+        help="train the last layer only, for small data",
+    )
+    group.add_argument("--list-models", action="store_true", help="list the networks and exit")
+
+
+def add_training_options(parser: Parser) -> None:
     title = "training (defaults: a recipe for the network and the dataset)"
-    add = parser.add_argument_group(title).add_argument
-    add("--epochs", type=count, metavar="N", help="passes over the training split")
-    add("--batch-size", type=count, metavar="N", help="images a step")
-    add("--optimizer", choices=optimizers, metavar="NAME", help=", ".join(optimizers))
-    add("--lr", type=positive, metavar="X", help="the highest learning rate")
-    add("--momentum", type=number(float, 0, 0.9999), metavar="X", help="of sgd, muon; Nesterov's if above 0")
-    add("--weight-decay", type=number(float, 0), metavar="X", help="of layers' weights, not biases and norms")
-    schedules = recipes.SCHEDULES
-    add("--schedule", choices=schedules, metavar="NAME", help=f"of the rate: {', '.join(schedules)}")
-    add("--label-smoothing", type=number(float, 0, 0.99), metavar="X", help="in the training loss")
-    text = "how sure the network may be, by held-out images, by a twin, or none (default: deploy/README.md)"
-    add("--calibration", choices=recipes.CALIBRATIONS[1:], metavar="HOW", help=text)
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        "--epochs", type=number(int, 1), metavar="N", help="passes over the training split"
+    )
+    group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images per step")
+    group.add_argument(
+        "--optimizer",
+        choices=tuple(recipes.OPTIMIZERS),
+        metavar="NAME",
+        help=", ".join(recipes.OPTIMIZERS),
+    )
+    group.add_argument(
+        "--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate"
+    )
+    group.add_argument(
+        "--momentum",
+        type=number(float, 0, 0.9999),
+        metavar="X",
+        help="momentum of sgd and muon (Nesterov)",
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=number(float, 0),
+        metavar="X",
+        help="weight decay; biases and norms have none",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=recipes.SCHEDULES,
+        metavar="NAME",
+        help=f"course of the learning rate: {', '.join(recipes.SCHEDULES)}",
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=number(float, 0, 0.99),
+        metavar="X",
+        help="label smoothing of the training loss",
+    )
+    group.add_argument(
+        "--calibration",
+        choices=recipes.CALIBRATIONS[1:],
+        metavar="HOW",
+        help="images that calibrate the probabilities: held-out, twin (those that a second "
+        "network has not seen) or none (default: see deploy/README.md)",
+    )
+
+
+def add_machine_options(parser: Parser) -> None:
+    group = parser.add_argument_group("machine and run")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="precision of training; exports are fp32 (default: auto)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)",
+    )
+    group.add_argument(
+        "--threads",
+        type=number(int, 1, 1024),
+        metavar="N",
+        help="number of CPU threads (default: as many as are free)",
+    )
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, 2**31),
+        default=0,
+        metavar="N",
+        help="random seed; CPU runs are reproducible (default: 0)",
+    )
+    group.add_argument(
+        "--sync-batchnorm",
+        action="store_true",
+        help="with torchrun on GPUs: share batch norm among the processes",
+    )
+    group.add_argument(
+        "--name",
+        help="name of the run (default: <dataset>-<model>, with -2, -3, ... if taken)",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue a run to the very same result (default: the newest unfinished run); "
+        "--epochs may be raised",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=command_line.checkpoint_interval,
+        metavar="N|Nm",
+        help="save within an epoch as well: every N steps, or every N minutes",
+    )
+    group.add_argument("--quiet", action="store_true", help="print the result only")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """All arguments of the command line, and by name those that were typed."""
+    """All arguments of the command line, and the options given explicitly, by name."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))  # None is no default
-    return args, {name: value for name, value in vars(typed).items() if value is not None}
+
+    # Parsed again without defaults: what is not None was given.
+    undefined = argparse.Namespace(**dict.fromkeys(vars(args)))
+    explicit = parser.parse_args(argv, undefined)
+    given = {name: value for name, value in vars(explicit).items() if value is not None}
+    return args, given
 
 
 def answer_at_once(args: argparse.Namespace, given: dict) -> int | None:
-    """Do what needs no torch, which loads for seconds: the exit code, None to go on. Raises Problem."""
+    """Do what needs no torch, which loads for seconds: the exit code, None to go on.
+
+    Raises Problem.
+    """
     if args.list_models or args.list_datasets:
         return command_line.list_names(args)
     if args.resume is None:
@@ -136,291 +313,646 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # torchrun: o
         sys.exit(code)
 
 # ruff: noqa: E402
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import model
 from data import doctor
 from data.split import Split, make_splits
+from inference import metrics
 from report import drawing, page
-from training import calibration, console, cpu, features, optimizers, processes, runs, weights
-from training.result import summarise
-from training.saliency import examples
+from training import (
+    balance,
+    calibration,
+    console,
+    cpu,
+    optimizers,
+    processes,
+    runs,
+    saliency,
+    weights,
+)
+from training.checkpoints import Saver, restore
+from training.describe import describe_run, with_result
+from training.features import Trainee, choose_trainee, is_regression, start_head
+from training.processes import Machine, Processes, Signals, Stopped
+from training.progress import (
+    Evaluation,
+    Metrics,
+    Progress,
+    Tally,
+    is_out_of_patience,
+    keep_best,
+    record_epoch,
+)
+from training.result import Outcome, summarise, summarise_classes
 from training.suspects import find_suspects
-from training.trainer import Evaluation, Trainer, train_mode
 
+SAMPLES = 25  # augmented images in the report
 WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is made from
+WHITENING_IMAGES = 2000  # at most
 
 
-# --------------------------------------------------------------------------------------------------- training
-def fit(trainer: Trainer) -> Evaluation | None:
-    """Train; returns the result on the test split, None with a validation split. Raises Problem, Stopped."""
-    settings, watched, evaluated = trainer.settings, trainer.watched, None
-    console.print_header(trainer)
-    with processes.Signals() as signals:
-        for epoch in range(trainer.progress.epoch, settings.epochs + 1):
-            if trainer.out_of_patience():
-                break
-            last = epoch == settings.epochs
-            trainer.start_epoch(signals)
-            trained = train_epoch(trainer)
-            # Epochs before the last are evaluated at the training precision; the result is measured in fp32.
-            with contextlib.nullcontext() if last else trainer.autocast():
-                evaluated = evaluate(trainer, trainer.splits[watched])
-            if not math.isfinite(evaluated.loss):
-                raise Problem(f"the loss on the {watched} split became {evaluated.loss}: try a smaller --lr")
-            trainer.finish_epoch(trained, evaluated)
-            console.print_row(trainer)
-            (caught,) = trainer.processes.maximum([signals.caught], trainer.device)
-            if caught:
-                raise processes.Stopped(caught)
+# ----------------------------------------------------------------------------------------- training
+def train(
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    settings: argparse.Namespace,
+    machine: Machine,
+    progress: Progress,
+    saver: Saver,
+) -> Evaluation | None:
+    """Train for the epochs that are left; evaluate and save after each.
+
+    Returns the last evaluation where it is the result: on the test split, after an epoch. Raises
+    Problem, and Stopped after a signal.
+    """
+    # The test split never selects: with a validation split, it is not looked at before the end.
+    watched = "val" if "val" in trainee.splits else "test"
+    network = processes.parallel(trainee.network, machine, settings.sync_batchnorm)
+    steps = steps_per_epoch(trainee, settings, machine)
+    evaluated = None
+
+    if progress.epoch <= settings.epochs:
+        console.print_header(watched)
+    for epoch in range(progress.epoch, settings.epochs + 1):
+        if is_out_of_patience(progress, settings.patience):
+            break
+        trained = train_epoch(network, optimizer, trainee, settings, machine, progress, saver)
+        evaluated = evaluate_epoch(trainee, watched, settings, machine, progress)
+
+        if watched == "val":
+            accuracy = accuracy_to_compare(trainee, evaluated)
+            keep_best(progress, trainee.deployable.network, accuracy, evaluated.loss)
+        rate = settings.lr * optimizers.rate_at(settings, epoch, 0, steps)
+        record_epoch(progress, watched, trained, evaluated, rate)
+
+        test_accuracy = evaluated.accuracy if watched == "test" else None
+        saver.save(trainee.deployable.network, optimizer, progress, test_accuracy)
+        console.print_row(progress.rows[-1], watched, settings.epochs)
+        saver.stop_if_asked()
     return evaluated if watched == "test" else None
 
 
-def train_epoch(trainer: Trainer) -> tuple[float, float | None]:
-    """Train for an epoch, or what a resumed run has left of it; returns loss and accuracy while training."""
-    train_mode(trainer.deployable.network)
-    for images, labels, batch_size in console.progress_bar(trainer, trainer.batches()):
-        trainer.start_step()
-        with trainer.autocast():
-            outputs = trainer.network(trainer.normalise(images))
-        losses = criterion(outputs, labels, trainer.settings.label_smoothing, trainer.log_priors)
-        # The mean over the whole batch: DistributedDataParallel averages the gradients of the processes.
-        loss = losses.sum() * trainer.processes.count / batch_size
-        trainer.optimizer.zero_grad(set_to_none=True)
+def train_epoch(
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trainee: Trainee,
+    settings: argparse.Namespace,
+    machine: Machine,
+    progress: Progress,
+    saver: Saver,
+) -> Metrics:
+    """Train for an epoch, or what a resumed run has left of it; returns what was measured while
+    training.
+
+    network: the trainee's, as several processes run it. Raises Problem, and Stopped after a signal.
+    """
+    cpu.give_back_memory()  # what the last epoch left in holes of the heap
+    optimizers.train_mode(trainee.deployable.network)
+    steps = steps_per_epoch(trainee, settings, machine)
+    log_priors = None
+    if settings.class_weights:
+        log_priors = balance.log_priors(trainee.splits["train"], trainee.classes, machine.device)
+    tally = Tally(progress, machine.device, is_regression(trainee.splits["train"]))
+    batches = trainee.splits["train"].shuffled(
+        settings.batch_size,
+        settings.augment,
+        progress.epoch,
+        settings.seed,
+        progress.steps,
+        machine.processes.share,
+    )
+
+    for images, labels, batch_size in console.progress_bar(
+        batches, progress, settings.epochs, steps
+    ):
+        # What is random in a step depends on seed, epoch and step alone: a run can be resumed at
+        # any of them.
+        machine.seed(settings.seed, progress.epoch, progress.steps)
+        rate = optimizers.rate_at(settings, progress.epoch, progress.steps, steps)
+        optimizers.set_rate(optimizer, rate)
+
+        with machine.autocast():
+            outputs = network(trainee.normalise(images))  # [batch, classes]
+        losses = criterion(outputs, labels, settings.label_smoothing, log_priors)  # [batch]
+        # The mean over the whole batch: DistributedDataParallel averages the gradients of the
+        # processes.
+        loss = losses.sum() * machine.processes.count / batch_size
+
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        trainer.optimizer.step()
-        trainer.finish_step(losses, outputs, labels)
-    return trainer.training_metrics()
+        optimizer.step()
+
+        tally.add(losses, outputs, labels)
+        progress.steps += 1
+        # Reading a number from a GPU waits for it, and so is done rarely there.
+        if machine.device.type == "cpu" or progress.steps % 50 == 0 or progress.steps == steps:
+            tally.refuse_infinite_loss(progress, optimizer, settings.lr)
+            done = (progress.epoch - 1) * steps + progress.steps
+            saver.save_or_stop(trainee.deployable.network, optimizer, progress, tally, done)
+
+    metrics = tally.metrics(machine.processes)
+    progress.seconds = tally.seconds()
+    return metrics
+
+
+def steps_per_epoch(trainee: Trainee, settings: argparse.Namespace, machine: Machine) -> int:
+    return trainee.splits["train"].count_batches(settings.batch_size, machine.processes.count)
 
 
 def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
     """The cross entropy [batch] of logits [batch, classes] and int64 labels [batch].
 
-    log_priors [classes]: see `Trainer`; added to the logits, so that the network itself learns to ignore how
-    frequent classes are (logit adjustment, Menon et al. 2021). Smoothing then follows them, too: if spread
-    evenly, it would favour rare classes. Targets of floats [batch, n]: the squared error, averaged over n.
+    log_priors [classes]: see training/balance.py; added to the logits, so that the network itself
+    learns to ignore how frequent classes are (logit adjustment, Menon et al. 2021). Smoothing then
+    follows them, too: if spread evenly, it would favour rare classes. Targets of floats [batch, n]:
+    the squared error, averaged over n.
     """
     if targets.is_floating_point():
         return F.mse_loss(outputs.float(), targets, reduction="none").mean(1)
     if log_priors is None:
-        return F.cross_entropy(outputs.float(), targets, label_smoothing=label_smoothing, reduction="none")
-    labels = F.one_hot(targets, len(log_priors))
+        return F.cross_entropy(
+            outputs.float(), targets, label_smoothing=label_smoothing, reduction="none"
+        )
+
+    labels = F.one_hot(targets, len(log_priors))  # [batch, classes]
     wanted = (1 - label_smoothing) * labels + label_smoothing * log_priors.softmax(0)
     return F.cross_entropy(outputs.float() + log_priors, wanted, reduction="none")
 
 
+# --------------------------------------------------------------------------------------- evaluation
+def evaluate_epoch(
+    trainee: Trainee,
+    watched: str,
+    settings: argparse.Namespace,
+    machine: Machine,
+    progress: Progress,
+) -> Evaluation:
+    """Evaluate a split after an epoch, whose seconds grow by it.
+
+    Raises Problem if the loss is not finite.
+    """
+    started = time.perf_counter()
+    split = trainee.splits[watched]
+    if progress.epoch == settings.epochs:
+        evaluated = evaluate(trainee, split, machine)  # the result is measured in fp32
+    else:
+        with machine.autocast():
+            evaluated = evaluate(trainee, split, machine)
+
+    if not math.isfinite(evaluated.loss):
+        reason = f"the loss on the {watched} split became {evaluated.loss}"
+        raise Problem(f"{reason}: try a smaller --lr")
+    progress.seconds += time.perf_counter() - started
+    return evaluated
+
+
 @torch.inference_mode()
-def evaluate(trainer: Trainer, split: Split, deployable: torch.nn.Module | None = None) -> Evaluation:
+def evaluate(trainee: Trainee, split: Split, machine: Machine) -> Evaluation:
     """The network in eval mode over a whole split, shared by all processes."""
-    deployable = deployable or trainer.deployable
-    deployable.network.eval()
-    network, normalise = features.parts(deployable, split)
-    share = trainer.processes.share
-    labels, loss, parts = split.labels[split.members], 0.0, []
-    outputs = torch.zeros(len(labels), len(trainer.dataset.classes), device=labels.device)
+    trainee.deployable.network.eval()
+    network = trainee.network
+    labels = split.labels[split.members]  # [n]
+    share = machine.processes.share
+
+    loss = 0.0
+    parts = []
     for images, targets in split.in_order(share):
-        logits = network(normalise(images)).float()
+        logits = network(trainee.normalise(images)).float()  # [batch, classes]
         loss += criterion(logits, targets).sum().item()
         parts.append(logits)
+
+    # Zero for the images of other processes, so that the sum is the whole.
+    outputs = torch.zeros(len(labels), trainee.classes, device=labels.device)
     if parts:
         outputs[share] = torch.cat(parts)
-    outputs = trainer.processes.sum(outputs)  # zero for the images of other processes
-    loss = trainer.processes.sum(torch.tensor(loss, device=trainer.device)).item() / len(split)
-    if trainer.dataset.task == "regression":
-        return Evaluation(loss, None, outputs.cpu().numpy())
-    accuracy = (outputs.argmax(1) == labels).sum().item() / len(split)
-    return Evaluation(loss, accuracy, outputs.cpu().numpy())
+    outputs = machine.processes.sum(outputs)
+    loss = machine.processes.sum(torch.tensor(loss, device=machine.device)).item() / len(split)
+
+    accuracy = None
+    if not is_regression(split):
+        accuracy = (outputs.argmax(1) == labels).sum().item() / len(split)
+    return Evaluation(loss=loss, accuracy=accuracy, outputs=outputs.cpu().numpy())
 
 
-# ------------------------------------------------------------------------------------------- data and network
+def accuracy_to_compare(trainee: Trainee, evaluated: Evaluation) -> float | None:
+    """What epochs are compared by on the validation split: balanced accuracy if classes are
+    unequal.
+
+    None for a regression.
+    """
+    if evaluated.accuracy is None:
+        return None
+    if not balance.is_unequal(trainee.splits["train"], trainee.classes):
+        return evaluated.accuracy
+
+    split = trainee.splits["val"]
+    labels = split.labels.cpu()[split.members].numpy()
+    return metrics.balanced_accuracy(labels, evaluated.outputs.argmax(1))
+
+
+# --------------------------------------------------------------------------------- data and network
 def load_dataset(settings: argparse.Namespace) -> data.Dataset:
     """Load the dataset of the settings. Raises Problem, also for an unknown network."""
     try:
         usual_size = weights.usual_size(settings.model)
     except ValueError as error:
         raise Problem(error, 2) from None
-    options = {name: getattr(settings, name) for name in ("image_size", "fit", *data.OPTIONS)}
-    options["usual_size"] = usual_size
-    return data.load(settings.dataset, settings.data_dir, **options)
+
+    options = {name: getattr(settings, name) for name in data.OPTIONS}
+    return data.load(
+        settings.dataset,
+        settings.data_dir,
+        image_size=settings.image_size,
+        fit=settings.fit,
+        usual_size=usual_size,
+        **options,
+    )
 
 
-def build(machine: processes.Machine, settings, dataset: data.Dataset, checkpoint) -> model.Deployable:
-    """The network with its preprocessing, and with the weights of the checkpoint if any, on the machine.
+def build_deployable(
+    settings: argparse.Namespace,
+    dataset: data.Dataset,
+    checkpoint: dict | None,
+    machine: Machine,
+) -> model.Deployable:
+    """The network with its preprocessing, and with the weights of the checkpoint if any, on the
+    machine.
 
     What is random follows from the seed of the settings. Raises Problem.
     """
     torch.manual_seed(settings.seed)
-    regression, channels = dataset.task == "regression", dataset.train_images.shape[-1]
-    options = {name: getattr(settings, name) for name in ("width", "hidden", "dropout")}
-    shape = {"channels": channels, "classes": len(dataset.classes), "image_size": settings.image_size}
-    try:
-        network = model.build(settings.model, **shape, **options)
-        mean, std = weights.load(network, settings, channels, checkpoint)
-    except ValueError as error:
-        source = "" if settings.pretrained in (None, "default") else f"--pretrained {settings.pretrained}: "
-        raise Problem(f"{source}{error}", 2) from None
-    norms = torch.nn.modules.batchnorm._BatchNorm
-    if settings.batch_size == 1 and any(isinstance(module, norms) for module in network.modules()):
-        raise Problem(f"{settings.model} has batch norm, which needs --batch-size 2 or more", 2)
+    network, mean, std = build_network(settings, dataset, checkpoint)
     if settings.freeze_backbone:
         optimizers.freeze_backbone(network)
-    if mean is None and regression:
-        mean, std = [0.0] * channels, [1.0] * channels
-    elif mean is None:
-        mean, std = data.mean_and_std(dataset.train_images)
-    cls = model.Regressor if regression else model.Deployable
-    deployable = cls(network, settings.image_size, mean, std, settings.fit)
-    fresh = not settings.pretrained and not checkpoint
-    if fresh and not regression and isinstance(network, model.Network):
-        wanted = min(2000, WHITENING_PIXELS // math.prod(settings.image_size))
-        some = torch.from_numpy(dataset.train_images[:: -(-len(dataset.train_images) // wanted)])
-        network.prepare(deployable.normalise(model.resize(some, settings.image_size, settings.fit)))
-    deployable.to(machine.device, memory_format=model.traits(settings.model).memory_format)
+    if mean is None:
+        mean, std = statistics_of_inputs(dataset)
+
+    kind = model.Deployable if dataset.has_images else model.Regressor
+    deployable = kind(network, settings.image_size, mean, std, settings.fit)
+
+    is_fresh = not settings.pretrained and not checkpoint
+    if is_fresh and dataset.has_images and isinstance(network, model.Network):
+        images = whitening_images(dataset, settings)
+        network.prepare(deployable.normalise(images))
+
+    memory_format = model.traits(settings.model).memory_format
+    deployable.to(machine.device, memory_format=memory_format)
     if machine.device.type == "cpu" and machine.dtype is not None:
         cpu.lay_side_by_side(deployable.network)
     return deployable
 
 
-# ----------------------------------------------------------------------------------------------------- result
-def train_twin(trainer: Trainer, parts: dict[str, Split], epochs: int) -> model.Deployable:
-    """Train another network like the first, on `parts`; it can be resumed, too. See calibration.of_run."""
-    directory, checkpoint = trainer.processes.from_first(lambda: runs.begin_twin(trainer.run))
-    settings = argparse.Namespace(**{**vars(trainer.settings), "epochs": epochs})
-    dataset, machine = trainer.dataset, trainer.machine
-    deployable = build(machine, settings, dataset, checkpoint)
-    fit(start(settings, directory, dataset, parts, deployable, machine, checkpoint, is_twin=True))
-    return deployable
+def build_network(
+    settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict | None
+) -> tuple[torch.nn.Module, list[float] | None, list[float] | None]:
+    """The network with its first weights, and the mean and std that belong to them, if any.
+
+    Raises Problem.
+    """
+    channels = dataset.train_images.shape[-1]
+    try:
+        network = model.build(
+            settings.model,
+            channels=channels,
+            classes=len(dataset.classes),
+            image_size=settings.image_size,
+            width=settings.width,
+            hidden=settings.hidden,
+            dropout=settings.dropout,
+        )
+        mean, std = weights.load_into(network, settings, channels, checkpoint)
+    except ValueError as error:
+        source = ""
+        if settings.pretrained not in (None, "default"):
+            source = f"--pretrained {settings.pretrained}: "
+        raise Problem(f"{source}{error}", 2) from None
+
+    if settings.batch_size == 1 and has_batch_norm(network):
+        reason = f"{settings.model} has batch norm, which needs --batch-size 2 or more"
+        raise Problem(reason, 2)
+    return network, mean, std
 
 
-def write_result(trainer: Trainer, evaluated: Evaluation | None) -> None:
-    """Calibrate the network that is the result, measure it, and write summary.json and report.html."""
-    best, deployable = trainer.progress.best, trainer.deployable
-    if best:
-        deployable = copy.deepcopy(deployable)
-        deployable.network.load_state_dict(best["state_dict"])
-    evaluated = evaluated or evaluate(trainer, trainer.splits["test"], deployable)
-    trainer.calibration = calibration.of_run(trainer, deployable, train_twin)
-    if trainer.processes.rank > 0:
-        return
-    if best:
-        console.show(f"epoch {best['epoch']} did best on the validation split and is kept")
-    if best or trainer.calibration:
-        trainer.save(evaluated.accuracy)
-    summary, outputs = summarise(trainer, deployable, evaluated)
-    runs.write_json(trainer.run, runs.SUMMARY, summary)
-    write_pictures(trainer, deployable, evaluated.accuracy, outputs)
-    runs.tidy(trainer.run)
-    console.print_result(trainer, deployable.network, summary)
+def has_batch_norm(network: torch.nn.Module) -> bool:
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, kind) for module in network.modules())
 
 
-def write_pictures(trainer, deployable, accuracy, outputs) -> None:
-    """Draw a finished run's pictures and write its report.html. outputs: those of the test split."""
-    settings = trainer.settings
-    dataset = trainer.dataset
+def statistics_of_inputs(dataset: data.Dataset) -> tuple[list[float], list[float]]:
+    """The mean and std to normalise images by, [channels] each; features stay as they are."""
+    if not dataset.has_images:
+        features = dataset.train_images.shape[-1]
+        return [0.0] * features, [1.0] * features
+    return data.mean_and_std(dataset.train_images)
+
+
+def whitening_images(dataset: data.Dataset, settings: argparse.Namespace) -> torch.Tensor:
+    """Some training images of the network's own size, for `Network.prepare`: [n, H, W, C]."""
+    wanted = min(WHITENING_IMAGES, WHITENING_PIXELS // math.prod(settings.image_size))
+    stride = -(-len(dataset.train_images) // wanted)
+    images = torch.from_numpy(dataset.train_images[::stride])
+    return model.resize(images, settings.image_size, settings.fit)
+
+
+# ------------------------------------------------------------------------------------------- result
+def with_best_epoch(trainee: Trainee, progress: Progress) -> Trainee:
+    """What the run ends with: the epoch that did best on the validation split, if there is one."""
+    if progress.best is None:
+        return trainee
+    deployable = copy.deepcopy(trainee.deployable)
+    deployable.network.load_state_dict(progress.best["state_dict"])
+    return trainee.with_network(deployable, trainee.splits)
+
+
+def calibrate(
+    trainee: Trainee,
+    dataset: data.Dataset,
+    settings: argparse.Namespace,
+    machine: Machine,
+    run_dir: str,
+) -> calibration.Calibration | None:
+    """Calibrate the network that a run ends with, as its settings want it, in the first process.
+
+    Raises Problem, and Stopped after a signal while the twin is trained.
+    """
+    twin = None
+    if settings.calibration == "twin":
+        twin = train_twin(trainee, dataset, settings, machine, run_dir)
+
+    if machine.processes.rank > 0 or settings.calibration == "none":
+        return None
+    if twin:
+        return calibration.calibrate_by_twin(trainee, twin)
+    if settings.calibration == "validation":
+        held_out = trainee.splits["val"]
+        source = "the validation split"
+    else:
+        held_out = trainee.splits["held-out"]
+        source = "a part of the training split, held out"
+    return calibration.calibrate_on_held_out(trainee, held_out, source)
+
+
+def train_twin(
+    trainee: Trainee,
+    dataset: data.Dataset,
+    settings: argparse.Namespace,
+    machine: Machine,
+    run_dir: str,
+) -> Trainee:
+    """Train another network like the first, on a part of its images; it can be resumed, too.
+
+    Raises Problem, and Stopped after a signal.
+    """
+    twin_dir, checkpoint = machine.processes.from_first(lambda: runs.begin_twin(run_dir))
+    epochs = calibration.epochs_of_twin(settings.epochs)
+    settings = argparse.Namespace(**{**vars(settings), "epochs": epochs})
+
+    deployable = build_deployable(settings, dataset, checkpoint, machine)
+    splits = calibration.splits_of_twin(trainee.splits["train"], settings.seed)
+    twin = trainee.with_network(deployable, splits)
+    if not checkpoint:
+        with machine.processes.first_of_each_machine_first():
+            start_head(twin, settings)
+
+    optimizer = optimizers.make_optimizer(deployable.network, settings)
+    progress = restore(checkpoint, optimizer, machine.processes.rank)
+    with Signals() as signals, console.training_twin():
+        saver = Saver(
+            run_dir=twin_dir,
+            spec=describe_run(settings, dataset, deployable),
+            fingerprint=dataset.fingerprint,
+            machine=machine,
+            signals=signals,
+            interval=settings.checkpoint_every,
+        )
+        train(twin, optimizer, settings, machine, progress, saver)
+    return twin
+
+
+def write_result(
+    outcome: Outcome,
+    dataset: data.Dataset,
+    splits: dict[str, Split],
+    settings: argparse.Namespace,
+    progress: Progress,
+    saver: Saver,
+) -> None:
+    """Write summary.json and report.html, and print what the run has reached. splits: of images."""
+    summary = summarise(settings, progress, outcome)
+    unequal = False
+    if dataset.has_images:
+        summary |= summarise_classes(dataset, outcome)
+        unequal = balance.is_unequal(splits["train"], len(dataset.classes))
+    runs.write_json(saver.run_dir, runs.SUMMARY, summary)
+    write_pictures(outcome, dataset, splits, settings, progress, saver)
+    runs.tidy(saver.run_dir)
+
+    if settings.dataset == "linear" and settings.model == "linear":
+        console.print_coefficients(outcome.deployable.network)
+    console.print_result(saver.run_dir, dataset, summary, unequal)
+
+
+def write_pictures(
+    outcome: Outcome,
+    dataset: data.Dataset,
+    splits: dict[str, Split],
+    settings: argparse.Namespace,
+    progress: Progress,
+    saver: Saver,
+) -> None:
+    """Draw a finished run's pictures and write its report.html. Raises CannotWrite."""
     cpu.give_back_memory()
-
-    result = drawing.Result(
-        spec=trainer.spec(accuracy),
-        rows=trainer.progress.rows,
+    shown = drawing.Result(
+        spec=with_result(saver.spec, outcome.evaluated.accuracy),
+        rows=progress.rows,
         labels=dataset.test_labels,
-        outputs=outputs,
+        outputs=outcome.outputs,
     )
-    if dataset.task == "classification":
-        result.images = dataset.test_images
-        result.duplicates = dataset.findings.pairs
-        result.looked = examples(trainer, deployable, outputs)
-        result.suspects = find_suspects(trainer, outputs)
-        train = trainer.splits["train"]
-        train = getattr(train, "images_split", train)  # what features were made of
-        augmented, labels, _ = next(train.shuffled(25, settings.augment, 1, settings.seed))
-        result.augmented = augmented.cpu().numpy(), labels.cpu().numpy()
+    if dataset.has_images:
+        shown.images = dataset.test_images
+        shown.duplicates = dataset.findings.pairs
+        shown.looked = saliency.examples(
+            outcome.deployable,
+            splits["test"].images,
+            dataset.test_labels,
+            outcome.outputs,
+            dataset.classes,
+        )
+        shown.suspects = find_suspects(saver.run_dir, dataset, outcome.outputs, outcome.calibration)
+        shown.augmented = augmented_samples(splits["train"], settings)
 
     try:
         try:
-            drawing.draw_run(trainer.run, result)
+            drawing.draw_run(saver.run_dir, shown)
         except ImportError as error:
             note(f"no pictures without matplotlib ({error}); pip install matplotlib")
-        page.write_report(trainer.run, runs.RUNS, runs.EXPORTS)
+        page.write_report(saver.run_dir, runs.RUNS, runs.EXPORTS)
     except OSError as error:
-        note(f"the run is complete, but its report cannot be written: {error.strerror or error}")
+        reason = error.strerror or error
+        note(f"the run is complete, but its report cannot be written: {reason}")
 
 
-# ------------------------------------------------------------------------------------------------------- main
-def run(args: argparse.Namespace, given: dict) -> int:
+def augmented_samples(train: Split, settings: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Some training images as training sees them, uint8 [n, H, W, C], and their labels [n]."""
+    batches = train.shuffled(SAMPLES, settings.augment, epoch=1, seed=settings.seed)
+    images, labels, _ = next(batches)
+    return images.cpu().numpy(), labels.cpu().numpy()
+
+
+# --------------------------------------------------------------------------------------------- main
+def train_and_report(args: argparse.Namespace, given: dict) -> int:
     """Step 1 in this process, or in each of torchrun's. Returns the exit code; raises Problem."""
     cpu.keep_freed_memory()
     with processes.joined() as group, contextlib.ExitStack() as stack:
-        directory = checkpoint = None
         if args.resume is None:
             settings = recipes.resolve(args, given)
+            run_dir = None
+            checkpoint = None
         else:
-            settings, directory, checkpoint = resume(args, given, group, stack)
+            settings, run_dir, checkpoint = resume(args, given, group, stack)
         stack.enter_context(silenced(settings.quiet or group.rank > 0))
-        if args.resume is None and settings.name:
-            group.from_first(lambda: runs.refuse_taken(settings.name))
-        if args.resume is None and settings.dataset != args.dataset:
-            note(f"taking {settings.data_dir} as --dataset {settings.dataset}")
+
+        if args.resume is None:
+            announce_dataset(settings, args, group)
         with group.first_of_each_machine_first():
             dataset = load_dataset(settings)
         if checkpoint:
-            data.refuse_changes(directory, checkpoint["training"]["data"], dataset.fingerprint)
-        if directory is None:
-            settings = recipes.fit_to_images(settings, given, dataset, model.traits(settings.model))
-        settings.threads, reason = cpu.set_threads(given.get("threads"), settings.threads)
+            data.refuse_changes(run_dir, checkpoint["training"]["data"], dataset.fingerprint)
+
+        traits = model.traits(settings.model)
+        if run_dir is None:
+            settings = recipes.adapt_to_images(settings, given, dataset, traits)
+        settings.threads, threads_reason = cpu.set_threads(given.get("threads"), settings.threads)
         dataset = doctor.examined(dataset)
-        machine = processes.choose_machine(settings, group, model.traits(settings.model).bf16)
-        deployable = build(machine, settings, dataset, checkpoint)
+
+        machine = processes.choose_machine(settings, group, traits.bf16)
+        deployable = build_deployable(settings, dataset, checkpoint, machine)
         splits = make_splits(dataset, settings, machine.device)
-        if directory is None:
-            directory = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
-        stack.enter_context(runs.removed_if_empty(directory, group.rank))
-        trainer = start(settings, directory, dataset, splits, deployable, machine, checkpoint)
-        announce(trainer, checkpoint, reason)
-        try:
-            write_result(trainer, fit(trainer))
-        except processes.Stopped as stop:
-            console.print_how_to_resume(trainer)
-            return 128 + stop.args[0]
-        return 0
+
+        if run_dir is None:
+            run_dir = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
+        stack.enter_context(runs.removed_if_empty(run_dir, group.rank))
+        with group.first_of_each_machine_first():
+            trainee = choose_trainee(splits, deployable, settings, len(dataset.classes))
+            if not checkpoint:
+                start_head(trainee, settings)
+
+        if group.rank == 0:
+            write_config(run_dir, settings, machine)
+        console.print_settings(settings, dataset, trainee, machine, run_dir, threads_reason)
+        return complete(trainee, splits, dataset, settings, machine, run_dir, checkpoint)
 
 
-def start(settings, directory, dataset, splits, deployable, machine, checkpoint, is_twin=False) -> Trainer:
-    """A new or resumed run, on features if the network is frozen. Raises Problem."""
-    with machine.processes.first_of_each_machine_first():
-        splits = features.prepare(splits, deployable, settings, not checkpoint)
-    trainer = Trainer(settings, directory, dataset, splits, deployable, machine, is_twin)
+def complete(
+    trainee: Trainee,
+    splits: dict[str, Split],
+    dataset: data.Dataset,
+    settings: argparse.Namespace,
+    machine: Machine,
+    run_dir: str,
+    checkpoint: dict | None,
+) -> int:
+    """Train from the checkpoint on, or from the start, to the result. Returns the exit code.
+
+    splits: of images, whatever is trained. Raises Problem.
+    """
+    group = machine.processes
+    network = trainee.deployable.network
+    optimizer = optimizers.make_optimizer(network, settings)
+    progress = restore(checkpoint, optimizer, group.rank)
     if checkpoint:
-        trainer.restore(checkpoint["training"])
-    return trainer
+        rate = optimizers.rate_at(
+            settings, progress.epoch, progress.steps, steps_per_epoch(trainee, settings, machine)
+        )
+        epochs_before = checkpoint["arguments"]["epochs"]
+        console.print_resumed(progress, settings, epochs_before, settings.lr * rate)
 
+    signals = Signals()
+    saver = Saver(
+        run_dir=run_dir,
+        spec=describe_run(settings, dataset, trainee.deployable),
+        fingerprint=dataset.fingerprint,
+        machine=machine,
+        signals=signals,
+        interval=settings.checkpoint_every,
+    )
+    try:
+        with signals:
+            evaluated = train(trainee, optimizer, settings, machine, progress, saver)
+        final = with_best_epoch(trainee, progress)
+        if evaluated is None:
+            evaluated = evaluate(final, final.splits["test"], machine)
+        calibrated = calibrate(final, dataset, settings, machine, run_dir)
+    except Stopped as stop:
+        if group.rank == 0:
+            console.print_how_to_resume(progress, run_dir)
+        group.wait()  # torchrun ends all processes as soon as one has ended
+        return 128 + stop.signal
 
-def resume(args, given, group, stack):
-    """Lock and read the run to resume; returns its settings, directory and checkpoint. Raises Problem."""
-    directory = group.from_first(lambda: runs.find(args.resume, unfinished=True))
+    if progress.best:
+        best = progress.best["epoch"]
+        console.show(f"epoch {best} did best on the validation split and is kept")
+    if calibrated:
+        saver = saver.with_calibration(calibrated)
+    if progress.best or calibrated:
+        saver.save(network, optimizer, progress, evaluated.accuracy)
+
     if group.rank == 0:
-        stack.enter_context(runs.locked(directory))
-        runs.remove_leftovers(directory)
-    arguments, checkpoint = group.from_first(lambda: runs.read(directory))
-    settings = recipes.resumed(args, given, arguments, directory, runs.is_finished(directory))
-    return settings, directory, checkpoint
+        outcome = Outcome(final.deployable, evaluated, calibrated)
+        write_result(outcome, dataset, splits, settings, progress, saver)
+    return 0
 
 
-def announce(trainer, checkpoint, reason):
-    """Write config.json, and print what is about to be done."""
-    if trainer.processes.rank == 0:
-        used = {"device_used": str(trainer.device), "precision_used": "bf16" if trainer.dtype else "fp32"}
-        runs.write_json(trainer.run, runs.CONFIG, {**vars(trainer.settings), "run": trainer.run, **used})
-    console.print_settings(trainer, reason)
-    if checkpoint:
-        console.print_resumed(trainer, checkpoint["arguments"]["epochs"])
+def resume(
+    args: argparse.Namespace, given: dict, group: Processes, stack: contextlib.ExitStack
+) -> tuple[argparse.Namespace, str, dict | None]:
+    """Lock and read the run to resume; returns its settings, directory and checkpoint.
+
+    Raises Problem.
+    """
+    run_dir = group.from_first(lambda: runs.find(args.resume, unfinished=True))
+    if group.rank == 0:
+        stack.enter_context(runs.locked(run_dir))
+        runs.remove_leftovers(run_dir)
+
+    arguments, checkpoint = group.from_first(lambda: runs.read(run_dir))
+    is_finished = runs.is_finished(run_dir)
+    settings = recipes.resolve_resumed(args, given, arguments, run_dir, is_finished)
+    return settings, run_dir, checkpoint
 
 
-def main(argv=None):
+def announce_dataset(
+    settings: argparse.Namespace, args: argparse.Namespace, group: Processes
+) -> None:
+    """Refuse a name that is taken, and say what the data was taken for, before it is read.
+
+    Raises Problem.
+    """
+    if settings.name:
+        group.from_first(lambda: runs.refuse_taken(settings.name))
+    if settings.dataset != args.dataset:
+        note(f"taking {settings.data_dir} as --dataset {settings.dataset}")
+
+
+def write_config(run_dir: str, settings: argparse.Namespace, machine: Machine) -> None:
+    """Write config.json: the settings, and the machine that was chosen. Raises CannotWrite."""
+    config = {
+        **vars(settings),
+        "run": run_dir,
+        "device_used": str(machine.device),
+        "precision_used": "bf16" if machine.dtype else "fp32",
+    }
+    runs.write_json(run_dir, runs.CONFIG, config)
+
+
+def main(argv: list[str] | None = None) -> int:
     args, given = parse(argv)
     if args.list_models or args.list_datasets:
         return guarded(command_line.list_names, args, closed_pipe=0)
-    return guarded(run, args, given)
+    return guarded(train_and_report, args, given)
 
 
 if __name__ == "__main__":

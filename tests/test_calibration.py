@@ -109,7 +109,7 @@ def checkpoint(here, name="digits-mlp"):
 def test_few_images_are_calibrated_by_a_twin(call, here):
     result = call(step1_train.main, *FAST).done()
     assert (
-        "a twin" in result.out and "--calibration none" in result.out and result.out.count("train loss") == 1
+        "a second network" in result.out and "--calibration none" in result.out and result.out.count("train loss") == 1
     )
     spec, summary = checkpoint(here)["spec"], json.loads((here / "runs/digits-mlp/summary.json").read_text())
     assert "twin" in spec["calibration"]["source"] and 200 < spec["calibration"]["images"] < 300

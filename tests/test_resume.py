@@ -339,13 +339,13 @@ def test_a_loss_that_is_not_finite_says_where_and_keeps_the_checkpoint(call, her
 
 
 def test_checkpoints_within_an_epoch(call, here, monkeypatch):
-    saved, save = [], runs.save_checkpoint
+    saved, write = [], runs.write_checkpoint
 
-    def watch(*args):
-        saved.append(args[4]["progress"]["steps"])
-        save(*args)
+    def watch(run_dir, checkpoint):
+        saved.append(checkpoint["training"]["progress"]["steps"])
+        write(run_dir, checkpoint)
 
-    monkeypatch.setattr(runs, "save_checkpoint", watch)
+    monkeypatch.setattr(runs, "write_checkpoint", watch)
     run = [*RUN, "--epochs", 1, "--calibration", "none"]
     call(step1_train.main, *run, "--checkpoint-every", 6).done()
     assert saved == [6, 12, 0]

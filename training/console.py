@@ -1,6 +1,14 @@
-"""What step1 prints: the settings, a table of the epochs, how to resume. Only the first process prints."""
+"""What step1 prints: the settings, a table of the epochs, how to resume.
+
+Only the first process prints.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -8,13 +16,20 @@ import model
 from data import notes
 from inference.command_line import say
 from training import runs
+from training.features import Trainee
+from training.processes import Machine
+from training.progress import Progress
 
-FEW = 100  # test images: the result then says how many they were
+FEW_TEST_IMAGES = 100  # the result then says how many they were
+LONG_RUN = 50  # epochs; of longer runs, the table has about ROWS
+ROWS = 20
 CALIBRATION = {  # in words
     "validation": "on the validation split",
     "held-out": "on the images held out",
-    "twin": "by a twin, trained afterwards for half as long",
+    "twin": "with a second network trained for half the epochs",
 }
+
+is_twin = False  # is a twin being trained? See `training_twin`.
 
 
 def show(text: str) -> None:
@@ -23,100 +38,185 @@ def show(text: str) -> None:
         print(text, flush=True)
 
 
-def print_settings(trainer, threads: str = "") -> None:
-    """Print the resolved settings before work starts; threads: why there are fewer than usual, in words."""
-    settings, dataset, network = trainer.settings, trainer.dataset, trainer.deployable.network
-    parameters = sum(p.numel() for p in network.parameters())
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    options = [(name, getattr(settings, name)) for name in model.options_of(settings.model)]
-    options = "".join(f", {name} {value}" for name, value in options if value is not None)
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in trainer.splits.items())
-    *size, channels = dataset.train_images.shape[1:]
-    kind, given = f"{channels} features", ""
-    if size:
-        kind = f"{len(dataset.classes)} classes, {size[0]}x{size[1]} {'grey' if channels == 1 else 'colour'}"
-        given = ", input {}x{}".format(*settings.image_size)
-    several = f"{trainer.processes.count} processes of " if trainer.processes.count > 1 else ""
-    machine = f"{trainer.device.type}, {several}{count_of(torch.get_num_threads(), 'thread')}"
-    epochs = f"{count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}"
-    rate, augment = f"lr {settings.lr:g} {settings.schedule}", " ".join(settings.augment) or "none"
-    show(f"dataset   {settings.dataset}: {sizes}; {kind}")
-    show(f"network   {settings.model}{options}: {parameters:,} parameters, {trained:,} trained{given}")
-    show(f"training  {epochs}, {settings.optimizer} {rate}, weight decay {settings.weight_decay:g},")
-    show(f"          label smoothing {settings.label_smoothing:g}, augment {augment}")
-    if settings.calibration in CALIBRATION:
-        show(f"calibrate {CALIBRATION[settings.calibration]} (--calibration none: not at all)")
-    show(f"machine   {machine}, {'bf16' if trainer.dtype else 'fp32'}, seed {settings.seed}")
-    if threads:
-        show(f"          ({threads})")
-    show(f"run       {trainer.run}")
-
-
-def print_header(trainer) -> None:
-    if not trainer.is_twin and trainer.progress.epoch <= trainer.settings.epochs:
-        show(f"epoch   train loss  accuracy  {trainer.watched:>8} loss  accuracy   seconds")
-
-
-def print_row(trainer) -> None:
-    """Print the last row of metrics.csv, without the rate; of long runs, every 20th part only."""
-    epoch, train_loss, train_accuracy, loss, accuracy, _, seconds = trainer.progress.rows[-1].values()
-    epochs = trainer.settings.epochs
-    if trainer.is_twin or (epochs > 50 and epoch % (epochs // 20) and epoch < epochs):
-        return
-    first, second = ("-" if value is None else f"{value:.2%}" for value in (train_accuracy, accuracy))
-    show(f"{epoch:5d}   {train_loss:10.4f}  {first:>8}  {loss:13.4f}  {second:>8}  {seconds:8.1f}")
-
-
-def progress_bar(trainer, batches):
-    """The batches of an epoch, with a bar on standard error if it is a terminal."""
-    title = f"{'twin' if trainer.is_twin else 'epoch'} {trainer.progress.epoch}/{trainer.settings.epochs}"
-    steps = {"total": trainer.steps_per_epoch, "initial": trainer.progress.steps}
-    return tqdm(batches, title, leave=False, disable=notes.silent or None, **steps)
-
-
-def print_resumed(trainer, epochs_before: int) -> None:
-    """Say where the run continues, and what a raised --epochs does. epochs_before: those it began with."""
-    epochs = trainer.settings.epochs
-    show(f"resumed   after {done(trainer.progress)} of the next")
-    if epochs_before != epochs:
-        course = f"a course of {epochs} epochs from here on, not of {epochs_before}"
-        rate = trainer.settings.lr * trainer.rate(trainer.progress.steps)
-        notes.note(f"the learning rate follows {course}; the next one is {rate:.3g}")
-
-
-def print_how_to_resume(trainer) -> None:
-    if trainer.processes.rank == 0:
-        say(f"stopped and saved after {done(trainer.progress)}; to continue:")
-        say(f"  {runs.resume_command(trainer.run)}")
-    trainer.processes.wait()  # torchrun ends all processes as soon as one has ended
-
-
-def print_result(trainer, network, summary: dict) -> None:
-    """Print the result, the figures of summary.json; of the linear regression, the coefficients first."""
-    settings, count = trainer.settings, len(trainer.splits["test"])
-    result = f"test loss {summary['test_loss']:.4g}"
-    if trainer.dataset.task == "classification":
-        result = f"test accuracy {summary['test_accuracy']:.2%}"
-        if trainer.unequal:
-            result += f", balanced {summary['balanced_accuracy']:.2%}"
-        if summary.get("test_accuracy_without_them") is not None:
-            leaked = count_of(summary["test_images_in_train"], "image")
-            result += f", {summary['test_accuracy_without_them']:.2%} without {leaked} also in train"
-        if count < FEW:
-            result += f", on only {count_of(count, 'image')}"
-    if settings.dataset == "linear" and settings.model == "linear":  # what the tensor tutorial ends with
-        learned = torch.cat([p.flatten() for p in network.parameters()]).tolist()
-        names = [f"x{i}" for i in range(1, len(learned))] + ["bias"]
-        print("          learned     true")
-        for name, ours, true in zip(names, learned, (*data.LINEAR_WEIGHTS, data.LINEAR_BIAS), strict=True):
-            print(f"{name:>6} {ours:10.4f} {true:8.4f}")
-    print(f"{trainer.run}: {result} in {summary['train_seconds']:.0f} s")
-
-
-def done(progress) -> str:
-    return f"{count_of(progress.epoch - 1, 'epoch')} and {count_of(progress.steps, 'step')}"
-
-
 def count_of(number: int, noun: str) -> str:
     """'1 epoch', '2 epochs'."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# ----------------------------------------------------------------------------------------- settings
+def print_settings(
+    settings: argparse.Namespace,
+    dataset: data.Dataset,
+    trainee: Trainee,
+    machine: Machine,
+    run_dir: str,
+    threads_reason: str,
+) -> None:
+    """Print the resolved settings before work starts.
+
+    threads_reason: why there are fewer threads than usual, if there are.
+    """
+    epochs = f"{count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}"
+    rate = f"lr {settings.lr:g} {settings.schedule}"
+    decay = f"weight decay {settings.weight_decay:g}"
+    augment = " ".join(settings.augment) or "none"
+
+    show(f"dataset   {settings.dataset}: {contents(dataset, trainee)}")
+    show(f"network   {description(settings, dataset, trainee.deployable.network)}")
+    show(f"training  {epochs}, {settings.optimizer} {rate}, {decay},")
+    show(f"          label smoothing {settings.label_smoothing:g}, augment {augment}")
+    if settings.calibration in CALIBRATION:
+        how = CALIBRATION[settings.calibration]
+        show(f"calibrate {how} (--calibration none: not at all)")
+    show(f"machine   {computer(machine)}, seed {settings.seed}")
+    if threads_reason:
+        show(f"          ({threads_reason})")
+    show(f"run       {run_dir}")
+
+
+def contents(dataset: data.Dataset, trainee: Trainee) -> str:
+    """How many images there are, and of what kind."""
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in trainee.splits.items())
+    *size, channels = dataset.train_images.shape[1:]
+    if not size:
+        return f"{sizes}; {channels} features"
+
+    height, width = size
+    colour = "grey" if channels == 1 else "colour"
+    return f"{sizes}; {len(dataset.classes)} classes, {height}x{width} {colour}"
+
+
+def description(settings: argparse.Namespace, dataset: data.Dataset, network: nn.Module) -> str:
+    """A network, its options and its size."""
+    options = ""
+    for name in model.options_of(settings.model):
+        value = getattr(settings, name)
+        if value is not None:
+            options += f", {name} {value}"
+
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    trained = sum(
+        parameter.numel() for parameter in network.parameters() if parameter.requires_grad
+    )
+    text = f"{settings.model}{options}: {parameters:,} parameters, {trained:,} trained"
+    if not dataset.has_images:
+        return text
+    height, width = settings.image_size
+    return f"{text}, input {height}x{width}"
+
+
+def computer(machine: Machine) -> str:
+    """The device, processes, threads and precision that train."""
+    several = ""
+    if machine.processes.count > 1:
+        several = f"{machine.processes.count} processes of "
+    threads = count_of(torch.get_num_threads(), "thread")
+    precision = "bf16" if machine.dtype else "fp32"
+    return f"{machine.device.type}, {several}{threads}, {precision}"
+
+
+# ------------------------------------------------------------------------------------------- epochs
+@contextlib.contextmanager
+def training_twin() -> Iterator[None]:
+    """Print no table of epochs within the block, and let the bars say what is trained."""
+    global is_twin
+    is_twin = True
+    try:
+        yield
+    finally:
+        is_twin = False
+
+
+def print_header(watched: str) -> None:
+    """Print the head of the table of epochs. watched: the split that is evaluated after each."""
+    if is_twin:
+        return
+    show(f"epoch   train loss  accuracy  {watched:>8} loss  accuracy   seconds")
+
+
+def print_row(row: dict, watched: str, epochs: int) -> None:
+    """Print a row of metrics.csv, without the rate; of long runs, every 20th part only."""
+    epoch = row["epoch"]
+    is_left_out = epochs > LONG_RUN and epoch % (epochs // ROWS) and epoch < epochs
+    if is_twin or is_left_out:
+        return
+
+    train_accuracy = share(row["train_accuracy"])
+    loss = row[f"{watched}_loss"]
+    accuracy = share(row[f"{watched}_accuracy"])
+    trained = f"{epoch:5d}   {row['train_loss']:10.4f}  {train_accuracy:>8}"
+    show(f"{trained}  {loss:13.4f}  {accuracy:>8}  {row['seconds']:8.1f}")
+
+
+def share(value: float | None) -> str:
+    """A share in percent, or a dash."""
+    return "-" if value is None else f"{value:.2%}"
+
+
+def progress_bar(batches: Iterable, progress: Progress, epochs: int, steps: int) -> tqdm:
+    """The rest of an epoch's `steps` batches, with a bar on standard error if it is a terminal."""
+    what = "twin" if is_twin else "epoch"
+    return tqdm(
+        batches,
+        f"{what} {progress.epoch}/{epochs}",
+        total=steps,
+        initial=progress.steps,
+        leave=False,
+        disable=notes.silent or None,  # None: where there is no terminal
+    )
+
+
+# ----------------------------------------------------------------------------------------- resuming
+def print_resumed(
+    progress: Progress, settings: argparse.Namespace, epochs_before: int, rate: float
+) -> None:
+    """Say where the run goes on, and what a raised --epochs does.
+
+    epochs_before: those it began with. rate: the learning rate of the next step.
+    """
+    show(f"resumed   after {done(progress)} of the next")
+    if epochs_before != settings.epochs:
+        course = f"a course of {settings.epochs} epochs from here on, not of {epochs_before}"
+        notes.note(f"the learning rate follows {course}; the next one is {rate:.3g}")
+
+
+def print_how_to_resume(progress: Progress, run_dir: str) -> None:
+    """Say that the run was stopped and saved, and what to type."""
+    say(f"stopped and saved after {done(progress)}; to continue:")
+    say(f"  {runs.resume_command(run_dir)}")
+
+
+def done(progress: Progress) -> str:
+    """How far a run has come, in words."""
+    epochs = count_of(progress.epoch - 1, "epoch")
+    steps = count_of(progress.steps, "step")
+    return f"{epochs} and {steps}"
+
+
+# ------------------------------------------------------------------------------------------- result
+def print_result(run_dir: str, dataset: data.Dataset, summary: dict, unequal: bool) -> None:
+    """Print the figures of summary.json that matter most. unequal: whether the classes are."""
+    result = f"test loss {summary['test_loss']:.4g}"
+    if dataset.has_images:
+        result = f"test accuracy {summary['test_accuracy']:.2%}"
+        if unequal:
+            result += f", balanced {summary['balanced_accuracy']:.2%}"
+        if summary.get("test_accuracy_without_them") is not None:
+            leaked = count_of(summary["test_images_in_train"], "image")
+            without = f"{summary['test_accuracy_without_them']:.2%} without {leaked}"
+            result += f", {without} also in train"
+        images = len(dataset.test_labels)
+        if images < FEW_TEST_IMAGES:
+            result += f", on only {count_of(images, 'image')}"
+    print(f"{run_dir}: {result} in {summary['train_seconds']:.0f} s")
+
+
+def print_coefficients(network: nn.Module) -> None:
+    """Print what the linear regression has learned beside the truth, as the tutorial does."""
+    learned = torch.cat([parameter.flatten() for parameter in network.parameters()]).tolist()
+    true = [*data.LINEAR_WEIGHTS, data.LINEAR_BIAS]
+    names = [f"x{number}" for number in range(1, len(learned))] + ["bias"]
+
+    print("          learned     true")
+    for name, ours, theirs in zip(names, learned, true, strict=True):
+        print(f"{name:>6} {ours:10.4f} {theirs:8.4f}")

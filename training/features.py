@@ -1,14 +1,18 @@
-"""The features of a frozen network, what its last layer is given: computed once and kept in a file.
+"""What the steps of a run train, and on what: a whole network and images, or its last layer and
+features.
 
---freeze-backbone trains the last layer on them, so that an epoch costs no more than that layer; --pretrained
-alone fits the new head to them before it trains the whole network.
+The features of a frozen network, what its last layer is given, are computed once and kept in a
+file. --freeze-backbone trains the last layer on them, so that an epoch costs no more than that
+layer; --pretrained alone fits the new head to them before it trains the whole network.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,146 +24,332 @@ import data
 import model
 from data import notes
 from data.cache import directory_for
-from data.split import MOST_PIXELS, Split
+from data.split import Split, evaluation_batch_size
 from inference.errors import problems
 from inference.files import replacing
 from training.weights import head_keys
 
-HEAD_STEPS, HEAD_DECAY = 100, 1e-2  # of fitting a head: steps of L-BFGS, and the L2 penalty
+HEAD_STEPS = 100  # of L-BFGS, to fit a head
+HEAD_DECAY = 1e-2  # its L2 penalty
+LEAST_DEVIATION = 1e-4  # of features that say something
+
+
+# ---------------------------------------------------------------------------------- what is trained
+class Description(NamedTuple):
+    """A network's logits [n, classes] and statistics [n, d] of images, and their labels [n], on the
+    CPU.
+
+    statistics: see `model.run_with_statistics`.
+    """
+
+    logits: torch.Tensor
+    statistics: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class WholeNetwork:
+    """All of a network, which is trained on images, or on the features of a regression.
+
+    deployable: the network with its preprocessing, on the device that trains. splits: of images, by
+    name. classes: how many, 1 for a regression.
+    """
+
+    deployable: model.Deployable
+    splits: dict[str, Split]
+    classes: int
+
+    @property
+    def network(self) -> nn.Module:
+        """What gives the logits of a normalised batch."""
+        return self.deployable.network
+
+    def normalise(self, batch: torch.Tensor) -> torch.Tensor:
+        """A batch of a split as the network takes it."""
+        return self.deployable.normalise(batch)
+
+    def with_network(
+        self, deployable: model.Deployable, splits: dict[str, Split]
+    ) -> "WholeNetwork":
+        """The same for another network like this one, and for parts of these splits."""
+        return replace(self, deployable=deployable, splits=splits)
+
+    @torch.inference_mode()
+    def describe(self, split: Split, layers: tuple[str, ...]) -> Description:
+        """Run the network in eval mode over a split; the statistics are taken after `layers`."""
+        network = self.deployable.network.eval()
+        logits = []
+        statistics = []
+        labels = []
+        for images, targets in split.in_order():
+            normalised = self.deployable.normalise(images)
+            outputs, found = model.run_with_statistics(network, normalised, layers)
+            logits.append(outputs.float().cpu())
+            statistics.append(found.float().cpu())
+            labels.append(targets.cpu())
+        return Description(torch.cat(logits), torch.cat(statistics), torch.cat(labels))
 
 
 @dataclass(kw_only=True)
 class FeatureSplit(Split):
-    """A Split of features, float32 [N, d], that `images_split` has at the layer `head` of a network.
+    """A Split whose `images` are features, float32 [N, d].
 
-    statistics: float32 [N, s], see model.py.
+    statistics: of the same images, float32 [N, s].
     """
 
-    images_split: Split
-    head: str
     statistics: torch.Tensor
 
 
-def parts(deployable: model.Deployable, split: Split) -> tuple:
-    """The network, and the preprocessing before it, that give the logits of what a split holds."""
-    if isinstance(split, FeatureSplit):
-        return deployable.network.get_submodule(split.head), nn.Identity()
-    return deployable.network, deployable.normalise
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer of a frozen network, which is trained on features.
 
-
-def prepare(splits: dict[str, Split], deployable, settings, fresh: bool) -> dict[str, Split]:
-    """What to train on: the features of the splits for --freeze-backbone, else the splits.
-
-    fresh: the weights are those of --pretrained; the head is fitted to their features, unless it came with
-    them. Raises Problem if the features cannot be kept.
+    deployable: the whole network. splits: of features, by name. head: the name of the layer.
     """
-    if not settings.pretrained or splits["train"].labels.is_floating_point():
-        return splits
-    if settings.freeze_backbone:
-        return featured(splits, deployable, settings)
-    if fresh:
-        fit_head(deployable, featured({"train": splits["train"]}, deployable, settings)["train"])
-    return splits
+
+    deployable: model.Deployable
+    splits: dict[str, FeatureSplit]
+    classes: int
+    head: str
+
+    @property
+    def network(self) -> nn.Module:
+        """What gives the logits of a batch."""
+        return self.deployable.network.get_submodule(self.head)
+
+    def normalise(self, batch: torch.Tensor) -> torch.Tensor:
+        """A batch of a split as the layer takes it: unchanged."""
+        return batch
+
+    def with_network(
+        self, deployable: model.Deployable, splits: dict[str, FeatureSplit]
+    ) -> "LastLayer":
+        """The same for another network with these frozen layers, and for parts of these splits."""
+        return replace(self, deployable=deployable, splits=splits)
+
+    @torch.inference_mode()
+    def describe(self, split: FeatureSplit, layers: tuple[str, ...]) -> Description:
+        """Run the layer over a split; the statistics were computed with the features."""
+        self.deployable.network.eval()
+        rows = split.members.to(split.images.device)
+        logits = self.network(split.images[rows])
+        statistics = split.statistics[rows]
+        return Description(logits.cpu(), statistics.cpu(), split.labels[rows].cpu())
 
 
-def featured(splits: dict[str, Split], deployable, settings) -> dict[str, Split]:
-    """The splits with features in the place of images; unchanged if they have them, or if the network does
-    not end in its head."""
-    if isinstance(splits["train"], FeatureSplit):
-        return splits
-    some, tables, found = splits["train"].images[:2], {}, {}
+Trainee = WholeNetwork | LastLayer
+
+
+def choose_trainee(
+    splits: dict[str, Split],
+    deployable: model.Deployable,
+    settings: argparse.Namespace,
+    classes: int,
+) -> Trainee:
+    """What to train: for --freeze-backbone the last layer, if the network ends in one, else all of
+    it.
+
+    Raises Problem if the features cannot be kept.
+    """
+    whole = WholeNetwork(deployable=deployable, splits=splits, classes=classes)
+    if not settings.freeze_backbone or is_regression(splits["train"]):
+        return whole
+    return last_layer_of(whole, list(splits), settings) or whole
+
+
+def start_head(trainee: Trainee, settings: argparse.Namespace) -> None:
+    """Fit the head of a pretrained network that will be trained whole, before its first step.
+
+    Raises Problem if the features cannot be kept.
+    """
+    if not settings.pretrained or settings.freeze_backbone:
+        return
+    if is_regression(trainee.splits["train"]):
+        return
+    last_layer = last_layer_of(trainee, ["train"], settings)
+    if last_layer:
+        fit_head(last_layer)
+
+
+def is_regression(split: Split) -> bool:
+    return split.labels.is_floating_point()
+
+
+# ----------------------------------------------------------------------------------------- features
+@dataclass(frozen=True)
+class Extractor:
+    """Computes the features of a network, and the statistics of the same images.
+
+    head: the name of the layer that is given the features. layers: see `model.middle_layers`.
+    """
+
+    deployable: model.Deployable
+    head: str
+    layers: tuple[str, ...]
+
+    @torch.inference_mode()
+    def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features [batch, d], logits and statistics of uint8 images of the network's own size."""
+        network = self.deployable.network.eval()
+        given = []
+        layer = network.get_submodule(self.head)
+        with layer.register_forward_pre_hook(lambda layer, inputs: given.extend(inputs)):
+            normalised = self.deployable.normalise(images.to(self.deployable.mean.device))
+            logits, statistics = model.run_with_statistics(network, normalised, self.layers)
+        return given[-1], logits, statistics
+
+    def fingerprint(self, images: torch.Tensor) -> str:
+        """A short hash of all that the features of these images depend on."""
+        size = tuple(self.deployable.image_size)
+        mean = self.deployable.mean.tolist()
+        std = self.deployable.std.tolist()
+        hasher = hashlib.sha256(repr((size, self.head, self.layers, mean, std)).encode())
+
+        for name, tensor in self.deployable.network.state_dict().items():
+            if not name.startswith(f"{self.head}."):
+                hasher.update(tensor.cpu().contiguous().numpy())
+        hasher.update(images.cpu().numpy())
+        return hasher.hexdigest()[:16]
+
+
+def last_layer_of(
+    whole: WholeNetwork, names: list[str], settings: argparse.Namespace
+) -> LastLayer | None:
+    """The last layer of a network and the features of these splits; None if it does not end in its
+    head.
+
+    Raises Problem if the features cannot be kept.
+    """
+    deployable = whole.deployable
     head = head_keys(deployable.network)[0].rpartition(".")[0]
-    layers = model.middle_layers(deployable.network, deployable.mean.numel(), deployable.image_size)
-    given, logits, _ = run(deployable, head, layers, some)
+    channels = deployable.mean.numel()
+    layers = model.middle_layers(deployable.network, channels, deployable.image_size)
+    extractor = Extractor(deployable=deployable, head=head, layers=layers)
+
     layer = deployable.network.get_submodule(head)
+    if not ends_in(layer, extractor, whole.splits["train"].images[:2]):
+        return None
+
+    splits = {}
+    tables = {}
+    for name in names:
+        split = whole.splits[name]
+        images = id(split.images)  # parts of one split share their images
+        if images not in tables:
+            tables[images] = cached_features(extractor, split.images, settings)
+        splits[name] = feature_split(split, tables[images], layer.in_features)
+    return LastLayer(deployable=deployable, splits=splits, classes=whole.classes, head=head)
+
+
+def ends_in(layer: nn.Module, extractor: Extractor, images: torch.Tensor) -> bool:
+    """Are the network's logits what this linear layer makes of its features?
+
+    Tried on a few images.
+    """
+    features, logits, _ = extractor.extract(images)
     with torch.inference_mode():
-        if not isinstance(layer, nn.Linear) or not torch.equal(layer(given), logits):
-            return splits
-    for name, split in splits.items():
-        if id(split.images) not in tables:  # parts of one split share their images
-            tables[id(split.images)] = load(deployable, head, layers, split.images, settings)
-        table = tables[id(split.images)]
-        plain, statistics = torch.from_numpy(table).to(some.device).tensor_split([layer.in_features], 1)
-        fields = {**vars(split), "images": plain, "source": table}
-        found[name] = FeatureSplit(**fields, images_split=split, head=head, statistics=statistics)
-    return found
+        return isinstance(layer, nn.Linear) and torch.equal(layer(features), logits)
 
 
-@torch.inference_mode()
-def run(deployable, head: str, layers: tuple, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `head` is given [batch, d], logits and statistics of uint8 images of the network's own size."""
-    given, network = [], deployable.network.eval()
-    layer = network.get_submodule(head)
-    with layer.register_forward_pre_hook(lambda layer, inputs: given.extend(inputs)):
-        images = deployable.normalise(images.to(deployable.mean.device))
-        logits, statistics = model.run_with_statistics(network, images, layers)
-    return given[-1], logits, statistics
+def feature_split(split: Split, table: np.ndarray, size: int) -> FeatureSplit:
+    """A split with features in the place of its images.
+
+    table: see `cached_features`; its first `size` columns are features.
+    """
+    on_device = torch.from_numpy(table).to(split.images.device)
+    return FeatureSplit(
+        images=on_device[:, :size],
+        labels=split.labels,
+        members=split.members,
+        source=table,
+        same=split.same,
+        statistics=on_device[:, size:],
+    )
 
 
-def load(deployable, head, layers, images: torch.Tensor, settings) -> np.ndarray:
-    """A map [N, d + s]: the features and the statistics of images [N, H, W, C]."""
+def cached_features(
+    extractor: Extractor, images: torch.Tensor, settings: argparse.Namespace
+) -> np.ndarray:
+    """A map [N, d + s]: the features and the statistics of images [N, H, W, C]. Raises Problem."""
     directory = directory_for(settings.data_dir or data.HERE, settings.cache_dir)
-    what = tuple(settings.image_size), head, layers
-    hasher = hashlib.sha256(repr((*what, deployable.mean.tolist(), deployable.std.tolist())).encode())
-    for name, tensor in deployable.network.state_dict().items():
-        if not name.startswith(f"{head}."):
-            hasher.update(tensor.cpu().contiguous().numpy())
-    hasher.update(images.cpu().numpy())
-    path = os.path.join(directory, f"features-{settings.model}-{hasher.hexdigest()[:16]}.npy")
+    name = f"features-{settings.model}-{extractor.fingerprint(images)}.npy"
+    path = os.path.join(directory, name)
+
     with problems(f"cannot keep features in {directory} (--cache-dir takes another)", OSError):
         os.makedirs(directory, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: not whole, and made again
+        # A ValueError is a file that is not whole, and made again.
+        with contextlib.suppress(FileNotFoundError, ValueError):
             return np.load(path, mmap_mode="c")
-        compute(path, deployable, head, layers, images)
+        write_features(path, extractor, images)
         return np.load(path, mmap_mode="c")
 
 
-def compute(path: str, deployable, head, layers, images) -> None:
-    """Write what `load` returns. Raises OSError."""
-    started, size = time.perf_counter(), max(1, min(125, MOST_PIXELS // images[0, ..., 0].numel()))
-    bar = tqdm(images.split(size), "features", leave=False, disable=notes.silent or None)
+def write_features(path: str, extractor: Extractor, images: torch.Tensor) -> None:
+    """Write what `cached_features` returns. Raises OSError."""
+    started = time.perf_counter()
+    batches = images.split(evaluation_batch_size(images))
+
     with replacing(path) as file:
-        for number, part in enumerate(bar):
-            features, _, statistics = run(deployable, head, layers, part)
-            content = torch.cat([features, statistics], 1).cpu().numpy()
+        bar = tqdm(batches, "features", leave=False, disable=notes.silent or None)
+        for number, batch in enumerate(bar):
+            features, _, statistics = extractor.extract(batch)
+            rows = torch.cat([features, statistics], 1).cpu().numpy()
             if number == 0:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), content.shape[1])}
+                shape = (len(images), rows.shape[1])
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-            file.write(content)
+            file.write(rows)
+
     seconds = time.perf_counter() - started
-    notes.note(f"computed the features of {len(images):,} images in {seconds:.1f} s, kept for later runs")
+    computed = f"computed the features of {len(images):,} images in {seconds:.1f} s"
+    notes.note(f"{computed}, kept for later runs")
 
 
-def fit_head(deployable: model.Deployable, split: Split) -> None:
-    """Fit the head to a split's features: logistic regression on standardised ones, by L-BFGS.
+# ----------------------------------------------------------------------------- a head to start with
+def fit_head(last_layer: LastLayer) -> None:
+    """Fit the head to the features of the training split: logistic regression by L-BFGS.
 
-    A head that came with the weights, and fits better, stays.
+    The features are standardised, so that one penalty suits them all. A head that came with the
+    weights, and fits better, stays.
     """
-    if not isinstance(split, FeatureSplit):
-        return
-    features, labels = split.images[split.members.to(split.images.device)], split.labels[split.members]
-    layer = deployable.network.get_submodule(split.head)
+    split = last_layer.splits["train"]
+    features = split.images[split.members.to(split.images.device)]  # [n, d]
+    labels = split.labels[split.members]
+    layer = last_layer.network
+
     deviation, mean = torch.std_mean(features, 0)
-    if deviation.max() < 1e-4:  # such features say nothing, and weights for them would be huge
-        return
+    if deviation.max() < LEAST_DEVIATION:
+        return  # such features say nothing, and weights for them would be huge
     deviation = deviation.clamp(min=1e-3 * deviation.max())
-    mean = mean if layer.bias is not None else torch.zeros_like(mean)
-    fitted = nn.Linear(*layer.weight.T.shape, layer.bias is not None, device=features.device)
-    for parameter in fitted.parameters():
-        nn.init.zeros_(parameter)
-    scaled = (features - mean) / deviation
-    optimizer = torch.optim.LBFGS(fitted.parameters(), max_iter=HEAD_STEPS, line_search_fn="strong_wolfe")
+    if layer.bias is None:
+        mean = torch.zeros_like(mean)  # without a bias, nothing could make up for a shift
 
-    def loss():
-        optimizer.zero_grad()
-        error = F.cross_entropy(fitted(scaled), labels) + HEAD_DECAY * fitted.weight.square().sum()
-        error.backward()
-        return error
-
-    optimizer.step(loss)
+    fitted = fit_linear((features - mean) / deviation, labels, layer)
     with torch.no_grad():
+        # The layer is given features that are not standardised.
         fitted.weight.div_(deviation)
         if fitted.bias is not None:
             fitted.bias.sub_(fitted.weight @ mean)
         if F.cross_entropy(fitted(features), labels) < F.cross_entropy(layer(features), labels):
             layer.load_state_dict(fitted.state_dict())
+
+
+def fit_linear(features: torch.Tensor, labels: torch.Tensor, like: nn.Linear) -> nn.Linear:
+    """A linear layer of the shape of `like`, fitted to features [n, d] and labels [n] by L-BFGS."""
+    has_bias = like.bias is not None
+    fitted = nn.Linear(like.in_features, like.out_features, has_bias, device=features.device)
+    for parameter in fitted.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(
+        fitted.parameters(), max_iter=HEAD_STEPS, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        penalty = HEAD_DECAY * fitted.weight.square().sum()
+        error = F.cross_entropy(fitted(features), labels) + penalty
+        error.backward()
+        return error
+
+    optimizer.step(loss)
+    return fitted

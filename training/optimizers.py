@@ -1,9 +1,10 @@
-"""The optimizers, what each does to which parameters, and the learning rate as a function of the step."""
+"""The optimizers, what each does to which parameters, and the learning rate of each step."""
 
 import argparse
 import math
 
 import torch
+from torch import nn
 
 from training import cpu
 from training.weights import head_keys
@@ -12,22 +13,38 @@ WARM_UP = 0.3  # the part of onecycle's steps in which the rate rises
 FIRST_OF_ONECYCLE = 1 / 25  # of the highest rate
 
 
+# -------------------------------------------------------------------------------- the learning rate
 def rate(schedule: str, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0, as a part of the highest rate; `steps` is the end.
+    """The learning rate of a step, counted from 0 of `steps`, as a part of the highest rate.
 
-    constant: 1; linear: from 1 to 0; cosine: from 1 to 0 along half a cosine; onecycle (Smith and Topin
-    2018): from 1/25 up to 1 in the first 30 % of the steps and down to 0, both along half a cosine.
+    constant: 1. linear: from 1 to 0. cosine: from 1 to 0 along half a cosine. onecycle (Smith and
+    Topin 2018): from 1/25 up to 1 in the first 30 % of the steps and down to 0, both along half a
+    cosine.
     """
     done = step / steps
-    if schedule in ("constant", "linear"):
-        return 1.0 if schedule == "constant" else 1 - done
-    if schedule not in ("cosine", "onecycle"):
-        raise ValueError(f"unknown schedule {schedule!r}")
-    start = WARM_UP if schedule == "onecycle" else 0
-    if done < start:
-        rise = (1 - math.cos(math.pi * done / WARM_UP)) / 2
-        return FIRST_OF_ONECYCLE + (1 - FIRST_OF_ONECYCLE) * rise
-    return (1 + math.cos(math.pi * (done - start) / (1 - start))) / 2
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1 - done
+    if schedule == "cosine":
+        return half_cosine(done, 1)
+    if schedule == "onecycle":
+        if done < WARM_UP:
+            rise = (1 - math.cos(math.pi * done / WARM_UP)) / 2
+            return FIRST_OF_ONECYCLE + (1 - FIRST_OF_ONECYCLE) * rise
+        return half_cosine(done - WARM_UP, 1 - WARM_UP)
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+def rate_at(settings: argparse.Namespace, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The rate of a step of an epoch, counted from 0 and 1. settings: schedule and epochs."""
+    done = (epoch - 1) * steps_per_epoch + min(step, steps_per_epoch)
+    return rate(settings.schedule, done, settings.epochs * steps_per_epoch)
+
+
+def half_cosine(done: float, whole: float) -> float:
+    """From 1 at done = 0 to 0 at done = whole."""
+    return (1 + math.cos(math.pi * done / whole)) / 2
 
 
 def set_rate(optimizer: torch.optim.Optimizer, part: float) -> None:
@@ -36,59 +53,109 @@ def set_rate(optimizer: torch.optim.Optimizer, part: float) -> None:
         group["lr"] = part * group["highest_lr"]
 
 
-def freeze_backbone(network: torch.nn.Module) -> None:
+# ----------------------------------------------------------------------------- which parameters how
+def freeze_backbone(network: nn.Module) -> None:
+    """Let only the last layer be trained."""
     head = head_keys(network)
     for key, parameter in network.named_parameters():
         parameter.requires_grad = key in head
 
 
-def make_optimizer(network: torch.nn.Module, settings: argparse.Namespace) -> torch.optim.Optimizer:
+def train_mode(network: nn.Module) -> None:
+    """Training mode, but eval mode for layers that are frozen, such as a backbone's batch norm."""
+    network.train()
+    for module in network.modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def make_optimizer(network: nn.Module, settings: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimizer that the settings name, over the parameters that are not frozen.
 
-    Weight decay acts on the weights of layers, not on biases and norms, whatever the optimizer. On the
-    filters whose norm Muon holds it would have no effect.
+    settings: optimizer, lr, momentum, weight_decay. Weight decay acts on the weights of layers, not
+    on biases and norms, whatever the optimizer. On the filters whose norm Muon holds it would have
+    no effect.
     """
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    weights, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    if settings.optimizer == "muon":
-        # Orthogonal steps for all weights but those of the first and the last layer; the rest goes to SGD.
-        named = dict(network.named_parameters())
-        first = next(p for p in named.values() if p.ndim > 1)
-        ends = {id(p) for p in (first, *(named[key] for key in head_keys(network) if key in named))}
-        inner = {"params": [p for p in weights if id(p) not in ends], "orthogonal": True}
-        groups[:1] = [inner, {"params": [p for p in weights if id(p) in ends]}]
-        # From 0.2 to 5 times the filters' rate was worth half a point on CIFAR-10.
-        groups[-1]["lr"] = 4 * settings.lr
-    usual = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    groups = [{**usual, **group} for group in groups if group["params"]]
-    for group in groups:
-        group["highest_lr"] = group["lr"]
+    groups = parameter_groups(network, settings)
     if settings.optimizer == "muon":
         return Muon(groups, settings.momentum)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.momentum > 0)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer](groups, fused=True)
+        momentum = settings.momentum
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0)
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, fused=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    raise ValueError(f"unknown optimizer {settings.optimizer!r}")
 
 
+def parameter_groups(network: nn.Module, settings: argparse.Namespace) -> list[dict]:
+    """The parameters that are trained, in groups of one rate and one weight decay."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    weights = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
+
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    if settings.optimizer == "muon":
+        # Orthogonal steps for all weights but those of the first and the last layer; the rest goes
+        # to SGD.
+        ends = ids_of_first_and_last_layer(network)
+        inner = [parameter for parameter in weights if id(parameter) not in ends]
+        outer = [parameter for parameter in weights if id(parameter) in ends]
+        groups[:1] = [{"params": inner, "orthogonal": True}, {"params": outer}]
+        # From 0.2 to 5 times the filters' rate was worth half a point on CIFAR-10.
+        groups[-1]["lr"] = 4 * settings.lr
+
+    filled = []
+    for group in groups:
+        if group["params"]:
+            group = {"lr": settings.lr, "weight_decay": settings.weight_decay, **group}
+            group["highest_lr"] = group["lr"]  # set_rate takes its part of this
+            filled.append(group)
+    return filled
+
+
+def ids_of_first_and_last_layer(network: nn.Module) -> set[int]:
+    """The ids of the first weight of a network, and of the parameters of its last layer."""
+    named = dict(network.named_parameters())
+    first = next(parameter for parameter in named.values() if parameter.ndim > 1)
+    ids = {id(first)}
+    for key in head_keys(network):
+        if key in named:  # a buffer of the norm is no parameter
+            ids.add(id(named[key]))
+    return ids
+
+
+# --------------------------------------------------------------------------------------------- Muon
 class Muon(torch.optim.SGD):
-    """Muon (Jordan et al. 2024) for filters of convolutions, too, which torch.optim.Muon does not take.
+    """Muon (Jordan et al. 2024), also for filters of convolutions, which torch.optim.Muon does not
+    take.
 
-    In the groups marked `orthogonal` the step is the momentum, seen as a matrix [out, rest], with all its
-    singular values brought near 1; filters are also held at norm sqrt(out), which the batch norm behind them
-    leaves free. The other groups are torch's SGD with Nesterov momentum, of Jordan's 0.85.
+    In the groups marked `orthogonal` the step is the momentum, seen as a matrix [out, rest], with
+    all its singular values brought near 1; filters are also held at norm sqrt(out), which the batch
+    norm behind them leaves free. The other groups are torch's SGD with Nesterov momentum, of
+    Jordan's 0.85.
     """
 
     SGD_MOMENTUM = 0.85
 
     def __init__(self, groups: list[dict], momentum: float):
         plain = {"orthogonal": False, "momentum": self.SGD_MOMENTUM, "nesterov": True}
-        special = {"momentum": 0, "nesterov": False, "muon_momentum": momentum}  # applied before SGD's step
-        super().__init__([{**group, **(special if group.get("orthogonal") else plain)} for group in groups])
+        # Muon's momentum is applied before SGD's step, which then adds none of its own.
+        special = {"momentum": 0, "nesterov": False, "muon_momentum": momentum}
+
+        complete = []
+        for group in groups:
+            added = special if group.get("orthogonal") else plain
+            complete.append({**group, **added})
+        super().__init__(complete)
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in filter(lambda group: group["orthogonal"], self.param_groups):
+        for group in self.param_groups:
+            if not group["orthogonal"]:
+                continue
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.orthogonalise(parameter, group["muon_momentum"])
@@ -99,20 +166,28 @@ class Muon(torch.optim.SGD):
         state = self.state[parameter]
         if "past" not in state:
             state["past"] = torch.zeros_like(parameter.grad)
+
         past = state["past"].mul_(momentum).add_(parameter.grad)
         update = parameter.grad.add_(past, alpha=momentum)  # Nesterov's
-        parameter.grad = orthogonal(update.flatten(1)).view_as(parameter).to(parameter.dtype)
+        matrix = update.flatten(1)  # [out, rest]
+        parameter.grad = orthogonal(matrix).view_as(parameter).to(parameter.dtype)
+
         if parameter.ndim == 4:
             parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 3) -> torch.Tensor:
-    """A matrix [m, n] with its singular values brought near 1, by Newton-Schulz steps of Jordan's quintic."""
+    """A matrix [m, n] with its singular values brought near 1, by Newton-Schulz steps.
+
+    The polynomial of degree five is Jordan's.
+    """
     x = matrix.bfloat16() if cpu.supports_bf16() else matrix.float()
     x = x / (x.norm() + 1e-7)
-    wide = x if len(x) <= x.shape[1] else x.T
+
+    is_tall = len(x) > x.shape[1]
+    wide = x.T if is_tall else x  # the smaller Gram matrix is the cheaper one
     for _ in range(steps):
         gram = wide @ wide.T
         polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         wide = torch.addmm(wide, polynomial, wide, beta=3.4445)
-    return wide if len(x) <= x.shape[1] else wide.T
+    return wide.T if is_tall else wide

@@ -1,8 +1,9 @@
-"""What the command line leaves open: the defaults of networks, datasets and optimizers, and what the images
-decide.
+"""What the command line leaves open: the defaults of networks, datasets and optimizers, and what
+the images decide.
 
-`resolve` needs the command line only, `fit_to_images` the dataset as well; both return new settings. This
-module needs no torch, so that step1 can answer a wrong command line at once.
+`resolve` needs the command line only, `adapt_to_images` the dataset as well, `resolve_resumed` the
+arguments of the run to resume; each returns new settings. This module needs no torch, so that step1
+can answer a wrong command line at once.
 """
 
 import argparse
@@ -28,11 +29,23 @@ RECIPES = {
     "mlp": {"optimizer": "adam", "batch_size": 32},
     "mynet": {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
     "resblock": {"lr": 0.5, "batch_size": 512},
-    "linear": {"epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0, "schedule": "constant"},
+    "linear": {
+        "epochs": 300,
+        "batch_size": 100_000,
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+    },
     "airbench": {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2},
     "tiny": {"epochs": 40, "optimizer": "muon", "batch_size": 250},
     "tiny digits": {"epochs": 20, "batch_size": 64, "lr": 0.08},
-    "airbench digits": {"width": 0.25, "epochs": 20, "batch_size": 64, "lr": 0.08, "label_smoothing": 0.0},
+    "airbench digits": {
+        "width": 0.25,
+        "epochs": 20,
+        "batch_size": 64,
+        "lr": 0.08,
+        "label_smoothing": 0.0,
+    },
     "airbench mnist": {"width": 0.25, "batch_size": 500, "label_smoothing": 0.1},
     "airbench fashion-mnist": {"width": 0.5},
     "airbench kmnist": {"width": 0.5},
@@ -41,59 +54,143 @@ RECIPES = {
     "resblock digits": {"epochs": 50, "batch_size": 64, "lr": 0.1},
     "pretrained": {"batch_size": 64, "lr": 0.01, "weight_decay": 1e-4, "schedule": "onecycle"},
 }
-# What the calibration looks at, see training/calibration.py. A twin serves training splits of fewer than MANY
-# images, and none those of fewer than FEW_TO_CALIBRATE.
+
+# Which images calibrate the probabilities, see training/calibration.py.
 CALIBRATIONS = ("validation", "held-out", "twin", "none")
-MANY, FEW_TO_CALIBRATE = 20_000, 200
-# Photos fewer than MANY, with a side of PHOTO pixels or more, had better start from the weights of START.
-PHOTO, START = 64, "mobilenet_v3_small"
-# What training changes by default besides flips and shifts, for networks that hold for a camera's pictures.
-# The tutorials' networks have none of it, as in the tutorials, and because a step would take longer.
+MANY = 20_000  # training images; fewer lose most by holding some out, and get a twin instead
+FEW_TO_CALIBRATE = 200  # training images; fewer are not calibrated by default
+
+# Photos fewer than MANY, with a side of PHOTO pixels or more, had better start from the weights of
+# START.
+PHOTO = 64
+START = "mobilenet_v3_small"
+
+# What training changes by default besides flips and shifts, for networks that hold for a camera's
+# pictures. The tutorials' networks have none of it, as in the tutorials, and because a step would
+# take longer.
 CAMERA = ("blur", "color", "noise")
 TUTORIALS = ("linear", "mlp", "mynet", "resblock")
+
+SMALLEST_BATCH = 16  # that a large batch is halved down to
+STEPS_PER_EPOCH = 16  # at least, where few images allow it
+IMAGES_SEEN = 200_000  # by default of your own images, over all epochs: few images want more passes
+
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
-MAY_CHANGE = "epochs device threads checkpoint_every quiet data_dir cache_dir image_root".split()
+MAY_CHANGE = (
+    "epochs",
+    "device",
+    "threads",
+    "checkpoint_every",
+    "quiet",
+    "data_dir",
+    "cache_dir",
+    "image_root",
+)
 OWN_IMAGES = ("folder", "csv")
-RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)  # Windows' devices
-NEEDS_VALIDATION = "a validation split: give --val-fraction as well"
-OF_CSV = ("test_csv", "image_root", "image_column", "label_column")
-OF_IMAGES, OF_CLASSES = ("image_size", "fit"), ("class_weights", "label_smoothing", "calibration")
-# Options that have an effect under a condition only: what they belong to in words, and the condition.
-BELONGS_TO = {
-    "data_dir": ("datasets other than digits and linear", lambda s: s.dataset not in ("digits", "linear")),
-    "strict": ("--dataset folder or csv", lambda s: s.dataset in OWN_IMAGES),
-    "cache_dir": ("your own images and --pretrained", lambda s: s.pretrained or s.dataset in OWN_IMAGES),
-    **dict.fromkeys(OF_CSV, ("--dataset csv", lambda s: s.dataset == "csv")),
-    **dict.fromkeys(OF_IMAGES, ("images, and linear has features", lambda s: s.dataset != "linear")),
-    **dict.fromkeys(OF_CLASSES, ("classes, and linear is a regression", lambda s: s.dataset != "linear")),
-    "patience": (NEEDS_VALIDATION, lambda s: s.val_fraction or s.dataset in OWN_IMAGES),
-    "augment": (
-        "images, not linear's features, and to networks trained whole",
-        lambda s: s.dataset != "linear" and not s.freeze_backbone,
-    ),
-    "momentum": ("--optimizer sgd or muon", lambda s: s.optimizer in ("sgd", "muon")),
-    "freeze_backbone": ("--pretrained: it trains the last layer only", lambda s: bool(s.pretrained)),
+# The names of Windows' devices.
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)
+
+
+# --------------------------------------------------------------------------- options without effect
+def reads_data(settings: argparse.Namespace) -> bool:
+    return settings.dataset not in ("digits", "linear")
+
+
+def has_images(settings: argparse.Namespace) -> bool:
+    return settings.dataset != "linear"
+
+
+def has_own_images(settings: argparse.Namespace) -> bool:
+    return settings.dataset in OWN_IMAGES
+
+
+def reads_csv(settings: argparse.Namespace) -> bool:
+    return settings.dataset == "csv"
+
+
+def writes_cache(settings: argparse.Namespace) -> bool:
+    return bool(settings.pretrained) or has_own_images(settings)
+
+
+def may_validate(settings: argparse.Namespace) -> bool:
+    return bool(settings.val_fraction) or has_own_images(settings)
+
+
+def augments(settings: argparse.Namespace) -> bool:
+    return has_images(settings) and not settings.freeze_backbone
+
+
+def has_momentum(settings: argparse.Namespace) -> bool:
+    return settings.optimizer in ("sgd", "muon")
+
+
+def is_pretrained(settings: argparse.Namespace) -> bool:
+    return bool(settings.pretrained)
+
+
+# Options that have an effect under a condition only: what they apply to in words, and the
+# condition.
+APPLIES_TO = {
+    "data_dir": ("datasets other than digits and linear", reads_data),
+    "strict": ("--dataset folder or csv", has_own_images),
+    "cache_dir": ("your own images and --pretrained", writes_cache),
+    "test_csv": ("--dataset csv", reads_csv),
+    "image_root": ("--dataset csv", reads_csv),
+    "image_column": ("--dataset csv", reads_csv),
+    "label_column": ("--dataset csv", reads_csv),
+    "image_size": ("images, and linear has features", has_images),
+    "fit": ("images, and linear has features", has_images),
+    "class_weights": ("classes, and linear is a regression", has_images),
+    "label_smoothing": ("classes, and linear is a regression", has_images),
+    "calibration": ("classes, and linear is a regression", has_images),
+    "patience": ("runs with a validation split: add --val-fraction", may_validate),
+    "augment": ("images, not linear's features, and to networks trained whole", augments),
+    "momentum": ("--optimizer sgd or muon", has_momentum),
+    "freeze_backbone": ("--pretrained: it trains the last layer only", is_pretrained),
 }
 
 
+def refuse_without_effect(settings: argparse.Namespace, given: dict) -> None:
+    """Raise Problem for an option that was given and would do nothing."""
+    for name, (what, has_effect) in APPLIES_TO.items():
+        is_given = given.get(name) not in (None, False, ["none"])
+        if is_given and not has_effect(settings):
+            raise Problem(f"{option_of(name)} only applies to {what}", 2)
+
+
+def option_of(name: str) -> str:
+    """An option as it is typed, by the name of its value."""
+    return f"--{name.replace('_', '-')}"
+
+
+# ---------------------------------------------------------------------------- from the command line
 def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     """The settings of a run from its command line, all that the images do not decide filled in.
 
-    given: the arguments that the user typed. Raises Problem for an option that would have no effect.
+    given: the options given explicitly, by name. Raises Problem for an option that would have no
+    effect.
     """
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     dataset = args.dataset
     if args.data_dir and "dataset" not in given:
         dataset = data.guess(args.data_dir) or dataset
-    network = args.model or ("linear" if dataset == "linear" else "airbench")
+
+    network = args.model
+    if network is None:
+        network = "linear" if dataset == "linear" else "airbench"
     if dataset == "linear" and network not in ("linear", "mlp"):
         raise Problem(f"--dataset {dataset} has features, not images: --model linear or mlp", 2)
-    settings |= {"dataset": dataset, "model": network}
-    settings["fit"] = args.fit or ("crop" if dataset in OWN_IMAGES else "stretch")
+
+    fit = args.fit
+    if fit is None:
+        fit = "crop" if dataset in OWN_IMAGES else "stretch"
+
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= {"dataset": dataset, "model": network, "fit": fit}
     for name, value in recipe(network, dataset, bool(args.pretrained), args.optimizer).items():
         if settings[name] is None:
             settings[name] = value
+
     settings = argparse.Namespace(**settings)
     refuse_without_effect(settings, given)
     if settings.name is not None:
@@ -104,7 +201,8 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
 def check_name(name: str) -> None:
     """Raise Problem for a name of a run that some file system refuses."""
     if not re.fullmatch(r"\w([\w.-]*\w)?", name):
-        raise Problem(f"--name {name!r} is not a plain name of letters, digits, '.', '_' and '-'", 2)
+        reason = "is not a plain name of letters, digits, '.', '_' and '-'"
+        raise Problem(f"--name {name!r} {reason}", 2)
     if RESERVED.match(name):
         raise Problem(f"--name {name!r} is reserved by Windows for a device: choose another", 2)
 
@@ -112,59 +210,55 @@ def check_name(name: str) -> None:
 def recipe(network: str, dataset: str, pretrained: bool, optimizer: str | None = None) -> dict:
     """The defaults for a network on a dataset, by the name of the option.
 
-    Each of RECIPES that applies overrides those before it. optimizer: the one asked for; another than the
-    recipe's brings its own rate, momentum, decay and schedule.
+    Each of RECIPES that applies overrides those before it. optimizer: the one asked for, if any;
+    another than the recipe's brings its own rate, momentum, decay and schedule.
     """
-    kind, chosen = network if network in RECIPES else "torchvision", {}
-    for layer in ("*", kind, f"{kind} {dataset}", *(("*", "pretrained") if pretrained else ())):
-        chosen |= RECIPES.get(layer, {})
+    kind = network if network in RECIPES else "torchvision"
+    chosen = {**RECIPES["*"], **RECIPES[kind], **RECIPES.get(f"{kind} {dataset}", {})}
+    if pretrained:
+        chosen |= {**RECIPES["*"], **RECIPES["pretrained"]}
+
     if optimizer in (None, chosen["optimizer"]):
         return {**OPTIMIZERS[chosen["optimizer"]], **chosen}
     return {**chosen, "momentum": None, **OPTIMIZERS[optimizer], "optimizer": optimizer}
 
 
-def refuse_without_effect(settings: argparse.Namespace, given: dict) -> None:
-    """Raise Problem for an option that was typed and would do nothing."""
-    for name, (what, has_effect) in BELONGS_TO.items():
-        if given.get(name) not in (None, False, ["none"]) and not has_effect(settings):
-            raise Problem(f"--{name.replace('_', '-')} belongs to {what}; leave it out", 2)
+# ---------------------------------------------------------------------------------- from the images
+def adapt_to_images(
+    settings: argparse.Namespace, given: dict, dataset: data.Dataset, traits
+) -> argparse.Namespace:
+    """The settings with what the images decide: their size, augmentation, epochs, batch and
+    calibration.
 
-
-def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) -> argparse.Namespace:
-    """The settings with what the images decide: their size, augmentation, and how many make a batch.
-
-    traits: of the network, see `model.Network`. Raises Problem.
+    given: the options given explicitly, by name. traits: of the network, see `model.Network`.
+    Raises Problem.
     """
     settings = argparse.Namespace(**vars(settings))
     count = len(dataset.train_images)
-    if dataset.task == "regression":
-        settings.augment, settings.image_size, settings.calibration = [], (1, 1), "none"
+    if not dataset.has_images:
+        settings.augment = []
+        settings.image_size = (1, 1)
+        settings.calibration = "none"
         settings.batch_size = min(settings.batch_size, count)
         return settings
+
     height, width, channels = dataset.train_images.shape[1:]
     if settings.image_size is None:
         # By a whole factor, small images keep their pixels apart.
         factor = -(-traits.min_size // min(height, width))
         settings.image_size = (height * factor, width * factor)
-    if settings.freeze_backbone:  # see training/features.py
-        settings.augment = []
-    if settings.augment is None:
-        flip = ["flip"] if channels == 3 else []
-        settings.augment = [*flip, "translate", *(() if settings.model in TUTORIALS else CAMERA)]
-    if "none" in settings.augment:
-        if len(settings.augment) > 1:
-            raise Problem("--augment none goes with nothing else", 2)
-        settings.augment = []
-    settings.calibration = calibration(settings, dataset)
-    own = settings.dataset in OWN_IMAGES
-    if own and not settings.pretrained and count < MANY and max(height, width) >= PHOTO:
-        network = START if settings.model in RECIPES else settings.model
-        why = "starts from weights trained on ImageNet, at their size, and is usually far more accurate"
-        note(f"{count:,} photos are few to start from nothing: --model {network} --pretrained {why}")
-    if own and "epochs" not in given:
-        settings.epochs = min(max(200_000 // count, 10), 50)  # few images want more passes
+    settings.augment = augmentations(settings, channels)
+    settings.calibration = choose_calibration(settings, dataset)
+
+    is_own = settings.dataset in OWN_IMAGES
+    if is_own and max(height, width) >= PHOTO:
+        suggest_pretrained(settings, count)
+    if is_own and "epochs" not in given:
+        settings.epochs = min(max(IMAGES_SEEN // count, 10), 50)
     if "batch_size" not in given:
-        halvings = batch_halvings(settings, count if own else None, traits.max_batch_pixels)
+        # The recipes of the named datasets were made for the number of their images.
+        images = count if is_own else None
+        halvings = batch_halvings(settings, images, traits.max_batch_pixels)
         settings.batch_size //= 2**halvings
         if "lr" not in given:
             settings.lr /= 2 ** (halvings / 2)
@@ -172,55 +266,126 @@ def fit_to_images(settings: argparse.Namespace, given: dict, dataset, traits) ->
     return settings
 
 
-def calibration(settings: argparse.Namespace, dataset) -> str:
-    """Which images show how sure the network may be: one of CALIBRATIONS.
+def augmentations(settings: argparse.Namespace, channels: int) -> list[str]:
+    """The names of what training does to images: those asked for, or the defaults.
 
-    Few images suffer most if some are held out; a twin costs the time of another run instead. Raises Problem,
-    also for other options that do not fit data with or without a validation split of its own.
+    Raises Problem.
     """
-    has_val, asked, count = dataset.val_images is not None, settings.calibration, len(dataset.train_images)
+    if settings.freeze_backbone:  # see training/features.py
+        return []
+
+    if settings.augment is None:
+        names = ["translate"]
+        if channels == 3:
+            names = ["flip", "translate"]
+        if settings.model not in TUTORIALS:
+            names += CAMERA
+        return names
+
+    if "none" in settings.augment:
+        if len(settings.augment) > 1:
+            raise Problem("--augment none goes with nothing else", 2)
+        return []
+    return settings.augment
+
+
+def suggest_pretrained(settings: argparse.Namespace, count: int) -> None:
+    """Tell who trains on few photos from nothing that there is a better start."""
+    if settings.pretrained or count >= MANY:
+        return
+    network = START if settings.model in RECIPES else settings.model
+    note(
+        f"{count:,} photos are few to start from nothing: --model {network} --pretrained starts "
+        "from weights trained on ImageNet, at their size, and is usually far more accurate"
+    )
+
+
+def choose_calibration(settings: argparse.Namespace, dataset: data.Dataset) -> str:
+    """Which images calibrate the probabilities: one of CALIBRATIONS.
+
+    Few images suffer most if some are held out; a twin costs the time of another run instead.
+    Raises Problem, also for other options that do not fit data with or without a validation split
+    of its own.
+    """
+    asked = settings.calibration
+    has_val = dataset.val_images is not None
     if has_val and settings.val_fraction:
-        raise Problem("--val-fraction does not go with data that has a validation split of its own", 2)
+        reason = "--val-fraction does not go with data that has a validation split of its own"
+        raise Problem(reason, 2)
+
     if has_val or settings.val_fraction:
         if asked in ("held-out", "twin"):
-            raise Problem(f"--calibration {asked} does not go with a validation split, which serves too", 2)
+            reason = "does not go with a validation split, which serves too"
+            raise Problem(f"--calibration {asked} {reason}", 2)
         return asked or "validation"
+
     if settings.patience:
-        raise Problem(f"--patience needs {NEEDS_VALIDATION}", 2)
-    if asked or count < FEW_TO_CALIBRATE:
-        return asked or "none"
+        raise Problem("--patience needs a validation split: add --val-fraction", 2)
+    if asked:
+        return asked
+
+    count = len(dataset.train_images)
+    if count < FEW_TO_CALIBRATE:
+        return "none"
     return "twin" if count < MANY else "held-out"
 
 
 def batch_halvings(settings: argparse.Namespace, count: int | None, most_pixels: int | None) -> int:
-    """How often to halve the batch, so that few images make 16 steps an epoch and large ones fit into memory.
+    """How often to halve the batch, so that few images make 16 steps an epoch and large ones fit
+    into memory.
 
     count: of images, None if the recipe was made for them. most_pixels: in a batch, None for any.
     """
-    limit = min((count or math.inf) / 16, (most_pixels or math.inf) / math.prod(settings.image_size))
-    batch_size, halvings = settings.batch_size, 0
-    while batch_size > max(16, limit):
-        batch_size, halvings = batch_size // 2, halvings + 1
+    limit = math.inf
+    if count:
+        limit = count / STEPS_PER_EPOCH
+    if most_pixels:
+        limit = min(limit, most_pixels / math.prod(settings.image_size))
+
+    halvings = 0
+    batch_size = settings.batch_size
+    while batch_size > max(SMALLEST_BATCH, limit):
+        batch_size //= 2
+        halvings += 1
     return halvings
 
 
-def resumed(args, given: dict, arguments: dict, run: str, finished: bool) -> argparse.Namespace:
-    """The settings to resume a run with: its own `arguments`, and of those typed, `given`, what may change.
+# --------------------------------------------------------------------------------- of a resumed run
+def resolve_resumed(
+    args: argparse.Namespace, given: dict, arguments: dict, run_dir: str, is_finished: bool
+) -> argparse.Namespace:
+    """The settings to resume a run with: its own `arguments`, and of the options given, those that
+    may change.
 
-    args: the whole command line; its defaults stand for options that the run did not know. Raises Problem.
+    args: the whole command line; its defaults stand for options that the run did not know. Raises
+    Problem.
     """
-    defaults = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    given = {name: [] if value == ["none"] else value for name, value in given.items() if name != "resume"}
-    changed = [k for k, value in given.items() if k not in MAY_CHANGE and value != arguments.get(k)]
-    if changed:
-        options = [f"--{k.replace('_', '-')} {given[k]} (was {arguments.get(k)})" for k in changed]
-        reason = "that would alter its course; leave it out, or start a new run"
-        raise Problem(f"{run} cannot go on with {', '.join(options)}: {reason}", 2)
+    asked = {name: value for name, value in given.items() if name != "resume"}
+    if asked.get("augment") == ["none"]:
+        asked["augment"] = []
+    refuse_changes(asked, arguments, run_dir)
+
     epochs = arguments["epochs"]
-    if given.get("epochs", epochs) < epochs:
-        raise Problem(f"{run} was begun for {epochs} epochs, and --epochs can only be raised", 2)
-    if finished and given.get("epochs", 0) <= epochs:
-        raise Problem(f"{run} is finished; --epochs above {epochs} trains it further", 2)
+    if asked.get("epochs", epochs) < epochs:
+        reason = f"{run_dir} was begun for {epochs} epochs, and --epochs can only be raised"
+        raise Problem(reason, 2)
+    if is_finished and asked.get("epochs", 0) <= epochs:
+        raise Problem(f"{run_dir} is finished; --epochs above {epochs} trains it further", 2)
+
+    defaults = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     defaults["fit"] = "stretch"  # before there was a choice
-    settings = {name: arguments.get(name, default) for name, default in defaults.items()}
-    return argparse.Namespace(**{**settings, **given})
+    recorded = {name: arguments.get(name, default) for name, default in defaults.items()}
+    return argparse.Namespace(**{**recorded, **asked})
+
+
+def refuse_changes(asked: dict, arguments: dict, run_dir: str) -> None:
+    """Raise Problem if an option differs from the run's arguments and may not."""
+    changes = []
+    for name, value in asked.items():
+        before = arguments.get(name)
+        if name not in MAY_CHANGE and value != before:
+            changes.append(f"{option_of(name)} {value} (was {before})")
+
+    if changes:
+        reason = "that would alter its course; leave it out, or start a new run"
+        raise Problem(f"{run_dir} cannot go on with {', '.join(changes)}: {reason}", 2)

@@ -1,51 +1,104 @@
 """What a finished run has reached: the figures of summary.json."""
 
+import argparse
 import statistics
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+import model
+from data import Dataset
 from inference import metrics
+from training.calibration import Calibration
+from training.progress import Evaluation, Progress
 
 
-def summarise(trainer, deployable, evaluated) -> tuple[dict, np.ndarray]:
-    """The figures of a run, and the outputs that they are of: [n, classes] probabilities, or [n, 1].
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with: its network, and how that does on the test split.
 
-    deployable: the network that is the result; evaluated: over the test split.
+    calibration: None if the run is not calibrated.
     """
-    settings, dataset, best = trainer.settings, trainer.dataset, trainer.progress.best
-    summary = {
+
+    deployable: model.Deployable
+    evaluated: Evaluation
+    calibration: Calibration | None
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """Of the test split: calibrated probabilities [n, classes], or predictions [n, 1]."""
+        if self.evaluated.accuracy is None:
+            return self.evaluated.outputs
+        temperature = 1.0
+        if self.calibration:
+            temperature = self.calibration.temperature
+        return probabilities_of(self.evaluated.outputs, temperature)
+
+
+def probabilities_of(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities [n, classes] of logits [n, classes]."""
+    return (torch.from_numpy(logits) / temperature).softmax(1).numpy()
+
+
+def summarise(settings: argparse.Namespace, progress: Progress, outcome: Outcome) -> dict:
+    """The figures that every run has."""
+    parameters = outcome.deployable.network.parameters()
+    epoch_kept = settings.epochs
+    if progress.best:
+        epoch_kept = progress.best["epoch"]
+    return {
         "dataset": settings.dataset,
         "model": settings.model,
         "epochs": settings.epochs,
-        "test_accuracy": evaluated.accuracy,
-        "test_loss": evaluated.loss,
-        "train_seconds": round(trainer.progress.elapsed, 3),
-        "parameters": sum(p.numel() for p in deployable.network.parameters()),
+        "test_accuracy": outcome.evaluated.accuracy,
+        "test_loss": outcome.evaluated.loss,
+        "train_seconds": round(progress.elapsed, 3),
+        "parameters": sum(parameter.numel() for parameter in parameters),
         "seed": settings.seed,
-        "epoch_kept": best["epoch"] if best else settings.epochs,
+        "epoch_kept": epoch_kept,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if dataset.task == "regression":
-        return summary, evaluated.outputs
-    logits, labels = torch.from_numpy(evaluated.outputs), dataset.test_labels
-    probabilities = logits.softmax(1).numpy()
-    if trainer.calibration:
-        summary["temperature"] = trainer.calibration.temperature
-        logits = logits / trainer.calibration.temperature
-        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long()).item()
-        summary |= {"test_loss_uncalibrated": evaluated.loss, "test_loss": loss}
-        summary["calibration_error_uncalibrated"] = metrics.calibration_error(probabilities, labels)
-        probabilities = logits.softmax(1).numpy()
-    summary["calibration_error"] = metrics.calibration_error(probabilities, labels)
-    summary["calibration_error_floor"] = metrics.calibration_error_floor(probabilities)
-    per_class = metrics.per_class(labels, evaluated.outputs.argmax(1), dataset.classes)
-    leaked, right = dataset.findings.leaked, evaluated.outputs.argmax(1) == labels
-    if leaked.any():  # test images that are also in the training split
-        summary["test_images_in_train"] = int(leaked.sum())
-        summary["test_accuracy_without_them"] = None if leaked.all() else float(right[~leaked].mean())
-    seen = [row for row in per_class.values() if row["support"]]
-    summary["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
-    summary |= {"macro_f1": statistics.fmean(row["f1"] for row in seen), "per_class": per_class}
-    return summary, probabilities
+
+
+def summarise_classes(dataset: Dataset, outcome: Outcome) -> dict:
+    """The figures that a run on classes has besides: of calibration, leaks, and each class."""
+    labels = dataset.test_labels
+    logits = outcome.evaluated.outputs  # [n, classes]
+    figures = {}
+    if outcome.calibration:
+        figures |= figures_of_calibration(logits, labels, outcome)
+    figures["calibration_error"] = metrics.calibration_error(outcome.outputs, labels)
+    figures["calibration_error_floor"] = metrics.calibration_error_floor(outcome.outputs)
+
+    predicted = logits.argmax(1)
+    leaked = dataset.findings.leaked  # bool [n]: test images that are also in the training split
+    if leaked.any():
+        right = predicted == labels
+        figures["test_images_in_train"] = int(leaked.sum())
+        figures["test_accuracy_without_them"] = None
+        if not leaked.all():
+            figures["test_accuracy_without_them"] = float(right[~leaked].mean())
+
+    rows = metrics.per_class(labels, predicted, dataset.classes)
+    seen = [row for row in rows.values() if row["support"]]
+    figures["balanced_accuracy"] = statistics.fmean(row["recall"] for row in seen)
+    figures["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
+    figures["per_class"] = rows
+    return figures
+
+
+def figures_of_calibration(logits: np.ndarray, labels: np.ndarray, outcome: Outcome) -> dict:
+    """What calibrating has changed, for logits [n, classes] and labels [n]."""
+    temperature = outcome.calibration.temperature
+    calibrated = torch.from_numpy(logits) / temperature
+    loss = F.cross_entropy(calibrated, torch.from_numpy(labels).long()).item()
+    uncalibrated = probabilities_of(logits, temperature=1.0)
+    return {
+        "temperature": temperature,
+        "test_loss_uncalibrated": outcome.evaluated.loss,
+        "test_loss": loss,
+        "calibration_error_uncalibrated": metrics.calibration_error(uncalibrated, labels),
+    }

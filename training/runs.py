@@ -1,7 +1,8 @@
-"""What a run directory holds, and the only module that knows it: names, lock, checkpoints, and resuming.
+"""What a run directory holds, and the only module that knows it: names, lock, checkpoints, and
+resuming.
 
     config.json    every argument, before the first step
-    checkpoint.pt  see `save_checkpoint`; checkpoint.previous.pt is the one before it, until the run ends
+    checkpoint.pt  see training/checkpoints.py; until the run ends, the one before it lies beside it
     metrics.csv    a row for each epoch
     summary.json   the result; a run without it is not finished
 
@@ -38,170 +39,229 @@ except ImportError:  # Windows, where two processes that resume one run are not 
     fcntl = None
 
 SCHEMA = 2  # of checkpoints; 1 can be exported, but not resumed
-RUNS, EXPORTS = "runs", "exports"
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+RUNS = "runs"
+EXPORTS = "exports"
+CONFIG = "config.json"
+CHECKPOINT = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+METRICS = "metrics.csv"
+SUMMARY = "summary.json"
 TWIN = "twin"  # the directory of the run that calibrates another, see training/calibration.py
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
 
 
 class CannotWrite(Problem):
-    """The disk is full, or the directory is gone or read-only. The run can go on once that is mended."""
+    """The disk is full, or the directory is gone or read-only.
+
+    The run can go on once that is mended.
+    """
 
 
-# ---------------------------------------------------------------------------------------------- finding a run
+# ------------------------------------------------------------------------------------- making a run
 def name_of(settings: argparse.Namespace) -> str:
-    """The default name of a run: <dataset>-<model>, or <directory or file>-<model> for your own images."""
+    """The default name of a run: <dataset>-<model>; of own images, <directory or file>-<model>."""
     name = settings.dataset
     if name in OWN_IMAGES:
         stem = os.path.basename(os.path.abspath(settings.data_dir)).removesuffix(".csv")
         name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name
+
     name = f"{name}-{settings.model}"
-    return f"data-{name}" if RESERVED.match(name) else name
+    if RESERVED.match(name):
+        return f"data-{name}"
+    return name
 
 
 @contextlib.contextmanager
 def claimed(settings: argparse.Namespace) -> Iterator[str]:
-    """Make a run directory that no other run has, with its config.json, and keep it locked. Raises Problem.
+    """Make a run directory that no other run has, with its config.json, and keep it locked. Raises
+    Problem.
 
-    It appears under its name with the config inside, so that a run killed at any moment can be resumed.
+    It appears under its name with the config inside, so that a run killed at any moment can be
+    resumed.
     """
     new = os.path.join(RUNS, f".new-{os.urandom(4).hex()}")
     with problems(f"cannot make a run in {RUNS}/", OSError):
         os.makedirs(new)
+
     with locked(new):
         try:
             write_json(new, CONFIG, vars(settings))
-            run = rename(new, settings.name or name_of(settings), unique=bool(settings.name))
+            base = settings.name or name_of(settings)
+            run_dir = rename(new, base, unique=bool(settings.name))
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        yield run
+        yield run_dir
 
 
 def rename(new: str, base: str, unique: bool) -> str:
-    """Name a new directory `base`, or base-2, ... if it is taken, which `unique` refuses. Raises Problem."""
+    """Name a new directory `base`, or base-2, ... if it is taken, which `unique` refuses.
+
+    Raises Problem.
+    """
     for number in itertools.count(1):
-        run = os.path.join(RUNS, base if number == 1 else f"{base}-{number}")
-        if not os.path.lexists(run):
+        name = base if number == 1 else f"{base}-{number}"
+        run_dir = os.path.join(RUNS, name)
+        if not os.path.lexists(run_dir):
             with contextlib.suppress(OSError):  # another run has taken the name since
-                os.rename(new, run)
-                return run
+                os.rename(new, run_dir)
+                return run_dir
         if unique:
             refuse_taken(base)
 
 
 def refuse_taken(name: str) -> None:
-    run = os.path.join(RUNS, name)
-    if os.path.lexists(run):
-        raise Problem(f"{run} exists and a run never overwrites another; choose another --name", 2)
+    """Raise Problem if there is a run of this name."""
+    run_dir = os.path.join(RUNS, name)
+    if os.path.lexists(run_dir):
+        reason = f"{run_dir} exists and a run never overwrites another; choose another --name"
+        raise Problem(reason, 2)
 
 
+# ------------------------------------------------------------------------------------ finding a run
 def find(name: str | None = None, unfinished: bool = False) -> str:
     """The directory of a run by its name or path; without one, the newest. Raises Problem.
 
     A run has a checkpoint; with `unfinished`, it has only been begun.
     """
     if not name:
-        return find_newest(unfinished)
-    for run in (os.path.join(RUNS, name), name):
-        if os.path.isdir(run) and (unfinished or os.path.isfile(os.path.join(run, CHECKPOINT))):
-            return os.path.normpath(run)
-    known = sorted(entry for entry in os.listdir(RUNS) if entry[0] != ".") if os.path.isdir(RUNS) else []
-    wanted = f"no run {name!r}" + ("" if unfinished else f" with a {CHECKPOINT}")
+        return find_newest_unfinished() if unfinished else find_newest()
+
+    for run_dir in (os.path.join(RUNS, name), name):
+        has_checkpoint = os.path.isfile(os.path.join(run_dir, CHECKPOINT))
+        if os.path.isdir(run_dir) and (unfinished or has_checkpoint):
+            return os.path.normpath(run_dir)
+
+    known = []
+    if os.path.isdir(RUNS):
+        known = sorted(entry for entry in os.listdir(RUNS) if entry[0] != ".")
+    wanted = f"no run {name!r}"
+    if not unfinished:
+        wanted += f" with a {CHECKPOINT}"
     raise Problem(f"{wanted} under {RUNS}/; there is: {', '.join(known) or 'none'}", 2)
 
 
-def find_newest(unfinished: bool) -> str:
-    """The newest run with a checkpoint, or `unfinished`, that no process is training. Raises Problem."""
-    needed, changed = CONFIG if unfinished else CHECKPOINT, {}
-    for run in glob.glob(os.path.join(RUNS, "*")):
-        if os.path.isfile(os.path.join(run, needed)) and not (unfinished and is_finished(run)):
-            changed[run] = os.path.getmtime(run if unfinished else os.path.join(run, CHECKPOINT))
-    newest_first = sorted(changed, key=changed.get, reverse=True)
-    for run in newest_first:
-        with contextlib.suppress(Problem), locked(run):
-            return run
-    if newest_first:
-        raise Problem(f"{newest_first[0]} is being trained by another process; name a run")
-    if unfinished:
+def find_newest() -> str:
+    """The newest run with a checkpoint that no process is training. Raises Problem."""
+    changed = {}
+    for run_dir in glob.glob(os.path.join(RUNS, "*")):
+        checkpoint = os.path.join(run_dir, CHECKPOINT)
+        if os.path.isfile(checkpoint):
+            changed[run_dir] = os.path.getmtime(checkpoint)
+
+    if not changed:
+        raise Problem(f"no trained run under {RUNS}/; python step1_train.py makes one", 2)
+    return first_unlocked(changed)
+
+
+def find_newest_unfinished() -> str:
+    """The newest run that has been begun and not finished, and that no process is training.
+
+    Raises Problem.
+    """
+    changed = {}
+    for run_dir in glob.glob(os.path.join(RUNS, "*")):
+        has_begun = os.path.isfile(os.path.join(run_dir, CONFIG))
+        if has_begun and not is_finished(run_dir):
+            changed[run_dir] = os.path.getmtime(run_dir)
+
+    if not changed:
         raise Problem(f"no unfinished run under {RUNS}/ to resume", 2)
-    raise Problem(f"no trained run under {RUNS}/; python step1_train.py makes one", 2)
+    return first_unlocked(changed)
+
+
+def first_unlocked(changed: dict[str, float]) -> str:
+    """Of runs and the times of their last change, the newest that no process is training.
+
+    Raises Problem.
+    """
+    newest_first = sorted(changed, key=changed.get, reverse=True)
+    for run_dir in newest_first:
+        with contextlib.suppress(Problem), locked(run_dir):
+            return run_dir
+    raise Problem(f"{newest_first[0]} is being trained by another process; name a run")
 
 
 @contextlib.contextmanager
-def locked(run: str) -> Iterator[None]:
-    """Keep the run directory for this process alone. Raises Problem if another process trains in it."""
+def locked(run_dir: str) -> Iterator[None]:
+    """Keep the run directory for this process alone.
+
+    Raises Problem if another process trains in it.
+    """
     if not fcntl:
         yield
         return
-    with problems(f"cannot read {run}", OSError):
-        handle = os.open(run, os.O_RDONLY)
+
+    with problems(f"cannot read {run_dir}", OSError):
+        handle = os.open(run_dir, os.O_RDONLY)
     try:
-        with problems(f"{run} is being trained by another process", BlockingIOError, form="{}"):
+        taken = f"{run_dir} is being trained by another process"
+        with problems(taken, BlockingIOError, form="{}"):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
 
 
-def is_finished(run: str) -> bool:
-    return os.path.exists(os.path.join(run, SUMMARY))
+def is_finished(run_dir: str) -> bool:
+    """Has the run come to its result?"""
+    return os.path.exists(os.path.join(run_dir, SUMMARY))
 
 
-@contextlib.contextmanager
-def removed_if_empty(run: str, rank: int) -> Iterator[None]:
-    """Remove the run directory after a failure before its first checkpoint, so that its name is free again.
+# ------------------------------------------------------------------------------------ reading a run
+def read(run_dir: str) -> tuple[dict, dict | None]:
+    """The arguments of a run and its newest whole checkpoint, None before the first.
 
-    After a later failure to write, the error names the command that continues the run.
+    Raises Problem.
     """
-    try:
-        yield
-    except BaseException as error:
-        if rank == 0 and not any(os.path.exists(os.path.join(run, name)) for name in (CHECKPOINT, PREVIOUS)):
-            shutil.rmtree(run, ignore_errors=True)
-        elif isinstance(error, CannotWrite):
-            raise Problem(f"{error}; the last checkpoint: {resume_command(run)}", error.code) from None
-        raise
-
-
-def resume_command(run: str) -> str:
-    script = sys.argv[0] if os.path.basename(sys.argv[0]).startswith("step1") else "step1_train.py"
-    command = ["python", script, "--resume", os.path.relpath(run, RUNS)]
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
-
-
-# --------------------------------------------------------------------------------------------------- resuming
-def read(run: str) -> tuple[dict, dict | None]:
-    """The arguments of a run and its newest whole checkpoint, None before the first. Raises Problem."""
-    reasons = []
-    for path in (os.path.join(run, CHECKPOINT), os.path.join(run, PREVIOUS)):
+    damages = []
+    for name in (CHECKPOINT, PREVIOUS):
+        path = os.path.join(run_dir, name)
         try:
-            checkpoint = load_plain(path)
-            schema = checkpoint["schema"]
-            if schema > SCHEMA:
-                raise Problem(f"{path} has schema {schema}, known is up to {SCHEMA}: update Threestep")
-            if schema < SCHEMA:
-                way_out = "it can still be exported; start a new run to train further"
-                raise Problem(f"{path} was written by an earlier version and cannot be continued: {way_out}")
-            arguments, training = checkpoint["arguments"], checkpoint["training"]
-            training["progress"], training["optimizer"]
+            checkpoint = read_checkpoint(path)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reasons.append(f"{path} is truncated or cannot be resumed from ({error})")
-        else:
-            if reasons:
-                say(f"warning: {reasons[0]}: going on from the one before")
-            return arguments, checkpoint
-    if reasons:
-        raise Problem(reasons[0])
-    return read_config(run), None
+            damages.append(f"{path} is truncated or cannot be resumed from ({error})")
+            continue
+
+        if damages:
+            say(f"warning: {damages[0]}: going on from the one before")
+        return checkpoint["arguments"], checkpoint
+
+    if damages:
+        raise Problem(damages[0])
+    return read_config(run_dir), None
+
+
+def read_checkpoint(path: str) -> dict:
+    """A checkpoint that training can go on from.
+
+    Raises Problem if another version wrote it; OSError, ValueError, KeyError or TypeError if it is
+    damaged.
+    """
+    checkpoint = load_plain(path)
+    schema = checkpoint["schema"]
+    if schema > SCHEMA:
+        raise Problem(f"{path} has schema {schema}, known is up to {SCHEMA}: update Threestep")
+    if schema < SCHEMA:
+        raise Problem(
+            f"{path} was written by an earlier version and cannot be continued: "
+            "it can still be exported; start a new run to train further"
+        )
+
+    # What resuming will ask for must be there.
+    for key in ("progress", "optimizer"):
+        checkpoint["training"][key]
+    checkpoint["arguments"]
+    return checkpoint
 
 
 def load_plain(source) -> dict:
-    """torch.load of plain data from a path or binary stream, onto the CPU, without running code from it.
+    """torch.load of plain data from a path or binary stream, onto the CPU, without running code
+    from it.
 
-    Raises OSError, and ValueError if the content is anything else; torch's own would advise to run it.
+    Raises OSError, and ValueError if the content is anything else; torch's own would advise to run
+    it.
     """
     try:
         with warnings.catch_warnings():
@@ -210,53 +270,46 @@ def load_plain(source) -> dict:
     except OSError:
         raise
     except Exception:  # torch.load fails in a dozen ways
-        raise ValueError("it is damaged, or holds other things than tensors and plain values") from None
+        reason = "it is damaged, or holds other things than tensors and plain values"
+        raise ValueError(reason) from None
 
 
-def read_config(run: str) -> dict:
+def read_config(run_dir: str) -> dict:
     """The arguments in config.json. Raises Problem."""
     try:
-        arguments = json.loads(Path(run, CONFIG).read_text(encoding="utf-8"))
+        arguments = json.loads(Path(run_dir, CONFIG).read_text(encoding="utf-8"))
         return {**arguments, "image_size": tuple(arguments["image_size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Problem(f"{run} holds neither a checkpoint nor a {CONFIG} ({error}): start it again") from None
+        reason = f"{run_dir} holds neither a checkpoint nor a {CONFIG} ({error}): start it again"
+        raise Problem(reason) from None
 
 
-# ---------------------------------------------------------------------------------------------------- writing
-def write(run: str, name: str, content: bytes, previous: str | None = None) -> None:
-    """Write a file of a run, whole or not at all; `previous` keeps the old one. Raises CannotWrite."""
-    path = os.path.join(run, name)
+def resume_command(run_dir: str) -> str:
+    """What to type to go on with a run."""
+    script = "step1_train.py"
+    if os.path.basename(sys.argv[0]).startswith("step1"):
+        script = sys.argv[0]
+
+    command = ["python", script, "--resume", os.path.relpath(run_dir, RUNS)]
+    if os.name == "nt":
+        return subprocess.list2cmdline(command)
+    return shlex.join(command)
+
+
+# ------------------------------------------------------------------------------------------ writing
+def write(run_dir: str, name: str, content: bytes, previous: str | None = None) -> None:
+    """Write a file of a run, whole or not at all; `previous` keeps the old one.
+
+    Raises CannotWrite.
+    """
+    path = os.path.join(run_dir, name)
     try:
         with replacing(path) as file:
             file.write(content)
             if previous and os.path.exists(path):
-                keep(path, os.path.join(run, previous))
+                keep(path, os.path.join(run_dir, previous))
     except OSError as error:
         raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def write_json(run: str, name: str, values: dict) -> None:
-    write(run, name, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def write_table(run: str, name: str, rows: Iterable, end: str = "\n") -> None:
-    """Write a CSV file of a run; None becomes an empty cell. Raises CannotWrite."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator=end).writerows(rows)
-    write(run, name, text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def save_checkpoint(run: str, spec: dict, state_dict: dict, epoch: int, training: dict, familiarity=None):
-    """Write the checkpoint and keep the one before it. Raises CannotWrite.
-
-    state_dict, epoch: the network that is the result so far, and the epoch it is from. training: all else
-    that `Trainer.restore` needs to go on. familiarity: the tensors of model.Familiarity, or None.
-    """
-    checkpoint = {"schema": SCHEMA, "spec": spec, "state_dict": state_dict, "arguments": spec["arguments"]}
-    checkpoint |= {"epoch": epoch, "training": training, "familiarity": familiarity}
-    content = io.BytesIO()
-    torch.save(checkpoint, content)  # not to the file: torch turns a full disk into an error of its own
-    write(run, CHECKPOINT, content.getbuffer(), previous=PREVIOUS)
 
 
 def keep(path: str, previous: str) -> None:
@@ -268,24 +321,79 @@ def keep(path: str, previous: str) -> None:
         os.replace(path, previous)
 
 
-def begin_twin(run: str) -> tuple[str, dict | None]:
+def write_json(run_dir: str, name: str, values: dict) -> None:
+    """Write a JSON file of a run. Raises CannotWrite."""
+    text = json.dumps(values, indent=2) + "\n"
+    write(run_dir, name, text.encode())
+
+
+def write_table(run_dir: str, name: str, rows: Iterable, end: str = "\n") -> None:
+    """Write a CSV file of a run; None becomes an empty cell. Raises CannotWrite."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator=end).writerows(rows)
+    write(run_dir, name, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def write_metrics(run_dir: str, rows: list[dict]) -> None:
+    """Write metrics.csv, a row for each epoch. Raises CannotWrite."""
+    if rows:
+        header = list(rows[0])
+        write_table(run_dir, METRICS, [header, *[list(row.values()) for row in rows]])
+
+
+def write_checkpoint(run_dir: str, checkpoint: dict) -> None:
+    """Write a checkpoint, as training/checkpoints.py makes it, and keep the one before.
+
+    Raises CannotWrite.
+    """
+    content = io.BytesIO()
+    # Not to the file: torch turns a full disk into an error of its own.
+    torch.save(checkpoint, content)
+    write(run_dir, CHECKPOINT, content.getbuffer(), previous=PREVIOUS)
+
+
+def begin_twin(run_dir: str) -> tuple[str, dict | None]:
     """The directory of a run's twin, and its checkpoint if it has been begun. Raises Problem."""
-    twin = os.path.join(run, TWIN)
+    twin_dir = os.path.join(run_dir, TWIN)
     try:
-        os.makedirs(twin, exist_ok=True)
+        os.makedirs(twin_dir, exist_ok=True)
     except OSError as error:
-        raise CannotWrite(f"cannot make {twin}: {error.strerror}") from None
-    remove_leftovers(twin)  # a kill may have come before its first checkpoint was whole
-    return twin, read(twin)[1] if os.listdir(twin) else None
+        raise CannotWrite(f"cannot make {twin_dir}: {error.strerror}") from None
+
+    remove_leftovers(twin_dir)  # a kill may have come before its first checkpoint was whole
+    if not os.listdir(twin_dir):
+        return twin_dir, None
+    _, checkpoint = read(twin_dir)
+    return twin_dir, checkpoint
 
 
-def tidy(run: str) -> None:
-    """Remove what a finished run does not need: its twin, and the checkpoint before the last."""
-    shutil.rmtree(os.path.join(run, TWIN), ignore_errors=True)
-    Path(run, PREVIOUS).unlink(missing_ok=True)
+# ----------------------------------------------------------------------------------------- removing
+@contextlib.contextmanager
+def removed_if_empty(run_dir: str, rank: int) -> Iterator[None]:
+    """Remove the run directory after a failure before its first checkpoint, so that its name is
+    free again.
+
+    After a later failure to write, the error names the command that continues the run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        checkpoints = [os.path.join(run_dir, name) for name in (CHECKPOINT, PREVIOUS)]
+        if rank == 0 and not any(os.path.exists(path) for path in checkpoints):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        elif isinstance(error, CannotWrite):
+            way_out = f"the last checkpoint: {resume_command(run_dir)}"
+            raise Problem(f"{error}; {way_out}", error.code) from None
+        raise
 
 
-def remove_leftovers(run: str) -> None:
+def remove_leftovers(run_dir: str) -> None:
     """Remove the half-written files of a process that was killed."""
-    for path in glob.glob(os.path.join(glob.escape(run), ".*.tmp")):
+    for path in glob.glob(os.path.join(glob.escape(run_dir), ".*.tmp")):
         Path(path).unlink(missing_ok=True)
+
+
+def tidy(run_dir: str) -> None:
+    """Remove what a finished run does not need: its twin, and the checkpoint before the last."""
+    shutil.rmtree(os.path.join(run_dir, TWIN), ignore_errors=True)
+    Path(run_dir, PREVIOUS).unlink(missing_ok=True)

@@ -1,48 +1,109 @@
-"""Images whose labels look wrong, by the predictions of networks that did not train on these images.
+"""Images whose labels look wrong, by the predictions of networks that did not train on these
+images.
 
-Those are the test split, and what the calibration has: a validation split, a part held out, or what the twin
-has not seen. An image is suspected if another class is as probable as it is for images of that class on
-average (the thresholds of confident learning, Northcutt et al. 2021) and its label is improbable; the first
-have the least probable label. Nothing is changed or deleted.
+Those are the test split, and what the calibration has: a validation split, a part held out, or what
+the twin has not seen. An image is suspected if another class is as probable as it is for images of
+that class on average (the thresholds of confident learning, Northcutt et al. 2021) and its label is
+improbable; the first have the least probable label. Nothing is changed or deleted.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
+from data import Dataset
 from data.notes import note
 from training import runs
+from training.calibration import Calibration
 
 SUSPECTS = "suspects.csv"
 DOUBTFUL = 0.05  # the probability below which a label is
+SHOWN = 25  # images in the report
 COLUMNS = ("image", "label", "suggested", "probability_of_label", "probability_of_suggested")
 
 
-def find_suspects(trainer, probabilities: np.ndarray) -> dict | None:
+@dataclass(frozen=True)
+class Judged:
+    """Images and what a network that did not train on them says.
+
+    places: the split of each and its row there; labels: whole numbers [n]; probabilities: [n,
+    classes].
+    """
+
+    places: list[tuple[str, int]]
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+
+def find_suspects(
+    run_dir: str, dataset: Dataset, probabilities: np.ndarray, calibration: Calibration | None
+) -> dict | None:
     """Write suspects.csv if there are any: their images, labels [n] and probabilities [n, classes].
 
     probabilities: of the test split, [N, classes]. Raises CannotWrite.
     """
-    dataset, calibration = trainer.dataset, trainer.calibration
-    images, labels = [("test", row) for row in range(len(probabilities))], dataset.test_labels
+    judged = judged_images(dataset, probabilities, calibration)
+    rows = doubtful_rows(judged.labels, judged.probabilities)
+    if not len(rows):
+        return None
+
+    table = [COLUMNS]
+    table += [describe(dataset, judged, row) for row in rows]
+    runs.write_table(run_dir, SUSPECTS, table, end="\r\n")
+    note(f"images whose labels look wrong: {len(rows):,}, listed in {run_dir}/{SUSPECTS}")
+
+    images = []
+    for row in rows[:SHOWN]:
+        split, index = judged.places[row]
+        images.append(dataset.images_of(split)[index])
+    return {
+        "images": images,
+        "labels": judged.labels[rows],
+        "probabilities": judged.probabilities[rows],
+    }
+
+
+def judged_images(
+    dataset: Dataset, probabilities: np.ndarray, calibration: Calibration | None
+) -> Judged:
+    """The test split, with its probabilities, and the images of the calibration."""
+    places = [("test", row) for row in range(len(probabilities))]
+    labels = dataset.test_labels
     if calibration:
         split = "train" if dataset.val_images is None else "val"
         rows = calibration.judged.tolist()
-        images += [(split, row) for row in rows]
-        labels = np.concatenate([labels, getattr(dataset, f"{split}_labels")[rows]])
+        places += [(split, row) for row in rows]
+        labels = np.concatenate([labels, dataset.labels_of(split)[rows]])
         probabilities = np.concatenate([probabilities, calibration.probabilities])
-    given = probabilities[np.arange(len(labels)), labels]
-    counts = np.maximum(np.bincount(labels, minlength=probabilities.shape[1]), 1)
-    usual = np.bincount(labels, given, probabilities.shape[1]) / counts
-    guesses, most = probabilities.argmax(1), probabilities.max(1)
-    found = np.flatnonzero((guesses != labels) & (most >= usual[guesses]) & (given < DOUBTFUL))
-    found = found[np.argsort(given[found], kind="stable")]
-    if not len(found):
-        return None
-    table, names = [COLUMNS], dataset.classes
-    for k in found:
-        split, row = images[k]
-        path = dataset.paths[split][row] if dataset.paths else f"{split} image {row}"
-        table.append([path, names[labels[k]], names[guesses[k]], f"{given[k]:.6f}", f"{most[k]:.6f}"])
-    runs.write_table(trainer.run, SUSPECTS, table, end="\r\n")
-    note(f"images whose labels look wrong: {len(found):,}, listed in {trainer.run}/{SUSPECTS}")
-    shown = [getattr(dataset, f"{split}_images")[row] for split, row in (images[k] for k in found[:25])]
-    return {"images": shown, "labels": labels[found], "probabilities": probabilities[found]}
+    return Judged(places=places, labels=labels, probabilities=probabilities)
+
+
+def doubtful_rows(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The rows of labels [n] and probabilities [n, classes] that are suspected, the worst first."""
+    classes = probabilities.shape[1]
+    given = probabilities[np.arange(len(labels)), labels]  # [n], of the label
+
+    # What is usual for a class: the mean probability of the images that are labelled so.
+    counts = np.maximum(np.bincount(labels, minlength=classes), 1)
+    usual = np.bincount(labels, given, classes) / counts  # [classes]
+
+    guesses = probabilities.argmax(1)
+    most = probabilities.max(1)
+    is_doubtful = (guesses != labels) & (most >= usual[guesses]) & (given < DOUBTFUL)
+    rows = np.flatnonzero(is_doubtful)
+    return rows[np.argsort(given[rows], kind="stable")]
+
+
+def describe(dataset: Dataset, judged: Judged, row: int) -> list[str]:
+    """The line of suspects.csv for an image."""
+    split, index = judged.places[row]
+    label = judged.labels[row]
+    probabilities = judged.probabilities[row]  # [classes]
+    guess = probabilities.argmax()
+    return [
+        dataset.name_of(split, index),
+        dataset.classes[label],
+        dataset.classes[guess],
+        f"{probabilities[label]:.6f}",
+        f"{probabilities[guess]:.6f}",
+    ]

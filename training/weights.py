@@ -1,4 +1,4 @@
-"""Weights to start from: torchvision's, or a file's, fitted to other classes and channels."""
+"""Weights to start from: torchvision's, or a file's, adapted to other classes and channels."""
 
 import argparse
 import contextlib
@@ -13,27 +13,80 @@ from inference.errors import Problem
 from training.runs import load_plain
 
 
-def load(network: nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None) -> tuple:
-    """Load the weights of a checkpoint to resume, or else of --pretrained, into a network.
+def load_into(
+    network: nn.Module, settings: argparse.Namespace, channels: int, checkpoint: dict | None
+) -> tuple[list | None, list | None]:
+    """Give a network the weights of the checkpoint to resume, or else those of --pretrained.
 
-    Returns the inputs' (mean, std), [channels] each, or None if they are not known. Raises ValueError, or
-    Problem if the weights cannot be downloaded.
+    Returns the mean and standard deviation of the inputs, [channels] each, or None twice if the
+    weights do not come with them. Raises ValueError, or Problem if a download fails.
     """
     if checkpoint:
-        network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
+        # "network" is None where the result so far is also what training continues from.
+        state = checkpoint["training"]["network"] or checkpoint["state_dict"]
+        network.load_state_dict(state)
         return checkpoint["spec"]["mean"], checkpoint["spec"]["std"]
+
     if not settings.pretrained:
         return None, None
+
     state, mean, std = pretrained(settings.model, settings.pretrained, channels)
     load_pretrained(network, state)
     return mean, std
 
 
-def read_weights(path: str) -> tuple[dict, dict]:
-    """The (state_dict, spec) in a file of weights; the spec is empty unless it is a checkpoint of step1.
+def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None, list | None]:
+    """The state_dict to start a network from, and the mean and std it was trained with.
 
-    Takes a state_dict, or a dict with one under `state_dict` or `model`, as torchvision and timm write them,
-    with or without DataParallel's prefix `module.`. Raises ValueError.
+    source: "default" for torchvision's default weights, else the path of a state_dict or
+    checkpoint. mean, std: [channels], or None if they are not known. Raises ValueError, or Problem
+    if a download fails.
+    """
+    weights = torchvision_weights(name)
+    if source == "default":
+        if weights is None:
+            reason = f"{name} has no default weights; --pretrained FILE takes a local state_dict"
+            raise ValueError(reason)
+        return download(name, weights), *usual_statistics(weights, channels)
+
+    state, spec = read_weights(source)
+    if len(spec.get("mean", ())) == channels:
+        return state, spec["mean"], spec["std"]
+    if weights is None:
+        return state, None, None
+    return state, *usual_statistics(weights, channels)
+
+
+def usual_statistics(weights, channels: int) -> tuple[list[float], list[float]]:
+    """The mean and std that torchvision's weights expect, [channels] each.
+
+    Where there are not three channels, each gets the average.
+    """
+    usual = weights.transforms()
+    if channels == 3:
+        return list(usual.mean), list(usual.std)
+    return [sum(usual.mean) / 3] * channels, [sum(usual.std) / 3] * channels
+
+
+def download(name: str, weights) -> dict:
+    """torchvision's weights, downloaded unless torch has them. Raises Problem."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        raise Problem(
+            f"cannot download the weights of {name} ({error}): put {weights.url} at {place}, "
+            "or give --pretrained FILE, or train from scratch without --pretrained"
+        ) from None
+
+
+# --------------------------------------------------------------------------------- weights in files
+def read_weights(path: str) -> tuple[dict, dict]:
+    """The (state_dict, spec) in a file of weights; the spec is empty unless step1 wrote the file.
+
+    Takes a state_dict, or a dict with one under `state_dict` or `model`, as torchvision and timm
+    write them, with or without DataParallel's prefix `module.`. Raises ValueError.
     """
     try:
         content = load_plain(path)
@@ -41,67 +94,82 @@ def read_weights(path: str) -> tuple[dict, dict]:
         raise ValueError("no such file") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot be loaded as plain weights: {error}") from None
-    state, spec = content, {}
+
+    state = content
+    spec = {}
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
-            state, spec = content[name], content.get("spec", {})
-    names = state.keys() if isinstance(state, dict) else ()
-    if not names or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+            state = content[name]
+            spec = content.get("spec", {})
+
+    if not is_state_dict(state):
         raise ValueError("is not a state_dict: it holds other things than tensors")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state, spec if isinstance(spec, dict) else {}
+    if not isinstance(spec, dict):
+        spec = {}
+
+    return {name.removeprefix("module."): value for name, value in state.items()}, spec
 
 
-def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None, list | None]:
-    """The (state_dict, mean, std) to start a network from; mean and std are None if they are not known.
+def is_state_dict(value) -> bool:
+    """Does a value map names to tensors, at least one?"""
+    if not isinstance(value, dict) or not value:
+        return False
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return False
+    return True
 
-    source: "default" for torchvision's default weights, else the path of a state_dict or checkpoint. mean,
-    std: what the weights were trained with, [channels]; grey takes the middle of the three. Raises
-    ValueError.
+
+def load_pretrained(network: nn.Module, state: dict) -> None:
+    """Load a state_dict that was trained on other classes or channels.
+
+    A head of another size stays as it was initialised. A first convolution for another number of
+    channels gets the mean over them, scaled to the same response to grey. Raises ValueError naming
+    the first key that does not fit, the sign of another architecture.
     """
-    weights, mean, std = torchvision_weights(name), None, None
-    if weights is not None:
-        usual = weights.transforms().mean, weights.transforms().std
-        mean, std = ([sum(x) / 3] * channels if channels != 3 else list(x) for x in usual)
-    if source != "default":
-        state, spec = read_weights(source)
-        if len(spec.get("mean", ())) == channels:
-            mean, std = spec["mean"], spec["std"]
-        return state, mean, std
-    if weights is None:
-        raise ValueError(f"{name} has no default weights; --pretrained FILE takes a local state_dict")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return weights.get_state_dict(progress=True, check_hash=True), mean, std
-    except (OSError, RuntimeError) as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-        way_out = "give --pretrained FILE, or train from scratch without --pretrained"
-        failure = f"cannot download the weights of {name} ({error})"
-        raise Problem(f"{failure}: put {weights.url} at {place}, or {way_out}") from None
+    own = network.state_dict()
+    head = set(head_keys(network))
+    state = without_auxiliary_heads(state, own)
+    adapt_first_convolution(state, own)
 
-
-def load_pretrained(network: torch.nn.Module, state: dict) -> None:
-    """Load a state_dict trained on other classes or channels: a head of another size is left as initialised.
-
-    A first convolution for another number of channels gets the mean over them, scaled to the same response to
-    grey. Raises ValueError naming the first key that does not fit, the sign of another architecture.
-    """
-    own, head = network.state_dict(), set(head_keys(network))
-    state = {key: v for key, v in state.items() if key in own or not key.startswith(("aux", "AuxLogits"))}
-    first = next((key for key, value in own.items() if value.ndim == 4), None)
-    if first in state and state[first].ndim == 4 and state[first].shape[1] != own[first].shape[1]:
-        n_from, n_to = state[first].shape[1], own[first].shape[1]
-        state[first] = state[first].mean(1, keepdim=True).repeat(1, n_to, 1, 1) * (n_from / n_to)
     wrong = [key for key in own.keys() ^ state.keys() if key not in head]
-    wrong += [key for key in own.keys() & state.keys() - head if own[key].shape != state[key].shape]
+    for key in own.keys() & state.keys() - head:
+        if own[key].shape != state[key].shape:
+            wrong.append(key)
     if wrong:
-        raise ValueError(f"does not fit this architecture: {len(wrong)} entries differ, as {min(wrong)!r}")
+        reason = f"does not fit this architecture: {len(wrong)} entries differ, as {min(wrong)!r}"
+        raise ValueError(reason)
+
     fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
     if head - fitting.keys():
-        fitting = {key: value for key, value in fitting.items() if key not in head}  # all of the head or none
+        # Half of a head is of no use: all of it or none.
+        fitting = {key: value for key, value in fitting.items() if key not in head}
     network.load_state_dict(fitting, strict=False)
 
 
+def without_auxiliary_heads(state: dict, own: dict) -> dict:
+    """A state_dict without the classifiers that GoogLeNet and Inception only have for training."""
+    kept = {}
+    for key, value in state.items():
+        if key in own or not key.startswith(("aux", "AuxLogits")):
+            kept[key] = value
+    return kept
+
+
+def adapt_first_convolution(state: dict, own: dict) -> None:
+    """Change the first convolution of a state_dict to the number of channels of `own`, in place."""
+    first = next((key for key, value in own.items() if value.ndim == 4), None)
+    if first not in state or state[first].ndim != 4:
+        return
+
+    wanted = own[first].shape[1]
+    given = state[first].shape[1]
+    if given != wanted:
+        mean = state[first].mean(1, keepdim=True)  # [out, 1, height, width]
+        state[first] = mean.repeat(1, wanted, 1, 1) * (given / wanted)
+
+
+# ------------------------------------------------------------------------------- what a network has
 def torchvision_weights(name: str):
     """torchvision's default weights entry of a network, or None for one of ours."""
     if name in model.MODELS:
@@ -112,14 +180,23 @@ def torchvision_weights(name: str):
 
 
 def usual_size(name: str) -> int:
-    """The usual image size in pixels: 64 for ours, theirs for torchvision's. Raises ValueError if unknown."""
+    """The usual image side in pixels: 64 for our networks, torchvision's own for its networks.
+
+    Raises ValueError for an unknown name.
+    """
     model.options_of(name)
     weights = torchvision_weights(name)
-    return weights.transforms().crop_size[0] if weights else 64
+    if weights is None:
+        return 64
+    return weights.transforms().crop_size[0]
 
 
 def head_keys(network: nn.Module) -> list[str]:
-    """The state_dict keys of the last linear or convolutional layer and its norm: what classes decide."""
-    last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+    """The state_dict keys of the last linear or convolutional layer and its norm."""
+    last = ""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            last = name
+
     keys = list(network.state_dict())
     return keys[keys.index(f"{last}.weight") :]
