@@ -41,6 +41,8 @@ def measure_run(place: Path, name: str, arguments: list) -> dict:
     """Train, export, and gather the figures of one seed. Accuracies are fractions."""
     summary = train(place, name, arguments)
     parity = export(place, name)
+
+    # What users hold in the end is the file: its accuracy and size count, not the network's.
     exported = place / "exports" / name
 
     figures = {
@@ -94,6 +96,7 @@ def main():
         place.mkdir(parents=True, exist_ok=True)
 
         figures = {}
+        # The digits take the recipe's epochs; the larger sets fewer, for time.
         digits = ["--epochs", args.digits_epochs] if args.digits_epochs else []
         figures["digits"] = measure_seeds(place, "digits", digits, args.seeds)
 
@@ -103,6 +106,7 @@ def main():
             figures["mnist"] = measure_seeds(place, "mnist", mnist, args.large_seeds)
 
         if args.cifar:
+            # The images may lie where nothing can be written, so the cache lies elsewhere.
             cifar = ["--data-dir", args.cifar.resolve(), "--cache-dir", place / "cache"]
             cifar += ["--epochs", args.cifar_epochs]
             figures["cifar"] = measure_seeds(place, "cifar10", cifar, args.large_seeds)

@@ -213,7 +213,7 @@ def main():
     rows = measure_all(files, arrays, args.threads)
 
     figures = {
-        "dataset": spec["dataset"],
+        "export": args.export.resolve().name,
         "images": len(images),
         "threads": args.threads,
         "sizes": list(arrays),

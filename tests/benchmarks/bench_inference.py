@@ -186,6 +186,7 @@ def printed_rate(runs: list[Measured]) -> float:
 class Row:
     """A figure of step3 beside that of a baseline, and the ratio that is aimed at."""
 
+    key: str  # by which render.py finds it
     what: str
     ours: float
     baseline: float
@@ -208,6 +209,7 @@ class Row:
             flush=True,
         )
         return {
+            "key": self.key,
             "what": self.what,
             "ours": self.ours,
             "baseline": self.baseline,
@@ -245,6 +247,7 @@ def bench_cold(place: Place) -> list[dict]:
     bare = [place.script("bare"), model, place.one()]
     results = alternate(4 * place.rounds, {"ours": step3, "bare": bare})
     start = Row(
+        key="cold",
         what="cold start, one PNG / bare onnxruntime script",
         ours=wall(results["ours"]),
         baseline=wall(results["bare"]),
@@ -252,6 +255,7 @@ def bench_cold(place: Place) -> list[dict]:
         target=1.10,
     )
     work = Row(
+        key="cold cpu",
         what="its CPU time / the same",
         ours=cpu(results["ours"]),
         baseline=cpu(results["bare"]),
@@ -266,6 +270,7 @@ def bench_cold(place: Place) -> list[dict]:
     torch = [place.script("torch_one"), place.checkpoint, place.one()]
     results = alternate(max(3, place.rounds), {"ours": step3, "torch": torch})
     beside_torch = Row(
+        key="cold torch",
         what="cold start, one PNG / torch, model.py and checkpoint",
         ours=wall(results["ours"]),
         baseline=wall(results["torch"]),
@@ -273,6 +278,7 @@ def bench_cold(place: Place) -> list[dict]:
         target=1 / 8,
     )
     memory = Row(
+        key="cold memory",
         what="its peak memory / the same",
         ours=peak(results["ours"]),
         baseline=peak(results["torch"]),
@@ -288,6 +294,7 @@ def bench_archive(place: Place, step3: list) -> Row:
     shipped = [place.archive, "--model", place.models["fp32"], place.one()]
     results = alternate(4 * place.rounds, {"shipped": shipped, "script": step3})
     return Row(
+        key="archive",
         what="CPU time of a cold step3_infer.pyz / step3_infer.py",
         ours=cpu(results["shipped"]),
         baseline=cpu(results["script"]),
@@ -327,6 +334,7 @@ def bench_throughput(place: Place) -> list[dict]:
     for name in place.models:
         rate = len(place.paths) / wall(results[name])
         alone = Row(
+            key=f"files, {name}",
             what=f"{name}, {len(place.paths):,} files / the engine alone on decoded arrays",
             ours=rate,
             baseline=printed_rate(results[f"{name} alone"]),
@@ -335,6 +343,7 @@ def bench_throughput(place: Place) -> list[dict]:
             higher_is_better=True,
         )
         loop = Row(
+            key=f"loop, {name}",
             what=f"{name}, the same / DataLoader loop, 2 workers, eager fp32",
             ours=rate,
             baseline=printed_rate(results["loop"]),
@@ -348,6 +357,7 @@ def bench_throughput(place: Place) -> list[dict]:
     few = [STEP3, "--model", place.models["fp32"], "--output", place.folder / "out.txt", *hundred]
     small = alternate(place.rounds, {"few": few})["few"]
     memory = Row(
+        key="files memory",
         what=f"peak memory, {len(place.paths):,} files / 100 files",
         ours=peak(results["fp32"]),
         baseline=peak(small),
@@ -366,6 +376,7 @@ def bench_photo(place: Place) -> list[dict]:
     results = alternate(4 * place.rounds, {"ours": step3, "pillow": pillow})
 
     time_taken = Row(
+        key="photo",
         what="12-megapixel JPEG / Pillow decoding and resizing, engine",
         ours=wall(results["ours"]),
         baseline=wall(results["pillow"]),
@@ -373,6 +384,7 @@ def bench_photo(place: Place) -> list[dict]:
         target=0.95,
     )
     memory = Row(
+        key="photo memory",
         what="its peak memory / 250 MB",
         ours=peak(results["ours"]),
         baseline=250,

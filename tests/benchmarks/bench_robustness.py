@@ -153,7 +153,7 @@ def main():
     print(f"mean of the nine: {statistics.fmean(nine):.2%} ({listed})")
     print(f"{time.perf_counter() - started:.0f} s")
 
-    figures["dataset"] = file.spec["dataset"]
+    figures["export"] = path.parent.name
     figures["images"] = len(images)
     figures["augment"] = augment
     figures["nine"] = nine

@@ -143,7 +143,7 @@ def main():
         mean[key] = statistics.fmean(row[key] for row in rows)
     print(f"| mean | | {cells(mean)} |")
 
-    figures = {"dataset": file.spec["dataset"], "kept": kept, "kinds": rows, "mean": mean}
+    figures = {"export": path.parent.name, "kept": kept, "kinds": rows, "mean": mean}
     write_result("unknown", figures, command_line(), args.results)
 
 

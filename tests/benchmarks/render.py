@@ -35,6 +35,7 @@ NOT_MEASURED = "Not measured yet."
 
 def table(head: list[str], rows: list[list[str]], right_from: int | None = None) -> list[str]:
     """The lines of a Markdown table; columns from `right_from` on are aligned to the right."""
+    # Numbers are compared down a column, which their digits must line up for.
     rules = ["---"] * len(head)
     if right_from is not None:
         rules[right_from:] = ["---:"] * (len(head) - right_from)
@@ -62,6 +63,11 @@ def seconds(value: float) -> str:
     return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
+def quantity(value: float, unit: str) -> str:
+    """Three digits, without an exponent for a large value."""
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
 def small(value: float) -> str:
     """A difference: 1e-06."""
     return f"{value:.0e}"
@@ -72,9 +78,8 @@ def where(result: dict) -> str:
     processor = result["processor"]
     cores = processor["cores"]
     named = [f"{package} {version}" for package, version in result["versions"].items()]
-    machine = f"{cores} core{'s' if cores > 1 else ''} of an {processor['name']}"
-    if processor["instructions"]:
-        machine += f" ({', '.join(processor['instructions'])})"
+    about = ", ".join([processor["name"], *processor["instructions"]])
+    machine = f"{cores} CPU core{'s' if cores > 1 else ''} ({about})"
     return f"Measured on {result['date']} at {commit(result)} on {machine}, with {', '.join(named)}"
 
 
@@ -82,8 +87,9 @@ def commit(result: dict) -> str:
     """commit `1234567`, as the pages name it."""
     if result["commit"] is None:
         return "an unknown commit"
+    # "with changes" follows the revision if the code was not that of the commit.
     revision, *changes = result["commit"].split(" ", 1)
-    return " ".join([f"commit `{revision[:7]}`", *changes])
+    return " ".join([f"commit `{revision[:7]}`", *(f"({change})" for change in changes)])
 
 
 def short_source(result: dict, page: str) -> list[str]:
@@ -94,7 +100,7 @@ def short_source(result: dict, page: str) -> list[str]:
     versions = result["versions"]
     named = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
     processor = result["processor"]
-    machine = f"{processor['cores']} cores of an {processor['name']}, without a GPU"
+    machine = f"{processor['cores']} CPU cores ({processor['name']}), without a GPU"
     return [
         "",
         f"Measured at {commit(result)} on {machine}, with {' and '.join(named)} "
@@ -135,6 +141,7 @@ def accuracy(results: Results) -> list[str]:
         seeds = ", ".join(str(run["seed"]) for run in runs)
         plural = "s" if len(runs) > 1 else ""
 
+        # Seeds differ in accuracy, but hardly in time and not in size.
         took = statistics.median(run["train_seconds"] for run in runs)
         sizes = f"{megabytes(runs[0]['bytes'])}, int8 {megabytes(runs[0]['int8_bytes'])}"
         rows.append(
@@ -157,15 +164,15 @@ def device(results: Results) -> list[str]:
         return []
 
     figures = result["figures"]
+    by_key = {row["key"]: row for row in figures["rows"]}
     rows = []
-    for row in figures["rows"]:
-        if row["what"].startswith("cold start, one PNG / bare"):
-            rows.append(["a cold `step3_infer.py image.png`", f"{row['ours']:.2f} s"])
-        if row["what"] == "its peak memory / the same":
-            rows.append(["its memory", f"{row['ours']:.0f} MB"])
-    if "clocks" in figures and "latency_ms" in figures["clocks"]["benchmark"]:
-        latency = figures["clocks"]["benchmark"]["latency_ms"]
-        rows.append(["one 32x32 image in onnxruntime, loaded", f"{latency:.1f} ms"])
+    if "cold" in by_key:
+        rows.append(["a cold `step3_infer.py image.png`", f"{by_key['cold']['ours']:.2f} s"])
+    if "cold memory" in by_key:
+        rows.append(["its memory", f"{by_key['cold memory']['ours']:.0f} MB"])
+    if "clocks" in figures:
+        latency = figures["clocks"]["benchmark"]["latency_p50_ms"]
+        rows.append(["each further 32x32 image", f"{latency:.1f} ms"])
     if not rows:
         return []
     head = ["prediction, with the CIFAR-10 file", ""]
@@ -178,7 +185,13 @@ def int8(results: Results) -> list[str]:
     if result is None:
         return []
     rows = int8_rows(result)
-    head = ["network", "size, of float32", "accuracy, float32", "int8", *throughput_heads(result)]
+    head = [
+        "network",
+        "size / float32",
+        "accuracy, float32",
+        "accuracy, int8",
+        *throughput_heads(result),
+    ]
     return table(head, rows) + short_source(result, "../tests/benchmarks/README.md#export")
 
 
@@ -188,7 +201,7 @@ def int8_rows(result: dict) -> list[list[str]]:
         faster = [f"{times['speedup']:.1f}x" for times in run["speedups"].values()]
         rows.append(
             [
-                f"{run['dataset']}, {run['parameters']:,} parameters",
+                f"`{run['run']}`, {run['parameters']:,} parameters",
                 f"{run['int8_bytes'] / run['bytes']:.2f}",
                 percent(run["accuracy"]),
                 percent(run["int8_accuracy"]),
@@ -217,6 +230,7 @@ def engines(results: Results) -> list[str]:
         "model.pt",
         "model.pt2",
     ]
+    # One row for an engine, one column for a file: the results have a row for each pair.
     by_engine: dict[str, dict[str, str]] = {}
     for row in result["figures"]["rows"]:
         name = f"{row['engine']} {row['version']}"
@@ -237,6 +251,7 @@ def worst_difference(row: dict) -> str:
     """The cell of an engine and a file: the largest difference, and how many answers changed."""
     if "failed" in row:
         return "refused"
+    # An engine that raised at a size has the error's name there instead of a number.
     numbers = [value for value in row["max"].values() if not isinstance(value, str)]
     if len(numbers) < len(row["max"]):
         return "fails at some sizes"
@@ -278,6 +293,7 @@ def bench_accuracy(results: Results) -> list[str]:
     rows = []
     for key, runs in result["figures"].items():
         for run in runs:
+            # Runs without calibration images have neither a temperature nor `known`.
             kept = "-"
             if run["kept"]:
                 kept = percents([run["kept"]["0.99"], run["kept"]["0.95"]])
@@ -432,7 +448,7 @@ def bench_export(results: Results) -> list[str]:
         return []
     runs = result["figures"]["runs"]
 
-    head = ["", *(f"{run['dataset']}, {run['parameters']:,} parameters" for run in runs)]
+    head = ["", *(f"`{run['run']}`, {run['parameters']:,} parameters" for run in runs)]
     rows = [
         ["int8 file / float32 file", *(f"{run['int8_bytes'] / run['bytes']:.3f}" for run in runs)],
     ]
@@ -462,8 +478,8 @@ def bench_inference(results: Results) -> list[str]:
         rows.append(
             [
                 row["what"],
-                f"{row['ours']:.3g} {row['unit']}",
-                f"{row['baseline']:.3g} {row['unit']}",
+                quantity(row["ours"], row["unit"]),
+                quantity(row["baseline"], row["unit"]),
                 f"{row['ours'] / row['baseline']:.3g}",
                 aim if row["reached"] else f"{aim}, missed",
             ]
@@ -516,7 +532,7 @@ def bench_robustness(results: Results) -> list[str]:
     return [
         *table(["change", "mild", "medium", "strong"], rows),
         "",
-        f"{figures['images']:,} test images of {figures['dataset']}; unchanged {clean}, "
+        f"{figures['images']:,} test images of `{figures['export']}`; unchanged {clean}, "
         f"mean of the nine {nine}.",
         *full_source(result),
     ]
@@ -541,7 +557,7 @@ def bench_unknown(results: Results) -> list[str]:
         )
     head = ["kind", "images", "AUROC of `known`", "of the largest probability", "called unknown"]
     kept = percent(figures["kept"])
-    told = f"The threshold for 99 % keeps {kept} of the test images of {figures['dataset']}."
+    told = f"The threshold for 99 % keeps {kept} of the test images of `{figures['export']}`."
     return [*table(head, rows, right_from=1), "", told, *full_source(result)]
 
 
