@@ -78,6 +78,14 @@ def test_one_machine_gives_the_same_answers_twice(small, tmp_path, execute):
     assert refused.code == 1 and refused.err.startswith("error: ") and "broken.png" in refused.err
 
 
+def test_a_finished_table_is_recorded(tmp_path):
+    (tmp_path / "table").write_text("| cortex-a53 | model.onnx | passed, 2.4e-7 | 223 |\n")
+    answers.record(tmp_path / "table", ["QEMU 10.0"], tmp_path)
+    figures = json.loads((tmp_path / "arm64.json").read_text())["figures"]
+    assert figures["rows"] == [["cortex-a53", "model.onnx", "passed, 2.4e-7", "223"]]
+    assert figures["notes"] == ["QEMU 10.0"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the proof needs Debian or Ubuntu")
 @pytest.mark.parametrize("arguments", [[], ["nowhere.zip"], [ROOT / "data"], [ROOT / "README.md"]])
 def test_wrong_usage_of_the_proof_is_one_line(arguments, tmp_path):

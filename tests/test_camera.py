@@ -21,7 +21,9 @@ def photos(size=(24, 20), channels=3):
     rng, pictures = np.random.default_rng(0), []
     for _ in range(12):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
-        picture = coarse.convert("RGB" if channels == 3 else "L").resize(size[::-1], Image.Resampling.BICUBIC)
+        picture = coarse.convert("RGB" if channels == 3 else "L").resize(
+            size[::-1], Image.Resampling.BICUBIC
+        )
         pictures.append(np.asarray(picture).reshape(*size, channels))
     return np.stack(pictures)
 
@@ -39,7 +41,9 @@ def test_changes_repeat_and_grow_with_their_strength(name, channels):
     for level in range(3):
         changed = change(name, images, level)
         assert changed.dtype == np.uint8 and changed.shape == images.shape
-        assert np.array_equal(changed, change(name, images, level)) and np.array_equal(images, before)
+        assert np.array_equal(changed, change(name, images, level)) and np.array_equal(
+            images, before
+        )
         distances.append(np.abs(changed.astype(float) - images).mean())
     assert 0 < distances[0] < distances[1] < distances[2]
 
@@ -66,7 +70,10 @@ def test_blurs_keep_the_light_and_spread_it_as_far_as_they_say():
     for function, strength, reach in ((camera.defocus, 1.5, 2), (camera.motion_blur, 5, 3)):
         spread = function(point, strength, np.random.default_rng(0))[..., 0].astype(float)
         assert spread.sum((1, 2)) == pytest.approx(255, abs=12)
-        assert not spread[:, np.abs(place) > reach].any() and not spread[:, :, np.abs(place) > reach].any()
+        assert (
+            not spread[:, np.abs(place) > reach].any()
+            and not spread[:, :, np.abs(place) > reach].any()
+        )
 
 
 def test_shift_and_rotation_move_what_is_there():
@@ -74,7 +81,10 @@ def test_shift_and_rotation_move_what_is_there():
     shifted = camera.shift(images, 2, np.random.default_rng(0))
     for before, after in zip(images, shifted, strict=True):
         moves = [(dy, dx) for dy in (-2, 2) for dx in (-2, 2)]
-        inside = [np.array_equal(np.roll(before, move, (0, 1))[3:6, 3:6], after[3:6, 3:6]) for move in moves]
+        inside = [
+            np.array_equal(np.roll(before, move, (0, 1))[3:6, 3:6], after[3:6, 3:6])
+            for move in moves
+        ]
         assert sum(inside) == 1
     line = np.zeros((6, 41, 41, 1), np.uint8)
     line[:, 20] = 255
@@ -102,14 +112,19 @@ def test_survey_measures_each_change_and_known_where_the_file_has_it(trained):
     assert known["darker", "x0.4"] < known["darker", "x0.8"] < rows[0]["known"]
 
 
-def test_the_benchmark_prints_its_table(trained):
+def test_the_benchmark_prints_its_table(trained, tmp_path):
     script = ROOT / "tests" / "benchmarks" / "bench_robustness.py"
     command = [sys.executable, script, trained.export, "--images", "40", "--threads", "1"]
+    command += ["--results", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    rows = [
+        line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")
+    ]
     assert [row.removesuffix(" *") for row in rows] == ["change", *camera.CHANGES]
     assert "motion blur *" in rows and "shift" in rows and "mean of the nine: " in done.stdout
+    figures = json.loads((tmp_path / "robustness.json").read_text())["figures"]
+    assert figures["images"] == 40 and len(figures["nine"]) == 9
 
 
 def test_the_default_network_holds_under_a_camera(trained):
@@ -118,7 +133,9 @@ def test_the_default_network_holds_under_a_camera(trained):
     clean, _ = camera.measure(file, digits.test_images, digits.test_labels)
     # Without blur, color and noise in training, contrast x0.5 leaves 96 %, x0.3 42 %.
     for function, strength in ((camera.noise, 16), (camera.contrast, 0.5), (camera.contrast, 0.3)):
-        accuracy, _ = camera.measure(file, digits.test_images, digits.test_labels, function, strength)
+        accuracy, _ = camera.measure(
+            file, digits.test_images, digits.test_labels, function, strength
+        )
         assert accuracy > clean - 0.06, (function, strength)
 
 
