@@ -38,6 +38,7 @@ from inference.engines import find_model  # noqa: E402
 from inference.errors import Problem, guarded  # noqa: E402
 from inference.files import output_stream  # noqa: E402
 from inference.images import find_images, note_files  # noqa: E402
+from inference.limits import MAX_PIXELS, MAX_SIDE, allow_pixels  # noqa: E402
 from inference.predict import Model, predict, predict_files  # noqa: E402, F401  predict: for others
 from inference.results import write_figures, write_images, write_values  # noqa: E402
 from inference.task import task_of  # noqa: E402
@@ -60,6 +61,7 @@ TAKES = {
         "--format",
         "--output",
         "--max-flips",
+        "--max-pixels",
     ],
     "PATH": [
         "--model",
@@ -71,6 +73,7 @@ TAKES = {
         "--output",
         "--reject",
         "--min-probability",
+        "--max-pixels",
     ],
 }
 
@@ -107,6 +110,12 @@ def build_parser() -> Parser:
         type=count,
         metavar="N",
         help="images of one size that run at once (default: 16)",
+    )
+    add(
+        "--max-pixels",
+        type=number(int, 1, MAX_SIDE**2),
+        metavar="N",
+        help=f"refuse images of more pixels (default: {MAX_PIXELS:,})",
     )
 
     add = parser.add_argument_group("results").add_argument
@@ -164,6 +173,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.format = args.format or "text"
     args.top_k = args.top_k or TOP_K
     args.threads = args.threads or usable_cpus()
+    args.max_pixels = args.max_pixels or MAX_PIXELS
+    allow_pixels(args.max_pixels)
     return args
 
 
@@ -219,6 +230,7 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
 
     model = Model(path, args.threads // workers, args.device, once=len(first) == 1)
     check_model(model, path, args)
+    model.max_pixels = args.max_pixels
     if args.reject is not None:
         model.reject = args.reject
     if args.min_probability is not None:
@@ -255,6 +267,7 @@ def run_compare(args: argparse.Namespace) -> int:
         warn_of_code(path)
         model = Model(path, args.threads // workers, args.device, once=len(first) == 1)
         check_model(model, path, args)
+        model.max_pixels = args.max_pixels
         models.append(model)
     check_same_classes(models, args.compare)
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inference.command_line import say
-from inference.images import decode_image
-from inference.predict import Model
+from inference.predict import Model, decode_for
 
 MOST_CHANGED = 20  # images that are named
 LATENCY_RUNS = 20
@@ -100,7 +99,7 @@ def change_between(old: dict, new: dict) -> Change:
 
 def file_figures(model: Model, path: str, image_path: str) -> dict:
     """The size of a file, and its speed on one image."""
-    image = decode_image(image_path, model.spec["channels"], model.spec["white"])[None]
+    image = decode_for(model, image_path, model.max_pixels)[None]
     times = []
     for _ in range(LATENCY_RUNS):
         started = time.perf_counter()

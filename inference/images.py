@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import glob
+import importlib
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -12,23 +14,46 @@ from PIL import Image, UnidentifiedImageError
 
 from inference.command_line import say
 from inference.errors import Problem, one_line
+from inference.limits import MAX_PIXELS, TooLarge, check_rows, check_scans, check_size
 
-# Known without loading Pillow's plugins, which takes longer than one prediction.
-IMAGE_SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".pgm",
-    ".ppm",
-    ".pbm",
-    ".avif",
-    ".jp2",
+# The formats that are read, by Pillow's names, and the suffixes of their files. Pillow knows more,
+# and some of those contain others or run programs: an EPS, even one inside an IPTC record, starts
+# Ghostscript.
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".pgm", ".ppm", ".pbm", ".pnm"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "TGA": (".tga", ".icb", ".vda", ".vst"),
+    "DIB": (".dib",),
+    "ICO": (".ico",),
+    "PCX": (".pcx",),
+    "QOI": (".qoi",),
+    "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
+    "DDS": (".dds",),
+    "HEIF": (".heic", ".heics", ".heif", ".heifs", ".hif"),  # of pillow-heif
 }
+COMMON = ("JPEG", "PNG", "BMP", "GIF", "PPM")  # which Pillow loads at once
+PLUGINS = {
+    "WEBP": "WebPImagePlugin",
+    "TIFF": "TiffImagePlugin",
+    "AVIF": "AvifImagePlugin",
+    "JPEG2000": "Jpeg2KImagePlugin",
+    "TGA": "TgaImagePlugin",
+    "DIB": "BmpImagePlugin",
+    "ICO": "IcoImagePlugin",
+    "PCX": "PcxImagePlugin",
+    "QOI": "QoiImagePlugin",
+    "SGI": "SgiImagePlugin",
+    "DDS": "DdsImagePlugin",
+}
+IMAGE_SUFFIXES = tuple(itertools.chain.from_iterable(SUFFIXES.values()))
+
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 NAMED = 3  # files that a note names
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
@@ -37,20 +62,25 @@ ORIENTATION = 0x0112  # the EXIF tag
 
 
 # ------------------------------------------------------------------------------------------- decode
-def decode_image(source, channels: int, white: int = 65535) -> np.ndarray:
+def decode_image(
+    source, channels: int, white: int = 65535, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Decode one image file to uint8 [height, width, channels].
 
     source: a path or a binary file object. channels: 1 for grey, 3 for RGB. white: the level of
     16-bit greys from which on a pixel becomes 255. The EXIF orientation is applied; an animation
-    gives its first frame. Raises Problem, to which the caller adds the file name.
+    gives its first frame. Raises Problem, to which the caller adds the file name, and TooLarge for
+    more than max_pixels.
     """
     try:
         source = prepared(source)
-        return read_pixels(source, channels, white)
+        return read_pixels(source, channels, white, max_pixels)
     except UnidentifiedImageError:
         reason = "is not an image that Pillow can read" if size_of(source) else "is empty"
     except FileNotFoundError:
         reason = "no such file"
+    except Image.DecompressionBombError:  # Pillow's own limit comes first
+        raise TooLarge(f"has more pixels than --max-pixels {max_pixels:,}") from None
     except MemoryError:
         reason = "is too large for this machine's memory"
     except Problem:
@@ -78,43 +108,51 @@ def size_of(source) -> int:
 
 
 def open_image(source) -> Image.Image:
-    """Image.open for every format that image_suffixes() knows.
+    """Image.open for the formats of SUFFIXES, and no others.
 
-    Pillow loads its rarer plugins when the common ones fail. If another thread is loading them at
-    that moment, the first attempt fails although the file is fine.
+    Pillow's plugins for the rarer ones are loaded when they are needed first.
     """
     with contextlib.suppress(UnidentifiedImageError):
-        return Image.open(source)
+        return Image.open(source, formats=COMMON)
 
-    image_suffixes()
-    return Image.open(source)
+    return Image.open(source, formats=load_plugins())
 
 
 @functools.cache
-def image_suffixes() -> set[str]:
-    """Load all of Pillow's formats, and HEIC if pillow-heif is installed; return their suffixes."""
-    name_of = Image.registered_extensions()  # suffix -> format; this loads the plugins
+def load_plugins() -> tuple[str, ...]:
+    """Load Pillow's plugins for the rarer formats; return the formats that can be opened now."""
+    for plugin in set(PLUGINS.values()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"PIL.{plugin}")
 
     with contextlib.suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
 
-    readable = {*Image.OPEN, "MPO"}  # the JPEG plugin opens MPO
-    return {suffix for suffix, name in name_of.items() if name in readable}
+    Image.preinit()
+    return tuple(name for name in SUFFIXES if name in Image.OPEN)
 
 
-def read_pixels(source, channels: int, white: int) -> np.ndarray:
+def can_read_heif() -> bool:
+    """Is pillow-heif installed?"""
+    return "HEIF" in load_plugins()
+
+
+def read_pixels(source, channels: int, white: int, max_pixels: int) -> np.ndarray:
     """Read an image as uint8 [height, width, channels]; decode_image() explains the errors."""
     with open_image(source) as image:
+        check_size(image.size, max_pixels)
         if image.mode == "F":
             raise Problem(
                 "has 32-bit float pixels, which have no fixed range: save it with 8 or 16 bits"
             )
-        if image.format == "EPS":  # Pillow would run Ghostscript
-            raise Problem("is PostScript, which is a program and not an image")
+        if image.info.get("progression"):
+            check_scans(source)
 
         image.load()
+        if image.format == "PNG":
+            check_rows(source, image)
         if image.getexif().get(ORIENTATION, 1) != 1:
             from PIL import ImageOps  # rarely needed, and slow to import
 
@@ -122,18 +160,17 @@ def read_pixels(source, channels: int, white: int) -> np.ndarray:
 
         # "I;16" in either byte order, or "I" if Pillow has widened the pixels.
         if image.mode.startswith("I"):
-            image = scale_to_8_bits(image, white)
+            return scale_to_8_bits(image, channels, white)
         return to_array(image, channels)
 
 
-def scale_to_8_bits(image: Image.Image, white: int) -> Image.Image:
-    """Scale greys of up to 16 bits so that `white` becomes 255. Raises Problem for more bits."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
-
-    scaled = (np.minimum(values, white) * 255 + white // 2) // white
-    return Image.fromarray(scaled.astype(np.uint8))
+def bands(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
+    """Yield (top, bottom, these rows) of an image, which together fit the processor's cache."""
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        yield top, bottom, image.crop((0, top, width, bottom))
 
 
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
@@ -144,12 +181,26 @@ def to_array(image: Image.Image, channels: int) -> np.ndarray:
     mode = "L" if channels == 1 else "RGB"
     width, height = image.size
     pixels = np.empty((height, width, channels), np.uint8)
+    for top, bottom, band in bands(image):
+        pixels[top:bottom] = np.asarray(band.convert(mode)).reshape(-1, width, channels)
+    return pixels
 
-    rows = max(1, BAND_PIXELS // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        band = image.crop((0, top, width, bottom)).convert(mode)
-        pixels[top:bottom] = np.asarray(band).reshape(-1, width, channels)
+
+def scale_to_8_bits(image: Image.Image, channels: int, white: int) -> np.ndarray:
+    """Scale greys of up to 16 bits to uint8 [height, width, channels], so that `white` becomes 255.
+
+    Raises Problem for more bits.
+    """
+    levels = np.arange(65536)
+    table = ((np.minimum(levels, white) * 255 + white // 2) // white).astype(np.uint8)
+
+    width, height = image.size
+    pixels = np.empty((height, width, channels), np.uint8)
+    for top, bottom, band in bands(image):
+        values = np.asarray(band)  # [rows, width]
+        if values.min() < 0 or values.max() > 65535:
+            raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
+        pixels[top:bottom] = table[values][..., None]
     return pixels
 
 
@@ -214,7 +265,7 @@ def is_image(path: str) -> bool:
     """Is a file an image, by its suffix or, if it has none, by its content?"""
     suffix = os.path.splitext(path)[1].lower()
     if suffix:
-        return suffix in IMAGE_SUFFIXES or suffix in image_suffixes()
+        return suffix in IMAGE_SUFFIXES and (suffix not in SUFFIXES["HEIF"] or can_read_heif())
 
     if not os.path.isfile(path):  # opening a named pipe would wait for ever
         return False

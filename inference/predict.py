@@ -13,10 +13,13 @@ from inference.cpus import usable_cpus
 from inference.engines import LOADERS
 from inference.errors import Problem, one_line, problems
 from inference.images import decode_image, fit_to_input
+from inference.limits import LARGE_PIXELS, MAX_PIXELS, TooLarge
 from inference.task import task_of
 
 MAX_THREADS = 1024
 WINDOW_BYTES = 32 << 20  # decoded pixels that a thread holds, unless one image is larger
+ONE_LARGE = threading.Lock()  # held while an image of more than LARGE_PIXELS is in memory
+TOLERATED = 1e-3  # beyond 0..1, of a probability in float16 or int8
 DECIMALS = 6  # of probabilities and of `known`, in results and in comparisons with thresholds
 
 
@@ -25,8 +28,8 @@ class Model:
 
     spec: what the file says about itself, see inference.spec. reject: keep this share of familiar
     images (0.99), others are "unknown". min_probability: answers with less are "unsure". Both are
-    the file's own at first and may be set; None for no threshold. batch: the only batch size that
-    the file takes, None for any.
+    the file's own at first and may be set; None for no threshold. max_pixels: of an image file, and
+    may be set, too. batch: the only batch size that the file takes, None for any.
     """
 
     def __init__(self, path, threads: int | None = None, provider: str = "cpu", once: bool = False):
@@ -48,6 +51,7 @@ class Model:
         self.spec, self._run = load(path, threads, provider, once)
         self.reject = self.spec["reject"]
         self.min_probability = self.spec["min_probability"]
+        self.max_pixels = MAX_PIXELS
         self.batch = self.spec["fixed"]["batch"] if self.spec["fixed"] else None
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
@@ -110,12 +114,18 @@ def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
         image = check_array(path_or_array, model.spec["channels"])
     else:
         with problems(str(path_or_array), Problem, form="{} {}"):
-            image = decode_image(path_or_array, model.spec["channels"], model.spec["white"])
+            image = decode_for(model, path_or_array, model.max_pixels)
 
     result = predict_decoded(model, {0: np.ascontiguousarray(image)}, top_k)[0]
     if "error" in result:
         raise Problem(result["error"])
     return result
+
+
+def decode_for(model: Model, source, max_pixels: int) -> np.ndarray:
+    """Decode an image as the model takes it. Raises Problem, and TooLarge beyond max_pixels."""
+    spec = model.spec
+    return decode_image(source, spec["channels"], spec["white"], max_pixels)
 
 
 def check_array(array: np.ndarray, channels: int) -> np.ndarray:
@@ -160,12 +170,12 @@ def predict_same_size(model: Model, images: dict[int, np.ndarray], top_k: int) -
     best = best.astype(np.float64).round(DECIMALS)
     if known is not None:
         known = known.astype(np.float64).round(DECIMALS).tolist()
-    finite = np.isfinite(probabilities).all(axis=1)
 
     results = {}
     for row, key in enumerate(images):
-        if not finite[row]:
-            results[key] = {"error": "the model computes NaN or infinity for this image"}
+        fault = find_fault(probabilities[row])
+        if fault:
+            results[key] = {"error": f"the model computes {fault} for this image"}
             continue
 
         top = []
@@ -173,6 +183,15 @@ def predict_same_size(model: Model, images: dict[int, np.ndarray], top_k: int) -
             top.append({"label": model.spec["classes"][index], "probability": probability})
         results[key] = answer(model, top, None if known is None else known[row])
     return results
+
+
+def find_fault(probabilities: np.ndarray) -> str | None:
+    """What is wrong with the probabilities [classes] of an image; None if nothing is."""
+    if not np.isfinite(probabilities).all():
+        return "NaN or infinity"
+    if probabilities.min() < -TOLERATED or probabilities.max() > 1 + TOLERATED:
+        return "probabilities outside 0..1"
+    return None
 
 
 def answer(model: Model, top: list[dict], known: float | None) -> dict:
@@ -222,8 +241,12 @@ def predict_chunk(model: Model, chunk: list, top_k: int, stop: threading.Event) 
         try:
             if problem:
                 raise problem
-            source = standard_input() if path == "-" else path
-            waiting[number] = decode_image(source, model.spec["channels"], model.spec["white"])
+            if path == "-":
+                waiting[number] = decode_for(model, standard_input(), model.max_pixels)
+            else:
+                waiting[number] = decode_for(model, path, min(LARGE_PIXELS, model.max_pixels))
+        except TooLarge:
+            results |= predict_large(model, number, path, top_k)
         except Problem as error:
             results[number] = {"error": str(error)}
 
@@ -233,6 +256,16 @@ def predict_chunk(model: Model, chunk: list, top_k: int, stop: threading.Event) 
 
     results |= predict_decoded(model, waiting, top_k)
     return [{"path": path, **results[number]} for number, (path, _) in enumerate(chunk)]
+
+
+def predict_large(model: Model, number: int, path: str, top_k: int) -> dict[int, dict]:
+    """Predict a large image by itself, while no other thread does, so that memory is bounded."""
+    with ONE_LARGE:
+        try:
+            image = decode_for(model, path, model.max_pixels)
+        except Problem as error:
+            return {number: {"error": str(error)}}
+        return predict_decoded(model, {number: image}, top_k)
 
 
 def standard_input():

@@ -163,12 +163,15 @@ def check_values(spec: dict) -> None:
             waiting += [(part, depth + 1) for part in (*value.keys(), *value.values())]
         elif isinstance(value, list):
             waiting += [(part, depth + 1) for part in value]
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise Refused("it contains a number that is too large")
-        elif isinstance(value, int) and abs(value) > MAX_WHOLE:
+        elif isinstance(value, (int, float)) and not is_exact(value):
             raise Refused("it contains a number that is too large")
         elif isinstance(value, str) and not is_unicode(value):
             raise Refused("it contains half of a surrogate pair")
+
+
+def is_exact(value: float) -> bool:
+    """Is a number finite and, if it is whole, exact in JavaScript?"""
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= MAX_WHOLE
 
 
 def is_unicode(text: str) -> bool:
