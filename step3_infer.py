@@ -49,7 +49,7 @@ BATCH_SIZE, TOP_K = 16, 3  # by default
 
 # What is done, by the first of these that is given, and the options that have an effect on it.
 TAKES = {
-    "--verify": ["--model"],
+    "--verify": ["--model", "--sums-sha256"],
     "--self-test": ["--model", "--threads", "--device"],
     "--benchmark": ["--model", "--threads", "--device", "--batch-size", "--format", "--output"],
     "--values": ["--model", "--threads", "--device", "--format", "--output"],
@@ -159,6 +159,11 @@ def build_parser() -> Parser:
         "--verify",
         action="store_true",
         help="check all files against SHA256SUMS beside the model or program",
+    )
+    parser.add_argument_group("with --verify").add_argument(
+        "--sums-sha256",
+        metavar="HEX",
+        help="the SHA-256 that SHA256SUMS itself must have",
     )
     return parser
 
@@ -320,9 +325,10 @@ def run_self_test(path: str, args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     from inference.verify import verify
 
+    folder = program_folder()
     if args.model:
-        return verify(os.path.dirname(os.path.abspath(args.model)))
-    return verify(program_folder())
+        folder = os.path.dirname(os.path.abspath(args.model))
+    return verify(folder, args.sums_sha256)
 
 
 def program_folder() -> str:

@@ -16,28 +16,24 @@ import numpy as np
 
 from inference.command_line import say
 from inference.errors import Problem, problems
-from inference.spec import Spec, read_spec
+from inference.external import has_external_data
+from inference.spec import MAX_BYTES, Spec, read_spec
 
 Runner = Callable[[np.ndarray], list[np.ndarray]]
 
-# The files of an export, in the order of the automatic choice.
+# What the automatic choice takes, in this order. Files of torch can carry code: they are named.
 MODEL_NAMES = (
     "model.onnx",
     "model.int8.onnx",
-    "model.pt",
-    "model.pt2",
     "model.fixed.onnx",
     "model.fixed.int8.onnx",
-    "model.fixed.pt",
-    "model.pte",
-    "model.tflite",
 )
 SILENT = 4  # onnxruntime's log level for fatal errors only
 CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
 
 def find_model(beside: str, exports: str = "exports") -> str:
-    """The model in the folder `beside`, or else in the newest export. Raises Problem."""
+    """The ONNX model in the folder `beside`, or else in the newest export. Raises Problem."""
     for place in (glob.escape(beside), os.path.join(exports, "*")):
         paths = []
         for name in MODEL_NAMES:
@@ -52,7 +48,8 @@ def find_model(beside: str, exports: str = "exports") -> str:
         return in_newest[0]
 
     raise Problem(
-        "no model found beside this program or in exports/: give --model, or run step2_export.py",
+        "no model found: no .onnx beside this program or in exports/; give --model FILE, or run"
+        " step2_export.py",
         2,
     )
 
@@ -97,6 +94,10 @@ def load_onnx(path: str, threads: int, provider: str, once: bool) -> tuple[Spec,
         options.graph_optimization_level = extended
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
+    with problems(f"cannot read {path}", OSError):
+        if has_external_data(path):
+            raise Problem(f"{path} keeps weights outside the file, which is refused")
+
     version = onnxruntime.__version__
     with problems(f"{path} is not an ONNX file that onnxruntime {version} can run"):
         session = Session(source_for_onnxruntime(path), options, [providers[provider.lower()]])
@@ -136,6 +137,8 @@ def load_torch(path: str, threads: int, provider: str, once: bool) -> tuple[Spec
         " (step2_export.py exports a checkpoint)"
     )
     extra_files = {"spec.json": ""}  # filled in while loading
+    with problems(fault):
+        check_unpacked_size(path)
     with problems(fault), warnings.catch_warnings(), open(path, "rb") as file:
         # TorchScript is deprecated, but LibTorch reads nothing newer.
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
@@ -201,8 +204,22 @@ def read_spec_at_end(path: str) -> str:
     """The text of spec.json in the zip archive at the end of a file."""
     import zipfile
 
+    check_unpacked_size(path)
     with zipfile.ZipFile(path) as archive:
         return archive.read("spec.json").decode()
+
+
+def check_unpacked_size(path: str) -> None:
+    """Raise ValueError for a zip archive that would unpack to far more than the file has.
+
+    step2_export.py and torch store tensors as they are; only small parts are compressed.
+    """
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    if declared > os.path.getsize(path) + MAX_BYTES:
+        raise ValueError(f"it would unpack to {declared:,} bytes")
 
 
 LOADERS = {

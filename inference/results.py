@@ -1,16 +1,14 @@
 """How answers are written: a row for each input, as text, JSON or CSV."""
 
-import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from inference.command_line import printable, say
 from inference.errors import problems
 from inference.predict import Model
-
-FORMULA = ("=", "+", "-", "@")  # how a cell starts that a spreadsheet would run
+from inference.tables import csv_line
 
 
 def write_images(results: Iterator, output_format: str, top_k: int, out) -> int:
@@ -54,22 +52,6 @@ def text_line(row: dict) -> str:
     if row["known"] is not None:
         cells.append(f"known {row['known']:.1%}")
     return "  ".join(map(printable, cells)) + "\n"
-
-
-def csv_line(cells: Iterable) -> str:
-    """A line of CSV, in which text that a spreadsheet would run as a formula gets an apostrophe."""
-    import csv
-
-    texts = []
-    for cell in cells:
-        text = "" if cell is None else str(cell)
-        if text.startswith(FORMULA):
-            text = f"'{text}"
-        texts.append(printable(text))
-
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(texts)
-    return line.getvalue()
 
 
 def write_values(model: Model, rows: list[str], output_format: str, out) -> int:

@@ -11,15 +11,22 @@ from inference.images import IMAGE_SUFFIXES, note_files, walk
 SUMS = "SHA256SUMS"
 LINE = re.compile("([0-9a-f]{64}) [ *](.+)\n?")
 HARMLESS = (*IMAGE_SUFFIXES, ".csv", ".jsonl")  # a user's pictures and results
-FETCHED = os.path.join("web", "ort", "")  # by web/get-ort.sh
+FETCHED = re.compile(r"web/ort/ort[\w.-]*\.(js|mjs|wasm)")  # by web/get-ort.sh
 
 
-def verify(folder: str) -> int:
+def verify(folder: str, sums_sha256: str | None = None) -> int:
     """Compare all files in a folder with its SHA256SUMS; return the exit code. Raises Problem.
 
     Pictures and tables that were added, and what the page fetches, are counted and not compared.
+    sums_sha256: what the SHA-256 of SHA256SUMS itself must be, known from elsewhere. Without it,
+    accidents are found, and not attackers, who would change SHA256SUMS as well.
     """
-    sums = read_sums(os.path.join(folder, SUMS))
+    path = os.path.join(folder, SUMS)
+    sums = read_sums(path)
+    if sums_sha256 is not None and sha256(path) != sums_sha256.lower():
+        say(f"error: {path} is not the one with the SHA-256 {sums_sha256}")
+        return 1
+
     found = {os.path.relpath(path, folder): problem for path, problem in walk(folder)}
     found.pop(SUMS, None)
 
@@ -45,6 +52,9 @@ def verify(folder: str) -> int:
 def read_sums(path: str) -> dict[str, str]:
     """{file name: SHA-256 in hexadecimal} of a SHA256SUMS file. Raises Problem."""
     sums = {}
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise Problem(f"{path} is not a regular file")
+
     form = "{} ({}): step2_export.py --bundle writes one"
     with (
         problems(f"cannot read {path}", OSError, form=form),
@@ -61,7 +71,8 @@ def read_sums(path: str) -> dict[str, str]:
 
 def may_be_added(name: str) -> bool:
     """May a file that SHA256SUMS does not list lie in the folder?"""
-    return name.lower().endswith(HARMLESS) or name.startswith(FETCHED)
+    slashed = name.replace(os.sep, "/")
+    return name.lower().endswith(HARMLESS) or FETCHED.fullmatch(slashed) is not None
 
 
 def find_fault(path: str, name: str, sums: dict, found: dict) -> str | None:
@@ -72,6 +83,8 @@ def find_fault(path: str, name: str, sums: dict, found: dict) -> str | None:
         return str(found[name])
     if name not in sums:
         return "is not listed"
+    if os.path.islink(path):  # which could lead anywhere, and change after this
+        return "is a link"
     if not os.path.isfile(path):  # reading a named pipe would wait for ever
         return "is not a regular file"
 

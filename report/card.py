@@ -289,7 +289,7 @@ def parity_section(passed: dict[str, dict]) -> str:
             notes += quantization_note(figures)
 
     # MODEL_NAMES lists the file first that step3 prefers.
-    to_test = next((name for name in MODEL_NAMES if name in passed), "model.onnx")
+    to_test = next((name for name in (*MODEL_NAMES, *passed) if name in passed), "model.onnx")
     return filled(
         "card.parity.md.template",
         table=markdown_table(head, rows),

@@ -278,7 +278,7 @@ def trained(once):
 @pytest.fixture(scope="session")
 def small(once):
     """A network that trains and exports in no time, with dropout. Read only."""
-    arguments = "--model mlp --hidden 32 --dropout 0.5 --epochs 3".split()
+    arguments = ["--model", "mlp", "--hidden", "32", "--dropout", "0.5", "--epochs", "3"]
     return once("small", train_and_export, "small", *arguments)
 
 
@@ -417,7 +417,7 @@ def cifar10(tmp_path, monkeypatch):
         {},
     )
     folder.mkdir(parents=True)
-    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     contents = {"batches.meta": {"label_names": classes}}
     for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
         labels = np.arange(40) % 10

@@ -13,7 +13,7 @@ import step1_train
 import step2_export
 import step3_infer
 
-QUICK = "--model linear --epochs 1".split()
+QUICK = ["--model", "linear", "--epochs", "1"]
 
 
 def test_training_into_a_closed_pipe_fails(execute, here, closed_pipe):
@@ -35,7 +35,7 @@ def test_what_cannot_work_is_said_before_a_run_is_claimed(call, here, arguments,
 
 
 def test_more_memory_than_there_is(call, here):
-    call(step1_train.main, *"--model mlp --hidden 9 99999999999999".split()).error(1, "memory")
+    call(step1_train.main, *["--model", "mlp", "--hidden", "9", "99999999999999"]).error(1, "memory")
 
 
 def test_a_named_pipe_among_the_images(call, here, folder):  # noqa: F811

@@ -99,7 +99,7 @@ def test_calibration_error():
 
 # --------------------------------------------------------------------------------------------------- in a run
 
-FAST = "--model mlp --hidden 32 --epochs 2".split()
+FAST = ["--model", "mlp", "--hidden", "32", "--epochs", "2"]
 
 
 def checkpoint(here, name="digits-mlp"):

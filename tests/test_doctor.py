@@ -13,7 +13,7 @@ import data
 import step1_train
 from data import doctor, holdout
 
-QUICK = "--dataset folder --model mlp --hidden 16 --epochs 1 --calibration none".split()
+QUICK = ["--dataset", "folder", "--model", "mlp", "--hidden", "16", "--epochs", "1", "--calibration", "none"]
 
 
 def photo(rng, size=48, light=0):

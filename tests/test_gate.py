@@ -220,7 +220,7 @@ def test_a_refused_file_takes_its_earlier_one_away_and_no_other(
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of a check that only training mode has
 def test_batch_norm_left_in_training_mode(call, here, monkeypatch, in_process):
     original = gate.Run.deployable
-    call(step1_train.main, *"--model mynet --dropout 0 --epochs 1 --name norm".split()).done()
+    call(step1_train.main, *["--model", "mynet", "--dropout", "0", "--epochs", "1", "--name", "norm"]).done()
     monkeypatch.setattr(gate.Run, "deployable", lambda *args: original(*args).train())
     result = call(step2_export.main, "--format", "torchscript")
     result.error(1, "torchscript", "model.pt is not written", "differ by up to")

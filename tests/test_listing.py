@@ -14,21 +14,21 @@ from PIL import Image, ImageFile, PngImagePlugin
 import data
 import step1_train
 from inference.errors import Problem
-from inference.images import decode_image, find_images, image_suffixes
+from inference.images import decode_image, find_images, load_plugins
 
 
 @pytest.fixture(autouse=True)
 def forget_plugins():
     """Pillow's formats as they are without what a test registers."""
     Image.init()
-    image_suffixes.cache_clear()
+    load_plugins.cache_clear()
     kept = [dict(table) for table in (Image.EXTENSION, Image.OPEN)], list(Image.ID)
     yield
     for table, before in zip((Image.EXTENSION, Image.OPEN), kept[0], strict=True):
         table.clear()
         table.update(before)
     Image.ID[:] = kept[1]
-    image_suffixes.cache_clear()
+    load_plugins.cache_clear()
 
 
 def fill(folder, count=5, suffix=".png", size=(8, 8)):
@@ -411,7 +411,7 @@ def test_fingerprint_is_that_of_a_copy(tmp_path):
         ),
         (lambda root: fill(root / "val" / "a", 2), ["the val split is new"]),
     ],
-    ids="class-gone class-new fewer-images swapped test-gone val-new".split(),
+    ids=["class-gone", "class-new", "fewer-images", "swapped", "test-gone", "val-new"],
 )
 def test_changed_images_are_described(tmp_path, change, expected):
     for split, count in (("train", 10), ("test", 3)):

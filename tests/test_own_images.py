@@ -16,7 +16,7 @@ import step3_infer
 from data import folders, holdout
 from inference.metrics import per_class
 
-QUICK = "--model mlp --hidden 16 --epochs 2".split()
+QUICK = ["--model", "mlp", "--hidden", "16", "--epochs", "2"]
 
 
 def picture(rng, label, size=(24, 20)):
@@ -396,7 +396,7 @@ def test_csv_with_numbers_a_root_and_named_columns(call, here, folder, in_proces
         (lambda rows: rows[:1], ["no images"]),
         (lambda rows: [], ["no column"]),
     ],
-    ids="no-label-column duplicate-header one-class missing-files short-row header-only empty".split(),
+    ids=["no-label-column", "duplicate-header", "one-class", "missing-files", "short-row", "header-only", "empty"],
 )
 def test_bad_csv(call, here, listing, change, words):
     with open(listing, newline="") as stream:

@@ -26,7 +26,7 @@ from training import runs
 
 FOLDERS = ("data", "deploy", "training")  # not the virtual environment, which may be in the clone
 SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
-TINY = "--model mlp --hidden 8 --epochs 1".split()
+TINY = ["--model", "mlp", "--hidden", "8", "--epochs", "1"]
 
 # Runs a script as `python script ...` would, on a system without what POSIX and Linux alone have.
 # asyncio comes first: on a system whose sockets have sendmsg, Python 3.13's asks for os.sysconf on import.
@@ -92,8 +92,8 @@ def reads_text(call):
 
 
 def test_detection_of_text_files():
-    texts = "open(p)|open(p, 'w')|Path(p).read_text()|subprocess.run(c, text=True)".split("|")
-    others = "open(p, 'rb')|os.open(p, 0)|Path(p).read_bytes()|subprocess.run(c)|open(p, m, **o)".split("|")
+    texts = ["open(p)", "open(p, 'w')", "Path(p).read_text()", "subprocess.run(c, text=True)"]
+    others = ["open(p, 'rb')", "os.open(p, 0)", "Path(p).read_bytes()", "subprocess.run(c)", "open(p, m, **o)"]
     found = [reads_text(ast.parse(code, mode="eval").body) for code in texts + others]
     assert list(map(bool, found)) == [True] * len(texts) + [False] * len(others)
 

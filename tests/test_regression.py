@@ -12,7 +12,7 @@ import step2_export
 import step3_infer
 from inference.predict import Model
 
-TUTORIAL = "--dataset linear --optimizer sgd --momentum 0 --lr 0.001 --epochs 10".split()
+TUTORIAL = ["--dataset", "linear", "--optimizer", "sgd", "--momentum", "0", "--lr", "0.001", "--epochs", "10"]
 
 
 def test_rows_are_the_tutorials():

@@ -560,7 +560,7 @@ def test_model_card_of_an_uncalibrated_export(facts):
     spec, parity = facts
     spec = {**spec, "temperature": None, "calibration": None, "known": None}
     for figures in parity.values():
-        for key in "kept nll nll_uncalibrated familiar calibration_error_uncalibrated".split():
+        for key in ["kept", "nll", "nll_uncalibrated", "familiar", "calibration_error_uncalibrated"]:
             del figures[key]
     trust = section(card.model_card(spec, parity), "How far to trust the probabilities")
     assert "not calibrated: 0.9 does not mean" in trust and "`known`" not in trust and "--reject" not in trust

@@ -26,8 +26,8 @@ import soak_resume
 
 # Dropout, both kinds of state in the optimizer, a schedule and augmentation: whatever could come out
 # differently.
-RUN = "--model mynet --epochs 4 --batch-size 100 --augment translate flip cutout".split()
-RUN += "--device cpu --precision fp32".split()
+RUN = ["--model", "mynet", "--epochs", "4", "--batch-size", "100", "--augment", "translate", "flip", "cutout"]
+RUN += ["--device", "cpu", "--precision", "fp32"]
 
 
 def result(run):
@@ -131,7 +131,7 @@ def test_a_kill_while_the_twin_writes_its_first_checkpoint_loses_nothing(
 
 
 def test_muon_resumes_exactly(call, here, monkeypatch):
-    arguments = "--width 0.06 --epochs 3 --batch-size 100 --device cpu".split()
+    arguments = ["--width", "0.06", "--epochs", "3", "--batch-size", "100", "--device", "cpu"]
     call(step1_train.main, *arguments, "--name", "a").done()
     with monkeypatch.context() as patch:
         stop_at(patch, 2, 4)

@@ -25,7 +25,7 @@ import step2_export
 from inference import metrics
 from training import command_line, recipes, runs
 
-TINY = "--model mlp --hidden 16 --epochs 2".split()
+TINY = ["--model", "mlp", "--hidden", "16", "--epochs", "2"]
 
 
 def rows_of(run):
@@ -85,7 +85,7 @@ def test_metrics_have_a_row_for_each_epoch(trained):
     rows = rows_of(trained.run)
     assert (
         list(rows[0])
-        == "epoch train_loss train_accuracy test_loss test_accuracy lr seconds".split()
+        == ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds"]
     )
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 21)]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
@@ -463,7 +463,7 @@ def test_the_epoch_is_chosen_by_balanced_accuracy_where_classes_are_unequal():
 
 
 def test_patience_stops_a_run_that_no_longer_improves(call, here):
-    still = "--model linear --lr 1e-12 --epochs 20 --augment none".split()
+    still = ["--model", "linear", "--lr", "1e-12", "--epochs", "20", "--augment", "none"]
     result = call(
         step1_train.main, *still, "--val-fraction", 0.2, "--patience", 3, "--name", "a"
     ).done()

@@ -136,7 +136,7 @@ def test_file_does_not_tell_the_training_machines_paths(trained, name):
 
 
 def test_colour_images_go_all_the_way(call, here, cifar10):
-    arguments = "--dataset cifar10 --model mynet --epochs 1 --batch-size 32 --data-dir".split()
+    arguments = ["--dataset", "cifar10", "--model", "mynet", "--epochs", "1", "--batch-size", "32", "--data-dir"]
     call(step1_train.main, *arguments, cifar10).done()
     call(step2_export.main, "--format", "onnx").done()
     model = Model(str(here / "exports" / "cifar10-mynet" / "model.onnx"))
@@ -227,7 +227,7 @@ def test_option_without_effect_on_the_formats(call, here, options, needed):
 def test_options_have_their_defaults():
     arguments = step2_export.parse([])
     assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (18, 1e-4, 0.5)
-    arguments = step2_export.parse("--format onnx onnx-int8 --max-drop 0 --opset 20".split())
+    arguments = step2_export.parse(["--format", "onnx", "onnx-int8", "--max-drop", "0", "--opset", "20"])
     assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (20, 1e-4, 0)
 
 
@@ -239,7 +239,7 @@ def test_data_dir_without_effect(call, small_run, here):
 def test_the_parser_names_the_formats_that_there_are():
     files = {name: chosen.file for name, chosen in step2_export.FORMATS.items()}
     assert {name for name in files if not name.endswith("-fixed")} == set(step2_export.FORMAT_NAMES)
-    assert set(files.values()) == set(MODEL_NAMES)
+    assert {name for name in files.values() if name.endswith(".onnx")} == set(MODEL_NAMES)
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_what_step_1_said_of_the_data_is_not_said_again(call, here):
             Image.fromarray(pixels.astype(np.uint8)).save(here / "photos" / name / f"{k}.png")
     (here / "photos" / "a" / "labels.txt").touch()
     (here / "photos" / "b" / "broken.png").write_text("no image")
-    step1 = call(step1_train.main, *"--data-dir photos --model linear --epochs 1".split()).done()
+    step1 = call(step1_train.main, *["--data-dir", "photos", "--model", "linear", "--epochs", "1"]).done()
     assert "labels.txt" in step1.err and "broken.png" in step1.err
     step2 = call(step2_export.main, "--format", "onnx").done()
     assert "labels.txt" not in step2.err and "broken.png" not in step2.err

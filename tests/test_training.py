@@ -140,7 +140,7 @@ def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
         return images[index]
 
     monkeypatch.setattr(split, "gather", spy)
-    call(step1_train.main, *"--model mlp --augment flip --epochs 2 --device cpu".split()).done()
+    call(step1_train.main, *["--model", "mlp", "--augment", "flip", "--epochs", "2", "--device", "cpu"]).done()
     two = 2 * 1437  # what follows is for samples.png
     indices, flipped = torch.cat(indices)[:two].view(2, 1437), torch.cat(flipped)[:two].view(2, 1437)
     first, second = (flips[index.argsort()] for flips, index in zip(flipped, indices, strict=True))

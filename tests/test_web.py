@@ -39,9 +39,7 @@ FOLDERS = [Path(folder) for folder in (os.environ.get("ORT_WEB"), WEB / "ort", C
 RUNTIME = ("ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm")
 ORT = next((folder for folder in FOLDERS if all((folder / name).is_file() for name in RUNTIME)), None)
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-FLAGS = """--headless --no-sandbox --disable-gpu --enable-unsafe-swiftshader --disable-quic
-    --no-first-run --disable-background-networking --disable-component-update --disable-sync
-    --window-size=1280,900""".split()
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900"]
 TOLERANCE = 1e-3  # of a probability: decoders round JPEGs differently, and the page displays two decimals
 HOSTILE = [
     "<img src=x onerror=\"document.title='run'\">",
@@ -167,7 +165,7 @@ def colour(tmp_path_factory):
             pixels = rng.integers(0, 160, (12, 16, 3), dtype=np.uint8)
             pixels[:, :, index] += 60
             Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.png")
-    return export(folder, *"--dataset folder --data-dir photos --model mlp --hidden 16 --epochs 8".split())
+    return export(folder, *["--dataset", "folder", "--data-dir", "photos", "--model", "mlp", "--hidden", "16", "--epochs", "8"])
 
 
 @pytest.fixture(scope="module")
