@@ -69,7 +69,7 @@ def test_files(edge, samples, noise, tmp_path):
     answers = {os.path.basename(row["path"]): row for row in map(json.loads, lines)}
     assert answers.keys() == {"broken.png", *(path.name for path in samples)}
     assert "not an image" in answers["broken.png"]["error"]
-    command = [sys.executable, "step3_infer.py", "--format", "json", *samples]
+    command = [sys.executable, "step3_infer.pyz", "--format", "json", *samples]
     done = subprocess.run(command, cwd=edge, check=True, capture_output=True, text=True)
     for row in map(json.loads, done.stdout.splitlines()):
         answer = answers[os.path.basename(row["path"])]
