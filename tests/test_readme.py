@@ -15,6 +15,7 @@ from deploy import archive
 NAMES = (
     *("README.md", "data/README.md", "deploy/README.md", "deploy/cpp/README.md"),
     *("data/digits.md", "tests/benchmarks/README.md", "tests/benchmarks/NOTES.md"),
+    ".github/SECURITY.md",
 )
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
