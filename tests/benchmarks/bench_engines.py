@@ -170,7 +170,8 @@ def measure_all(files: list[Path], arrays: dict[str, np.ndarray], threads: int) 
                 about = {"engine": name, "version": version(name), "file": file.name}
                 if isinstance(row, str):
                     print(f"| {label}: {row} |", flush=True)
-                    measured.append({**about, "failed": row})
+                    # The rest of a message names paths of this machine.
+                    measured.append({**about, "failed": row.split(":")[0]})
                 else:
                     print_row(label, row)
                     measured.append({**about, **row})
