@@ -1,30 +1,28 @@
 """step3_infer.pyz: step3_infer.py and inference/ in one file, as they go to a device.
 
-Python runs such an archive (PEP 441) with the archive itself as the first place to import from, so
-that nothing planted beside it is imported.
+The format is that of the standard library's zipapp (PEP 441). Python runs such an archive with the
+archive itself as the first place to import from, so nothing planted beside it is imported. It holds
+sources only, in a fixed order with fixed dates and modes and uncompressed, so that its bytes depend
+on these sources alone.
 """
 
 import io
 import os
-import shutil
-import tempfile
-import time
-import zipapp
+import zipfile
 from pathlib import Path
 
 import inference
 from inference.files import replacing
 
 NAME = "step3_infer.pyz"
-ROOM = Path(inference.__file__).parent
-SCRIPT = ROOM.parent / "step3_infer.py"
-# Python 2 and 3.6 can parse this much, and step3_infer.py says which Python it needs.
-MAIN = """\
-import runpy
-
-runpy.run_module("step3_infer", run_name="__main__", alter_sys=True)
-"""
-OLDEST = (1980, 1, 1, 0, 0, 0, 0, 1, -1)  # the first date that a zip archive can hold, local time
+PACKAGE = Path(inference.__file__).parent
+SCRIPT = PACKAGE.parent / "step3_infer.py"
+MAIN = Path(__file__).with_name("archive_main.py")
+SHEBANG = b"#!/usr/bin/env python3\n"
+FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip archive can hold
+UNIX = 3  # the system of whose modes an archive speaks
+FILE_MODE, EXECUTABLE_MODE = 0o644, 0o755
+REGULAR_FILE = 0o100000
 
 
 def write_program(folder: str) -> str:
@@ -36,18 +34,24 @@ def write_program(folder: str) -> str:
 
 
 def program_bytes() -> bytes:
-    """The archive: sources only, with fixed dates and modes, so that it is the same each time."""
-    content = io.BytesIO()
-    with tempfile.TemporaryDirectory() as staging:
-        (Path(staging) / "inference").mkdir()
-        for source in ROOM.glob("*.py"):
-            shutil.copyfile(source, Path(staging) / "inference" / source.name)
-        shutil.copyfile(SCRIPT, Path(staging) / SCRIPT.name)
-        Path(staging, "__main__.py").write_text(MAIN, encoding="utf-8", newline="\n")
+    """The bytes of the archive. Raises OSError if the sources cannot be read."""
+    sources = {"__main__.py": MAIN, SCRIPT.name: SCRIPT}
+    for path in PACKAGE.glob("*.py"):
+        sources[f"{PACKAGE.name}/{path.name}"] = path
 
-        date = time.mktime(OLDEST)
-        for path in Path(staging).rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            os.utime(path, (date, date))
-        zipapp.create_archive(staging, content)
+    content = io.BytesIO()
+    content.write(SHEBANG)
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in sorted(sources):
+            add_file(archive, name, sources[name].read_bytes(), zipfile.ZIP_STORED)
     return content.getvalue()
+
+
+def add_file(
+    archive: zipfile.ZipFile, name: str, content: bytes, compression: int, mode: int = FILE_MODE
+) -> None:
+    """Add a file whose entry depends on nothing but these arguments."""
+    entry = zipfile.ZipInfo(name, date_time=FIRST_DATE)
+    entry.create_system = UNIX
+    entry.external_attr = (REGULAR_FILE | mode) << 16
+    archive.writestr(entry, content, compression)

@@ -1,4 +1,4 @@
-"""The deployment bundle: one folder, and a zip archive of it, with everything that an edge machine needs.
+"""The deployment bundle: one folder, and a zip archive of it, with all that an edge machine needs.
 
 Two bundles of the same run are equal to the last byte, dates and modes included.
 """
@@ -11,77 +11,134 @@ import re
 import shutil
 import string
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from deploy import archive
+from deploy.comparing import Outputs
 from deploy.samples import calibration_images, write_samples
-from inference.command_line import printable, say
+from inference.command_line import printable
 from inference.files import replacing, sha256
+from inference.task import task_of
+from inference.verify import SUMS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-EXCLUDED = shutil.ignore_patterns("__pycache__", "build*", ".*", "ort", "*.onnx")  # of one machine only
+# What belongs to one machine only.
+EXCLUDED = shutil.ignore_patterns("__pycache__", "build*", ".*", "ort", "*.onnx")
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
-TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")  # differ between exports
-TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # the last: Windows, of a directory that exists
-INDEX = '<!doctype html><title>The page is in web/</title><meta http-equiv="refresh" content="0; url=web/">\n'
+# Figures that differ between exports of the same run.
+TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")
+# A directory is there already; the last is what Windows says of one.
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)
+ATTEMPTS = 100  # of two processes to put their directories in the same place
+INDEX = (
+    "<!doctype html><title>The page is in web/</title>"
+    '<meta http-equiv="refresh" content="0; url=web/">\n'
+)
 
 
-def publish(
-    out: str, workspace: str, parity: dict, onnxruntime: str, spec: dict, dataset, expected, card: str
-) -> str:
-    """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all, and return the archive's path.
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle.
 
-    workspace: a directory in the same file system, with the exported files. parity: the contents of
-    parity.json for them; onnxruntime: the oldest version that runs them; spec: what they contain; expected:
-    the network's outputs on the test split; card: the text of MODEL_CARD.md. Raises OSError.
+    models: paths of the exported files. parity: their entries of parity.json by format. spec: what
+    they contain. onnxruntime: the oldest version that runs them. expected: the network's outputs on
+    the test split of `dataset`. has_fixed: some are for compilers, which get images to calibrate
+    with. card: the text of MODEL_CARD.md.
     """
-    folder, path = os.path.join(workspace, "bundle"), archive_path(out)
+
+    models: list[str]
+    parity: dict[str, dict]
+    spec: dict
+    onnxruntime: str
+    dataset: object
+    expected: Outputs
+    has_fixed: bool
+    card: str
+
+
+def write_bundle(out: str, workspace: str, contents: Contents) -> str:
+    """Write out/<name>-bundle.zip and out/bundle/, each whole or not at all.
+
+    workspace: an empty place in the same file system. Returns the archive's path. Raises OSError.
+    """
+    folder = os.path.join(workspace, "bundle")
     os.makedirs(os.path.join(folder, "samples"))
-    models = [os.path.join(workspace, figures["file"]) for figures in parity.values()]
-    for file in (*models, os.path.join(HERE, "ENGINES.md")):
-        shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
+    copy_files(folder, contents.models)
     archive.write_program(folder)
-    for name in ("cpp", "web"):
-        shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=EXCLUDED)
-    write_samples(folder, spec["classes"], dataset, expected)
-    if any(name.endswith("-fixed") for name in parity):
-        np.save(os.path.join(folder, "calibration.npy"), calibration_images(spec, dataset))
-    timeless = {name: {k: v for k, v in row.items() if k not in TIMINGS} for name, row in parity.items()}
-    texts = {
-        "requirements.txt": f"onnxruntime>={onnxruntime}\nnumpy>={NUMPY}\nPillow>={PILLOW}\n",
-        "MODEL_CARD.md": card,
-        "README.md": readme(spec, os.listdir(folder)),
-        "index.html": INDEX,
-        "parity.json": json.dumps(timeless, indent=2, allow_nan=False) + "\n",
-    }
-    for name, text in texts.items():
-        Path(folder, name).write_bytes(text.encode())
-    sums = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in contents(folder)]
-    Path(folder, "SHA256SUMS").write_bytes("".join(sums).encode())
-    for name in contents(folder):  # whatever the umask and the clone say
-        os.chmod(os.path.join(folder, name), mode(name))
+    write_samples(folder, contents.spec["classes"], contents.dataset, contents.expected)
+    if contents.has_fixed:
+        images = calibration_images(contents.spec, contents.dataset)
+        np.save(os.path.join(folder, "calibration.npy"), images)
+    write_texts(folder, contents)
+    write_sums(folder)
+
+    for name in files_below(folder):  # whatever the umask and the clone say
+        os.chmod(os.path.join(folder, name), mode_of(name))
+    path = archive_path(out)
     write_archive(folder, path)
     swap_in(folder, os.path.join(out, "bundle"), os.path.join(workspace, "earlier"))
     return path
 
 
+def copy_files(folder: str, models: list[str]) -> None:
+    """Copy the models, the C++ program, the web page, and the notes on other engines."""
+    for file in (*models, os.path.join(HERE, "ENGINES.md")):
+        shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
+    for name in ("cpp", "web"):
+        shutil.copytree(os.path.join(HERE, name), os.path.join(folder, name), ignore=EXCLUDED)
+
+
+def write_texts(folder: str, contents: Contents) -> None:
+    """Write the texts of a bundle that holds all other files already."""
+    timeless = {}
+    for name, figures in contents.parity.items():
+        timeless[name] = {key: figure for key, figure in figures.items() if key not in TIMINGS}
+
+    packages = (
+        f"onnxruntime>={contents.onnxruntime}\n",
+        f"numpy>={NUMPY}\n",
+        f"Pillow>={PILLOW}\n",
+    )
+    texts = {
+        "requirements.txt": "".join(packages),
+        "MODEL_CARD.md": contents.card,
+        "README.md": readme(contents.spec, os.listdir(folder)),
+        "index.html": INDEX,
+        "parity.json": json.dumps(timeless, indent=2, allow_nan=False) + "\n",
+    }
+    for name, text in texts.items():
+        Path(folder, name).write_bytes(text.encode())
+
+
 def readme(spec: dict, names: list[str]) -> str:
-    """The README.md of a bundle: how to run it, and what each file is. names: of its files, so far."""
-    inputs, cpp = "--top-k 3 samples/", filled("bundle.cpp.md.template").rstrip()
-    if spec["task"] == "regression":
+    """The README.md of a bundle: how to run it, and what each file is.
+
+    names: of the bundle's files, so far.
+    """
+    if task_of(spec).has_images:
+        inputs = "--top-k 3 samples/"
+        cpp = filled("bundle.cpp.md.template").rstrip()
+    else:
         inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."
     title = f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"
     text = filled("bundle.md.template", title=title, inputs=inputs, cpp=cpp)
-    row = r"\| `((?:model|calibration)\.[^`]+)` \|.*\n"  # of a file that not every bundle has
-    return re.sub(row, lambda found: found[0] if found[1] in names else "", text)
+
+    lines = []
+    for line in text.splitlines(keepends=True):
+        optional = re.match(r"\| `((?:model|calibration)\.[^`]+)` \|", line)
+        if optional is None or optional[1] in names:
+            lines.append(line)
+    return "".join(lines)
 
 
 def filled(template: str, **values: object) -> str:
     """The text of a template in this directory."""
-    return string.Template(Path(HERE, template).read_text(encoding="utf-8")).substitute(values)
+    text = Path(HERE, template).read_text(encoding="utf-8")
+    return string.Template(text).substitute(values)
 
 
 def markdown(text: object) -> str:
@@ -89,63 +146,55 @@ def markdown(text: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>()#|~!&$])", r"\\\1", printable(str(text)))
 
 
+def write_sums(folder: str) -> None:
+    """Write SHA256SUMS over all files that are there."""
+    lines = [f"{sha256(os.path.join(folder, name))}  {name}\n" for name in files_below(folder)]
+    Path(folder, SUMS).write_bytes("".join(lines).encode())
+
+
 def archive_path(out: str) -> str:
-    return os.path.join(out, f"{os.path.basename(os.path.abspath(out))}-bundle.zip")
+    name = os.path.basename(os.path.abspath(out))
+    return os.path.join(out, f"{name}-bundle.zip")
 
 
-def remove(out: str) -> None:
+def remove_bundle(out: str) -> None:
+    """Remove the folder and the archive of an earlier export."""
     shutil.rmtree(os.path.join(out, "bundle"), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(archive_path(out))
 
 
-def earlier_parity(out: str, checkpoint_sha256: str, formats: dict) -> dict:
-    """What parity.json says of files of this checkpoint, by format; those of another are removed."""
-    try:
-        parity = json.loads(Path(out, "parity.json").read_text(encoding="utf-8"))
-        parity = {k: v for k, v in parity.items() if k in formats and isinstance(v, dict)}
-    except (FileNotFoundError, ValueError, AttributeError):
-        return {}
-    stale = [name for name in parity if parity[name].get("checkpoint_sha256") != checkpoint_sha256]
-    for name in stale:
-        Path(out, formats[name].file).unlink(missing_ok=True)
-        del parity[name]
-    if stale:
-        remove(out)
-        say(f"note: {out} held an export of another checkpoint, which is removed: {', '.join(stale)}")
-    return parity
+def mode_of(name: str) -> int:
+    return archive.EXECUTABLE_MODE if name.endswith(".sh") else archive.FILE_MODE
 
 
-def mode(name):
-    return 0o755 if name.endswith(".sh") else 0o644
+def files_below(folder: str) -> list[str]:
+    """The paths of all files below `folder`, relative to it, with slashes, sorted."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
-def contents(folder: str) -> list[str]:
-    """The paths of all files below `folder`, relative to it, with slashes, in the same order everywhere."""
-    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
-
-
-def write_archive(folder, path):
+def write_archive(folder: str, path: str) -> None:
     """Write the zip archive of a folder, its files below a directory named like the archive."""
     top = os.path.basename(path).removesuffix(".zip")
-    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name in contents(folder):
-            entry = zipfile.ZipInfo(f"{top}/{name}", date_time=(1980, 1, 1, 0, 0, 0))  # zip's oldest
-            entry.create_system = 3  # Unix: the modes count
-            entry.external_attr = (0o100000 | mode(name)) << 16
-            archive.writestr(entry, Path(folder, name).read_bytes(), zipfile.ZIP_DEFLATED)
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as zipped:
+        for name in files_below(folder):
+            content = Path(folder, name).read_bytes()
+            entry = f"{top}/{name}"
+            archive.add_file(zipped, entry, content, zipfile.ZIP_DEFLATED, mode_of(name))
 
 
 def swap_in(new: str, final: str, aside: str) -> None:
-    """Replace the directory `final` by `new` as a whole, after moving it to `aside`. Raises OSError.
+    """Replace the directory `final` by `new` as a whole, after moving it to `aside`.
 
-    Of two processes that do so at once, the later one's stays.
+    Of two processes that do so at once, the later one's stays. Raises OSError.
     """
-    for attempt in range(100):
+    for attempt in range(ATTEMPTS):
         with contextlib.suppress(FileNotFoundError):
             os.replace(final, f"{aside}-{attempt}")
         try:
-            return os.replace(new, final)
+            os.replace(new, final)
+            return
         except OSError as error:  # another process has put its own there since: try again
-            if error.errno not in TAKEN or attempt == 99:
+            if error.errno not in TAKEN or attempt == ATTEMPTS - 1:
                 raise

@@ -1,163 +1,253 @@
 """Static int8 quantization of an exported ONNX file by onnxruntime's own quantizer.
 
-Weights and activations become 8-bit integers between QuantizeLinear and DequantizeLinear nodes, their ranges
-taken from calibration images that run through the graph's own preprocessing. Preprocessing, softmax and the
-layer that reads the image, which int8 makes slower, stay in float32. Weights have 7 bits and a scale for each
-channel: their products cannot saturate, so processors with and without VNNI compute the same. Activations are
-unsigned, which onnxruntime runs fastest; in a file of fixed size they are signed, with zero point 0, because
-TensorRT and NPUs take nothing else.
+Weights and activations become 8-bit integers between QuantizeLinear and DequantizeLinear nodes,
+their ranges taken from calibration images that run through the graph's own preprocessing.
+Preprocessing, softmax and the layer that reads the image, which int8 makes slower, stay in float32.
+Weights have 7 bits and a scale for each channel: their products cannot saturate, so processors with
+and without VNNI compute the same. Activations are unsigned, which onnxruntime runs fastest; in a
+file of fixed size they are signed, with zero point 0, because TensorRT and NPUs take nothing else.
 """
 
 import contextlib
 import io
-import time
-import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 
-from deploy import onnx_file
 from deploy.comparing import predictions
+from deploy.onnx_file import finish_onnx
 from inference.images import fit_to_input
 from inference.predict import Model
 
-OPSET = 20  # at least: the first with GELU as one operator, which in pieces would be quantized piece by piece
+# The least opset: the first with GELU as one operator. In pieces it would be quantized in pieces.
+OPSET = 20
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 # And what else onnxruntime has int8 kernels for, so that values stay int8 from layer to layer.
-OP_TYPES = (*WEIGHTED, "Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Relu")
-CALIBRATION, CHECK = 256, 1000  # training images to calibrate with, and others to measure the accuracy on
-HISTOGRAM_PIXELS = 1 << 20  # of images: percentile calibration keeps all their activations in memory
-FASTER = 1.05  # times; less is within what two measurements differ by
-# What is tried, in this order, until one is accurate enough: settings of `quantize`.
-QUANTIZATIONS = {
-    "7-bit weights per channel": {},
-    "percentile calibration": {"calibration": "Percentile"},
-    "the last layer in float32": {"last_in_float": True},
-}
+OP_TYPES = (
+    *WEIGHTED,
+    "Add",
+    "AveragePool",
+    "Clip",
+    "Concat",
+    "GlobalAveragePool",
+    "MaxPool",
+    "Relu",
+)
+CALIBRATION, CHECK = 256, 1000  # training images to calibrate with, and others to try the result on
+BATCH_SIZE = 16
+HISTOGRAM_PIXELS = 1 << 20  # of images: percentile calibration keeps all activations in memory
+MOST_CHANNELS = 4  # of a first layer that reads an image
 
 
-# ------------------------------------------------------------------------------------------------- quantizing
-def choose(source: str, images: np.ndarray, labels: np.ndarray, max_drop: float, threads: int | None = None):
-    """Quantize an ONNX file in one way after another until one is accurate enough, else take the best.
+@dataclass(frozen=True)
+class Quantization:
+    """One way to quantize. calibration: the method that finds the ranges, MinMax or Percentile."""
 
-    images, labels: of the training split, uint8 [N, H, W, C] and [N]; max_drop: how many points of accuracy
-    may be lost. Returns the quantized file's path, and figures of what was tried. Raises ValueError.
+    name: str
+    calibration: str = "MinMax"
+    last_in_float: bool = False
+
+
+# What is tried, in this order, until one is accurate enough.
+QUANTIZATIONS = (
+    Quantization("7-bit weights per channel"),
+    Quantization("percentile calibration", calibration="Percentile"),
+    Quantization("the last layer in float32", last_in_float=True),
+)
+
+
+# ----------------------------------------------------------------------------------------- choosing
+def choose(
+    source: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    max_drop: float,
+    threads: int | None = None,
+) -> tuple[str, dict]:
+    """Quantize an ONNX file in one way after another until one is accurate enough.
+
+    If none is, the best is taken. images, labels: of the training split, uint8
+    [n, H, W, channels] and [n]; max_drop: how many points of accuracy may be lost. Returns the path
+    of the quantized file, and figures of what was tried. Raises ValueError.
     """
-    order = np.random.default_rng(0).permutation(len(images))
-    calibration, check = np.sort(order[:CALIBRATION]), np.sort(order[CALIBRATION : CALIBRATION + CHECK])
-    exported = Model(source, threads)
-    check = check if len(check) >= CALIBRATION else calibration  # of a small dataset
-    calibration_images = fit_to_input(images[calibration], exported.spec)
-    check_images, check_labels = fit_to_input(images[check], exported.spec), labels[check]
-    before, tried = accuracy(source, check_images, check_labels, threads), []
-    for number, (name, settings) in enumerate(QUANTIZATIONS.items()):
+    spec = Model(source, threads).spec
+    batch = spec["fixed"]["batch"] if spec["fixed"] else None
+    calibration, check = pick_images(len(images))
+    calibration_images = fit_to_input(images[calibration], spec)
+    check_images = fit_to_input(images[check], spec)
+    check_labels = labels[check]
+
+    before = accuracy(source, check_images, check_labels, threads)
+    files = []
+    tried = []
+    for number, quantization in enumerate(QUANTIZATIONS):
         file = f"{source}.{number}.onnx"
         try:
-            quantize(source, file, calibration_images, fixed=exported.spec["fixed"], **settings)
+            quantize(source, file, calibration_images, quantization, fixed=spec["fixed"])
         except Exception as error:  # onnxruntime's quantizer raises anything at all
             raise ValueError(" ".join(str(error).split())) from None
-        drop = round(100 * (before - accuracy(file, check_images, check_labels, threads)), 3)
-        tried.append({"quantization": name, "drop_training": drop})
-        if drop <= max_drop / 2:  # images that the network was trained on are easier than others
+
+        after = accuracy(file, check_images, check_labels, threads)
+        drop = round(100 * (before - after), 3)
+        files.append(file)
+        tried.append({"quantization": quantization.name, "drop_training": drop})
+        # Half of it, because images that the network was trained on are easier than others.
+        if drop <= max_drop / 2:
             break
-    best = min(range(len(tried)), key=lambda number: tried[number]["drop_training"])
-    move_table(source, f"{source}.{best}.onnx", check_images, exported.batch)
-    return f"{source}.{best}.onnx", {**tried[best], "tried": tried}
+
+    drops = [trial["drop_training"] for trial in tried]
+    best = drops.index(min(drops))
+    move_table(source, files[best], check_images, batch)
+    return files[best], {**tried[best], "tried": tried}
 
 
-def accuracy(file: str, images: np.ndarray, labels: np.ndarray, threads: int | None = None) -> float:
-    """The share of uint8 images [N, H, W, C] that an exported file classifies correctly."""
-    return float((predictions(Model(file, threads), images).main.argmax(1) == labels).mean())
+def pick_images(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of training images to calibrate with, and of others to measure the accuracy on.
+
+    A dataset that is too small for others is measured on the same.
+    """
+    order = np.random.default_rng(0).permutation(count)
+    calibration = np.sort(order[:CALIBRATION])
+    others = np.sort(order[CALIBRATION : CALIBRATION + CHECK])
+    if len(others) < CALIBRATION:
+        return calibration, calibration
+    return calibration, others
 
 
-def batches(images: np.ndarray, size: int | None) -> Iterator[np.ndarray]:
-    """Batches of 16 images [N, H, W, C], or of `size`, the only one that a file takes."""
-    last, size = len(images) - (size or 1) + 1, size or 16
-    return (np.ascontiguousarray(images[start : start + size]) for start in range(0, last, size))
+def accuracy(
+    file: str, images: np.ndarray, labels: np.ndarray, threads: int | None = None
+) -> float:
+    """The share of uint8 images [n, H, W, channels] that an exported file classifies correctly."""
+    probabilities = predictions(Model(file, threads), images).main
+    return float((probabilities.argmax(1) == labels).mean())
 
 
-def quantize(source, target, images: np.ndarray, *, fixed=None, calibration="MinMax", last_in_float=False):
-    """Write `target`, the ONNX file `source` in int8, calibrated on images [N, H, W, C] as it takes them.
+# --------------------------------------------------------------------------------------- quantizing
+def quantize(
+    source: str,
+    target: str,
+    images: np.ndarray,
+    quantization: Quantization,
+    fixed: dict | None = None,
+) -> None:
+    """Write `target`, the ONNX file `source` in int8.
 
-    fixed: that of its spec. calibration: the method, MinMax or Percentile. Raises whatever onnxruntime's
-    quantizer raises, and ValueError if nothing can be quantized.
+    images: [n, H, W, channels] to calibrate with, as the file takes them. fixed: that of its spec.
+    Raises whatever onnxruntime's quantizer raises, and ValueError if nothing can be quantized.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
-    if calibration != "MinMax":
-        images = images[: max(16, HISTOGRAM_PIXELS // (images.shape[1] * images.shape[2]))]
+    if quantization.calibration != "MinMax":
+        pixels = images.shape[1] * images.shape[2]
+        images = images[: max(BATCH_SIZE, HISTOGRAM_PIXELS // pixels)]
+    feeds = ({"image": batch} for batch in batches(images, fixed and fixed["batch"]))
+    reader = SimpleNamespace(get_next=lambda: next(feeds, None))  # all that is used of a reader
+
     # A fully connected layer may leave float32: logits in 8 bits would make coarse probabilities.
     options = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
+    activation_type = QuantType.QUInt8
     if fixed:
+        activation_type = QuantType.QInt8
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}  # TensorRT takes no int32
-    feeds = ({"image": batch} for batch in batches(images, fixed and fixed["batch"]))
-    reader = SimpleNamespace(get_next=lambda: next(feeds, None))  # what is used of a CalibrationDataReader
-    proto = onnx.load(source)  # torch's exporter has folded its constants, which would be advised otherwise
+
+    proto = onnx.load(source)
+    # torch's exporter has folded its constants: without this entry the quantizer advises to.
     proto.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     onnx.save(proto, target)
     with contextlib.redirect_stdout(io.StringIO()):
         quantize_static(
-            *(target, target, reader),
+            model_input=target,
+            model_output=target,
+            calibration_data_reader=reader,
             op_types_to_quantize=list(OP_TYPES),
-            nodes_to_exclude=nodes_in_float(proto.graph, last_in_float),
+            nodes_to_exclude=nodes_in_float(proto.graph, quantization.last_in_float),
             per_channel=True,
             reduce_range=True,  # 7 bits
-            activation_type=QuantType.QInt8 if fixed else QuantType.QUInt8,
+            activation_type=activation_type,
             weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod[calibration],
+            calibrate_method=CalibrationMethod[quantization.calibration],
             extra_options=options,
         )
 
 
-def nodes_in_float(graph, last_in_float: bool) -> list[str]:
-    """The names of nodes that stay in float32. Raises ValueError if that leaves nothing to quantize.
+def batches(images: np.ndarray, only_size: int | None) -> Iterator[np.ndarray]:
+    """Batches of 16 images [n, H, W, channels], or full ones of the size that a file takes."""
+    size = only_size or BATCH_SIZE
+    end = len(images) - only_size + 1 if only_size else len(images)
+    for start in range(0, end, size):
+        yield np.ascontiguousarray(images[start : start + size])
 
-    They are preprocessing, softmax, sums with a constant, a first layer of images, and on request the last.
+
+def nodes_in_float(graph, last_in_float: bool) -> list[str]:
+    """The names of nodes that stay in float32. Raises ValueError if nothing is left to quantize.
+
+    They are preprocessing, softmax, sums with a constant, a first layer that reads the image, and
+    on request the last layer.
     """
-    names = [node.name for node in graph.node]
-    main = nodes_for(graph, graph.output[0].name)
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    main = nodes_for(graph, graph.output[0].name)
     # Resizing multiplies by matrices, too, but computes them.
     weighted = [node for node in main if node.op_type in WEIGHTED and node.input[1] in constants]
     if not weighted:
         raise ValueError("the network has no layer to quantize")
-    first, last = weighted[0], weighted[-1]
+    first = weighted[0]
+    last = weighted[-1]
+
+    main_names = {node.name for node in main}
+    names = [node.name for node in graph.node]
     excluded = names[: names.index(first.name)] + names[names.index(last.name) + 1 :]
-    excluded += [node.name for node in graph.node if node not in main]  # of `known`, which must stay exact
-    excluded += [node.name for node in main if node.op_type == "Add" and constants.keys() & set(node.input)]
+    for node in graph.node:
+        belongs_to_known = node.name not in main_names  # which must stay exact
+        adds_constant = node.op_type == "Add" and constants.keys() & set(node.input)
+        if belongs_to_known or adds_constant:
+            excluded.append(node.name)
+
     if len(weighted) > 1:
-        if first.op_type == "Conv" and constants[first.input[1]].dims[1] <= 4:  # channels of an image
+        reads_image = first.op_type == "Conv" and input_channels(first, constants) <= MOST_CHANNELS
+        if reads_image:
             excluded.append(first.name)
         if last_in_float:
             excluded.append(last.name)
     return excluded
 
 
+def input_channels(conv, constants: dict) -> int:
+    """The number of channels that a convolution reads; its weights are [out, in, height, width]."""
+    return constants[conv.input[1]].dims[1]
+
+
 def nodes_for(graph, output: str) -> list:
     """The nodes that an output depends on, in their order."""
-    needed, nodes = {output}, []
+    needed = {output}
+    nodes = []
     for node in reversed(graph.node):
         if needed & set(node.output):
             needed |= set(node.input)
-            nodes.insert(0, node)
+            nodes.append(node)
+    nodes.reverse()
     return nodes
 
 
-# ------------------------------------------------------------------------------------------------------ known
-def move_table(source: str, quantized: str, images: np.ndarray, size: int | None) -> None:
-    """Give a quantized file a table of its own for `known`, as int8 moves the scores that it compares.
+# -------------------------------------------------------------------------------------------- known
+def move_table(source: str, quantized: str, images: np.ndarray, batch: int | None) -> None:
+    """Give a quantized file a table of its own for `known`, as int8 moves the scores it compares.
 
-    Each entry moves as the scores of equal rank do, from `source` to `quantized`, over images [N, H, W, C] of
-    the training split as the files take them, in batches of `size`. Without `known` there is nothing to do.
+    Each entry moves as the scores of equal rank do, from `source` to `quantized`, over images
+    [n, H, W, channels] of the training split as the files take them, in batches of `batch`. Without
+    `known` there is nothing to do.
     """
     proto = onnx.load(quantized)
     if len(proto.graph.output) < 2:
         return
-    before, after = (np.sort(scores(file, images, size)) for file in (source, quantized))
-    name, _ = table_and_score(proto.graph)
-    table = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+
+    before = np.sort(scores(source, images, batch))
+    after = np.sort(scores(quantized, images, batch))
+
+    table_name, _ = table_and_score(proto.graph)
+    table = next(tensor for tensor in proto.graph.initializer if tensor.name == table_name)
     entries = onnx.numpy_helper.to_array(table)
     moved = np.sort(entries + np.interp(entries, before, after - before)).astype(np.float32)
     table.CopyFrom(onnx.numpy_helper.from_array(moved, table.name))
@@ -165,39 +255,42 @@ def move_table(source: str, quantized: str, images: np.ndarray, size: int | None
 
 
 def table_and_score(graph) -> list[str]:
-    """The names of the two values whose comparison makes `known`."""
-    return list(next(node for node in nodes_for(graph, "known") if node.op_type == "Less").input)
+    """The names of the two values whose comparison makes `known`: table < score."""
+    comparison = next(node for node in nodes_for(graph, "known") if node.op_type == "Less")
+    return list(comparison.input)
 
 
-def scores(file: str, images: np.ndarray, size: int | None) -> np.ndarray:
-    """The scores [N] that a file compares with its table, of images [N, H, W, C] in batches of `size`."""
+def scores(file: str, images: np.ndarray, batch: int | None) -> np.ndarray:
+    """The scores [n] that a file compares with its table, of images [n, H, W, channels]."""
     import onnxruntime
 
     proto = onnx.load(file)
-    score = table_and_score(proto.graph)[1]
-    proto.graph.output.append(onnx.helper.make_tensor_value_info(score, onnx.TensorProto.FLOAT, None))
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run([score], {"image": b})[0].ravel() for b in batches(images, size)])
+    _, score = table_and_score(proto.graph)
+    output = onnx.helper.make_tensor_value_info(score, onnx.TensorProto.FLOAT, None)
+    proto.graph.output.append(output)
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+    parts = []
+    for part in batches(images, batch):
+        (found,) = session.run([score], {"image": part})
+        parts.append(found.ravel())
+    return np.concatenate(parts)
 
 
-# -------------------------------------------------------------------------------------------------- finishing
-def finish(path: str, spec: dict, opset: int) -> bytes:
+# ---------------------------------------------------------------------------------------- finishing
+def finish_int8(path: str, spec: dict, opset: int) -> bytes:
     """The bytes of a quantized file with the spec inside, and without what only takes space.
 
     In a small network names, and constants that are stored twice, take as much space as a layer.
     """
     proto = onnx.load(path)
-    short_names = {value.name: value.name for value in (*proto.graph.input, *proto.graph.output)}
-    short_names[""] = ""  # of an optional input that is left out
-    constants = {}  # equal ones are stored once
-    for tensor in proto.graph.initializer:
-        name = tensor.name
-        tensor.name = ""
-        same = constants.setdefault(tensor.SerializeToString(), tensor)
-        same.name = short_names[name] = same.name or f"c{len(constants)}"
-    merged = list(constants.values())
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(merged)
+    short_names = {"": ""}  # of an optional input that is left out
+    for value in (*proto.graph.input, *proto.graph.output):
+        short_names[value.name] = value.name
+
+    short_names |= merge_constants(proto.graph)
     for node in proto.graph.node:
         for name in node.output:
             short_names.setdefault(name, f"t{len(short_names)}")
@@ -205,34 +298,23 @@ def finish(path: str, spec: dict, opset: int) -> bytes:
         node.output[:] = [short_names[name] for name in node.output]
         node.ClearField("name")
         node.ClearField("doc_string")
-    return onnx_file.finish(proto, spec, opset)
+    return finish_onnx(proto, spec, opset)
 
 
-# ------------------------------------------------------------------------------------------------------ speed
-def measure_speed(unquantized: str, quantized: str, images: np.ndarray, threads: int | None = None) -> dict:
-    """How much faster it is on uint8 [N, H, W, C]: `speedup` by batch size, and perhaps a `warning`."""
-    slow, fast = (Model(file, threads) for file in (unquantized, quantized))
-    figures = {}
-    for size in [fast.batch] if fast.batch else (1, 64):
-        batch = fit_to_input(np.resize(images[:size], (size, *images.shape[1:])), fast.spec)
-        figures[str(size)] = round(speedup(slow.predict, fast.predict, batch), 2)
-    warning = f"it is not faster than float32 on this machine ({speed_in_words(figures)})"
-    return {"speedup": figures} | ({} if min(figures.values()) >= FASTER else {"warning": warning})
+def merge_constants(graph) -> dict[str, str]:
+    """Store equal constants once, under a short name; returns the short name of each old one."""
+    short_names = {}
+    kept = {}  # bytes without the name -> the constant
+    for tensor in graph.initializer:
+        old_name = tensor.name
+        tensor.name = ""
+        content = tensor.SerializeToString()
+        if content not in kept:
+            kept[content] = tensor
+            tensor.name = f"c{len(kept)}"
+        short_names[old_name] = kept[content].name
 
-
-def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float = 0.3) -> float:
-    """How many times as fast `fast(inputs)` is as `slow(inputs)`, timed in turn.
-
-    Another process, on a shared machine, delays now one and now the other: the fastest fifth of each counts.
-    """
-    timers = [timeit.Timer(lambda run=run: run(inputs)) for run in (slow, fast)]
-    times = [[timer.timeit(1) for timer in timers]]  # of the first run, which is slower
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 6:
-        times.append([timer.timeit(1) for timer in timers])
-    slow_time, fast_time = np.quantile(times[1:], 0.2, axis=0)
-    return float(slow_time / fast_time)
-
-
-def speed_in_words(figures: dict[str, float]) -> str:
-    return " and ".join(f"{times:.2f} times at batch size {size}" for size, times in figures.items())
+    merged = list(kept.values())
+    del graph.initializer[:]
+    graph.initializer.extend(merged)
+    return short_names

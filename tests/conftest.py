@@ -42,7 +42,8 @@ import data  # noqa: E402
 import step1_train  # noqa: E402
 import step2_export  # noqa: E402
 from data.dataset import with_fingerprint  # noqa: E402
-from deploy import comparing, gate  # noqa: E402
+from deploy import facts, gate  # noqa: E402
+from deploy.formats import FORMATS  # noqa: E402
 from report import drawing, page  # noqa: E402
 from training import recipes  # noqa: E402
 
@@ -131,7 +132,7 @@ def independent(request, monkeypatch):
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(drawing, "draw_run", lambda *args, **more: [])
         monkeypatch.setattr(page, "draw_familiar", lambda *args: None)
-        monkeypatch.setattr(comparing, "camera", SimpleNamespace(survey=lambda *args: []))
+        monkeypatch.setattr(facts, "camera", SimpleNamespace(survey=lambda *args: []))
     if not request.node.get_closest_marker("calibrated"):
         monkeypatch.setattr(recipes, "FEW_TO_CALIBRATE", 10**9)
     with same_threads():
@@ -337,13 +338,12 @@ def plant(monkeypatch, small):
     """
 
     def plant(write=shutil.copy):
-        original = step2_export.FORMATS["onnx"]
+        original = FORMATS["onnx"]
 
-        def export(deployable, spec, path, opset, **unused):
+        def export(source, path):
             write(small.export / original.file, path)
-            return {}
 
-        monkeypatch.setitem(step2_export.FORMATS, "onnx", original._replace(export=export))
+        monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(original, export=export))
 
     return plant
 

@@ -1,4 +1,4 @@
-"""The exported file and step3_infer.py are enough: processes that can import nothing else, with proof."""
+"""The exported file and step3_infer.pyz are enough: processes that can import nothing else, with proof."""
 
 import json
 import os
@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT, right
 from PIL import Image
 
-OWN = ["model", "data", "training", "deploy"]
+from deploy import archive
+
+OWN = ["model", "data", "training", "deploy", "report"]
 FORBIDDEN = {
     "model.onnx": ["torch", "torchvision", "onnx", *OWN],
     "model.int8.onnx": ["torch", "torchvision", "onnx", *OWN],
@@ -20,11 +22,11 @@ FORBIDDEN = {
 
 @pytest.fixture(params=FORBIDDEN)
 def edge(request, tmp_path, all_formats):
-    """A directory with step3_infer.py and a file, an environment that poisons imports, the file's name."""
+    """A directory with step3_infer.pyz and a file, an environment that poisons imports, the file's name."""
     name, place, poison = request.param, tmp_path / "edge", tmp_path / "poison"
     place.mkdir()
     poison.mkdir()
-    shutil.copy(ROOT / "step3_infer.py", place)
+    archive.write_program(place)
     shutil.copy(all_formats / name, place)
     for module in FORBIDDEN[name]:
         (poison / f"{module}.py").write_text(f"raise ImportError('{module} is poisoned')\n")
@@ -41,7 +43,7 @@ def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path
     for path in samples[:3]:
         shutil.copy(path, folder)
     paths = [*samples, tmp_path / "photo.jpg", tmp_path / "folder"]
-    result = execute("step3_infer.py", "--format", "json", *paths, cwd=place, env=environment).done()
+    result = execute("step3_infer.pyz", "--format", "json", *paths, cwd=place, env=environment).done()
     rows = [json.loads(line) for line in result.out.splitlines()]
     assert len(rows) == 14 and not [row for row in rows if "error" in row]
     assert right([(row["path"], row["label"]) for row in rows[:10]]) >= 9
@@ -50,7 +52,7 @@ def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path
         (row["label"], row["top"]) for row in rows[:3]
     ]
     assert name in result.err  # it says which model it took: the one beside it
-    assert sorted(os.listdir(place)) == sorted(["step3_infer.py", name])
+    assert sorted(os.listdir(place)) == sorted(["step3_infer.pyz", name])
 
 
 def test_the_poison_works(edge, execute):
@@ -69,7 +71,7 @@ def test_what_is_missing_is_said_with_the_way_out(edge, execute, samples, traine
     place, environment, name = edge
     other, needs = ("model.pt", "torch") if name.endswith(".onnx") else ("model.onnx", "onnxruntime")
     arguments = ["--model", trained.export / other, samples[0]]
-    result = execute("step3_infer.py", *arguments, cwd=place, env=environment)
+    result = execute("step3_infer.pyz", *arguments, cwd=place, env=environment)
     line = result.error(1, other, f"needs {needs}", f"pip install {needs}")
     if needs == "torch":  # whose usual wheel brings gigabytes of CUDA
         assert ".onnx" in line and line.endswith("https://download.pytorch.org/whl/cpu")

@@ -19,8 +19,11 @@ import step1_train
 import step2_export
 import step3_infer
 from deploy import bundle, gate
+from deploy.archive import program_bytes
 
 FORMATS = "--format", "onnx", "torchscript"
+# The directory of an export as ONNX with a bundle.
+LISTING = ["bundle", "model.onnx", "parity.json", "small-bundle.zip", "step3_infer.pyz"]
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +66,10 @@ def test_folder_and_archive_hold_the_same(bundled, edge):
 
 def test_contents(edge):
     names = contents(edge).keys()
-    wanted = "model.onnx model.pt step3_infer.py requirements.txt MODEL_CARD.md parity.json"
+    wanted = "model.onnx model.pt step3_infer.pyz requirements.txt MODEL_CARD.md parity.json"
     wanted += " SHA256SUMS README.md index.html"
     assert {*wanted.split(), "samples/expected.jsonl"} <= names
-    assert (edge / "step3_infer.py").read_bytes() == (ROOT / "step3_infer.py").read_bytes()
+    assert (edge / "step3_infer.pyz").read_bytes() == program_bytes()
     packages = [line.split(">=")[0] for line in (edge / "requirements.txt").read_text().splitlines()]
     assert packages == ["onnxruntime", "numpy", "Pillow"]
     assert {name.split("/")[0] for name in names} >= {"cpp", "web"}
@@ -81,7 +84,7 @@ def test_readme_names_every_file_in_one_screen(edge):
     named = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) | {"README.md", "index.html"}
     assert {name.split("/")[0] for name in contents(edge)} == {name.rstrip("/") for name in named}
     assert "cmake -S cpp" in text and "get-ort.sh" in text and "-m venv ~/" in text
-    commands = re.findall(r"bin/python (step3_infer.py [^#\n]*)", text)
+    commands = re.findall(r"bin/python (step3_infer.pyz [^#\n]*)", text)
     assert len(commands) == 3
     for command in commands:
         subprocess.run([sys.executable, *command.split()], cwd=edge, check=True, capture_output=True)
@@ -104,7 +107,7 @@ tar czf "$4/$5.tgz" package && mv "$4/$5.tgz" "$4/$(echo "$5" | tr @ -).tgz"
     # A server that is started in web/ reaches the model, too.
     assert (edge / "web" / "ort" / "model.onnx").read_bytes() == (edge / "model.onnx").read_bytes()
     shutil.rmtree(edge / "package")
-    assert "did not compare 3 files" in execute("step3_infer.py", "--verify", cwd=edge).done().err
+    assert "did not compare 3 files" in execute("step3_infer.pyz", "--verify", cwd=edge).done().err
 
 
 def test_sha256sum_accepts_it(edge):
@@ -117,9 +120,9 @@ def test_sha256sum_accepts_it(edge):
 
 
 def test_unpacked_it_verifies_tests_itself_and_predicts(edge, execute):
-    assert "verified" in execute("step3_infer.py", "--verify", cwd=edge).done().out
-    assert "passed" in execute("step3_infer.py", "--self-test", cwd=edge).done().out
-    result = execute("step3_infer.py", "--format", "json", "samples", cwd=edge).done()
+    assert "verified" in execute("step3_infer.pyz", "--verify", cwd=edge).done().out
+    assert "passed" in execute("step3_infer.pyz", "--self-test", cwd=edge).done().out
+    result = execute("step3_infer.pyz", "--format", "json", "samples", cwd=edge).done()
     rows = [json.loads(line) for line in result.out.splitlines()]
     expected = [json.loads(line) for line in (edge / "samples" / "expected.jsonl").read_text().splitlines()]
     assert [row["path"] for row in rows] == [row["path"] for row in expected] and len(rows) == 10
@@ -130,7 +133,7 @@ def test_unpacked_it_verifies_tests_itself_and_predicts(edge, execute):
 
 
 def test_a_flipped_byte_in_any_file_is_found(edge, call):
-    script = edge / "step3_infer.py"
+    script = edge / "step3_infer.pyz"
     for name, content in contents(edge).items():
         changed = bytearray(content)
         changed[len(changed) // 2] ^= 1
@@ -180,7 +183,7 @@ def test_a_second_export_replaces_it(call, small_run, here, in_process, plant):
     (here / "exports" / "small" / "bundle" / "old").write_text("old")
     call(step2_export.main, *arguments).done()
     out = here / "exports" / "small"
-    assert sorted(os.listdir(out)) == ["bundle", "model.onnx", "parity.json", "small-bundle.zip"]
+    assert sorted(os.listdir(out)) == LISTING
     assert not (out / "bundle" / "old").exists() and not (out / "bundle" / "model.pt").exists()
 
 
@@ -207,7 +210,7 @@ def test_a_regression_is_bundled_too(call, here, execute):
         step3_infer.main, "--model", folder / "model.onnx", "--format", "json", f"--values={values}"
     ).done()
     assert json.loads(result.out)["prediction"] == pytest.approx(line["prediction"], rel=1e-4)
-    execute("step3_infer.py", "--verify", cwd=folder).done()
+    execute("step3_infer.pyz", "--verify", cwd=folder).done()
 
 
 @pytest.mark.slow
@@ -218,7 +221,7 @@ def test_two_at_once_leave_one_whole(bundled, small, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(os.listdir(out)) == ["bundle", "model.onnx", "parity.json", "small-bundle.zip"]
+    assert sorted(os.listdir(out)) == LISTING
     assert step3_infer.main(["--verify", "--model", str(out / "bundle" / "model.onnx")]) == 0
 
 
@@ -257,4 +260,4 @@ def test_disk_full_at_the_bundle(call, small_run, here, in_process, plant, monke
     call(step2_export.main, "--format", "onnx", "--bundle").error(
         1, "bundle in exports/small", "No space left"
     )
-    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "parity.json"]
+    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "parity.json", "step3_infer.pyz"]

@@ -14,7 +14,7 @@ import model
 import step1_train
 import step2_export
 import step3_infer
-from deploy import comparing
+from deploy import comparing, trust
 from inference import metrics
 from inference.predict import Model, predict
 from training import calibration, recipes
@@ -252,13 +252,13 @@ def test_what_the_test_split_does_not_bear_out_fails_and_says_the_way_out():
     rng = np.random.default_rng(0)
     spec, labels = {"known": {"images": 2500}, "temperature": 0.5}, rng.integers(0, 3, 2000)
     sure = np.full((2000, 3), 0.005) + 0.985 * np.eye(3)[rng.integers(0, 3, 2000)]  # right by chance only
-    figures, failures = comparing.promises(spec, comparing.Outputs(sure, rng.random(2000) ** 2), labels)
+    figures, failures = trust.check_promises(spec, comparing.Outputs(sure, rng.random(2000) ** 2), labels)
     assert [words for words in failures if "keeps" in words] and [
         words for words in failures if "entropy" in words
     ]
     assert "--uncalibrated" in failures[-1] and figures["nll"] > figures["nll_uncalibrated"]
     fair = np.full((2000, 3), 1 / 3)
-    assert comparing.promises(spec, comparing.Outputs(fair, rng.random(2000)), labels)[1] == []
+    assert trust.check_promises(spec, comparing.Outputs(fair, rng.random(2000)), labels)[1] == []
 
 
 def test_a_run_can_be_exported_uncalibrated(call, small_run, here, in_process):

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,8 +28,8 @@ def photos(size=(24, 20), channels=3):
 
 
 def change(name, images, level):
-    function, strengths, *_ = camera.CHANGES[name]
-    return function(images, strengths[level], np.random.default_rng(0))
+    chosen = camera.CHANGES[name]
+    return chosen.function(images, chosen.strengths[level], np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -99,13 +98,13 @@ def test_survey_measures_each_change_and_known_where_the_file_has_it(trained):
     digits = data.load("digits")
     images, labels = digits.test_images[:100], digits.test_labels[:100]
     file = Model(trained.export / "model.onnx")
-    rows = list(camera.survey(file, images, labels))
+    rows = list(camera.survey(file.run, images, labels))
     assert [row["change"] for row in rows] == ["none", *camera.CHANGES]
     assert rows[0]["accuracy"] == (file.predict(images).argmax(1) == labels).mean()
     noise = next(row for row in rows if row["change"] == "pixel noise")
     assert noise["strength"] == "sigma 8" and noise["accuracy"] > 0.9
     run = lambda part: (file.predict(part), part.mean((1, 2, 3)) / 255)  # noqa: E731
-    rows = list(camera.survey(SimpleNamespace(run=run, batch=None), images, labels, levels=(0, 2)))
+    rows = list(camera.survey(run, images, labels, levels=(0, 2)))
     assert len(rows) == 1 + 2 * len(camera.CHANGES)
     assert rows[0]["known"] == pytest.approx(images.mean() / 255)
     known = {(row["change"], row["strength"]): row["known"] for row in rows}
@@ -130,11 +129,11 @@ def test_the_benchmark_prints_its_table(trained, tmp_path):
 def test_the_default_network_holds_under_a_camera(trained):
     digits = data.load("digits")
     file = Model(trained.export / "model.onnx")
-    clean, _ = camera.measure(file, digits.test_images, digits.test_labels)
+    clean, _ = camera.measure(file.run, digits.test_images, digits.test_labels)
     # Without blur, color and noise in training, contrast x0.5 leaves 96 %, x0.3 42 %.
     for function, strength in ((camera.noise, 16), (camera.contrast, 0.5), (camera.contrast, 0.3)):
         accuracy, _ = camera.measure(
-            file, digits.test_images, digits.test_labels, function, strength
+            file.run, digits.test_images, digits.test_labels, function, strength
         )
         assert accuracy > clean - 0.06, (function, strength)
 

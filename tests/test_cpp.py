@@ -21,8 +21,8 @@ from conftest import ROOT, Result, onnx_with
 from PIL import Image
 
 import model
-import step2_export
 import step3_infer
+from deploy.exporters import Source, export_onnx, export_torchscript
 from inference.command_line import printable
 from inference.predict import Model, predict
 
@@ -125,8 +125,8 @@ def shipped(trained, suffix):
 
 def export(module, spec, path):
     """Write a file of step2_export.py in the format that the suffix says; -> its path."""
-    exporter = step2_export.export_onnx if path.suffix == ".onnx" else step2_export.export_torchscript
-    exporter(module, {"known": None, **spec}, path, 18)
+    exporter = export_onnx if path.suffix == ".onnx" else export_torchscript
+    exporter(Source(module, {"known": None, **spec}), path)
     return path
 
 

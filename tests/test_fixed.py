@@ -16,7 +16,7 @@ from PIL import Image
 import model
 import step2_export
 import step3_infer
-from deploy import gate
+from deploy import reference
 from inference import images as image_module
 from inference.errors import Problem
 from inference.images import resize
@@ -56,7 +56,7 @@ def test_step3_gives_it_resized_images(fixed_files, trained, size):
     run, images = step2_export.read_run(str(trained.run)), noise(4, *size, 1)
     rounded = model.resize(torch.from_numpy(images), (32, 32)).round().byte().numpy()
     got = Model(fixed_files / "model.fixed.onnx").run(images)
-    wanted = gate.reference(run, rounded)
+    wanted = reference.reference(run, rounded)
     assert (
         np.abs(got[0] - wanted.main).max() <= 1e-4 and np.abs(got[1] - wanted.known).max() <= 5e-3
     )
@@ -95,7 +95,7 @@ def test_float_input_is_not_rounded(call, trained, here, in_process):
     options = ["--format", "onnx", "--fixed", "--input", "float", "--out", here / "out"]
     call(step2_export.main, "--run", trained.run, *options).done()
     exported, images = Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
-    wanted = gate.reference(step2_export.read_run(str(trained.run)), images).main
+    wanted = reference.reference(step2_export.read_run(str(trained.run)), images).main
     assert exported.batch is None and np.abs(exported.predict(images) - wanted).max() <= 1e-4
     parity = json.loads((here / "out" / "parity.json").read_text())
     assert parity["onnx-fixed"]["passed"] and parity["onnx"]["passed"]
@@ -103,12 +103,12 @@ def test_float_input_is_not_rounded(call, trained, here, in_process):
 
 def test_gate_catches_another_resizing_outside(call, small_run, here, monkeypatch, in_process):
     shift = resize
-    for module in (image_module, gate):
+    for module in (image_module, reference):
         monkeypatch.setattr(
             module, "resize", lambda image, *sizes: shift(np.roll(image, 1, axis=0), *sizes)
         )
     result = call(step2_export.main, "--format", "torchscript", "--fixed")
-    assert result.code == 1 and "resizes otherwise" in result.err
+    assert result.code == 1 and "resizes differently" in result.err
     assert not (here / "exports" / "small" / "model.fixed.pt").exists()
 
 
@@ -129,11 +129,11 @@ def test_spec_that_lies(fixed_files, here, call, samples):
 
 def test_what_is_refused(call, here, monkeypatch, small_run):
     result = call(step2_export.main, "--input", "float")
-    assert result.code == 2 and "--input belongs to --fixed" in result.err
+    assert result.code == 2 and "--input requires --fixed" in result.err
     result = call(step2_export.main, "--fixed", "0")
     assert result.code == 2
     result = call(step2_export.main, "--fixed", "--format", "pt2")
-    assert result.code == 2 and "--fixed belongs to --format torchscript or onnx" in result.err
+    assert result.code == 2 and "--fixed only applies to --format torchscript or onnx" in result.err
     for name, package in (("executorch", "executorch"), ("litert", "litert_torch")):
         monkeypatch.setitem(sys.modules, package, None)
         result = call(step2_export.main, "--format", name)

@@ -17,7 +17,10 @@ import data
 import model
 import step1_train
 import step2_export
-from deploy import gate
+from deploy import gate, isolated
+from deploy.exporters import Source
+from deploy.formats import FORMATS
+from deploy.reference import TrainedRun, reference
 from inference.errors import Problem
 from inference.predict import Model
 
@@ -28,7 +31,7 @@ def trusted(small):
     split, and the spec of its files. Read only."""
     run = step2_export.read_run(str(small.run))
     dataset = data.load("digits")
-    expected = gate.reference(run, dataset.test_images)
+    expected = reference(run, dataset.test_images)
     spec = Model(str(small.export / "model.onnx")).spec
     return SimpleNamespace(run=run, dataset=dataset, expected=expected, spec=spec)
 
@@ -48,9 +51,9 @@ def write(trusted, tmp_path):
     """write(format, change) -> a file of the small network, of which `change` may alter what is exported."""
 
     def write(name, change=lambda deployable: deployable):
-        chosen = step2_export.FORMATS[name]
+        chosen = FORMATS[name]
         deployable = change(copy.deepcopy(trusted.run).deployable())
-        chosen.export(deployable, trusted.spec, str(tmp_path / chosen.file), 18)
+        chosen.export(Source(deployable, trusted.spec), str(tmp_path / chosen.file))
         return tmp_path / chosen.file
 
     return write
@@ -191,7 +194,7 @@ def test_the_second_proof_catches_it_as_well(small, trusted, tmp_path):
 
 def test_a_file_that_does_not_run_in_isolation(small, trusted, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "error: onnxruntime is missing\n")
-    monkeypatch.setattr(gate.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(isolated.subprocess, "run", lambda *_, **__: failed)
     file = str(small.export / "model.onnx")
     proof = gate.prove(trusted.run, file, trusted.dataset, trusted.expected, 1e-4)
     assert_caught(proof, "isolated", "onnxruntime is missing")
@@ -210,7 +213,7 @@ def test_a_refused_file_takes_its_earlier_one_away_and_no_other(
     shutil.copytree(small.export, out)
     plant(fault)
     call(step2_export.main, "--format", "onnx", "torchscript").error(1, "onnx", "model.onnx is not written")
-    assert sorted(os.listdir(out)) == ["model.pt", "parity.json"]
+    assert sorted(os.listdir(out)) == ["model.pt", "parity.json", "step3_infer.pyz"]
     figures = parity_of(out)
     assert figures["torchscript"]["passed"] is True
     assert figures["onnx"]["passed"] is False and figures["onnx"]["failures"]
@@ -219,9 +222,11 @@ def test_a_refused_file_takes_its_earlier_one_away_and_no_other(
 @pytest.mark.usefixtures("few_digits")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of a check that only training mode has
 def test_batch_norm_left_in_training_mode(call, here, monkeypatch, in_process):
-    original = gate.Run.deployable
+    original = TrainedRun.deployable
     call(step1_train.main, *["--model", "mynet", "--dropout", "0", "--epochs", "1", "--name", "norm"]).done()
-    monkeypatch.setattr(gate.Run, "deployable", lambda *args: original(*args).train())
+    monkeypatch.setattr(
+        TrainedRun, "deployable", lambda *args, **more: original(*args, **more).train()
+    )
     result = call(step2_export.main, "--format", "torchscript")
     result.error(1, "torchscript", "model.pt is not written", "differ by up to")
     assert os.listdir(here / "exports" / "norm") == ["parity.json"]

@@ -19,6 +19,7 @@ from specs import REFUSED, TAKEN
 import step2_export
 import step3_infer
 from deploy import archive
+from deploy.exporters import Source, export_pt2
 from inference.cpus import usable_cpus
 from inference.engines import MODEL_NAMES
 from inference.errors import Problem
@@ -154,7 +155,7 @@ def pt2(small, tmp_path_factory):
     run = step2_export.read_run(str(small.run))
     golden = Model(small.export / "model.onnx").spec["golden"]
     path = tmp_path_factory.mktemp("pt2") / "model.pt2"
-    step2_export.export_pt2(run.deployable(), {**run.spec, "golden": golden}, path, 18)
+    export_pt2(Source(run.deployable(), {**run.spec, "golden": golden}), str(path))
     return path
 
 

@@ -12,8 +12,12 @@ from test_step2 import parity_of
 import data
 import step2_export
 import step3_infer
-from deploy import gate, int8
+from deploy import exporters, gate, int8, speed
+from deploy.exporters import Source, export_onnx
+from deploy.reference import reference
 from inference.predict import Model
+
+NAMES = [quantization.name for quantization in int8.QUANTIZATIONS]
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +29,8 @@ def unquantized(once, trained):
 def export_unquantized(place, trained):
     run = step2_export.read_run(str(trained.run))
     spec = Model(str(trained.export / "model.onnx")).spec
-    step2_export.export_onnx(run.deployable(), spec, str(place / "model.onnx"), int8.OPSET)
+    source = Source(run.deployable(), spec, opset=int8.OPSET)
+    export_onnx(source, str(place / "model.onnx"))
     return place / "model.onnx"
 
 
@@ -38,7 +43,9 @@ def accuracies(monkeypatch, *values):
     """Let the network have the first of these accuracies on training images, and what is tried the others."""
     left = list(values)
     monkeypatch.setattr(int8, "accuracy", lambda *_: left.pop(0))
-    monkeypatch.setattr(int8, "quantize", lambda source, target, images, **_: shutil.copy(source, target))
+    monkeypatch.setattr(
+        int8, "quantize", lambda source, target, *_, **__: shutil.copy(source, target)
+    )
 
 
 # ----------------------------------------------------------------------------------- what the file holds
@@ -52,7 +59,7 @@ def test_the_file_is_small_accurate_and_says_how_it_was_made(call, all_formats):
     assert figures["passed"] and figures["drop"] <= 0.5 and figures["samples"] == 360
     assert figures["accuracy"] == pytest.approx(figures["accuracy_trained"], abs=0.005)
     assert figures["speedup"].keys() == {"1", "64"}
-    assert figures["tried"][-1]["quantization"] in int8.QUANTIZATIONS
+    assert figures["tried"][-1]["quantization"] in NAMES
     assert (figures["file"], figures["runs_with"]) == ("model.int8.onnx", "onnxruntime")
     spec = Model(str(file)).spec
     assert figures["quantization"] in spec["quantization"]
@@ -86,8 +93,8 @@ def test_the_layers_are_int8_and_the_preprocessing_is_not(all_formats):
 
 def test_every_quantization_can_be_made(trained, digits, tmp_path):
     source, images = str(trained.export / "model.onnx"), digits.train_images[:32]
-    for settings in int8.QUANTIZATIONS.values():
-        int8.quantize(source, str(tmp_path / "out.onnx"), images, **settings)
+    for quantization in int8.QUANTIZATIONS:
+        int8.quantize(source, str(tmp_path / "out.onnx"), images, quantization)
         probabilities = Model(str(tmp_path / "out.onnx")).predict(images)
         assert np.allclose(probabilities.sum(1), 1, atol=1e-3)
 
@@ -108,7 +115,7 @@ def choose(unquantized, digits, tmp_path):
 
 def test_quantizations_are_tried_in_order_until_one_is_accurate_enough(choose, monkeypatch):
     accuracies(monkeypatch, 0.99, 0.9, 0.9876)
-    names, figures = list(int8.QUANTIZATIONS), choose()
+    names, figures = NAMES, choose()
     assert figures["tried"] == [
         {"quantization": names[0], "drop_training": 9.0},
         {"quantization": names[1], "drop_training": 0.24},  # half of --max-drop is allowed on training images
@@ -118,7 +125,7 @@ def test_quantizations_are_tried_in_order_until_one_is_accurate_enough(choose, m
 
 def test_three_are_tried_at_most_and_the_most_accurate_is_taken(choose, monkeypatch):
     accuracies(monkeypatch, 0.99, 0.9, 0.95, 0.93)
-    names, figures = list(int8.QUANTIZATIONS), choose()
+    names, figures = NAMES, choose()
     assert [trial["drop_training"] for trial in figures["tried"]] == [9.0, 4.0, 6.0] and len(names) == 3
     assert figures["quantization"] == names[1] and figures["drop_training"] == 4.0
 
@@ -130,16 +137,14 @@ def test_slower_than_float32_is_published_with_a_warning_and_in_the_same_bytes(
     call, trained, all_formats, unquantized, here, in_process, monkeypatch
 ):
     speeds = [2.0, 0.9]  # at batch sizes 1 and 64
-    monkeypatch.setattr(int8, "speedup", lambda *_: speeds.pop(0))
-    monkeypatch.setattr(
-        step2_export, "export_onnx", lambda _, spec, path, opset: shutil.copy(unquantized, path)
-    )
+    monkeypatch.setattr(speed, "speedup", lambda *_: speeds.pop(0))
+    monkeypatch.setattr(exporters, "export_onnx", lambda _, path: shutil.copy(unquantized, path))
     command = ["--run", trained.run, "--format", "onnx-int8", "--out", here / "out"]
     result = call(step2_export.main, *command).done()
     figures = parity_of(here / "out")["onnx-int8"]
     assert figures["passed"] and figures["failures"] == []
     assert figures["speedup"] == {"1": 2.0, "64": 0.9}
-    assert [trial["quantization"] for trial in figures["tried"]] == list(int8.QUANTIZATIONS)[:1]
+    assert [trial["quantization"] for trial in figures["tried"]] == NAMES[:1]
     assert figures["quantization"] in result.out and "2.00 times at batch size 1" in result.out
     assert "not faster than float32" in figures["warning"]
     assert "0.90 times at batch size 64" in figures["warning"]
@@ -163,7 +168,7 @@ def test_a_file_that_loses_more_than_max_drop_is_refused(trained, all_formats, d
     file = str(tmp_path / "model.int8.onnx")
     spoil(all_formats / "model.int8.onnx", file)
     run = step2_export.read_run(str(trained.run))
-    expected = gate.reference(run, digits.test_images)
+    expected = reference(run, digits.test_images)
     _, failures = gate.prove_int8(run, file, digits, expected, max_drop=0.5)
     lost = re.search(r"it loses ([\d.]+) points of accuracy, --max-drop allows 0.5", failures[0])
     assert float(lost[1]) > 0.5
@@ -182,5 +187,5 @@ def test_wrong_limit(call, here, option):
 
 
 def test_speedup_is_how_many_times_as_fast():
-    ratio = int8.speedup(lambda _: time.sleep(0.08), lambda _: time.sleep(0.02), None, seconds=0.1)
+    ratio = speed.speedup(lambda _: time.sleep(0.08), lambda _: time.sleep(0.02), None, seconds=0.1)
     assert 2 < ratio < 6

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     },
     "step3_infer.py": {"inference"},
 }
-MAY_IMPORT_AS_WELL = {"deploy/gate.py": {"model"}}
+MAY_IMPORT_AS_WELL = {"deploy/reference.py": {"model"}}
 OWN = {*(name.removesuffix(".py") for name in MAY_IMPORT), "tests"}
 TOP_LEVEL = {*MAY_IMPORT, "tests", "requirements.txt", "README.md", "LICENSE"}
 # What inference/ may import beside the standard library; the runtimes only inside their loaders.

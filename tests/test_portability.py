@@ -13,7 +13,7 @@ from runtimes import RUNTIMES, version
 
 import data
 import step2_export
-from deploy import gate
+from deploy.reference import reference
 
 STRICT = 1e-4  # of a probability
 
@@ -37,7 +37,7 @@ def test_own_size_is_exact(engine):
     images = np.stack(
         [np.asarray(Image.fromarray(i.squeeze(-1)).resize((32, 32)))[..., None] for i in images]
     )
-    expected = gate.reference(run, images).main
+    expected = reference(run, images).main
     for batch in (images, images[:1], images[:7]):
         got = predict(batch)
         assert got.dtype == np.float32 and np.abs(got - expected[: len(batch)]).max() <= STRICT
@@ -48,7 +48,7 @@ def test_own_size_is_exact(engine):
 def test_other_sizes(engine, size):
     _, run, predict = engine
     images = np.random.default_rng(0).integers(0, 256, (3, *size, 1), dtype=np.uint8)
-    assert np.abs(predict(images) - gate.reference(run, images).main).max() <= STRICT
+    assert np.abs(predict(images) - reference(run, images).main).max() <= STRICT
 
 
 def test_classes_are_read_without_the_project(all_formats):

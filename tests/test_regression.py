@@ -1,6 +1,7 @@
 """The tensor tutorial's regression through the same three scripts."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import data
 import step1_train
 import step2_export
 import step3_infer
+from deploy.formats import FORMATS
 from inference.predict import Model
 
 TUTORIAL = ["--dataset", "linear", "--optimizer", "sgd", "--momentum", "0", "--lr", "0.001", "--epochs", "10"]
@@ -74,15 +76,15 @@ def test_wrong_inputs(call, here, linear, trained, samples):
 
 
 def test_gate_catches_a_changed_coefficient(call, here, linear, monkeypatch):
-    torchscript = step2_export.FORMATS["torchscript"]
+    torchscript = FORMATS["torchscript"]
 
-    def perturbed(deployable, *rest, **more):
-        deployable.network.layers[-1].bias.data += 0.01
-        figures = torchscript.export(deployable, *rest, **more)
-        deployable.network.layers[-1].bias.data -= 0.01
-        return figures
+    def perturbed(source, path):
+        source.deployable.network.layers[-1].bias.data += 0.01
+        torchscript.export(source, path)
+        source.deployable.network.layers[-1].bias.data -= 0.01
 
-    monkeypatch.setitem(step2_export.FORMATS, "torchscript", torchscript._replace(export=perturbed))
+    changed = dataclasses.replace(torchscript, export=perturbed)
+    monkeypatch.setitem(FORMATS, "torchscript", changed)
     arguments = ["--run", linear.run, "--format", "torchscript", "--out", here / "out"]
     call(step2_export.main, *arguments).error(1, "torchscript", "differ")
     assert not (here / "out" / "model.pt").exists()

@@ -22,6 +22,7 @@ import step1_train
 import step2_export
 from data.dataset import with_fingerprint
 from deploy import gate
+from deploy.formats import FORMATS, NAMES
 from inference.engines import MODEL_NAMES
 from inference.predict import Model
 from training import cpu
@@ -54,7 +55,7 @@ def test_both_formats_pass_the_gate(trained):
 
 def test_export_writes_two_files_and_the_figures(trained, small):
     for export in (trained.export, small.export):
-        assert sorted(os.listdir(export)) == ["model.onnx", "model.pt", "parity.json"]
+        assert sorted(os.listdir(export)) == ["model.onnx", "model.pt", "parity.json", "step3_infer.pyz"]
     printed = trained.printed[1]
     assert "runs/digits-airbench" in printed.err.splitlines()[0] and len(printed.err.splitlines()) == 1
     assert (
@@ -153,7 +154,7 @@ def test_one_format_later_keeps_the_others_entry(call, small, small_run, here, i
     call(step2_export.main, "--format", "torchscript", "--run", "small").done()
     after = parity_of(here / "exports" / "small")
     assert after["onnx"] == before["onnx"] and after["torchscript"]["passed"]
-    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "model.pt", "parity.json"]
+    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "model.pt", "parity.json", "step3_infer.pyz"]
 
 
 def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(call, small, small_run, here, in_process):
@@ -165,7 +166,7 @@ def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(call, small, sm
     (here / "exports" / "small" / "small-bundle.zip").write_bytes(b"of the other checkpoint")
     result = call(step2_export.main, "--format", "torchscript").done()
     assert "held an export of another checkpoint, which is removed: onnx" in result.err
-    assert sorted(os.listdir(here / "exports" / "small")) == ["model.pt", "parity.json"]
+    assert sorted(os.listdir(here / "exports" / "small")) == ["model.pt", "parity.json", "step3_infer.pyz"]
     assert parity_of(here / "exports" / "small").keys() == {"torchscript"}
 
 
@@ -237,9 +238,10 @@ def test_data_dir_without_effect(call, small_run, here):
 
 
 def test_the_parser_names_the_formats_that_there_are():
-    files = {name: chosen.file for name, chosen in step2_export.FORMATS.items()}
-    assert {name for name in files if not name.endswith("-fixed")} == set(step2_export.FORMAT_NAMES)
-    assert {name for name in files.values() if name.endswith(".onnx")} == set(MODEL_NAMES)
+    named = {name for name, chosen in FORMATS.items() if not chosen.fixed_version_of}
+    assert named == set(NAMES) == {name for name in FORMATS if not name.endswith("-fixed")}
+    files = [chosen.file for chosen in FORMATS.values()]
+    assert {name for name in files if name.endswith(".onnx")} == set(MODEL_NAMES)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from benchmarks.results import (  # noqa: E402
 
 import data  # noqa: E402
 from deploy import camera  # noqa: E402
+from deploy.comparing import predictions  # noqa: E402
 from inference.predict import Model  # noqa: E402
 
 
@@ -39,7 +41,7 @@ def gaussian_blur(images: np.ndarray, radius: float, rng: np.random.Generator) -
     def blur(image, _):
         return image.filter(ImageFilter.GaussianBlur(radius))
 
-    return camera.each(images, blur)
+    return camera.change_each(images, blur)
 
 
 NINE = [
@@ -81,7 +83,7 @@ def test_images(spec: dict, data_dir: str | None, count: int) -> tuple[np.ndarra
 def survey(file: Model, images: np.ndarray, labels: np.ndarray) -> dict:
     """Accuracy and `known` unchanged, and for each change at its strengths; prints a table."""
     augment = file.spec["arguments"]["augment"]
-    clean, *rows = camera.survey(file, images, labels, (0, 1, 2))
+    clean, *rows = camera.survey(partial(predictions, file), images, labels, (0, 1, 2))
     has_known = clean["known"] is not None
 
     known = f", known {clean['known']:.3f}" if has_known else ""
@@ -147,7 +149,9 @@ def main():
 
     nine = []
     for function, strength in NINE:
-        accuracy, _ = camera.measure(file, images, labels, function, strength)
+        accuracy, _ = camera.measure(
+            partial(predictions, file), images, labels, function, strength
+        )
         nine.append(accuracy)
     listed = " ".join(f"{accuracy:.2%}" for accuracy in nine)
     print(f"mean of the nine: {statistics.fmean(nine):.2%} ({listed})")

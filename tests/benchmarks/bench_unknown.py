@@ -26,7 +26,8 @@ from benchmarks.bench_robustness import test_images  # noqa: E402
 from benchmarks.results import add_results_option, command_line, write_result  # noqa: E402
 
 import data  # noqa: E402
-from deploy.comparing import predictions, threshold  # noqa: E402
+from deploy.comparing import predictions  # noqa: E402
+from deploy.trust import known_threshold  # noqa: E402
 from deploy.unknown import unknown_kinds  # noqa: E402
 from inference.images import decode_image, find_images  # noqa: E402
 from inference.predict import Model  # noqa: E402
@@ -117,7 +118,7 @@ def main():
     if not file.spec["known"]:
         sys.exit(f"error: {path} has no output known")
 
-    limit = threshold(0.99)
+    limit = known_threshold(0.99)
     images, _ = test_images(file.spec, args.data_dir, args.images)
     familiar, sure = scores(file, images)
     kept = float(np.mean(familiar >= limit))

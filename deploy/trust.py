@@ -1,0 +1,137 @@
+"""How far a file's answers can be trusted, by the test split: accuracy, calibration, thresholds."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from deploy.comparing import Outputs
+from inference import metrics
+
+KEPT = (0.99, 0.95)  # the shares that thresholds of `known` are tried for
+KNOWN_BINS = 20  # of histograms of `known`: a threshold that keeps 95 % cuts off the first one
+DEVIATIONS = 3  # a figure of a sample may be off by so many standard deviations
+MARGIN = 0.005  # and a share by this much more
+SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
+HINT = "is the test split another kind of images? --uncalibrated exports without both outputs"
+
+
+def classifier_figures(
+    trained_spec: dict, file_spec: dict, got: Outputs, expected: Outputs, dataset
+) -> tuple[dict, list[str]]:
+    """What the test split says of a classifier's file: figures, and failures in words.
+
+    got, expected: the outputs of the file and of the trained network on the test split.
+    """
+    labels = dataset.test_labels
+    # By name, as a user reads the answers: a wrong order of the names costs accuracy here.
+    answers = np.array(file_spec["classes"])[got.main.argmax(1)]
+    truths = np.array(dataset.classes)[labels]
+    figures = {
+        "accuracy": float((answers == truths).mean()),
+        "accuracy_trained": float((expected.main.argmax(1) == labels).mean()),
+    }
+    if not np.isfinite(got.main).all():  # compare_outputs() has found this fault
+        return figures, []
+
+    promised, failures = check_promises(trained_spec, got, labels)
+    figures |= promised
+    figures |= calibration_figures(trained_spec, got.main, labels)
+    if got.known is not None:
+        figures["familiar"] = {"test split": familiarity_figures(got.known)}
+    return figures, failures
+
+
+def check_promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:
+    """Does the test split bear out what calibrated outputs promise?
+
+    Returns figures, and failures in words.
+    """
+    kept, failures = check_thresholds(spec, got.known)
+    entropy, more_failures = check_temperature(spec, got.main, labels)
+    failures += more_failures
+    if failures:
+        failures.append(HINT)
+    return kept | entropy, failures
+
+
+def check_thresholds(spec: dict, known: np.ndarray | None) -> tuple[dict, list[str]]:
+    """Do thresholds of `known` [n] keep the share of the test split that they promise?
+
+    The share may be off by three deviations of the two samples that it depends on, the test split
+    and the held-out images, and by half a point. Returns figures, and failures in words.
+    """
+    if known is None or not spec.get("known"):
+        return {}, []
+
+    shares = {}
+    failures = []
+    for keep in KEPT:
+        share = float((known >= known_threshold(keep)).mean())
+        shares[f"{keep:g}"] = share
+
+        variance = keep * (1 - keep) * (1 / len(known) + 1 / spec["known"]["images"])
+        if not abs(share - keep) <= DEVIATIONS * math.sqrt(variance) + MARGIN:
+            failures.append(
+                f"a threshold that should keep {keep:.0%} of the test split keeps {share:.1%}"
+            )
+    return {"kept": shares}, failures
+
+
+def check_temperature(
+    spec: dict, probabilities: np.ndarray, labels: np.ndarray
+) -> tuple[dict, list[str]]:
+    """Does the temperature make the cross entropy of the test split no worse?
+
+    It may, within three standard errors. Returns figures, and failures in words.
+    """
+    if not spec.get("temperature"):
+        return {}, []
+
+    logits = torch.from_numpy(probabilities).double().clamp(min=SMALLEST).log()
+    targets = torch.from_numpy(labels).long()
+    after = F.cross_entropy(logits, targets, reduction="none").numpy()  # [n]
+    uncalibrated = logits * spec["temperature"]
+    before = F.cross_entropy(uncalibrated, targets, reduction="none").numpy()
+
+    figures = {}
+    worse = after - before
+    if np.isfinite(worse).all():
+        figures = {"nll": float(after.mean()), "nll_uncalibrated": float(before.mean())}
+    if worse.mean() <= DEVIATIONS * worse.std() / math.sqrt(len(labels)):
+        return figures, []
+
+    means = f"from {before.mean():.4f} to {after.mean():.4f}"
+    return figures, [f"the temperature worsens the cross entropy of the test split, {means}"]
+
+
+def calibration_figures(spec: dict, probabilities: np.ndarray, labels: np.ndarray) -> dict:
+    """Coverage and calibration errors with their noise floors, also as without the temperature."""
+    figures = {
+        "coverage": metrics.accuracy_at_coverage(probabilities, labels),
+        "calibration_error": metrics.calibration_error(probabilities, labels),
+        "calibration_error_floor": metrics.calibration_error_floor(probabilities),
+    }
+    if spec.get("temperature"):
+        before = metrics.with_temperature(probabilities, 1 / spec["temperature"])
+        figures["calibration_error_uncalibrated"] = metrics.calibration_error(before, labels)
+        figures["calibration_error_floor_uncalibrated"] = metrics.calibration_error_floor(before)
+    return figures
+
+
+def familiarity_figures(known: np.ndarray) -> dict:
+    """Of images of one kind with `known` [n]: how many there are, the share that a threshold which
+    keeps 99 % calls unknown, and how many fall into each bin of `known`.
+    """
+    histogram, _ = np.histogram(known, KNOWN_BINS, (0, 1))
+    return {
+        "images": len(known),
+        "unknown": float((known < known_threshold(KEPT[0])).mean()),
+        "histogram": histogram.tolist(),
+    }
+
+
+def known_threshold(keep: float) -> np.float32:
+    """The least `known` that is kept, as step3 compares: 1 - 0.99 is a little more than 0.01."""
+    return np.float32(round(1 - keep, 6))
