@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import os
+import struct
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -58,7 +59,18 @@ SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 NAMED = 3  # files that a note names
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
 BAND_PIXELS = 1 << 18  # converted at a time: they fit the processor's cache
+EXIF_HEADER = b"Exif\0\0"
 ORIENTATION = 0x0112  # the EXIF tag
+WHOLE_TYPES = {1: "B", 3: "H", 4: "I"}  # of EXIF, in struct's letters
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 # ------------------------------------------------------------------------------------------- decode
@@ -153,15 +165,47 @@ def read_pixels(source, channels: int, white: int, max_pixels: int) -> np.ndarra
         image.load()
         if image.format == "PNG":
             check_rows(source, image)
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            from PIL import ImageOps  # rarely needed, and slow to import
-
-            ImageOps.exif_transpose(image, in_place=True)
+        turned = turn_upright(image)
 
         # "I;16" in either byte order, or "I" if Pillow has widened the pixels.
-        if image.mode.startswith("I"):
-            return scale_to_8_bits(image, channels, white)
-        return to_array(image, channels)
+        if turned.mode.startswith("I"):
+            return scale_to_8_bits(turned, channels, white)
+        return to_array(turned, channels)
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation shows it, whatever else the EXIF holds."""
+    exif = image.info.get("exif", b"")
+    orientation = orientation_in(exif) if isinstance(exif, bytes) else None
+    if orientation is None:  # in a TIFF's own tags, or in XMP
+        orientation = image.getexif().get(ORIENTATION)
+
+    method = TRANSPOSED.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def orientation_in(exif: bytes) -> int | None:
+    """The orientation in EXIF; None if there is none, or if the EXIF is cut off before it.
+
+    Pillow gives up on the whole EXIF if another tag has an odd type or points nowhere.
+    """
+    while exif.startswith(EXIF_HEADER):  # some programs write it twice
+        exif = exif[len(EXIF_HEADER) :]
+
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for number in range(count):
+            entry = start + 2 + 12 * number  # tag, type, count, value: 2, 2, 4 and 4 bytes
+            tag, kind = struct.unpack_from(order + "HH", exif, entry)
+            if tag == ORIENTATION and kind in WHOLE_TYPES:
+                return struct.unpack_from(order + WHOLE_TYPES[kind], exif, entry + 8)[0]
+    except struct.error:
+        return None
+    return None
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:

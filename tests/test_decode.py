@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from inference.errors import Problem
 from inference.images import decode_image, find_images
@@ -44,7 +44,9 @@ def test_modes_go_through_pillows_convert(kind, channels, mode):
     source = stored(MODES[kind], **options)
     expected = pillow(Image.open(source), mode)
     got = decode_image(source, channels)
-    assert got.dtype == np.uint8 and got.shape == (12, 10, channels) and np.array_equal(got, expected)
+    assert (
+        got.dtype == np.uint8 and got.shape == (12, 10, channels) and np.array_equal(got, expected)
+    )
 
 
 def test_colours_are_the_right_way_round():
@@ -53,7 +55,9 @@ def test_colours_are_the_right_way_round():
 
 
 def test_cmyk_jpeg():
-    source = stored(Image.new("CMYK", (10, 12), (0, 255, 255, 0)), "JPEG", quality=95)  # pure red ink
+    source = stored(
+        Image.new("CMYK", (10, 12), (0, 255, 255, 0)), "JPEG", quality=95
+    )  # pure red ink
     red = decode_image(source, 3)
     assert red[..., 0].min() > 240 and red[..., 1:].max() < 15
 
@@ -63,7 +67,12 @@ def test_exif_orientation_is_applied(orientation):
     tags = Image.Exif()
     tags[0x0112] = orientation
     turns = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud}
-    turns |= {5: lambda a: a.T, 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).T, 8: np.rot90}
+    turns |= {
+        5: lambda a: a.T,
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).T,
+        8: np.rot90,
+    }
     source = stored(Image.fromarray(GREY), exif=tags)
     assert np.array_equal(decode_image(source, 1)[..., 0], turns[orientation](GREY))
 
@@ -75,7 +84,9 @@ def test_16_bits_are_scaled_not_clipped(file_format):
     )
     got = decode_image(stored(Image.fromarray(values), file_format), 1)[..., 0]
     assert np.array_equal(got, np.rint(values / 257)) and got[1, 5] == 255
-    assert np.array_equal(decode_image(stored(Image.fromarray(values), file_format), 3), np.dstack([got] * 3))
+    assert np.array_equal(
+        decode_image(stored(Image.fromarray(values), file_format), 3), np.dstack([got] * 3)
+    )
 
 
 def test_every_grey_level_survives_16_bits():
@@ -102,14 +113,16 @@ def test_32_bit_pixels_are_refused_where_they_do_not_fit():
 
 def test_decompression_bomb(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(Problem, match="decompression bomb"):
+    with pytest.raises(Problem, match="more pixels than --max-pixels"):
         decode_image(stored(Image.fromarray(COLOUR)), 3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # step 3 switches them off as well
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
 def test_a_file_cut_anywhere_is_a_problem_or_an_image(file_format):
-    whole = stored(Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)), file_format).getvalue()
+    whole = stored(
+        Image.fromarray(RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8)), file_format
+    ).getvalue()
     reasons = set()
     for size in range(0, len(whole) // 2, 7):
         with pytest.raises(Problem) as problem:
@@ -150,7 +163,26 @@ def test_directories_are_walked_in_name_order(tmp_path):
     for name in ("b/2.JPG", "b/1.png", "a/x/3.tif", "c.png", "notes.txt", "b/model.onnx"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = [
-        os.path.relpath(path, tmp_path) for path, problem in find_images([str(tmp_path)], [])
-    ]
+    found = [os.path.relpath(path, tmp_path) for path, problem in find_images([str(tmp_path)], [])]
     assert found == ["c.png", "a/x/3.tif", "b/1.png", "b/2.JPG"]
+
+
+def exif_with(orientation, tag, kind, value):
+    """EXIF of two entries: an orientation, and a tag of any type, which Pillow may fail to write."""
+    entries = [struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)]
+    entries.append(struct.pack(">HHI", tag, kind, 1) + value)
+    entries.sort()
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + b"".join(entries) + b"\0" * 4
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_orientation_counts_whatever_else_the_exif_holds(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    for tag, kind in ((0x010F, 5), (0x011A, 2), (0x8769, 2), (0x0132, 12), (0x9003, 4)):
+        exif = exif_with(orientation, tag, kind, b"\0\0\0\x2a")
+        Image.fromarray(pixels).save(tmp_path / "odd.png", exif=exif)
+        plain = Image.Exif()
+        plain[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "plain.png", exif=plain)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "plain.png")))
+        assert np.array_equal(decode_image(str(tmp_path / "odd.png"), 3), expected)
