@@ -14,6 +14,7 @@ def unknown_kinds(
     yield "uniform noise", rng.integers(0, 256, shape, dtype=np.uint8)
     yield "Gaussian noise", np.clip(rng.normal(128, 64, shape), 0, 255).astype(np.uint8)
     yield "smooth blobs", smooth_blobs(rng, shape)
+    # One colour for each image, repeated over its height and width.
     colours = rng.integers(0, 256, (count, 1, 1, channels), dtype=np.uint8)
     yield "solid colours", np.repeat(np.repeat(colours, height, 1), width, 2)
     yield "black", np.zeros((1, height, width, channels), np.uint8)

@@ -29,6 +29,7 @@ def benchmark(
     load_seconds = time.perf_counter() - started
 
     batch_size = model.batch or batch_size
+    # Random pixels take as long as any others, and need no files.
     inputs = random_inputs(model, batch_size)
     latencies = measure_latencies(model, inputs[:1])  # ms
     first = latencies[0]
@@ -83,6 +84,7 @@ def measure_latencies(model: Model, inputs: np.ndarray) -> list[float]:
 def measure_throughput(model: Model, inputs: np.ndarray, threads: int) -> float:
     """Inputs a second, of a model that computes in the calling thread, in so many threads."""
     done = 0
+    # Enough batches that no thread waits for the others at the end of a round.
     batches = [inputs] * 4 * threads
     started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:

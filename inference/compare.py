@@ -57,6 +57,7 @@ def compare_models(
         return None, 1
 
     image_path = changes[0].path
+    # Both have run by now: neither is timed cold.
     old = file_figures(models[0], paths[0], image_path)
     new = file_figures(models[1], paths[1], image_path)
     return summarise(changes, old, new), code
@@ -82,9 +83,11 @@ def change_between(old: dict, new: dict) -> Change:
     old_probabilities = {entry["label"]: entry["probability"] for entry in old["top"]}
     new_probabilities = {entry["label"]: entry["probability"] for entry in new["top"]}
     differences = []
+    # By label: the two files may list their classes in different orders.
     for label, probability in old_probabilities.items():
         differences.append(abs(probability - new_probabilities[label]))
 
+    # Images in class folders carry their label in the name of the folder.
     folder = os.path.basename(os.path.dirname(os.path.abspath(old["path"])))
     return Change(
         path=old["path"],
@@ -129,6 +132,7 @@ def summarise(changes: list[Change], old: dict, new: dict) -> dict:
     for (old_label, new_label), count in flips.most_common():
         pairs.append({"old": old_label, "new": new_label, "count": count})
 
+    # The images that changed most are the ones to look at.
     largest = sorted(changes, key=lambda change: -change.change)[:MOST_CHANGED]
     return {
         "images": len(changes),
@@ -137,7 +141,7 @@ def summarise(changes: list[Change], old: dict, new: dict) -> dict:
         "old": {**old, "accuracy": share(old_hits, labelled)},
         "new": {**new, "accuracy": share(new_hits, labelled)},
         "flips": pairs,
-        "changed": [change.as_row() for change in largest if change.change],
+        "changed": [change.as_row() for change in largest if change.change > 0],
     }
 
 

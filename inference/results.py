@@ -22,11 +22,12 @@ def write_images(results: Iterator, output_format: str, top_k: int, out) -> int:
     code = 0
     for rows in results:
         for row in rows:
+            # Errors go to standard error in every format; JSON and CSV have a row for them as well.
             if "error" in row:
                 code = 1
                 say(f"error: {row['path']}: {row['error']}")
             out.write(result_line(output_format, row))
-        out.flush()
+        out.flush()  # so that a reader of a pipe gets each list at once
     return code
 
 
@@ -45,6 +46,7 @@ def result_line(output_format: str, row: dict) -> str:
 def text_line(row: dict) -> str:
     """path, "unknown" or "unsure" if it is, the best labels, and `known`."""
     cells = [row["path"]]
+    # The label differs from the best guess where a threshold decided.
     if row["label"] != row["top"][0]["label"]:
         cells.append(row["label"])
     for entry in row["top"]:
@@ -65,7 +67,7 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
         fault = f"--values {row} is not a list of {count} numbers such as 0.1,0.2"
         with problems(fault, ValueError, 2, "{}"):
             features.append(np.array(row.split(","), np.float32).reshape(count))
-    predictions = model.predict(np.stack(features))[:, 0].tolist()
+    predictions = model.predict(np.stack(features))[:, 0].tolist()  # of [batch, 1]
 
     if output_format == "csv":
         out.write("values,prediction\n")
@@ -86,6 +88,7 @@ def write_figures(figures: dict, output_format: str, out) -> None:
         out.write(json.dumps(figures) + "\n")
         return
 
+    # A list, such as the images that changed, gets a line for each of its rows.
     for name, value in figures.items():
         rows = value if isinstance(value, list) else [value]
         for row in rows:

@@ -23,6 +23,7 @@ def verify(folder: str, sums_sha256: str | None = None) -> int:
     """
     path = os.path.join(folder, SUMS)
     sums = read_sums(path)
+    # Whoever changed a file could have changed its sum as well.
     if sums_sha256 is not None and sha256(path) != sums_sha256.lower():
         say(f"error: {path} is not the one with the SHA-256 {sums_sha256}")
         return 1
@@ -34,6 +35,7 @@ def verify(folder: str, sums_sha256: str | None = None) -> int:
     code = 0
     for name in sorted(sums.keys() | found.keys()):
         path = os.path.join(folder, name)
+        # A user's own pictures and results beside those of the bundle are no fault.
         if name in found and found[name] is None and name not in sums and may_be_added(name):
             additions.append(name)
             continue
