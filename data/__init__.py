@@ -19,6 +19,7 @@ from data.dataset import (  # noqa: F401
     refuse_changes,
     with_fingerprint,
 )
+from inference.command_line import say
 from inference.errors import Problem
 from inference.task import REGRESSION, task_of
 
@@ -56,12 +57,20 @@ LINEAR_BIAS = 17.0
 LINEAR_ROWS = 20  # in each split
 
 
-def load(name: str, data_dir: str | None = None, *, seed: int = 0, **options) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    seed: int = 0,
+    download: bool = True,
+    **options,
+) -> Dataset:
     """Load a dataset by its name. Raises Problem.
 
     data_dir: where torchvision's files are or will go, the directory of `folder`, or the file of
-    `csv`. seed: of the random rows of `linear`. options: fields of `files.Options`, used by folder
-    and csv only.
+    `csv`. seed: of the random rows of `linear`. download: whether torchvision's files may be
+    fetched, and damaged ones replaced. options: fields of `files.Options`, used by folder and csv
+    only.
     """
     if name not in DATASETS:
         raise unknown_dataset(name)
@@ -75,7 +84,7 @@ def load(name: str, data_dir: str | None = None, *, seed: int = 0, **options) ->
     if name not in ("folder", "csv"):
         from data.downloads import load_torchvision
 
-        return with_fingerprint(load_torchvision(name, data_dir or HERE))
+        return with_fingerprint(load_torchvision(name, data_dir or HERE, download))
 
     if data_dir is None:
         raise Problem(f"--dataset {name} needs --data-dir: {DATASETS[name]}", 2)
@@ -114,10 +123,13 @@ def guess(data_dir: str) -> str | None:
 def load_for(spec: dict, data_dir: str | None) -> Dataset:
     """Load the dataset of a run's spec as step1 loaded it, or from another `data_dir`.
 
-    Raises Problem.
+    The paths in a spec may be a stranger's. What they let be read is said, and nothing is written
+    to them: see `usable_cache_dir`. Nothing is downloaded to them either. Raises Problem.
     """
     arguments = spec["arguments"]
-    options = {name: arguments[name] for name in OPTIONS}
+    # Specs of earlier versions lack the options that came later.
+    options = {name: arguments.get(name) for name in OPTIONS}
+    options["cache_dir"] = usable_cache_dir(arguments.get("cache_dir"))
 
     if task_of(spec).has_images:
         options["image_size"] = tuple(spec["image_size"])
@@ -127,7 +139,35 @@ def load_for(spec: dict, data_dir: str | None) -> Dataset:
     options["white"] = spec.get("white", 65535)
     options["fit"] = spec.get("fit") or "stretch"
 
-    return load(spec["dataset"], data_dir or arguments["data_dir"], **options)
+    recorded = None if data_dir else arguments["data_dir"]
+    say_what_is_read(recorded, options)
+    download = recorded is None
+    return load(spec["dataset"], data_dir or recorded, download=download, **options)
+
+
+def usable_cache_dir(cache_dir: str | None) -> str | None:
+    """The --cache-dir that a run has recorded, if this user has kept a cache there before.
+
+    Otherwise None, for the place beside the data, after saying so.
+    """
+    if cache_dir is None:
+        return None
+
+    from data.cache import IN_CACHE_DIR, is_own_cache
+
+    if is_own_cache(cache_dir):
+        return cache_dir
+    reason = f"it holds no folder {IN_CACHE_DIR} of yours"
+    say(f"note: the run's --cache-dir {cache_dir} is not used, as {reason}")
+    return None
+
+
+def say_what_is_read(data_dir: str | None, options: dict) -> None:
+    """Say which paths that the run has recorded are read."""
+    recorded = [data_dir, options["image_root"], options["test_csv"]]
+    paths = [path for path in recorded if path is not None]
+    if paths:
+        say(f"note: reading {', '.join(paths)}, as the run did; --data-dir takes other data")
 
 
 def load_digits() -> Dataset:

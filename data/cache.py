@@ -3,13 +3,15 @@
 A cache is two files: <key>.u8 with the pixels [N, height, width, channels], and <key>.json, written
 last, with the shape and the files that could not be read. The key is a hash of the options and of
 the list of files with their sizes and times. A changed folder therefore gets a new cache, and the
-old one is removed.
+old one is removed. Only files with names of our own kind are ever removed.
 """
 
 import contextlib
 import functools
 import json
 import os
+import re
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,16 @@ from data.parallel import run_parallel
 from data.target import Target, choose_target
 from inference.errors import Problem, problems
 
+BESIDE = ".threestep"  # the folder beside the data
+IN_CACHE_DIR = "threestep-cache"  # the folder in --cache-dir, which may hold files of others
 STALE_SECONDS = 24 * 3600  # after which the temporary file of a killed build is removed
+
+# The temporary files of build_cache() and of files.replacing(), which cuts long names.
+TEMPORARY = re.compile(
+    r"[0-9a-f]{16}-[0-9a-f]{16}\.\d+\.tmp"
+    r"|\.([0-9a-f]{16}|probe|features)-[\w.-]*-[0-9a-f]{8}\.tmp"
+)
+CACHE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}\.(u8|json)")
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
     directory = directory_for(source, options.cache_dir)
 
     failure = f"cannot keep the image cache in {directory}"
-    with problems(failure, OSError, form="{}: {}; choose another --cache-dir"):
+    with problems(failure, OSError, form="{}: {}; step1 takes another with --cache-dir"):
         os.makedirs(directory, exist_ok=True)
 
         state, sizes = state_of(paths)
@@ -76,11 +87,27 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
 
 
 def directory_for(source: str, cache_dir: str | None) -> str:
-    """Where to keep what is computed of a directory or a file: in --cache-dir, or beside it."""
+    """Where to keep what is computed of a directory or a file: in --cache-dir, or beside it.
+
+    Either way it is a folder of our own.
+    """
     if cache_dir:
-        return cache_dir
+        return os.path.join(cache_dir, IN_CACHE_DIR)
     beside = source if os.path.isdir(source) else os.path.dirname(source)
-    return os.path.join(beside, ".threestep")
+    return os.path.join(beside, BESIDE)
+
+
+def is_own_cache(cache_dir: str) -> bool:
+    """Has this user kept a cache in a --cache-dir before?
+
+    A --cache-dir that stands in a file, and was not typed, is used only then.
+    """
+    try:
+        status = os.lstat(os.path.join(cache_dir, IN_CACHE_DIR))
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return False
+    is_ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return stat.S_ISDIR(status.st_mode) and is_ours
 
 
 def state_of(paths: list[str]) -> tuple[str, np.ndarray]:
@@ -215,13 +242,17 @@ def remove_outdated(directory: str, key: str, current: str) -> None:
     Those of the name `current` stay: another run may be publishing them at this moment.
     """
     for entry in os.scandir(directory):
-        is_temporary = entry.name.endswith(".tmp")
-        is_stale = is_temporary and time.time() - entry.stat().st_mtime > STALE_SECONDS
-
-        is_cache = entry.name.startswith(key) and entry.name.endswith((".u8", ".json"))
+        is_cache = CACHE.fullmatch(entry.name) and entry.name.startswith(f"{key}-")
         is_outdated = is_cache and not entry.name.startswith(current)
 
-        if is_stale or is_outdated:
-            # Another run removes it, too, or on Windows still uses it.
-            with contextlib.suppress(OSError):
+        # Another run removes it, too, or on Windows still uses it.
+        with contextlib.suppress(OSError):
+            if is_outdated or is_abandoned(entry):
                 os.unlink(entry.path)
+
+
+def is_abandoned(entry: os.DirEntry) -> bool:
+    """Is this the temporary file of a build that was killed? Raises OSError."""
+    if not TEMPORARY.fullmatch(entry.name):
+        return False
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_SECONDS

@@ -17,30 +17,45 @@ from inference.errors import Problem
 CLASS_NAMES = {"fashion-mnist": "FashionMNIST"}
 
 # Every way that torchvision fails without a network, without a directory, or on damaged files.
-FAILURES = (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError)
+FAILURES = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    AssertionError,
+    http.client.HTTPException,
+    tarfile.TarError,
+)
 
 # An IDX file begins with a big-endian number: 8, the code of uint8, and the number of dimensions.
 IDX_MAGIC = 0x800
 MOST_DIMENSIONS = 255
 
 
-def load_torchvision(name: str, data_dir: str) -> Dataset:
-    """One of torchvision's datasets, downloaded to `data_dir` if needed. Raises Problem."""
+def load_torchvision(name: str, data_dir: str, download: bool = True) -> Dataset:
+    """One of torchvision's datasets, downloaded to `data_dir` if needed and allowed.
+
+    Raises Problem.
+    """
     # Here, because the import takes a second that the bundled digits need not pay.
     import torchvision
 
     cls = getattr(torchvision.datasets, CLASS_NAMES.get(name, name.upper()))
     directory, archives = locate_archives(cls, data_dir)
-    set_damaged_aside(directory, archives)
+    way_out = "or run again with a network, or use --dataset digits, which needs none"
+    if download:
+        set_damaged_aside(directory, archives)
+    else:
+        way_out = f"or give --data-dir {data_dir} to have them downloaded there"
 
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            train = cls(data_dir, train=True, download=True)
-            test = cls(data_dir, train=False, download=True)
+            train = cls(data_dir, train=True, download=download)
+            test = cls(data_dir, train=False, download=download)
     except FAILURES as error:
         raise Problem(
             f"cannot get {name} ({reason_of(error)}): put {', '.join(archives)} into {directory}, "
-            "or run again with a network, or use --dataset digits, which needs none"
+            f"{way_out}"
         ) from None
 
     train_images, train_labels = to_arrays(train)
@@ -59,7 +74,8 @@ def load_torchvision(name: str, data_dir: str) -> Dataset:
 def reason_of(error: Exception) -> str:
     """Why a download failed, in the system's words if there are any, else in a single line."""
     reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
-    return reason or str(error).splitlines()[-1]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return reason or lines[-1]
 
 
 def to_arrays(split) -> tuple[np.ndarray, np.ndarray]:
