@@ -118,7 +118,8 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed, in
     assert "64x64 colour" in trained.out and " of 196 training images held out" in trained.err
     call(step2_export.main, "--format", "torchscript").done()
 
-    predicted = call(step3_infer.main, "--format", "json", mixed)
+    exported = here / "exports" / run_of(here).name / "model.pt"
+    predicted = call(step3_infer.main, "--model", exported, "--format", "json", mixed)
     answers = {row["path"]: row for row in map(json.loads, predicted.out.splitlines())}
     assert predicted.code == 1 and len(answers) == 200
     assert {path.rsplit("/", 1)[1] for path, row in answers.items() if "error" in row} == set(
