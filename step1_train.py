@@ -54,85 +54,81 @@ def build_parser() -> Parser:
 
 
 def add_data_options(parser: Parser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add(
         "--dataset",
         default="digits",
         metavar="NAME",
         help="name of the dataset, see --list-datasets (default: digits)",
     )
-    group.add_argument(
+    add(
         "--data-dir",
         metavar="PATH",
         help="directory of the files or for downloads (default: data/); for csv, the file",
     )
-    group.add_argument(
+    add(
         "--image-size",
         type=command_line.image_size,
         metavar="N|HxW",
         help="size of the network's input (default: see data/README.md)",
     )
-    group.add_argument(
+    add(
         "--fit",
         choices=("stretch", "crop", "letterbox"),
         help="how images get that size (default: crop for your own images, which keeps their "
         "shape; stretch for the named datasets)",
     )
-    group.add_argument(
+    add(
         "--augment",
         nargs="+",
         choices=(*data.AUGMENTATIONS, "none"),
         metavar="A",
         help=f"{', '.join(data.AUGMENTATIONS)}, or none (default: see data/README.md)",
     )
-    group.add_argument(
+    add(
         "--val-fraction",
         type=number(float, 0, 0.9, above=True),
         metavar="X",
         help="hold out this part of the training split and keep the epoch that does best on it",
     )
-    group.add_argument(
+    add(
         "--patience",
         type=number(int, 1),
         metavar="N",
         help="stop after N epochs without a better one",
     )
-    group.add_argument(
+    add(
         "--class-weights",
         choices=("balanced",),
         help="make rare classes count as much as frequent ones",
     )
-    group.add_argument("--list-datasets", action="store_true", help="list the datasets and exit")
+    add("--list-datasets", action="store_true", help="list the datasets and exit")
 
 
 def add_own_image_options(parser: Parser) -> None:
-    group = parser.add_argument_group("your own images (folder, csv)")
-    group.add_argument(
+    add = parser.add_argument_group("your own images (folder, csv)").add_argument
+    add(
         "--cache-dir",
         metavar="DIR",
         help="directory for decoded images (default: .threestep beside the data)",
     )
-    group.add_argument(
-        "--strict",
-        action="store_true",
-        help="fail on unreadable files instead of skipping them",
-    )
-    group.add_argument(
+    add("--strict", action="store_true", help="fail on unreadable files instead of skipping them")
+    add(
         "--test-csv",
         metavar="FILE",
         help="CSV file of the test split (default: hold out a part of each class)",
     )
-    group.add_argument(
+    add(
         "--image-root",
         metavar="DIR",
         help="directory that paths are relative to (default: the CSV file's)",
     )
-    group.add_argument(
+    add(
         "--image-column",
         metavar="NAME",
         help="column of the paths (default: filepath, filename, path or image)",
     )
-    group.add_argument(
+    add(
         "--label-column",
         metavar="NAME",
         help="column of the labels (default: label, class or target)",
@@ -140,88 +136,80 @@ def add_own_image_options(parser: Parser) -> None:
 
 
 def add_network_options(parser: Parser) -> None:
-    group = parser.add_argument_group("network")
-    group.add_argument(
+    add = parser.add_argument_group("network").add_argument
+    add(
         "--model",
         metavar="NAME",
         help="name of the network, see --list-models (default: airbench; linear for "
         "--dataset linear)",
     )
-    group.add_argument(
+    add(
         "--width",
         type=number(float, 0, above=True),
         metavar="X",
         help="factor for the channels of airbench",
     )
-    group.add_argument(
+    add(
         "--hidden",
         type=number(int, 1),
         nargs="*",
         metavar="N",
         help="sizes of the hidden layers of mlp (default: 128)",
     )
-    group.add_argument(
+    add(
         "--dropout",
         type=number(float, 0, 0.99),
         metavar="P",
         help="dropout of mlp (default: 0) and mynet (default: 0.1)",
     )
-    group.add_argument(
+    add(
         "--pretrained",
         nargs="?",
         const="default",
         metavar="FILE",
         help="start from torchvision's default weights, or from a local state_dict or checkpoint",
     )
-    group.add_argument(
-        "--freeze-backbone",
-        action="store_true",
-        help="train the last layer only, for small data",
-    )
-    group.add_argument("--list-models", action="store_true", help="list the networks and exit")
+    add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
+    add("--list-models", action="store_true", help="list the networks and exit")
 
 
 def add_training_options(parser: Parser) -> None:
     title = "training (defaults: a recipe for the network and the dataset)"
-    group = parser.add_argument_group(title)
-    group.add_argument(
-        "--epochs", type=number(int, 1), metavar="N", help="passes over the training split"
-    )
-    group.add_argument("--batch-size", type=number(int, 1), metavar="N", help="images per step")
-    group.add_argument(
+    add = parser.add_argument_group(title).add_argument
+    add("--epochs", type=number(int, 1), metavar="N", help="passes over the training split")
+    add("--batch-size", type=number(int, 1), metavar="N", help="images per step")
+    add(
         "--optimizer",
         choices=tuple(recipes.OPTIMIZERS),
         metavar="NAME",
         help=", ".join(recipes.OPTIMIZERS),
     )
-    group.add_argument(
-        "--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate"
-    )
-    group.add_argument(
+    add("--lr", type=number(float, 0, above=True), metavar="X", help="highest learning rate")
+    add(
         "--momentum",
         type=number(float, 0, 0.9999),
         metavar="X",
         help="momentum of sgd and muon (Nesterov)",
     )
-    group.add_argument(
+    add(
         "--weight-decay",
         type=number(float, 0),
         metavar="X",
         help="weight decay; biases and norms have none",
     )
-    group.add_argument(
+    add(
         "--schedule",
         choices=recipes.SCHEDULES,
         metavar="NAME",
         help=f"course of the learning rate: {', '.join(recipes.SCHEDULES)}",
     )
-    group.add_argument(
+    add(
         "--label-smoothing",
         type=number(float, 0, 0.99),
         metavar="X",
         help="label smoothing of the training loss",
     )
-    group.add_argument(
+    add(
         "--calibration",
         choices=recipes.CALIBRATIONS[1:],
         metavar="HOW",
@@ -231,42 +219,39 @@ def add_training_options(parser: Parser) -> None:
 
 
 def add_machine_options(parser: Parser) -> None:
-    group = parser.add_argument_group("machine and run")
-    group.add_argument(
+    add = parser.add_argument_group("machine and run").add_argument
+    add(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="precision of training; exports are fp32 (default: auto)",
     )
-    group.add_argument(
+    add(
         "--device",
         default="auto",
         metavar="NAME",
         help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)",
     )
-    group.add_argument(
+    add(
         "--threads",
         type=number(int, 1, 1024),
         metavar="N",
         help="number of CPU threads (default: as many as are free)",
     )
-    group.add_argument(
+    add(
         "--seed",
         type=number(int, 0, 2**31),
         default=0,
         metavar="N",
         help="random seed; CPU runs are reproducible (default: 0)",
     )
-    group.add_argument(
+    add(
         "--sync-batchnorm",
         action="store_true",
         help="with torchrun on GPUs: share batch norm among the processes",
     )
-    group.add_argument(
-        "--name",
-        help="name of the run (default: <dataset>-<model>, with -2, -3, ... if taken)",
-    )
-    group.add_argument(
+    add("--name", help="name of the run (default: <dataset>-<model>, with -2, -3, ... if taken)")
+    add(
         "--resume",
         nargs="?",
         const="",
@@ -274,13 +259,13 @@ def add_machine_options(parser: Parser) -> None:
         help="continue a run to the very same result (default: the newest unfinished run); "
         "--epochs may be raised",
     )
-    group.add_argument(
+    add(
         "--checkpoint-every",
         type=command_line.checkpoint_interval,
         metavar="N|Nm",
         help="save within an epoch as well: every N steps, or every N minutes",
     )
-    group.add_argument("--quiet", action="store_true", help="print the result only")
+    add("--quiet", action="store_true", help="print the result only")
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
@@ -336,6 +321,7 @@ from training import (
 from training.checkpoints import Saver, restore
 from training.describe import describe_run, with_result
 from training.features import Trainee, choose_trainee, is_regression, start_head
+from training.network import build_deployable
 from training.processes import Machine, Processes, Signals, Stopped
 from training.progress import (
     Evaluation,
@@ -350,8 +336,6 @@ from training.result import Outcome, summarise, summarise_classes
 from training.suspects import find_suspects
 
 SAMPLES = 25  # augmented images in the report
-WHITENING_PIXELS = 1 << 23  # at most, in the images that the whitening layer is made from
-WHITENING_IMAGES = 2000  # at most
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -379,6 +363,7 @@ def train(
     for epoch in range(progress.epoch, settings.epochs + 1):
         if is_out_of_patience(progress, settings.patience):
             break
+
         trained = train_epoch(network, optimizer, trainee, settings, machine, progress, saver)
         evaluated = evaluate_epoch(trainee, watched, settings, machine, progress)
 
@@ -404,32 +389,33 @@ def train_epoch(
     progress: Progress,
     saver: Saver,
 ) -> Metrics:
-    """Train for an epoch, or what a resumed run has left of it; returns what was measured while
-    training.
+    """Train for an epoch, or for what a resumed run has left of it.
 
-    network: the trainee's, as several processes run it. Raises Problem, and Stopped after a signal.
+    network: the trainee's, as several processes run it. Returns what was measured while training.
+    Raises Problem, and Stopped after a signal.
     """
     cpu.give_back_memory()  # what the last epoch left in holes of the heap
     optimizers.train_mode(trainee.deployable.network)
+
+    split = trainee.splits["train"]
     steps = steps_per_epoch(trainee, settings, machine)
+    tally = Tally(progress, machine.device, is_regression(split))
     log_priors = None
     if settings.class_weights:
-        log_priors = balance.log_priors(trainee.splits["train"], trainee.classes, machine.device)
-    tally = Tally(progress, machine.device, is_regression(trainee.splits["train"]))
-    batches = trainee.splits["train"].shuffled(
+        log_priors = balance.log_priors(split, trainee.classes, machine.device)
+    batches = split.shuffled(
         settings.batch_size,
         settings.augment,
         progress.epoch,
         settings.seed,
-        progress.steps,
-        machine.processes.share,
+        done=progress.steps,
+        share=machine.processes.share,
     )
 
-    for images, labels, batch_size in console.progress_bar(
-        batches, progress, settings.epochs, steps
-    ):
-        # What is random in a step depends on seed, epoch and step alone: a run can be resumed at
-        # any of them.
+    bar = console.progress_bar(batches, progress, settings.epochs, steps)
+    for images, labels, batch_size in bar:
+        # What is random in a step depends on seed, epoch and step alone, so that a run can be
+        # resumed at any step.
         machine.seed(settings.seed, progress.epoch, progress.steps)
         rate = optimizers.rate_at(settings, progress.epoch, progress.steps, steps)
         optimizers.set_rate(optimizer, rate)
@@ -437,8 +423,8 @@ def train_epoch(
         with machine.autocast():
             outputs = network(trainee.normalise(images))  # [batch, classes]
         losses = criterion(outputs, labels, settings.label_smoothing, log_priors)  # [batch]
-        # The mean over the whole batch: DistributedDataParallel averages the gradients of the
-        # processes.
+
+        # The mean over the whole batch: DistributedDataParallel averages over the processes.
         loss = losses.sum() * machine.processes.count / batch_size
 
         optimizer.zero_grad(set_to_none=True)
@@ -447,18 +433,20 @@ def train_epoch(
 
         tally.add(losses, outputs, labels)
         progress.steps += 1
+
         # Reading a number from a GPU waits for it, and so is done rarely there.
         if machine.device.type == "cpu" or progress.steps % 50 == 0 or progress.steps == steps:
             tally.refuse_infinite_loss(progress, optimizer, settings.lr)
             done = (progress.epoch - 1) * steps + progress.steps
             saver.save_or_stop(trainee.deployable.network, optimizer, progress, tally, done)
 
-    metrics = tally.metrics(machine.processes)
+    measured = tally.metrics(machine.processes)
     progress.seconds = tally.seconds()
-    return metrics
+    return measured
 
 
 def steps_per_epoch(trainee: Trainee, settings: argparse.Namespace, machine: Machine) -> int:
+    """How many batches an epoch has, over all processes."""
     return trainee.splits["train"].count_batches(settings.batch_size, machine.processes.count)
 
 
@@ -570,91 +558,6 @@ def load_dataset(settings: argparse.Namespace) -> data.Dataset:
         usual_size=usual_size,
         **options,
     )
-
-
-def build_deployable(
-    settings: argparse.Namespace,
-    dataset: data.Dataset,
-    checkpoint: dict | None,
-    machine: Machine,
-) -> model.Deployable:
-    """The network with its preprocessing, and with the weights of the checkpoint if any, on the
-    machine.
-
-    What is random follows from the seed of the settings. Raises Problem.
-    """
-    torch.manual_seed(settings.seed)
-    network, mean, std = build_network(settings, dataset, checkpoint)
-    if settings.freeze_backbone:
-        optimizers.freeze_backbone(network)
-    if mean is None:
-        mean, std = statistics_of_inputs(dataset)
-
-    kind = model.Deployable if dataset.has_images else model.Regressor
-    deployable = kind(network, settings.image_size, mean, std, settings.fit)
-
-    is_fresh = not settings.pretrained and not checkpoint
-    if is_fresh and dataset.has_images and isinstance(network, model.Network):
-        images = whitening_images(dataset, settings)
-        network.prepare(deployable.normalise(images))
-
-    memory_format = model.traits(settings.model).memory_format
-    deployable.to(machine.device, memory_format=memory_format)
-    if machine.device.type == "cpu" and machine.dtype is not None:
-        cpu.lay_side_by_side(deployable.network)
-    return deployable
-
-
-def build_network(
-    settings: argparse.Namespace, dataset: data.Dataset, checkpoint: dict | None
-) -> tuple[torch.nn.Module, list[float] | None, list[float] | None]:
-    """The network with its first weights, and the mean and std that belong to them, if any.
-
-    Raises Problem.
-    """
-    channels = dataset.train_images.shape[-1]
-    try:
-        network = model.build(
-            settings.model,
-            channels=channels,
-            classes=len(dataset.classes),
-            image_size=settings.image_size,
-            width=settings.width,
-            hidden=settings.hidden,
-            dropout=settings.dropout,
-        )
-        mean, std = weights.load_into(network, settings, channels, checkpoint)
-    except ValueError as error:
-        source = ""
-        if settings.pretrained not in (None, "default"):
-            source = f"--pretrained {settings.pretrained}: "
-        raise Problem(f"{source}{error}", 2) from None
-
-    if settings.batch_size == 1 and has_batch_norm(network):
-        reason = f"{settings.model} has batch norm, which needs --batch-size 2 or more"
-        raise Problem(reason, 2)
-    return network, mean, std
-
-
-def has_batch_norm(network: torch.nn.Module) -> bool:
-    kind = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(module, kind) for module in network.modules())
-
-
-def statistics_of_inputs(dataset: data.Dataset) -> tuple[list[float], list[float]]:
-    """The mean and std to normalise images by, [channels] each; features stay as they are."""
-    if not dataset.has_images:
-        features = dataset.train_images.shape[-1]
-        return [0.0] * features, [1.0] * features
-    return data.mean_and_std(dataset.train_images)
-
-
-def whitening_images(dataset: data.Dataset, settings: argparse.Namespace) -> torch.Tensor:
-    """Some training images of the network's own size, for `Network.prepare`: [n, H, W, C]."""
-    wanted = min(WHITENING_IMAGES, WHITENING_PIXELS // math.prod(settings.image_size))
-    stride = -(-len(dataset.train_images) // wanted)
-    images = torch.from_numpy(dataset.train_images[::stride])
-    return model.resize(images, settings.image_size, settings.fit)
 
 
 # ------------------------------------------------------------------------------------------- result

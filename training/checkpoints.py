@@ -60,6 +60,7 @@ class Saver:
         if not caught and not due:
             return
 
+        # A checkpoint holds the sums of all processes, so that any number of them can resume it.
         progress.sums = processes.sum(tally.sums.clone()).tolist()
         progress.seconds = tally.seconds()
         self.save(network, optimizer, progress)
@@ -83,6 +84,7 @@ class Saver:
         self.saved_at = time.monotonic()
         if self.machine.processes.rank > 0:
             return
+        # A checkpoint that cannot be used must not take the place of one that can.
         refuse_infinite_weights(network, self.spec["arguments"]["lr"])
 
         spec = describe.with_result(self.spec, test_accuracy)
@@ -121,6 +123,7 @@ def make_checkpoint(
         "network": None,  # then it is the checkpoint's state_dict
         "data": fingerprint,
     }
+    # What the run would end with if it stopped here, which step2 exports.
     result = state
     epoch = progress.epoch - 1
     if progress.best:

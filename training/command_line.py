@@ -105,6 +105,7 @@ def rows_of_our_networks() -> list[Row]:
     rows = []
     for name in NETWORKS:
         network = model.build(name, channels=3, classes=10, image_size=(32, 32)).eval()
+        # A multiply-add counts as two operations.
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(torch.zeros(1, 3, 32, 32))
         row = Row(

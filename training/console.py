@@ -77,6 +77,7 @@ def print_settings(
 def contents(dataset: data.Dataset, trainee: Trainee) -> str:
     """How many images there are, and of what kind."""
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in trainee.splits.items())
+    # [N, height, width, channels] of images, [N, n] of features.
     *size, channels = dataset.train_images.shape[1:]
     if not size:
         return f"{sizes}; {channels} features"
@@ -206,6 +207,7 @@ def print_result(run_dir: str, dataset: data.Dataset, summary: dict, unequal: bo
             without = f"{summary['test_accuracy_without_them']:.2%} without {leaked}"
             result += f", {without} also in train"
         images = len(dataset.test_labels)
+        # An accuracy on a few images is known to a few percent only.
         if images < FEW_TEST_IMAGES:
             result += f", on only {count_of(images, 'image')}"
     print(f"{run_dir}: {result} in {summary['train_seconds']:.0f} s")
@@ -214,7 +216,7 @@ def print_result(run_dir: str, dataset: data.Dataset, summary: dict, unequal: bo
 def print_coefficients(network: nn.Module) -> None:
     """Print what the linear regression has learned beside the truth, as the tutorial does."""
     learned = torch.cat([parameter.flatten() for parameter in network.parameters()]).tolist()
-    true = [*data.LINEAR_WEIGHTS, data.LINEAR_BIAS]
+    true = [*data.LINEAR_WEIGHTS, data.LINEAR_BIAS]  # in the order of the parameters
     names = [f"x{number}" for number in range(1, len(learned))] + ["bias"]
 
     print("          learned     true")

@@ -190,6 +190,7 @@ class Extractor:
     @torch.inference_mode()
     def extract(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features [batch, d], logits and statistics of uint8 images of the network's own size."""
+        # The features are not what the network returns: a hook sees them on their way.
         network = self.deployable.network.eval()
         given = []
         layer = network.get_submodule(self.head)
@@ -205,6 +206,7 @@ class Extractor:
         std = self.deployable.std.tolist()
         hasher = hashlib.sha256(repr((size, self.head, self.layers, mean, std)).encode())
 
+        # The head comes after the features, and is trained meanwhile.
         for name, tensor in self.deployable.network.state_dict().items():
             if not name.startswith(f"{self.head}."):
                 hasher.update(tensor.cpu().contiguous().numpy())
@@ -231,13 +233,13 @@ def last_layer_of(
         return None
 
     splits = {}
-    tables = {}
+    tables = {}  # by the id of the images
     for name in names:
         split = whole.splits[name]
-        images = id(split.images)  # parts of one split share their images
-        if images not in tables:
-            tables[images] = cached_features(extractor, split.images, settings)
-        splits[name] = feature_split(split, tables[images], layer.in_features)
+        key = id(split.images)  # parts of one split share their images
+        if key not in tables:
+            tables[key] = cached_features(extractor, split.images, settings)
+        splits[name] = feature_split(split, tables[key], layer.in_features)
     return LastLayer(deployable=deployable, splits=splits, classes=whole.classes, head=head)
 
 
@@ -256,7 +258,7 @@ def feature_split(split: Split, table: np.ndarray, size: int) -> FeatureSplit:
 
     table: see `cached_features`; its first `size` columns are features.
     """
-    on_device = torch.from_numpy(table).to(split.images.device)
+    on_device = torch.from_numpy(table).to(split.images.device)  # [N, d + s]
     return FeatureSplit(
         images=on_device[:, :size],
         labels=split.labels,
@@ -293,8 +295,9 @@ def write_features(path: str, extractor: Extractor, images: torch.Tensor) -> Non
         bar = tqdm(batches, "features", leave=False, disable=notes.silent or None)
         for number, batch in enumerate(bar):
             features, _, statistics = extractor.extract(batch)
-            rows = torch.cat([features, statistics], 1).cpu().numpy()
+            rows = torch.cat([features, statistics], 1).cpu().numpy()  # [batch, d + s]
             if number == 0:
+                # The width is only known now. Written by parts, the table is never whole in memory.
                 shape = (len(images), rows.shape[1])
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)

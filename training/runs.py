@@ -62,7 +62,7 @@ def name_of(settings: argparse.Namespace) -> str:
     name = settings.dataset
     if name in OWN_IMAGES:
         stem = os.path.basename(os.path.abspath(settings.data_dir)).removesuffix(".csv")
-        name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name
+        name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name  # what any file system takes
 
     name = f"{name}-{settings.model}"
     if RESERVED.match(name):
@@ -174,6 +174,7 @@ def first_unlocked(changed: dict[str, float]) -> str:
 
     Raises Problem.
     """
+    # The lock of a run says whether its process is alive; it is let go at once.
     newest_first = sorted(changed, key=changed.get, reverse=True)
     for run_dir in newest_first:
         with contextlib.suppress(Problem), locked(run_dir):
@@ -214,6 +215,7 @@ def read(run_dir: str) -> tuple[dict, dict | None]:
     Raises Problem.
     """
     damages = []
+    # A disk that was full or pulled out can leave the newest one damaged.
     for name in (CHECKPOINT, PREVIOUS):
         path = os.path.join(run_dir, name)
         try:
@@ -278,6 +280,7 @@ def read_config(run_dir: str) -> dict:
     """The arguments in config.json. Raises Problem."""
     try:
         arguments = json.loads(Path(run_dir, CONFIG).read_text(encoding="utf-8"))
+        # JSON has no tuples.
         return {**arguments, "image_size": tuple(arguments["image_size"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{run_dir} holds neither a checkpoint nor a {CONFIG} ({error}): start it again"
@@ -331,6 +334,7 @@ def write_table(run_dir: str, name: str, rows: Iterable, end: str = "\n") -> Non
     """Write a CSV file of a run; None becomes an empty cell. Raises CannotWrite."""
     text = io.StringIO()
     csv.writer(text, lineterminator=end).writerows(rows)
+    # Names of files may hold bytes that are no text.
     write(run_dir, name, text.getvalue().encode("utf-8", "surrogateescape"))
 
 

@@ -71,6 +71,7 @@ def usual_statistics(weights, channels: int) -> tuple[list[float], list[float]]:
 def download(name: str, weights) -> dict:
     """torchvision's weights, downloaded unless torch has them. Raises Problem."""
     try:
+        # torch reports downloads on standard output, where only the result belongs.
         with contextlib.redirect_stdout(sys.stderr):
             return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
@@ -95,6 +96,7 @@ def read_weights(path: str) -> tuple[dict, dict]:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot be loaded as plain weights: {error}") from None
 
+    # A checkpoint of step1 has both a state_dict and a spec; a bare state_dict has neither key.
     state = content
     spec = {}
     for name in ("model", "state_dict"):
@@ -132,6 +134,7 @@ def load_pretrained(network: nn.Module, state: dict) -> None:
     state = without_auxiliary_heads(state, own)
     adapt_first_convolution(state, own)
 
+    # Keys that only one of them has, and those of other shapes: only the head may differ.
     wrong = [key for key in own.keys() ^ state.keys() if key not in head]
     for key in own.keys() & state.keys() - head:
         if own[key].shape != state[key].shape:
@@ -158,6 +161,7 @@ def without_auxiliary_heads(state: dict, own: dict) -> dict:
 
 def adapt_first_convolution(state: dict, own: dict) -> None:
     """Change the first convolution of a state_dict to the number of channels of `own`, in place."""
+    # Weights of convolutions are [out, in, height, width], and the first one is the input's.
     first = next((key for key, value in own.items() if value.ndim == 4), None)
     if first not in state or state[first].ndim != 4:
         return
@@ -184,7 +188,7 @@ def usual_size(name: str) -> int:
 
     Raises ValueError for an unknown name.
     """
-    model.options_of(name)
+    model.options_of(name)  # raises ValueError
     weights = torchvision_weights(name)
     if weights is None:
         return 64
@@ -198,5 +202,6 @@ def head_keys(network: nn.Module) -> list[str]:
         if isinstance(module, nn.Linear | nn.Conv2d):
             last = name
 
+    # Its norm, if it has one, follows it.
     keys = list(network.state_dict())
     return keys[keys.index(f"{last}.weight") :]
