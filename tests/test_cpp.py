@@ -2,6 +2,7 @@
 it does."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +39,11 @@ NOT_HERE = (
 )
 
 
-@pytest.fixture(scope="module", params=SUFFIXES)
+@pytest.fixture(
+    scope="module", params=["onnxruntime", pytest.param("torch", marks=pytest.mark.slow)]
+)
 def backend(request):
-    """The engine that the program is built with."""
+    """The engine that the program is built with: one, and with the slow tests the other."""
     return request.param
 
 
@@ -50,21 +54,38 @@ def suffix(backend):
 
 
 @pytest.fixture(scope="module")
-def program(backend, tmp_path_factory):
+def program(backend, once):
     """Path of the program, built against this Python's torch or onnxruntime; the headers of onnxruntime come
     from the system or from the directory that ONNXRUNTIME_DIR names."""
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake (apt install cmake)")
-    build = tmp_path_factory.mktemp("cpp")
-    flags = [f"-DBACKEND={backend}", f"-DPYTHON={sys.executable}"]
-    flags += ["-DCMAKE_CXX_FLAGS_RELEASE=-O0"]  # compiles faster than with -O3
-    done = run("cmake", "-S", ROOT / "deploy" / "cpp", "-B", build, *flags)
-    if missing := re.search(NOT_HERE, " ".join(done.err.split())):
-        pytest.skip(missing[0])
-    assert done.code == 0, done.err
-    built = run("cmake", "--build", build)
-    assert built.code == 0, built.out + built.err
-    return build / "threestep"
+    file, missing = once(f"cpp-{backend}", build, backend)
+    if missing:
+        pytest.skip(missing)
+    return file
+
+
+def build(_, backend):
+    """-> path of the program, which is kept outside the clone by the hash of all it is made from; or None,
+    and what is missing to build it."""
+    made_from = [backend, sys.prefix, metadata.version(backend), os.environ.get("ONNXRUNTIME_DIR", "")]
+    made_from += [path.read_text(encoding="utf-8") for path in sorted((ROOT / "deploy/cpp").iterdir())]
+    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "threestep" / f"cpp-{key}"
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        flags = [f"-DBACKEND={backend}", f"-DPYTHON={sys.executable}"]
+        flags += ["-DCMAKE_CXX_FLAGS_RELEASE=-O0"]  # compiles faster than with -O3
+        done = run("cmake", "-S", ROOT / "deploy" / "cpp", "-B", folder, *flags)
+        if missing := re.search(NOT_HERE, " ".join(done.err.split())):
+            return None, missing[0]
+        assert done.code == 0, done.err
+        built = run("cmake", "--build", folder)
+        assert built.code == 0, built.out + built.err
+        (folder / "complete").touch()
+    return folder / "threestep", None
 
 
 def run(*command, **options):

@@ -363,7 +363,7 @@ def test_benchmark_says_that_the_machine_was_busy(call, small, monkeypatch):
 
     def slow_at_times(self, inputs):
         if next(count) % 4 == 0:
-            time.sleep(0.02)
+            time.sleep(0.005)
         return predict(self, inputs)
 
     monkeypatch.setattr(Model, "predict", slow_at_times)

@@ -179,32 +179,43 @@ def test_a_checkpoint_of_a_newer_version_is_not_resumed(call, run):
     call(step1_train.main, "--resume", "a").error(1, "schema 99", "update")
 
 
-def test_signals_stop_a_real_process_with_its_exit_code(here):
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        command = [
-            sys.executable,
-            str(ROOT / "step1_train.py"),
-            *RUN,
-            "--epochs",
-            "50",
-            "--name",
-            f"n{number}",
-        ]
-        process = subprocess.Popen(
-            command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        while not process.stdout.readline().startswith("    1 "):
-            assert process.poll() is None
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == code and "Traceback" not in err
-        assert re.search(rf"python \S*step1_train.py --resume n{int(number)}$", err.strip())
+def start(here, *arguments):
+    """Step 1 as a process of its own, once it has printed the row of its first epoch."""
+    command = [sys.executable, str(ROOT / "step1_train.py"), *RUN, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=here, **pipes)
+    while not process.stdout.readline().startswith("    1 "):
+        assert process.poll() is None, process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
+def test_signals_stop_a_real_process_with_its_exit_code(here, number, code):
+    process = start(here, "--epochs", "50", "--name", "a")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err
+    assert re.search(r"python \S*step1_train.py --resume a$", err.strip())
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_killed_run_goes_on_to_the_very_same_end(call, here, undisturbed):
+    process = start(here, "--name", "a", "--checkpoint-every", "3")
+    process.kill()
+    process.communicate()
+    assert not (here / "runs" / "a" / "summary.json").exists()
+    assert "resumed   after" in call(step1_train.main, "--resume", "a").done().out
+    assert_same(here / "runs" / "a", undisturbed / "a")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    counts = soak_resume.soak(kills=3, seed=1, place=tmp_path)
-    assert counts["killed"] == 3 and counts["finished"] >= 1
+    counts = soak_resume.soak(kills=10, seed=1, place=tmp_path)
+    assert counts["killed"] == 10 and counts["finished"] >= 1
     assert (counts["unreadable"], counts["lost"], counts["different"]) == (0, 0, 0)
 
 

@@ -48,6 +48,7 @@ HOSTILE = [
 ]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="the page needs chromium and chromedriver"),
     pytest.mark.skipif(not ORT, reason=f"no onnxruntime-web {VERSION}: sh deploy/web/get-ort.sh"),
 ]
