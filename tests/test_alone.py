@@ -20,22 +20,28 @@ FORBIDDEN = {
 }
 
 
-@pytest.fixture(params=FORBIDDEN)
-def edge(request, tmp_path, all_formats):
-    """A directory with step3_infer.pyz and a file, an environment that poisons imports, the file's name."""
-    name, place, poison = request.param, tmp_path / "edge", tmp_path / "poison"
-    place.mkdir()
-    poison.mkdir()
-    archive.write_program(place)
-    shutil.copy(all_formats / name, place)
-    for module in FORBIDDEN[name]:
-        (poison / f"{module}.py").write_text(f"raise ImportError('{module} is poisoned')\n")
-    # PYTHONPATH comes before the installed packages, and after the script's own directory.
-    return place, {**os.environ, "PYTHONPATH": str(poison), "PYTHONDONTWRITEBYTECODE": "1"}, name
+@pytest.fixture
+def edge(tmp_path, all_formats):
+    """edge(name) -> a directory with step3_infer.pyz and this file, and an environment that poisons
+    imports."""
+
+    def edge(name):
+        place, poison = tmp_path / "edge", tmp_path / "poison"
+        place.mkdir()
+        poison.mkdir()
+        archive.write_program(str(place))
+        shutil.copy(all_formats / name, place)
+        for module in FORBIDDEN[name]:
+            (poison / f"{module}.py").write_text(f"raise ImportError('{module} is poisoned')\n")
+        # PYTHONPATH comes before the installed packages, and after the archive itself.
+        return place, {**os.environ, "PYTHONPATH": str(poison), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    return edge
 
 
-def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path):
-    place, environment, name = edge
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path, name):
+    place, environment = edge(name)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (1203, 1601, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
     folder = tmp_path / "folder" / "below"
@@ -55,8 +61,9 @@ def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path
     assert sorted(os.listdir(place)) == sorted(["step3_infer.pyz", name])
 
 
-def test_the_poison_works(edge, execute):
-    place, environment, name = edge
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt"])
+def test_the_poison_works(edge, execute, name):
+    place, environment = edge(name)
     attempt = "import importlib, sys\nfor name in sys.argv[1:]:\n try: importlib.import_module(name)\n"
     attempt += " except ImportError as error: print(error)\n else: print(name, 'was imported')"
     result = execute("-c", attempt, *FORBIDDEN[name], cwd=place, env=environment).done()
@@ -67,9 +74,14 @@ def test_the_poison_works(edge, execute):
     assert result.code == 1 and "is poisoned" in result.err
 
 
-def test_what_is_missing_is_said_with_the_way_out(edge, execute, samples, trained):
-    place, environment, name = edge
-    other, needs = ("model.pt", "torch") if name.endswith(".onnx") else ("model.onnx", "onnxruntime")
+@pytest.mark.parametrize(
+    ("name", "other", "needs"),
+    [("model.onnx", "model.pt", "torch"), ("model.pt", "model.onnx", "onnxruntime")],
+)
+def test_what_is_missing_is_said_with_the_way_out(
+    edge, execute, samples, trained, name, other, needs
+):
+    place, environment = edge(name)
     arguments = ["--model", trained.export / other, samples[0]]
     result = execute("step3_infer.pyz", *arguments, cwd=place, env=environment)
     line = result.error(1, other, f"needs {needs}", f"pip install {needs}")
@@ -78,11 +90,9 @@ def test_what_is_missing_is_said_with_the_way_out(edge, execute, samples, traine
 
 
 def test_onnxruntime_keeps_no_id_of_the_device(execute, samples, trained, tmp_path):
-    home, environment = (
-        tmp_path / "home",
-        {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"},
-    )
+    home = tmp_path / "home"
     home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
     environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
     script, model = ROOT / "step3_infer.py", trained.export / "model.onnx"
     execute(script, "--model", model, samples[0], cwd=tmp_path, env=environment).done()

@@ -91,11 +91,11 @@ def test_batches(call, fixed_files, samples, here):
     assert refused.code == 2 and "takes batches of 4: leave out --batch-size" in refused.err
 
 
-def test_float_input_is_not_rounded(call, trained, here, in_process):
-    options = ["--format", "onnx", "--fixed", "--input", "float", "--out", here / "out"]
-    call(step2_export.main, "--run", trained.run, *options).done()
+def test_float_input_is_not_rounded(call, small_run, here, plant, in_process):
+    plant()
+    call(step2_export.main, "--format", "onnx", "--fixed", "--input", "float", "--out", "out").done()
     exported, images = Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
-    wanted = reference.reference(step2_export.read_run(str(trained.run)), images).main
+    wanted = reference(step2_export.read_run(str(small_run)), images).main
     assert exported.batch is None and np.abs(exported.predict(images) - wanted).max() <= 1e-4
     parity = json.loads((here / "out" / "parity.json").read_text())
     assert parity["onnx-fixed"]["passed"] and parity["onnx"]["passed"]

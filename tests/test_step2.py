@@ -348,9 +348,7 @@ def test_threads_are_those_that_are_free_or_that_are_asked_for(
 ):
     plant()
     unquantized = small.export / "model.onnx"
-    monkeypatch.setattr(
-        step2_export, "export_onnx", lambda _, spec, path, opset: shutil.copy(unquantized, path)
-    )
+    monkeypatch.setattr(exporters, "export_onnx", lambda _, path: shutil.copy(unquantized, path))
     used, load = [], Model.__init__
 
     def record(self, path, threads=None, *more, **options):
