@@ -95,7 +95,7 @@ def test_float_input_is_not_rounded(call, small_run, here, plant, in_process):
     plant()
     call(step2_export.main, "--format", "onnx", "--fixed", "--input", "float", "--out", "out").done()
     exported, images = Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
-    wanted = reference(step2_export.read_run(str(small_run)), images).main
+    wanted = reference.reference(step2_export.read_run(str(small_run)), images).main
     assert exported.batch is None and np.abs(exported.predict(images) - wanted).max() <= 1e-4
     parity = json.loads((here / "out" / "parity.json").read_text())
     assert parity["onnx-fixed"]["passed"] and parity["onnx"]["passed"]
