@@ -330,8 +330,11 @@ def export_fixed(place, trained, all_formats):
 
 def replace_exporter(patch, name, write):
     """Let write(path) make the file of a format."""
-    exporter = lambda source, path: write(path)  # noqa: E731
-    patch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], export=exporter))
+
+    def export(source, path):
+        write(path)
+
+    patch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], export=export))
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_detection_of_text_files():
 
 @pytest.mark.parametrize("output_format", ["text", "csv"])
 def test_standard_output_is_utf_8_in_a_file_or_a_pipe(execute, here, small, samples, output_format):
-    model = onnx_with(small.export / "model.onnx", here / "model.onnx", classes=["Äpfel 日本"] * 10)
+    model = onnx_with(small.export / "model.onnx", here / "model.onnx", classes=[f"Äpfel 日本 {k}" for k in range(10)])
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     command = ["-X", "utf8=0", ROOT / "step3_infer.py", "--model", model, "--format", output_format]
     assert "Äpfel 日本" in execute(*command, samples[0], cwd=here, env=environment).done().out
