@@ -12,10 +12,10 @@ from inference.command_line import printable
 FORMULA = re.compile("(^|[;\t])([=+\\-@＝＋－＠])")  # noqa: RUF001  full width is meant
 
 
-def csv_line(cells: Iterable) -> str:
+def csv_line(cells: Iterable, end: str = "\n") -> str:
     """A line of CSV; None is an empty cell. In texts, an apostrophe precedes what would be run."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(map(csv_cell, cells))
+    csv.writer(line, lineterminator=end).writerow(map(csv_cell, cells))
     return line.getvalue()
 
 

@@ -1,5 +1,7 @@
 """Hostile data, checkpoints and run directories, as step 1 and step 2 meet them."""
 
+import argparse
+import errno
 import os
 import shutil
 import time
@@ -9,7 +11,10 @@ import pytest
 from PIL import Image
 
 import data
+import step1_train
 from data import cache
+from inference.errors import Problem
+from training import recipes, runs
 
 OLD = time.time() - 3 * cache.STALE_SECONDS
 
@@ -98,6 +103,90 @@ def test_nothing_is_downloaded_to_a_place_out_of_a_checkpoint(tmp_path, monkeypa
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(b"not an IDX file")
     spec = {**spec_of(tmp_path), "dataset": "mnist", "image_size": [28, 28]}
-    with pytest.raises(data.Problem, match="give --data-dir"):
+    with pytest.raises(Problem, match="give --data-dir"):
         data.load_for(spec, None)
     assert [path.name for path in raw.iterdir()] == ["train-images-idx3-ubyte"]
+
+
+# ----------------------------------------------------------------------------------- names of runs
+def settings_of(**values):
+    settings = {"name": None, "dataset": "digits", "model": "mlp", "data_dir": None}
+    return argparse.Namespace(**{**settings, **values})
+
+
+def test_a_name_that_no_file_system_takes(call, here):
+    call(step1_train.main, "--name", "n" * 300).error(2, "--name has 300 bytes")
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("letter", ["n", "ü"])
+def test_a_long_default_name_is_cut(here, capsys, letter):
+    data_dir = letter * (255 // len(letter.encode()))
+    for number in ("", "-2"):
+        with runs.claimed(settings_of(dataset="folder", data_dir=data_dir)) as run_dir:
+            assert len(os.path.basename(run_dir).encode()) <= recipes.LONGEST_NAME
+            assert run_dir.endswith(f"{letter * 3}-mlp{number}")
+    assert "note: the name of the run is cut" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_named_is_one_error(here, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(Problem, match="digits-mlp: Permission denied"), runs.claimed(settings_of()):
+        pass
+    assert not list((here / "runs").iterdir())
+
+
+def test_names_are_tried_again_only_while_others_take_them(here, monkeypatch):
+    taken = OSError(errno.ENOTEMPTY, "Directory not empty")
+    monkeypatch.setattr(runs, "MOST_NAMES", 3)
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(taken))
+    with pytest.raises(Problem, match="choose another with --name"), runs.claimed(settings_of()):
+        pass
+
+
+def test_what_killed_processes_left_is_removed_by_the_next(here):
+    (here / "runs").mkdir()
+    paths = {}
+    for name in (".new-00000000", ".new-11111111", ".new-22222222", ".new-thesis", "new-run"):
+        paths[name] = here / "runs" / name
+        paths[name].mkdir()
+        (paths[name] / "config.json").write_text("{}")
+        os.utime(paths[name], (OLD, OLD))
+    os.utime(paths[".new-22222222"])  # it has just been made
+
+    with runs.locked(str(paths[".new-11111111"])), runs.claimed(settings_of()):
+        pass
+    left = {path.name for path in (here / "runs").iterdir()}
+    assert left == {*paths, "digits-mlp"} - {".new-00000000"}
+
+
+def test_a_run_of_the_future_is_not_the_newest(here, capsys):
+    for name, changed in (("old", OLD), ("new", OLD + 9), ("hostile", 4e9)):
+        run = here / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.json").touch()
+        (run / "checkpoint.pt").touch()
+        for path in (run / "checkpoint.pt", run):
+            os.utime(path, (changed, changed))
+    assert runs.find() == runs.find(unfinished=True) == os.path.join("runs", "new")
+    assert "runs/hostile is not taken for the newest" in capsys.readouterr().err
+
+    shutil.rmtree(here / "runs" / "old")
+    shutil.rmtree(here / "runs" / "new")
+    assert runs.find() == os.path.join("runs", "hostile")
+
+
+# -------------------------------------------------------------------------------------------- CSV
+def test_no_cell_of_a_table_is_a_formula(here):
+    rows = [["image", "label"], ["=cmd|' /C calc'!A0", "a;@SUM(1)"], ["\udcff.png", None]]
+    runs.write_table(str(here), "suspects.csv", rows, end="\r\n")
+    lines = ["image,label", "'=cmd|' /C calc'!A0,a;'@SUM(1)", "\\udcff.png,", ""]
+    assert (here / "suspects.csv").read_bytes() == "\r\n".join(lines).encode()
+
+    rows = [{"epoch": 1, "loss": -0.5, "accuracy": None}, {"epoch": 2, "loss": 1e-9, "accuracy": 1}]
+    runs.write_metrics(str(here), rows)
+    text = (here / "metrics.csv").read_bytes()
+    assert text == b"epoch,loss,accuracy\n1,-0.5,\n2,1e-09,1\n"

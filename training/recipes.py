@@ -88,6 +88,7 @@ MAY_CHANGE = (
     "image_root",
 )
 OWN_IMAGES = ("folder", "csv")
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and files add to it
 # The names of Windows' devices.
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)
 
@@ -200,6 +201,9 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
 
 def check_name(name: str) -> None:
     """Raise Problem for a name of a run that some file system refuses."""
+    length = len(name.encode(errors="replace"))
+    if length > LONGEST_NAME:
+        raise Problem(f"--name has {length:,} bytes, more than {LONGEST_NAME}: choose another", 2)
     if not re.fullmatch(r"\w([\w.-]*\w)?", name):
         reason = "is not a plain name of letters, digits, '.', '_' and '-'"
         raise Problem(f"--name {name!r} {reason}", 2)

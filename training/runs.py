@@ -11,27 +11,30 @@ Every file appears whole or not at all.
 
 import argparse
 import contextlib
-import csv
+import errno
 import glob
 import io
-import itertools
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from data.notes import note
 from inference.command_line import say
 from inference.errors import Problem, problems
 from inference.files import replacing
-from training.recipes import OWN_IMAGES, RESERVED
+from inference.tables import csv_line
+from training.recipes import LONGEST_NAME, OWN_IMAGES, RESERVED
 
 try:
     import fcntl
@@ -46,6 +49,10 @@ CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
+NEW = ".new-"  # how a directory begins that has no name yet
+MOST_NAMES = 10_000  # runs of one default name
+NEW_SECONDS = 60  # after which a directory without a name is abandoned: naming it takes a moment
+CLOCK_SECONDS = 300  # by which the clock of a file server may be ahead
 TWIN = "twin"  # the directory of the run that calibrates another, see training/calibration.py
 
 
@@ -58,16 +65,23 @@ class CannotWrite(Problem):
 
 # ------------------------------------------------------------------------------------- making a run
 def name_of(settings: argparse.Namespace) -> str:
-    """The default name of a run: <dataset>-<model>; of own images, <directory or file>-<model>."""
+    """The default name of a run: <dataset>-<model>; of own images, <directory or file>-<model>.
+
+    A long name is cut, after saying so.
+    """
     name = settings.dataset
     if name in OWN_IMAGES:
         stem = os.path.basename(os.path.abspath(settings.data_dir)).removesuffix(".csv")
         name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name  # what any file system takes
 
-    name = f"{name}-{settings.model}"
-    if RESERVED.match(name):
-        return f"data-{name}"
-    return name
+    if RESERVED.match(f"{name}-{settings.model}"):
+        name = f"data-{name}"
+
+    room = LONGEST_NAME - len(f"-{settings.model}-{MOST_NAMES}")
+    cut = name.encode()[:room].decode(errors="ignore").rstrip("-.")
+    if cut != name:
+        note(f"the name of the run is cut, as its directory's would be too long: --name {cut!r}")
+    return f"{cut}-{settings.model}"
 
 
 @contextlib.contextmanager
@@ -78,7 +92,8 @@ def claimed(settings: argparse.Namespace) -> Iterator[str]:
     It appears under its name with the config inside, so that a run killed at any moment can be
     resumed.
     """
-    new = os.path.join(RUNS, f".new-{os.urandom(4).hex()}")
+    remove_abandoned()
+    new = os.path.join(RUNS, f"{NEW}{os.urandom(4).hex()}")
     with problems(f"cannot make a run in {RUNS}/", OSError):
         os.makedirs(new)
 
@@ -93,20 +108,42 @@ def claimed(settings: argparse.Namespace) -> Iterator[str]:
         yield run_dir
 
 
+def remove_abandoned() -> None:
+    """Remove the directories of processes that were killed before they had named them."""
+    for path in glob.glob(os.path.join(RUNS, f"{NEW}{'[0-9a-f]' * 8}")):
+        with contextlib.suppress(OSError, Problem):
+            age = time.time() - os.lstat(path).st_mtime
+            if age > NEW_SECONDS and not os.path.islink(path):
+                with locked(path):
+                    shutil.rmtree(path)
+
+
 def rename(new: str, base: str, unique: bool) -> str:
     """Name a new directory `base`, or base-2, ... if it is taken, which `unique` refuses.
 
     Raises Problem.
     """
-    for number in itertools.count(1):
+    for number in range(1, MOST_NAMES + 1):
         name = base if number == 1 else f"{base}-{number}"
         run_dir = os.path.join(RUNS, name)
-        if not os.path.lexists(run_dir):
-            with contextlib.suppress(OSError):  # another run has taken the name since
-                os.rename(new, run_dir)
-                return run_dir
+        if not os.path.lexists(run_dir) and renamed(new, run_dir):
+            return run_dir
         if unique:
             refuse_taken(base)
+
+    raise Problem(f"{RUNS}/ has {MOST_NAMES:,} runs of the name {base}: choose another with --name")
+
+
+def renamed(new: str, run_dir: str) -> bool:
+    """Rename a directory; False if another run has taken the name since. Raises Problem."""
+    with problems(f"cannot make the run {run_dir}", OSError):
+        try:
+            os.rename(new, run_dir)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            return False
+    return True
 
 
 def refuse_taken(name: str) -> None:
@@ -175,11 +212,26 @@ def first_unlocked(changed: dict[str, float]) -> str:
     Raises Problem.
     """
     # The lock of a run says whether its process is alive; it is let go at once.
-    newest_first = sorted(changed, key=changed.get, reverse=True)
-    for run_dir in newest_first:
+    newest_first = sorted(with_possible_times(changed).items(), key=lambda item: -item[1])
+    for run_dir, _ in newest_first:
         with contextlib.suppress(Problem), locked(run_dir):
             return run_dir
-    raise Problem(f"{newest_first[0]} is being trained by another process; name a run")
+    raise Problem(f"{newest_first[0][0]} is being trained by another process; name a run")
+
+
+def with_possible_times(changed: dict[str, float]) -> dict[str, float]:
+    """The same, with runs from the future behind all others, after saying so.
+
+    Any copied archive can bring such times.
+    """
+    latest = time.time() + CLOCK_SECONDS
+    possible = {}
+    for run_dir, changed_at in changed.items():
+        possible[run_dir] = changed_at
+        if changed_at > latest and len(changed) > 1:
+            possible[run_dir] = -math.inf
+            note(f"{run_dir} is not taken for the newest, as its time lies in the future")
+    return possible
 
 
 @contextlib.contextmanager
@@ -332,10 +384,8 @@ def write_json(run_dir: str, name: str, values: dict) -> None:
 
 def write_table(run_dir: str, name: str, rows: Iterable, end: str = "\n") -> None:
     """Write a CSV file of a run; None becomes an empty cell. Raises CannotWrite."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator=end).writerows(rows)
-    # Names of files may hold bytes that are no text.
-    write(run_dir, name, text.getvalue().encode("utf-8", "surrogateescape"))
+    lines = [csv_line(row, end) for row in rows]
+    write(run_dir, name, "".join(lines).encode())
 
 
 def write_metrics(run_dir: str, rows: list[dict]) -> None:

@@ -103,7 +103,7 @@ def main():
 
         enlarged = [*command, "--image-size", args.image_size]
         limited = train_limited(enlarged, place, args.limit_mb)
-        cache = max(file.stat().st_size for file in place.glob("*.u8"))
+        cache = max(file.stat().st_size for file in place.rglob("*.u8"))
         print(limited.out)
         print(f"cache {cache / 2**20:,.0f} MB, limit {args.limit_mb:,} MB")
         figures["limited"] = {
