@@ -34,8 +34,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # of the processes that tests start: two workers share it
 torch.set_num_threads(1)
-# A job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt. A handler
-# of this process's own is not inherited: children get the default one.
+# A job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
+# A handler of this process's own is not inherited: children get the default one.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -58,7 +58,8 @@ class Result:
     err: str
 
     def error(self, code, *words):
-        """Assert a failure as users must see it: this exit code, one `error:` line that holds all `words`."""
+        """Assert a failure as users must see it: this exit code, one `error:` line that holds all
+        `words`."""
         assert self.code == code, (self.code, self.out, self.err)
         assert "Traceback" not in self.out + self.err
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
@@ -73,8 +74,8 @@ class Result:
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the tests that need the trained run, so that one worker makes it while the other, which
-    begins in the middle, goes on without it."""
+    """Begin with the tests that need the trained run, so that one worker makes it while the other,
+    which begins in the middle, goes on without it."""
     items.sort(key=lambda item: "trained" not in item.fixturenames)
 
 
@@ -95,8 +96,8 @@ def call(capsys):
 
 @pytest.fixture
 def execute():
-    """execute(*command, cwd) -> Result of a real process with this Python; close="2>&-" closes its standard
-    error."""
+    """execute(*command, cwd) -> Result of a real process with this Python; close="2>&-" closes its
+    standard error."""
 
     def execute(*command, close="", **options):
         command = [
@@ -133,8 +134,8 @@ def same_threads():
 
 @pytest.fixture(autouse=True)
 def independent(request, monkeypatch):
-    """No test depends on the random numbers or threads of those before it; pictures and twins only where a
-    test is about them."""
+    """No test depends on the random numbers or threads of those before it; pictures and twins only
+    where a test is about them."""
     torch.manual_seed(0)
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(drawing, "draw_run", lambda *args, **more: [])
@@ -148,7 +149,8 @@ def independent(request, monkeypatch):
 
 @contextlib.contextmanager
 def only_few_digits():
-    """Shorten the bundled digits to 100 + 20, for tests whose result does not depend on the accuracy."""
+    """Shorten the bundled digits to 100 + 20, for tests whose result does not depend on the
+    accuracy."""
     load = data.load
 
     def load_few(name, *args, **options):
@@ -177,7 +179,8 @@ def few_digits():
 
 @pytest.fixture
 def undrawn(tmp_path, monkeypatch):
-    """Processes that the test starts draw no pictures: they do not find matplotlib, which takes seconds."""
+    """Processes that the test starts draw no pictures: they do not find matplotlib, which takes
+    seconds."""
     place = tmp_path / "undrawn"
     place.mkdir()
     (place / "matplotlib.py").write_text("raise ImportError('left out, for time')\n")
@@ -220,8 +223,8 @@ def train_and_export(place, name, *arguments):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make, *arguments): what make(place, *arguments) returns, made in a new directory by one of
-    pytest-xdist's workers for all of them."""
+    """once(name, make, *arguments): what make(place, *arguments) returns, made in a new directory
+    by one of pytest-xdist's workers for all of them."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -261,7 +264,8 @@ def first_command():
 
 
 def run_first_command(place):
-    """Run the README's first command after its installation: step 1, step 2, and step 3 on the samples."""
+    """Run the README's first command after its installation: step 1, step 2, and step 3 on the
+    samples."""
     printed = []
     for python, script, *arguments in first_command():
         if script.endswith(".py"):
@@ -279,7 +283,8 @@ def run_first_command(place):
 
 @pytest.fixture(scope="session")
 def trained(once):
-    """What the README's first command leaves: the default network on the digits, exported. Read only."""
+    """What the README's first command leaves: the default network on the digits, exported. Read
+    only."""
     return once("trained", run_first_command)
 
 
@@ -317,8 +322,8 @@ def fixed_files(once, trained, all_formats):
 
 
 def export_fixed(place, trained, all_formats):
-    # Files of any size come with those of fixed size: they are the ones that there are. Whatever the first
-    # quantization loses is allowed, as trying the others takes half a minute.
+    # Files of any size come with those of fixed size: they are the ones that there are. Whatever
+    # the first quantization loses is allowed, as trying the others takes half a minute.
     arguments = ["--run", trained.run, "--out", place / "digits", "--fixed", "4"]
     arguments += ["--format", "onnx", "onnx-int8", "--max-drop", "100"]
     with pytest.MonkeyPatch.context() as patch, same_threads():
@@ -346,13 +351,15 @@ def small_run(small, here):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Switch off the proof in a process of its own: the first proof must catch each fault without it."""
+    """Switch off the proof in a process of its own: the first proof must catch each fault without
+    it."""
     monkeypatch.setattr(gate, "prove_isolated", lambda *_: ({"samples": 0}, []))
 
 
 @pytest.fixture
 def plant(monkeypatch, small):
-    """plant(write): let write(good file, path) make the small run's model.onnx, in place of the exporter.
+    """plant(write): let write(good file, path) make the small run's model.onnx, in place of the
+    exporter.
 
     Without an argument the good file is copied: exporting it again would take seconds.
     """
@@ -378,8 +385,8 @@ def right(answers):
 
 
 def onnx_with(source, target, spec=None, **changes):
-    """Copy an ONNX file, its spec changed by key (or replaced as a whole: text, or None for no spec at
-    all)."""
+    """Copy an ONNX file, its spec changed by key (or replaced as a whole: text, or None for no spec
+    at all)."""
     graph = onnx.load(source)
     properties = {entry.key: entry.value for entry in graph.metadata_props}
     if changes:
@@ -423,7 +430,8 @@ def mnist(tmp_path):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A data directory with a small CIFAR-10 of the genuine format: class k is bright in colour channel k %
+    """A data directory with a small CIFAR-10 of the genuine format: class k is bright in colour
+    channel k %
     3."""
     from torchvision.datasets import CIFAR10
 
@@ -433,7 +441,18 @@ def cifar10(tmp_path, monkeypatch):
         {},
     )
     folder.mkdir(parents=True)
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    classes = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
     contents = {"batches.meta": {"label_names": classes}}
     for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
         labels = np.arange(40) % 10

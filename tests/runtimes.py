@@ -1,4 +1,5 @@
-"""Engines that run an exported file, for tests/test_portability.py and tests/benchmarks/bench_engines.py.
+"""Engines that run an exported file, for tests/test_portability.py and
+tests/benchmarks/bench_engines.py.
 
 Each function takes the path of a file and a number of threads, and returns a function from images
 [N, H, W, C] to probabilities [N, classes]. None of the project's code runs in it, only the file.
@@ -78,7 +79,9 @@ def mnn(path, threads):
         command = [Path(sys.executable).with_name("mnnconvert"), "-f", "ONNX", "--bizCode", "mnn"]
         command += ["--modelFile", str(path), "--MNNModel", converted]
         subprocess.run(command, check=True, capture_output=True)
-        network = MNN.nn.load_module_from_file(converted, ["image"], ["probabilities"], thread_num=threads)
+        network = MNN.nn.load_module_from_file(
+            converted, ["image"], ["probabilities"], thread_num=threads
+        )
 
     def run(images):
         kind = MNN.expr.uint8 if images.dtype == "uint8" else MNN.expr.float

@@ -1,7 +1,7 @@
 """Specs that step3, the C++ program and the page must all refuse, or all take.
 
-Each is a name and what is changed in the spec of an honest classifier of images (two or more classes,
-no `fixed`): a dict of keys, or a function from the honest JSON text to another text.
+Each is a name and what is changed in the spec of an honest classifier of images (two or more
+classes, no `fixed`): a dict of keys, or a function from the honest JSON text to another text.
 """
 
 NESTED = "[" * 40 + "]" * 40

@@ -17,7 +17,9 @@ QUICK = ["--model", "linear", "--epochs", "1"]
 
 
 def test_training_into_a_closed_pipe_fails(execute, here, closed_pipe):
-    execute(ROOT / "step1_train.py", *QUICK, cwd=here, stdout=closed_pipe).error(1, "standard output")
+    execute(ROOT / "step1_train.py", *QUICK, cwd=here, stdout=closed_pipe).error(
+        1, "standard output"
+    )
     assert not list((here / "runs").glob("*"))  # no dead run takes the name
 
 
@@ -35,7 +37,9 @@ def test_what_cannot_work_is_said_before_a_run_is_claimed(call, here, arguments,
 
 
 def test_more_memory_than_there_is(call, here):
-    call(step1_train.main, *["--model", "mlp", "--hidden", "9", "99999999999999"]).error(1, "memory")
+    call(step1_train.main, *["--model", "mlp", "--hidden", "9", "99999999999999"]).error(
+        1, "memory"
+    )
 
 
 def test_a_named_pipe_among_the_images(call, here, folder):  # noqa: F811
@@ -55,7 +59,9 @@ def test_foreign_text_in_the_cache(call, here, folder, text):  # noqa: F811
 
 def test_own_images_leave_the_threads_alone(call, here, folder):  # noqa: F811
     before = torch.get_num_threads()
-    call(step1_train.main, "--dataset", "folder", "--data-dir", folder, "--image-size", 24, *QUICK).done()
+    call(
+        step1_train.main, "--dataset", "folder", "--data-dir", folder, "--image-size", 24, *QUICK
+    ).done()
     assert torch.get_num_threads() == before
 
 
@@ -67,7 +73,9 @@ def test_a_validation_split_that_would_be_empty(call, here, folder):  # noqa: F8
     call(step1_train.main, *arguments).error(2, "--val-fraction", "too few")
 
 
-@pytest.mark.parametrize("state", [{0: torch.zeros(1)}, {"state_dict": [1]}, {"state_dict": {}, "spec": 3}])
+@pytest.mark.parametrize(
+    "state", [{0: torch.zeros(1)}, {"state_dict": [1]}, {"state_dict": {}, "spec": 3}]
+)
 def test_odd_pretrained_files(call, here, state):
     torch.save(state, here / "odd.pt")
     call(step1_train.main, "--model", "mynet", "--pretrained", "odd.pt").error(
@@ -100,14 +108,19 @@ def test_an_interrupted_run_is_exported_with_a_note(call, small_run, in_process)
     checkpoint = torch.load(small_run / "checkpoint.pt", weights_only=True)
     torch.save({**checkpoint, "epoch": 1}, small_run / "checkpoint.pt")
     (small_run / "summary.json").unlink()
-    assert "stopped after epoch 1 of 3" in call(step2_export.main, "--format", "torchscript").done().err
+    assert (
+        "stopped after epoch 1 of 3"
+        in call(step2_export.main, "--format", "torchscript").done().err
+    )
 
 
 def test_output_through_a_link_and_into_a_pipe(call, here, trained, samples):
     arguments = ["--model", trained.export / "model.onnx", "--format", "json", samples[0]]
     os.symlink("real.jsonl", here / "link.jsonl")
     call(step3_infer.main, *arguments, "--output", "link.jsonl").done()
-    assert (here / "link.jsonl").is_symlink() and json.loads((here / "real.jsonl").read_text())["label"]
+    assert (here / "link.jsonl").is_symlink() and json.loads((here / "real.jsonl").read_text())[
+        "label"
+    ]
     os.mkfifo(here / "pipe")
     read = []
     reader = threading.Thread(target=lambda: read.append((here / "pipe").read_text()))

@@ -1,4 +1,5 @@
-"""The exported file and step3_infer.pyz are enough: processes that can import nothing else, with proof."""
+"""The exported file and step3_infer.pyz are enough: processes that can import nothing else, with
+proof."""
 
 import json
 import os
@@ -43,7 +44,9 @@ def edge(tmp_path, all_formats):
 def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path, name):
     place, environment = edge(name)
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (1203, 1601, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    Image.fromarray(rng.integers(0, 256, (1203, 1601, 3), dtype=np.uint8)).save(
+        tmp_path / "photo.jpg"
+    )
     folder = tmp_path / "folder" / "below"
     folder.mkdir(parents=True)
     for path in samples[:3]:
@@ -66,7 +69,9 @@ def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt"])
 def test_the_poison_works(edge, execute, name):
     place, environment = edge(name)
-    attempt = "import importlib, sys\nfor name in sys.argv[1:]:\n try: importlib.import_module(name)\n"
+    attempt = (
+        "import importlib, sys\nfor name in sys.argv[1:]:\n try: importlib.import_module(name)\n"
+    )
     attempt += " except ImportError as error: print(error)\n else: print(name, 'was imported')"
     result = execute("-c", attempt, *FORBIDDEN[name], cwd=place, env=environment).done()
     assert result.out.splitlines() == [f"{module} is poisoned" for module in FORBIDDEN[name]]

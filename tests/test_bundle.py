@@ -1,4 +1,5 @@
-"""The bundle: everything an edge machine needs, equal bytes from equal runs, written whole or not at all."""
+"""The bundle: everything an edge machine needs, equal bytes from equal runs, written whole or not
+at all."""
 
 import errno
 import json
@@ -38,7 +39,15 @@ def make_bundle(place, small):
 
 def export(small, out, *options):
     """Run step 2 with --bundle in a process of its own; -> its standard output."""
-    command = [sys.executable, ROOT / "step2_export.py", "--run", small.run, "--bundle", "--out", out]
+    command = [
+        sys.executable,
+        ROOT / "step2_export.py",
+        "--run",
+        small.run,
+        "--bundle",
+        "--out",
+        out,
+    ]
     command = [str(part) for part in (*command, *options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -54,7 +63,11 @@ def edge(bundled, tmp_path):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_folder_and_archive_hold_the_same(bundled, edge):
@@ -70,11 +83,15 @@ def test_contents(edge):
     wanted += " SHA256SUMS README.md index.html"
     assert {*wanted.split(), "samples/expected.jsonl"} <= names
     assert (edge / "step3_infer.pyz").read_bytes() == program_bytes()
-    packages = [line.split(">=")[0] for line in (edge / "requirements.txt").read_text().splitlines()]
+    packages = [
+        line.split(">=")[0] for line in (edge / "requirements.txt").read_text().splitlines()
+    ]
     assert packages == ["onnxruntime", "numpy", "Pillow"]
     assert {name.split("/")[0] for name in names} >= {"cpp", "web"}
     parity = json.loads((edge / "parity.json").read_text())
-    assert parity.keys() == {"onnx", "torchscript"} and all(figures["passed"] for figures in parity.values())
+    assert parity.keys() == {"onnx", "torchscript"} and all(
+        figures["passed"] for figures in parity.values()
+    )
     assert "precision" in (edge / "MODEL_CARD.md").read_text()
 
 
@@ -87,18 +104,23 @@ def test_readme_names_every_file_in_one_screen(edge):
     commands = re.findall(r"bin/python (step3_infer.pyz [^#\n]*)", text)
     assert len(commands) == 3
     for command in commands:
-        subprocess.run([sys.executable, *command.split()], cwd=edge, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *command.split()], cwd=edge, check=True, capture_output=True
+        )
 
 
 def test_verify_accepts_the_runtime_that_the_page_needs(edge, execute):
     npm = edge.parent / "npm"  # stands in for the real one, which needs a network
     npm.write_text("""#!/bin/sh
-mkdir -p package/dist && touch package/dist/ort-wasm-simd-threaded.wasm package/dist/ort.wasm.bundle.min.mjs
+mkdir -p package/dist
+touch package/dist/ort-wasm-simd-threaded.wasm package/dist/ort.wasm.bundle.min.mjs
 tar czf "$4/$5.tgz" package && mv "$4/$5.tgz" "$4/$(echo "$5" | tr @ -).tgz"
 """)
     npm.chmod(0o755)
     environment = {**os.environ, "PATH": f"{edge.parent}:{os.environ['PATH']}"}
-    subprocess.run(["sh", "web/get-ort.sh"], cwd=edge, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        ["sh", "web/get-ort.sh"], cwd=edge, env=environment, check=True, capture_output=True
+    )
     assert {path.name for path in (edge / "web" / "ort").iterdir()} == {
         "model.onnx",
         "ort-wasm-simd-threaded.wasm",
@@ -124,11 +146,15 @@ def test_unpacked_it_verifies_tests_itself_and_predicts(edge, execute):
     assert "passed" in execute("step3_infer.pyz", "--self-test", cwd=edge).done().out
     result = execute("step3_infer.pyz", "--format", "json", "samples", cwd=edge).done()
     rows = [json.loads(line) for line in result.out.splitlines()]
-    expected = [json.loads(line) for line in (edge / "samples" / "expected.jsonl").read_text().splitlines()]
+    expected = [
+        json.loads(line) for line in (edge / "samples" / "expected.jsonl").read_text().splitlines()
+    ]
     assert [row["path"] for row in rows] == [row["path"] for row in expected] and len(rows) == 10
     for row, wanted in zip(rows, expected, strict=True):
         assert row.keys() == wanted.keys() and row["label"] == wanted["label"]
-        got, want = ({entry["label"]: entry["probability"] for entry in r["top"]} for r in (row, wanted))
+        got, want = (
+            {entry["label"]: entry["probability"] for entry in r["top"]} for r in (row, wanted)
+        )
         assert got == pytest.approx(want, abs=1e-4)
 
 
@@ -167,13 +193,18 @@ def test_dates_and_modes_are_fixed(bundled):
     with zipfile.ZipFile(bundled[0] / "small-bundle.zip") as archive:
         entries = archive.infolist()
     assert {entry.date_time for entry in entries} == {(1980, 1, 1, 0, 0, 0)}
-    assert {stat.filemode(entry.external_attr >> 16) for entry in entries} <= {"-rw-r--r--", "-rwxr-xr-x"}
+    assert {stat.filemode(entry.external_attr >> 16) for entry in entries} <= {
+        "-rw-r--r--",
+        "-rwxr-xr-x",
+    }
     assert [entry.filename for entry in entries] == sorted(entry.filename for entry in entries)
 
 
 def test_no_file_names_a_path_of_this_machine(small, edge):
     for path in (ROOT, small.place, os.path.dirname(torch.__file__)):
-        assert not [name for name, content in contents(edge).items() if os.fsencode(path) in content]
+        assert not [
+            name for name, content in contents(edge).items() if os.fsencode(path) in content
+        ]
 
 
 def test_a_second_export_replaces_it(call, small_run, here, in_process, plant):
@@ -216,7 +247,9 @@ def test_a_regression_is_bundled_too(call, here, execute):
 @pytest.mark.slow
 def test_two_at_once_leave_one_whole(bundled, small, tmp_path):
     out = tmp_path / "small"
-    threads = [threading.Thread(target=export, args=(small, out, "--format", "onnx")) for _ in range(2)]
+    threads = [
+        threading.Thread(target=export, args=(small, out, "--format", "onnx")) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -243,9 +276,8 @@ def test_swapping_in_while_others_swap_in(tmp_path):
 
 def test_disk_full(small, small_run, here, execute):
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-    limit += (
-        f"sys.path.insert(0, {str(ROOT)!r}); import step2_export; sys.exit(step2_export.main(sys.argv[1:]))"
-    )
+    limit += f"sys.path.insert(0, {str(ROOT)!r})\n"
+    limit += "import step2_export\nsys.exit(step2_export.main(sys.argv[1:]))\n"
     execute("-c", limit, "--format", "torchscript", cwd=here).error(1, "cannot write exports/small")
     assert not list(here.glob("exports/small/*"))
 
@@ -260,4 +292,8 @@ def test_disk_full_at_the_bundle(call, small_run, here, in_process, plant, monke
     call(step2_export.main, "--format", "onnx", "--bundle").error(
         1, "bundle in exports/small", "No space left"
     )
-    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "parity.json", "step3_infer.pyz"]
+    assert sorted(os.listdir(here / "exports" / "small")) == [
+        "model.onnx",
+        "parity.json",
+        "step3_infer.pyz",
+    ]

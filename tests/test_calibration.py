@@ -36,7 +36,7 @@ def rows(result):
     return [json.loads(line) for line in result.done().out.splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------- fitting
+# ------------------------------------------------------------------------------------------ fitting
 
 
 def draw(temperature, n=4000):
@@ -77,10 +77,16 @@ def test_known_is_the_share_of_held_out_images_that_look_less_familiar():
 
 def test_a_channel_that_never_changes_does_no_harm():
     statistics = torch.cat([torch.randn(300, 5), torch.zeros(300, 2)], 1)
-    assert familiarity(statistics, torch.randn(300, 3))(statistics, torch.randn(300, 3)).isfinite().all()
+    assert (
+        familiarity(statistics, torch.randn(300, 3))(statistics, torch.randn(300, 3))
+        .isfinite()
+        .all()
+    )
 
 
-@pytest.mark.parametrize(("name", "layers"), [("airbench", 1), ("mynet", 3), ("resnet18", 1), ("mlp", 0)])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("airbench", 1), ("mynet", 3), ("resnet18", 1), ("mlp", 0)]
+)
 def test_middle_layers_are_found_and_leave_the_network_as_it_was(name, layers):
     network = model.build(name, channels=3, classes=4, image_size=(32, 32)).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -97,7 +103,7 @@ def test_calibration_error():
     assert metrics.calibration_error(probabilities, labels, bins=1) == pytest.approx(0.1)
 
 
-# --------------------------------------------------------------------------------------------------- in a run
+# ----------------------------------------------------------------------------------------- in a run
 
 FAST = ["--model", "mlp", "--hidden", "32", "--epochs", "2"]
 
@@ -109,9 +115,14 @@ def checkpoint(here, name="digits-mlp"):
 def test_few_images_are_calibrated_by_a_twin(call, here):
     result = call(step1_train.main, *FAST).done()
     assert (
-        "a second network" in result.out and "--calibration none" in result.out and result.out.count("train loss") == 1
+        "a second network" in result.out
+        and "--calibration none" in result.out
+        and result.out.count("train loss") == 1
     )
-    spec, summary = checkpoint(here)["spec"], json.loads((here / "runs/digits-mlp/summary.json").read_text())
+    spec, summary = (
+        checkpoint(here)["spec"],
+        json.loads((here / "runs/digits-mlp/summary.json").read_text()),
+    )
     assert "twin" in spec["calibration"]["source"] and 200 < spec["calibration"]["images"] < 300
     assert summary["temperature"] == spec["temperature"] != 1
     assert not (here / "runs" / "digits-mlp" / "twin").exists()
@@ -127,22 +138,33 @@ def test_many_images_are_held_out_for_it(call, here, monkeypatch):
 def test_a_validation_split_serves_as_well(call, here):
     call(step1_train.main, *FAST, "--val-fraction", 0.2).done()
     assert checkpoint(here)["spec"]["calibration"]["source"] == "the validation split"
-    call(step1_train.main, *FAST, "--val-fraction", 0.2, "--calibration", "twin").error(2, "validation split")
+    call(step1_train.main, *FAST, "--val-fraction", 0.2, "--calibration", "twin").error(
+        2, "validation split"
+    )
 
 
 def test_without_calibration_there_is_no_second_output(call, here, samples, in_process):
     call(step1_train.main, *FAST, "--calibration", "none").done()
-    assert checkpoint(here)["spec"]["temperature"] is None and checkpoint(here)["familiarity"] is None
+    assert (
+        checkpoint(here)["spec"]["temperature"] is None and checkpoint(here)["familiarity"] is None
+    )
     call(step2_export.main, "--reject", 0.99).error(2, "--reject", "--calibration")
     call(step2_export.main).done()
     for file in ("model.onnx", "model.pt"):
         (row,) = rows(
-            call(step3_infer.main, "--format", "json", "--model", f"exports/digits-mlp/{file}", samples[0])
+            call(
+                step3_infer.main,
+                "--format",
+                "json",
+                "--model",
+                f"exports/digits-mlp/{file}",
+                samples[0],
+            )
         )
         assert row["known"] is None
-        call(step3_infer.main, "--model", f"exports/digits-mlp/{file}", samples[0], "--reject", 0.9).error(
-            2, "--reject"
-        )
+        call(
+            step3_infer.main, "--model", f"exports/digits-mlp/{file}", samples[0], "--reject", 0.9
+        ).error(2, "--reject")
 
 
 def test_it_is_for_classes(call, here):
@@ -152,7 +174,7 @@ def test_it_is_for_classes(call, here):
     call(step1_train.main, "--calibration", "platt").error(2, "held-out")
 
 
-# -------------------------------------------------------------------------------------------------- in a file
+# ---------------------------------------------------------------------------------------- in a file
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
@@ -169,14 +191,22 @@ def test_reject_and_min_probability_change_the_label_and_keep_the_best_guess(
     call, trained, samples, noise_file
 ):
     arguments = ["--model", trained.export / "model.onnx", samples[3], noise_file]
-    digit, unfamiliar = rows(call(step3_infer.main, "--format", "json", "--reject", 0.99, *arguments))
+    digit, unfamiliar = rows(
+        call(step3_infer.main, "--format", "json", "--reject", 0.99, *arguments)
+    )
     assert digit["label"] == "3" and unfamiliar["label"] == "unknown"
     assert unfamiliar["top"][0]["label"] in set("0123456789")
-    (digit, _) = rows(call(step3_infer.main, "--format", "json", "--min-probability", 1, *arguments))
+    (digit, _) = rows(
+        call(step3_infer.main, "--format", "json", "--min-probability", 1, *arguments)
+    )
     assert digit["label"] == "unsure" and digit["top"][0]["label"] == "3"
     text = call(step3_infer.main, "--reject", 0.99, *arguments).done().out.splitlines()
     assert "unknown" not in text[0] and "known " in text[0] and text[1].split("  ")[1] == "unknown"
-    table = call(step3_infer.main, "--format", "csv", "--reject", 0.99, *arguments).done().out.splitlines()
+    table = (
+        call(step3_infer.main, "--format", "csv", "--reject", 0.99, *arguments)
+        .done()
+        .out.splitlines()
+    )
     assert table[0].startswith("path,error,label,probability,known,label_1,probability_1,label_2")
     assert table[2].split(",")[2] == "unknown" and table[2].split(",")[5] in set("0123456789")
 
@@ -189,12 +219,15 @@ def test_thresholds_are_shares(call, trained, samples, option, value):
     call(step2_export.main, f"{option}={value}").error(2, option, "from 0 to 1")
 
 
-def test_a_file_can_bring_its_own_thresholds(call, small_run, here, samples, noise_file, in_process):
+def test_a_file_can_bring_its_own_thresholds(
+    call, small_run, here, samples, noise_file, in_process
+):
     limits = "--reject", 0.99, "--min-probability", 0.999
     call(step2_export.main, "--format", "torchscript", *limits).done()
     file = here / "exports" / "small" / "model.pt"
     labels = [
-        row["label"] for row in rows(call(step3_infer.main, "--format", "json", "--model", file, noise_file))
+        row["label"]
+        for row in rows(call(step3_infer.main, "--format", "json", "--model", file, noise_file))
     ]
     assert labels == ["unknown"]
     answer = predict(samples[0], Model(file))
@@ -224,7 +257,7 @@ def test_a_regression_has_neither(call, linear):
     call(step3_infer.main, *model_file, "--reject", 0.9).error(2, "--reject")
 
 
-# ------------------------------------------------------------------------------------------------- the proof
+# ---------------------------------------------------------------------------------------- the proof
 
 
 def edit(file, change):
@@ -251,8 +284,11 @@ def test_another_table_is_caught(call, small_run, plant, in_process):
 def test_what_the_test_split_does_not_bear_out_fails_and_says_the_way_out():
     rng = np.random.default_rng(0)
     spec, labels = {"known": {"images": 2500}, "temperature": 0.5}, rng.integers(0, 3, 2000)
-    sure = np.full((2000, 3), 0.005) + 0.985 * np.eye(3)[rng.integers(0, 3, 2000)]  # right by chance only
-    figures, failures = trust.check_promises(spec, comparing.Outputs(sure, rng.random(2000) ** 2), labels)
+    # right by chance only
+    sure = np.full((2000, 3), 0.005) + 0.985 * np.eye(3)[rng.integers(0, 3, 2000)]
+    figures, failures = trust.check_promises(
+        spec, comparing.Outputs(sure, rng.random(2000) ** 2), labels
+    )
     assert [words for words in failures if "keeps" in words] and [
         words for words in failures if "entropy" in words
     ]
@@ -269,7 +305,9 @@ def test_a_run_can_be_exported_uncalibrated(call, small_run, here, in_process):
 
 def test_int8_has_a_table_of_its_own(all_formats):
     parity = json.loads((all_formats / "parity.json").read_text())
-    assert parity["onnx-int8"]["kept"]["0.95"] == pytest.approx(parity["onnx"]["kept"]["0.95"], abs=0.03)
+    assert parity["onnx-int8"]["kept"]["0.95"] == pytest.approx(
+        parity["onnx"]["kept"]["0.95"], abs=0.03
+    )
     tables = []
     for file in ("model.onnx", "model.int8.onnx"):
         arrays = map(onnx.numpy_helper.to_array, onnx.load(all_formats / file).graph.initializer)

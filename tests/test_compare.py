@@ -1,4 +1,5 @@
-"""Step 3's --compare: two files over the same images, what their answers differ in, and what it refuses."""
+"""Step 3's --compare: two files over the same images, what their answers differ in, and what it
+refuses."""
 
 import json
 import os
@@ -15,7 +16,8 @@ import step3_infer
 
 @pytest.fixture
 def compare(call, trained, here):
-    """compare(*arguments) -> Result, of the small network, old.onnx, with the trained one, new.onnx."""
+    """compare(*arguments) -> Result, of the small network, old.onnx, with the trained one,
+    new.onnx."""
     return lambda *arguments: call(
         step3_infer.main, "--compare", "old.onnx", "new.onnx", *arguments
     )

@@ -1,5 +1,5 @@
-"""The C++ program, built here for each engine: it prints what step 3 prints for the same files, and fails as
-it does."""
+"""The C++ program, built here for each engine: it prints what step 3 prints for the same files, and
+fails as it does."""
 
 import base64
 import hashlib
@@ -55,8 +55,8 @@ def suffix(backend):
 
 @pytest.fixture(scope="module")
 def program(backend, once):
-    """Path of the program, built against this Python's torch or onnxruntime; the headers of onnxruntime come
-    from the system or from the directory that ONNXRUNTIME_DIR names."""
+    """Path of the program, built against this Python's torch or onnxruntime; the headers of
+    onnxruntime come from the system or from the directory that ONNXRUNTIME_DIR names."""
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake (apt install cmake)")
     file, missing = once(f"cpp-{backend}", build, backend)
@@ -66,10 +66,17 @@ def program(backend, once):
 
 
 def build(_, backend):
-    """-> path of the program, which is kept outside the clone by the hash of all it is made from; or None,
-    and what is missing to build it."""
-    made_from = [backend, sys.prefix, metadata.version(backend), os.environ.get("ONNXRUNTIME_DIR", "")]
-    made_from += [path.read_text(encoding="utf-8") for path in sorted((ROOT / "deploy/cpp").iterdir())]
+    """-> path of the program, which is kept outside the clone by the hash of all it is made from;
+    or None, and what is missing to build it."""
+    made_from = [
+        backend,
+        sys.prefix,
+        metadata.version(backend),
+        os.environ.get("ONNXRUNTIME_DIR", ""),
+    ]
+    made_from += [
+        path.read_text(encoding="utf-8") for path in sorted((ROOT / "deploy/cpp").iterdir())
+    ]
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = caches / "threestep" / f"cpp-{key}"
@@ -99,13 +106,18 @@ def run(*command, **options):
 
 @pytest.fixture
 def compare(program, call):
-    """compare(model, *arguments) -> both Results, after asserting that their predictions are equal."""
+    """compare(model, *arguments) -> both Results, after asserting that their predictions are
+    equal."""
 
     def compare(file, *arguments):
         ours = run(program, "--model", file, "--format", "json", "--top-k", 9, *arguments)
-        theirs = call(step3_infer.main, "--model", file, "--format", "json", "--top-k", 9, *arguments)
+        theirs = call(
+            step3_infer.main, "--model", file, "--format", "json", "--top-k", 9, *arguments
+        )
         assert ours.code == theirs.code, ours.err
-        lines = [[json.loads(line) for line in result.out.splitlines()] for result in (ours, theirs)]
+        lines = [
+            [json.loads(line) for line in result.out.splitlines()] for result in (ours, theirs)
+        ]
         for got, expected in zip(*lines, strict=True):
             assert list(got) == list(expected) and got["path"] == expected["path"]
             if "error" in expected:
@@ -116,7 +128,10 @@ def compare(program, call):
             assert got["known"] == known, got["path"]
             assert got["probability"] == got["top"][0]["probability"]
             assert got["label"] in (got["top"][0]["label"], "unknown", "unsure")
-            tops = [{entry["label"]: entry["probability"] for entry in one["top"]} for one in (got, expected)]
+            tops = [
+                {entry["label"]: entry["probability"] for entry in one["top"]}
+                for one in (got, expected)
+            ]
             assert tops[0] == pytest.approx(tops[1], rel=0, abs=1e-4), got["path"]
         return ours, theirs
 
@@ -152,8 +167,8 @@ def export(module, spec, path):
 
 
 def with_spec(source, name, text=None, **changes):
-    """Copy a model file to `name` with its suffix, its spec changed by key, or replaced by `text` (None with
-    no changes: removed); -> its path."""
+    """Copy a model file to `name` with its suffix, its spec changed by key, or replaced by `text`
+    (None with no changes: removed); -> its path."""
     target = Path(f"{name}{Path(source).suffix}")
     if target.suffix == ".onnx":
         return onnx_with(source, target, text, **changes)
@@ -167,14 +182,21 @@ def with_spec(source, name, text=None, **changes):
 
 
 def chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 def png(depth, colour, width, height, *chunks, pixels=None):
     """A PNG of any depth and colour type, of random pixels."""
     row = -(-width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
     rng = np.random.default_rng(depth + colour)
-    content = pixels if pixels is not None else b"".join(b"\0" + rng.bytes(row) for _ in range(height))
+    content = (
+        pixels if pixels is not None else b"".join(b"\0" + rng.bytes(row) for _ in range(height))
+    )
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + body
@@ -182,7 +204,8 @@ def png(depth, colour, width, height, *chunks, pixels=None):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A directory of images that decode exactly: PNGs of every kind, BMP, GIF, flat JPEGs, rotated ones."""
+    """A directory of images that decode exactly: PNGs of every kind, BMP, GIF, flat JPEGs, rotated
+    ones."""
     folder = tmp_path_factory.mktemp("pictures")
     kinds = [(depth, 0) for depth in (1, 2, 4, 8, 16)]
     kinds += [(depth, colour) for colour in (2, 4, 6) for depth in (8, 16)]
@@ -197,7 +220,9 @@ def pictures(tmp_path_factory):
     photo = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     photo.save(folder / "colour.bmp")
     photo.quantize(64).save(folder / "palette.gif")
-    blocks = np.random.default_rng(3).integers(0, 256, (3, 5), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    blocks = (
+        np.random.default_rng(3).integers(0, 256, (3, 5), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    )
     for turn in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = turn
@@ -217,7 +242,9 @@ def test_it_decodes_the_pixels_that_step3_decodes(compare, tiny, pictures, chann
 
 
 @pytest.mark.parametrize("white", [1023, 4095, 40000])
-def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(program, compare, tiny, tmp_path, white):
+def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(
+    program, compare, tiny, tmp_path, white
+):
     (tmp_path / "photos").mkdir()
     values = np.random.default_rng(white).integers(0, white * 9 // 8, (8, 8), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "photos" / "grey.png")
@@ -235,13 +262,16 @@ def test_a_trained_network_gives_the_same_lines(program, compare, call, shipped,
     ours = run(program, "--model", shipped, *samples).done().out
     theirs = call(step3_infer.main, "--model", shipped, *samples).done().out
     assert re.sub(r"[\d.]+%", "%", ours) == re.sub(r"[\d.]+%", "%", theirs)
-    percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
+    percents = [
+        [float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)
+    ]
     assert percents[0] == pytest.approx(percents[1], abs=0.011)
 
 
 @pytest.fixture
 def strange(samples, here):
-    """Paths of the samples and of images that look like none of them: noise, black, and a larger ramp."""
+    """Paths of the samples and of images that look like none of them: noise, black, and a larger
+    ramp."""
     images = {
         "noise": np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8),
         "black": np.zeros((8, 8), np.uint8),
@@ -265,7 +295,8 @@ def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(
     assert set(found.values()) <= set("0123456789") and all(0 <= row["known"] <= 1 for row in rows)
     rejected, rows = labels(compare(shipped, "--reject", "0.99", *strange)[0])
     assert (
-        rejected["noise"] == rejected["black"] == "unknown" and rows[-2]["top"][0]["label"] == found["black"]
+        rejected["noise"] == rejected["black"] == "unknown"
+        and rows[-2]["top"][0]["label"] == found["black"]
     )
     assert list(rejected.values()).count("unknown") <= 5
     unsure, _ = labels(compare(shipped, "--min-probability=1", *strange)[0])
@@ -276,7 +307,9 @@ def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(
     ours = run(program, "--model", shipped, *both, *strange).done().out
     theirs = call(step3_infer.main, "--model", shipped, *both, *strange).done().out
     assert re.sub(r"[\d.]+%", "%", ours) == re.sub(r"[\d.]+%", "%", theirs)
-    percents = [[float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)]
+    percents = [
+        [float(number) for number in re.findall(r"([\d.]+)%", text)] for text in (ours, theirs)
+    ]
     assert percents[0] == pytest.approx(percents[1], abs=0.11)
     assert re.search(r"noise\.png  unknown  \d \d+\.\d\d%  .*  known 0\.0%\n", ours)
 
@@ -371,14 +404,18 @@ def bad(here, pictures):
     }
 
 
-def test_bad_inputs_are_one_error_line_each_and_the_others_are_predicted(compare, tiny, pictures, bad):
+def test_bad_inputs_are_one_error_line_each_and_the_others_are_predicted(
+    compare, tiny, pictures, bad
+):
     good = pictures / "palette.png"
     ours, theirs = compare(tiny[3], good, *bad, good)
     assert ours.code == 1 and len(ours.err.splitlines()) == len(bad)
     assert theirs.err.count("error: ") == len(bad)
     lines = [json.loads(line) for line in ours.out.splitlines()]
     assert lines[0] == lines[-1] and lines[0]["label"] in CLASSES
-    for line, error, (name, reason) in zip(lines[1:-1], ours.err.splitlines(), bad.items(), strict=True):
+    for line, error, (name, reason) in zip(
+        lines[1:-1], ours.err.splitlines(), bad.items(), strict=True
+    ):
         assert error == f"error: {name}: {line['error']}" and reason in line["error"]
 
 
@@ -412,7 +449,11 @@ def test_files_that_are_not_models(program, backend, suffix, shipped, here):
     run(program, "x.png").error(2, f"no model{suffix}", "--model")
     content = shipped.read_bytes()
     kind = {"torch": "a TorchScript", "onnxruntime": "an ONNX"}[backend]
-    for name, damaged in (("text", b"no model"), ("cut", content[: len(content) // 2]), ("empty", b"")):
+    for name, damaged in (
+        ("text", b"no model"),
+        ("cut", content[: len(content) // 2]),
+        ("empty", b""),
+    ):
         (here / f"{name}{suffix}").write_bytes(damaged)
         result = run(program, "--model", f"{name}{suffix}", "x.png")
         result.error(1, f"{name}{suffix} is not {kind} file that", "can run: ")
@@ -422,7 +463,9 @@ def test_files_that_are_not_models(program, backend, suffix, shipped, here):
 def test_a_file_for_the_other_engine_names_the_ways_out(program, backend, suffix, trained):
     (other,) = SUFFIXES.keys() - {backend}
     result = run(program, "--model", trained.export / f"model{SUFFIXES[other]}", "x.png")
-    result.error(1, f"needs the program built with -DBACKEND={other}; this program runs the {suffix} file")
+    result.error(
+        1, f"needs the program built with -DBACKEND={other}; this program runs the {suffix} file"
+    )
     assert len(result.err.splitlines()) == 1 and not result.out
 
 
@@ -458,12 +501,17 @@ def test_invalid_specs(program, here, tiny, pictures, change, code, words):
 def test_self_test(program, here, shipped):
     source = Path(shutil.copy(shipped, here)).name
     passed = run(program, "--self-test").done()
-    assert re.fullmatch(r"self-test passed: 4 golden samples, max difference \d\.\de-\d\d\n", passed.out)
+    assert re.fullmatch(
+        r"self-test passed: 4 golden samples, max difference \d\.\de-\d\d\n", passed.out
+    )
     assert passed.err == f"model: {source}\n"
     golden = Model(source).spec["golden"]
     golden[2]["probabilities"][0] += 0.001
     changed = run(program, "--self-test", "--model", with_spec(source, "changed", golden=golden))
-    assert changed.code == 1 and changed.out == "self-test FAILED: 4 golden samples, max difference 1.0e-03\n"
+    assert (
+        changed.code == 1
+        and changed.out == "self-test FAILED: 4 golden samples, max difference 1.0e-03\n"
+    )
     one = with_spec(source, "one", golden=golden[:1])
     assert ": 1 golden sample, max" in run(program, "--self-test", "--model", one).done().out
     golden[0]["image"] = "no base64!"
@@ -509,7 +557,9 @@ def test_self_test_covers_known(program, call, here, shipped):
         golden[1]["known"] = moved
         file = with_spec(shipped, "changed", golden=golden)
         ours = run(program, "--self-test", "--model", file)
-        assert ours.code == call(step3_infer.main, "--self-test", "--model", file).code == (not passed)
+        assert (
+            ours.code == call(step3_infer.main, "--self-test", "--model", file).code == (not passed)
+        )
         assert ("passed" in ours.out) == passed and ("FAILED" in ours.out) != passed
     del golden[1]["known"]
     file = with_spec(shipped, "broken", golden=golden)
@@ -540,8 +590,9 @@ def test_self_test_fails_if_any_output_is_nan(program, suffix, here):
     spec |= {"image_size": [8, 8], "golden": golden}
     file = export(NanForBlack().eval(), spec, here / f"nan{suffix}")
     result = run(program, "--self-test", "--model", file)
-    assert result.code == 1 and "FAILED: 2 golden samples, max difference nan" in result.out.replace(
-        "-nan", "nan"
+    assert (
+        result.code == 1
+        and "FAILED: 2 golden samples, max difference nan" in result.out.replace("-nan", "nan")
     )
     Image.new("L", (8, 8)).save("black.png")
     run(program, "--model", file, "black.png").error(1, "black.png", "NaN or infinity")

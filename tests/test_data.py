@@ -26,7 +26,12 @@ def digits():
 
 
 def test_digits_are_complete_and_of_the_common_shape(digits):
-    assert digits.train_images.shape == (1437, 8, 8, 1) and digits.test_images.shape == (360, 8, 8, 1)
+    assert digits.train_images.shape == (1437, 8, 8, 1) and digits.test_images.shape == (
+        360,
+        8,
+        8,
+        1,
+    )
     assert digits.train_images.dtype == digits.test_images.dtype == np.uint8
     assert digits.train_labels.dtype == digits.test_labels.dtype == np.int64
     assert digits.train_labels.shape == (1437,) and digits.test_labels.shape == (360,)
@@ -78,9 +83,14 @@ def test_unknown_dataset_suggests_the_nearest(call, here, typed, meant):
 
 @pytest.mark.parametrize(
     ("dataset", "archive", "place"),
-    [("mnist", "train-images-idx3-ubyte.gz", "MNIST/raw"), ("cifar10", "cifar-10-python.tar.gz", "")],
+    [
+        ("mnist", "train-images-idx3-ubyte.gz", "MNIST/raw"),
+        ("cifar10", "cifar-10-python.tar.gz", ""),
+    ],
 )
-def test_no_network_names_the_files_and_the_way_out(call, here, no_network, dataset, archive, place):
+def test_no_network_names_the_files_and_the_way_out(
+    call, here, no_network, dataset, archive, place
+):
     result = call(step1_train.main, "--dataset", dataset, "--data-dir", here / "downloads")
     result.error(1, dataset, "unreachable", archive, here / "downloads" / place, "--dataset digits")
     assert not (here / "runs").exists()
@@ -95,14 +105,28 @@ def test_data_dir_that_cannot_be_made(call, here, no_network):
 
 def test_mnist_format_loads_without_network(mnist, no_network):
     dataset = data.load("mnist", str(mnist))
-    assert dataset.train_images.shape == (60, 28, 28, 1) and dataset.test_images.shape == (20, 28, 28, 1)
+    assert dataset.train_images.shape == (60, 28, 28, 1) and dataset.test_images.shape == (
+        20,
+        28,
+        28,
+        1,
+    )
     assert dataset.train_images.dtype == np.uint8 and dataset.train_labels.dtype == np.int64
-    assert dataset.classes == list("0123456789") and dataset.test_labels[:12].tolist() == [*range(10), 0, 1]
+    assert dataset.classes == list("0123456789") and dataset.test_labels[:12].tolist() == [
+        *range(10),
+        0,
+        1,
+    ]
 
 
 def test_cifar10_format_loads_without_network(cifar10, no_network):
     dataset = data.load("cifar10", str(cifar10))
-    assert dataset.train_images.shape == (200, 32, 32, 3) and dataset.test_images.shape == (40, 32, 32, 3)
+    assert dataset.train_images.shape == (200, 32, 32, 3) and dataset.test_images.shape == (
+        40,
+        32,
+        32,
+        3,
+    )
     assert dataset.classes[0] == "airplane" and dataset.test_labels.dtype == np.int64
     # Class 2 is bright in the last channel: planes became channels, not the other way round.
     assert dataset.test_images[dataset.test_labels == 2].mean((0, 1, 2)).argmax() == 2

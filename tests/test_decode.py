@@ -1,4 +1,5 @@
-"""Decoding: one policy for every kind of image file, and one clear reason for every file that is none."""
+"""Decoding: one policy for every kind of image file, and one clear reason for every file that is
+none."""
 
 import io
 import os
@@ -168,7 +169,8 @@ def test_directories_are_walked_in_name_order(tmp_path):
 
 
 def exif_with(orientation, tag, kind, value):
-    """EXIF of two entries: an orientation, and a tag of any type, which Pillow may fail to write."""
+    """EXIF of two entries: an orientation, and a tag of any type, which Pillow may fail to
+    write."""
     entries = [struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)]
     entries.append(struct.pack(">HHI", tag, kind, 1) + value)
     entries.sort()

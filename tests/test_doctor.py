@@ -1,4 +1,5 @@
-"""What step1 says of a dataset before it trains, and that it keeps copies of an image in one split."""
+"""What step1 says of a dataset before it trains, and that it keeps copies of an image in one
+split."""
 
 import csv
 import json
@@ -13,7 +14,18 @@ import data
 import step1_train
 from data import doctor, holdout
 
-QUICK = ["--dataset", "folder", "--model", "mlp", "--hidden", "16", "--epochs", "1", "--calibration", "none"]
+QUICK = [
+    "--dataset",
+    "folder",
+    "--model",
+    "mlp",
+    "--hidden",
+    "16",
+    "--epochs",
+    "1",
+    "--calibration",
+    "none",
+]
 
 
 def photo(rng, size=48, light=0):
@@ -63,7 +75,10 @@ def test_copies_are_named_and_the_accuracy_is_given_without_them(call, here, pho
     result = call(step1_train.main, *QUICK, "--data-dir", photos).done()
     said, train, test = notes(result), photos / "train", photos / "test"
     first = f"the first: {train / 'cat/3.png'} (cat) and {test / 'cat/again.png'} (cat)"
-    assert f"2, the first: {train / 'cat/4.png'} (cat) and {train / 'dog/mistaken.png'} (dog)" in result.err
+    assert (
+        f"2, the first: {train / 'cat/4.png'} (cat) and {train / 'dog/mistaken.png'} (dog)"
+        in result.err
+    )
     assert said["near-duplicate pairs of images"].startswith("2, ")
     assert said["copies with conflicting labels"].startswith("1, ")
     assert said["test images that are also in the training split"] == f"3, {first}"
@@ -71,7 +86,9 @@ def test_copies_are_named_and_the_accuracy_is_given_without_them(call, here, pho
     assert summary["test_images_in_train"] == 3
     right = summary["test_accuracy"] * 19
     assert right - 3 <= round(summary["test_accuracy_without_them"] * 16) <= right
-    assert f"{summary['test_accuracy_without_them']:.2%} without 3 images also in train" in result.out
+    assert (
+        f"{summary['test_accuracy_without_them']:.2%} without 3 images also in train" in result.out
+    )
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "without 3 images also in the training split" in report
     assert "Images that are in the data twice" in report
@@ -99,12 +116,15 @@ def test_a_small_image_and_a_dark_class_are_named(call, photos):
 
 @pytest.mark.parametrize("held", [[], ["--val-fraction", "0.3"], ["--calibration", "held-out"]])
 def test_step1_puts_copies_on_one_side(call, photos, monkeypatch, held):
-    """Without a test split, and where step1 holds out images for the epoch or for the calibration."""
+    """Without a test split, and where step1 holds out images for the epoch or for the
+    calibration."""
     if not held:
         shutil.rmtree(photos / "test")
     for name in ("cat", "dog"):
         for index in range(20):
-            shutil.copy(photos / f"train/{name}/{index}.png", photos / f"train/{name}/{index}-copy.png")
+            shutil.copy(
+                photos / f"train/{name}/{index}.png", photos / f"train/{name}/{index}-copy.png"
+            )
     made, make = [], step1_train.make_splits
 
     def recorded(*arguments):
@@ -117,7 +137,8 @@ def test_step1_puts_copies_on_one_side(call, photos, monkeypatch, held):
     other = splits["val" if "--val-fraction" in held else "held-out" if held else "test"]
     assert len(other) >= 4
     contents = [
-        {part.images[row].numpy().tobytes() for row in part.members} for part in (splits["train"], other)
+        {part.images[row].numpy().tobytes() for row in part.members}
+        for part in (splits["train"], other)
     ]
     assert not contents[0] & contents[1]
     assert "copies of an image: 40" in result.err and "also in the training split" not in result.err
@@ -154,7 +175,9 @@ def test_digits_without_files_are_named_by_number(capsys):
 def test_any_shape_and_flat_images_pass(shape, alike):
     rng = np.random.default_rng(0)
     images = (
-        np.full((40, *shape), 9, np.uint8) if alike else rng.integers(0, 256, (40, *shape), dtype=np.uint8)
+        np.full((40, *shape), 9, np.uint8)
+        if alike
+        else rng.integers(0, 256, (40, *shape), dtype=np.uint8)
     )
     labels = np.arange(40) % 2
     dataset = data.Dataset("x", ["a", "b"], images, labels, images[:2] // 2, labels[:2])
@@ -167,9 +190,13 @@ def test_any_shape_and_flat_images_pass(shape, alike):
 
 
 def test_images_with_equal_hashes_are_compared(monkeypatch):
-    monkeypatch.setattr(doctor, "summaries", lambda rows: (np.zeros(5, np.uint64), np.zeros((5, 1))))
+    monkeypatch.setattr(
+        doctor, "summaries", lambda rows: (np.zeros(5, np.uint64), np.zeros((5, 1)))
+    )
     images = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
-    dataset = data.Dataset("x", ["a"], images, np.zeros(4, np.int64), images[:1], np.zeros(1, np.int64))
+    dataset = data.Dataset(
+        "x", ["a"], images, np.zeros(4, np.int64), images[:1], np.zeros(1, np.int64)
+    )
     assert doctor.examined(dataset).findings.same.tolist() == [0, 1, 2, 3, 0]
 
 

@@ -93,7 +93,9 @@ def test_batches(call, fixed_files, samples, here):
 
 def test_float_input_is_not_rounded(call, small_run, here, plant, in_process):
     plant()
-    call(step2_export.main, "--format", "onnx", "--fixed", "--input", "float", "--out", "out").done()
+    call(
+        step2_export.main, "--format", "onnx", "--fixed", "--input", "float", "--out", "out"
+    ).done()
     exported, images = Model(here / "out" / "model.fixed.onnx"), noise(7, 43, 57, 1)
     wanted = reference.reference(step2_export.read_run(str(small_run)), images).main
     assert exported.batch is None and np.abs(exported.predict(images) - wanted).max() <= 1e-4

@@ -1,4 +1,5 @@
-"""The short form of benchmarks/fuzz_inference.py: broken images and model files, and the real command."""
+"""The short form of benchmarks/fuzz_inference.py: broken images and model files, and the real
+command."""
 
 import pytest
 from benchmarks import fuzz_inference
@@ -12,7 +13,9 @@ def test_broken_images_with_whole_ones_among_them(small, tmp_path, count):
 
 
 def test_15_broken_model_files(small, tmp_path):
-    faults, refused = fuzz_inference.fuzz_models([small.export / "model.onnx"], 15, tmp_path, seed=1, jobs=2)
+    faults, refused = fuzz_inference.fuzz_models(
+        [small.export / "model.onnx"], 15, tmp_path, seed=1, jobs=2
+    )
     assert not faults and 3 < refused < 15
 
 
@@ -22,11 +25,17 @@ def test_15_broken_model_files(small, tmp_path):
         (("hang", "", ""), "hang"),
         ((-11, "", ""), "signal"),
         ((1, "", "Traceback (most recent call last):\nValueError"), "traceback"),
-        ((0, '{"path": "a.png", "error": "is empty"}\n', "error: a.png: is empty\n"), "exit code 0"),
+        (
+            (0, '{"path": "a.png", "error": "is empty"}\n', "error: a.png: is empty\n"),
+            "exit code 0",
+        ),
         ((0, "", ""), "missing"),
         ((0, '{"path": "b.png", "label": "1", "probability": 0.5}\n', ""), "out of order"),
         ((0, '{"path": "a.png", "label": "2", "probability": 0.5}\n', ""), "answer changed"),
-        ((0, '{"path": "a.png", "label": "1", "probability": 0.5}\n', "Warning: x\n"), "standard error"),
+        (
+            (0, '{"path": "a.png", "label": "1", "probability": 0.5}\n', "Warning: x\n"),
+            "standard error",
+        ),
         ((0, "EP Error\n", ""), "standard output"),
     ],
 )

@@ -27,8 +27,8 @@ from inference.predict import Model
 
 @pytest.fixture(scope="module")
 def trusted(small):
-    """What files of the small run are compared with: the run, the dataset, the network's outputs on its test
-    split, and the spec of its files. Read only."""
+    """What files of the small run are compared with: the run, the dataset, the network's outputs on
+    its test split, and the spec of its files. Read only."""
     run = step2_export.read_run(str(small.run))
     dataset = data.load("digits")
     expected = reference(run, dataset.test_images)
@@ -48,7 +48,8 @@ def prove(trusted, in_process):
 
 @pytest.fixture
 def write(trusted, tmp_path):
-    """write(format, change) -> a file of the small network, of which `change` may alter what is exported."""
+    """write(format, change) -> a file of the small network, of which `change` may alter what is
+    exported."""
 
     def write(name, change=lambda deployable: deployable):
         chosen = FORMATS[name]
@@ -73,7 +74,7 @@ def perturb(deployable):
     return deployable
 
 
-# ----------------------------------------------------------------------- faults of the exported network
+# ------------------------------------------------------------------- faults of the exported network
 
 
 def test_without_a_fault_it_passes(write, prove):
@@ -103,7 +104,8 @@ def test_mean_and_std_swapped(write, prove, monkeypatch):
 
 def test_wrong_resize_shows_at_other_sizes_only(write, prove, monkeypatch):
     def forward(self, image):
-        planes = torch.nn.functional.interpolate(image.permute(0, 3, 1, 2), size=self.image_size)  # nearest
+        # nearest
+        planes = torch.nn.functional.interpolate(image.permute(0, 3, 1, 2), size=self.image_size)
         image = self.normalise(planes.permute(0, 2, 3, 1))
         logits, statistics = model.run_with_statistics(self.network, image, self.familiarity.layers)
         return self.calibrated(logits), self.familiarity(statistics, logits)
@@ -118,13 +120,15 @@ def test_missing_softmax(write, prove, monkeypatch):
     assert_caught(prove(write("torchscript")), "differ by up to")
 
 
-# ---------------------------------------------------------------------------- faults of the ONNX file
+# -------------------------------------------------------------------------- faults of the ONNX file
 
 
 def edit_weights(source, target, change):
     """Copy an ONNX file with its largest tensor of weights changed."""
     graph = onnx.load(source)
-    floats = [tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    floats = [
+        tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+    ]
     tensor = max(floats, key=lambda tensor: np.prod(tensor.dims))
     changed = change(onnx.numpy_helper.to_array(tensor))
     tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
@@ -143,7 +147,8 @@ def test_wrong_order_of_class_names(small, trusted, prove, tmp_path):
     reverse = trusted.spec["classes"][::-1]
     file = onnx_with(small.export / "model.onnx", tmp_path / "model.onnx", classes=reverse)
     figures = assert_caught(prove(file), "classes")
-    assert figures["accuracy"] < figures["accuracy_trained"]  # whoever reads the names gets wrong answers
+    # whoever reads the names gets wrong answers
+    assert figures["accuracy"] < figures["accuracy_trained"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,9 @@ def test_spec_of_another_network(small, prove, tmp_path, key, wrong):
 
 def fix_dimensions(good, path):
     graph = onnx.load(good)
-    for dim, size in zip(graph.graph.input[0].type.tensor_type.shape.dim, (1, 8, 8, 1), strict=True):
+    for dim, size in zip(
+        graph.graph.input[0].type.tensor_type.shape.dim, (1, 8, 8, 1), strict=True
+    ):
         dim.dim_value = size
     onnx.save(graph, path)
 
@@ -183,11 +190,13 @@ def test_tolerance_is_the_users(small, prove, tmp_path):
     assert not failures and figures["tolerance"] == 0.1
 
 
-# ------------------------------------------------------------------------------------ the second proof
+# --------------------------------------------------------------------------------- the second proof
 
 
 def test_the_second_proof_catches_it_as_well(small, trusted, tmp_path):
-    file = edit_weights(small.export / "model.onnx", tmp_path / "model.onnx", lambda weights: -weights)
+    file = edit_weights(
+        small.export / "model.onnx", tmp_path / "model.onnx", lambda weights: -weights
+    )
     proof = gate.prove(trusted.run, str(file), trusted.dataset, trusted.expected, 1e-4)
     assert_caught(proof, "isolated: outputs differ")
 
@@ -200,7 +209,7 @@ def test_a_file_that_does_not_run_in_isolation(small, trusted, monkeypatch):
     assert_caught(proof, "isolated", "onnxruntime is missing")
 
 
-# ------------------------------------------------------------------------------------ through step 2
+# ----------------------------------------------------------------------------------- through step 2
 
 
 @pytest.mark.parametrize(
@@ -212,7 +221,9 @@ def test_a_refused_file_takes_its_earlier_one_away_and_no_other(
     out = here / "exports" / "small"
     shutil.copytree(small.export, out)
     plant(fault)
-    call(step2_export.main, "--format", "onnx", "torchscript").error(1, "onnx", "model.onnx is not written")
+    call(step2_export.main, "--format", "onnx", "torchscript").error(
+        1, "onnx", "model.onnx is not written"
+    )
     assert sorted(os.listdir(out)) == ["model.pt", "parity.json", "step3_infer.pyz"]
     figures = parity_of(out)
     assert figures["torchscript"]["passed"] is True
@@ -220,10 +231,13 @@ def test_a_refused_file_takes_its_earlier_one_away_and_no_other(
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of a check that only training mode has
+# of a check that only training mode has
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_batch_norm_left_in_training_mode(call, here, monkeypatch, in_process):
     original = TrainedRun.deployable
-    call(step1_train.main, *["--model", "mynet", "--dropout", "0", "--epochs", "1", "--name", "norm"]).done()
+    call(
+        step1_train.main, *["--model", "mynet", "--dropout", "0", "--epochs", "1", "--name", "norm"]
+    ).done()
     monkeypatch.setattr(
         TrainedRun, "deployable", lambda *args, **more: original(*args, **more).train()
     )

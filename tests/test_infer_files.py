@@ -1,4 +1,5 @@
-"""Step 3 and what is put in front of it: many files, standard input, odd names, large photos, Ctrl-C."""
+"""Step 3 and what is put in front of it: many files, standard input, odd names, large photos,
+Ctrl-C."""
 
 import argparse
 import csv
@@ -266,7 +267,8 @@ def test_a_photo_needs_little_more_than_its_pixels(execute, small, here):
     coarse.resize((4000, 3000)).save(here / "photo.jpg")
     if not os.path.exists("/proc/self/status"):
         pytest.skip("this system does not say how much memory a process held")
-    peak = "; import step3_infer, sys; step3_infer.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    peak = "; import step3_infer, sys; step3_infer.main(sys.argv[1:])"
+    peak += "; print(open('/proc/self/status').read())"
     command = f"import sys; sys.path.insert(0, {str(ROOT)!r}){peak}"
     out = (
         execute("-c", command, "--model", small.export / "model.onnx", "photo.jpg", cwd=here)

@@ -1,4 +1,5 @@
-"""Step 3 and the model files that are put in front of it: sums, pt2, foreign graphs, benchmark, threads."""
+"""Step 3 and the model files that are put in front of it: sums, pt2, foreign graphs, benchmark,
+threads."""
 
 import hashlib
 import itertools
@@ -30,12 +31,19 @@ from inference.spec import read_spec
 SCRIPT = ROOT / "step3_infer.py"
 
 
-HONEST = {"schema": 1, "task": "classification", "classes": ["a", "b"], "channels": 1, "image_size": [8, 8]}
+HONEST = {
+    "schema": 1,
+    "task": "classification",
+    "classes": ["a", "b"],
+    "channels": 1,
+    "image_size": [8, 8],
+}
 
 
 @pytest.fixture
 def bundle(small, here):
-    """A directory with the program, two model files, one file below, and SHA256SUMS as sha256sum writes it."""
+    """A directory with the program, two model files, one file below, and SHA256SUMS as sha256sum
+    writes it."""
     place = here / "bundle"
     (place / "samples").mkdir(parents=True)
     archive.write_program(place)
@@ -176,7 +184,8 @@ def test_pt2_predicts_as_onnx_does(call, small, pt2, samples):
 
 
 def test_a_broken_file_prints_nothing_to_standard_output(execute, small, here):
-    """onnxruntime prints on errors of its Python part, here a name that is not UTF-8, and tries again."""
+    """onnxruntime prints on errors of its Python part, here a name that is not UTF-8, and tries
+    again."""
     content = (small.export / "model.onnx").read_bytes()
     (here / "name.onnx").write_bytes(content.replace(b"probabilities", b"probabilitie\xff"))
     result = execute(SCRIPT, "--model", "name.onnx", "--self-test", cwd=here)
@@ -295,7 +304,8 @@ def test_deeply_nested_spec(call, small, samples, here):
 
 
 def with_golden_off_by(small, path, difference, **changes):
-    """The small network's file, its golden samples changed by `difference` and its spec by `changes`."""
+    """The small network's file, its golden samples changed by `difference` and its spec by
+    `changes`."""
     spec = Model(small.export / "model.onnx").spec
     spec.pop("self_test_tolerance", None)
     spec["golden"][-1]["probabilities"][3] += difference  # of the last sample only
@@ -424,7 +434,9 @@ def test_a_spec_of_many_megabytes_is_refused():
         read_spec(json.dumps({**HONEST, "extra": "x" * (33 << 20)}), "m.onnx")
 
 
-@pytest.mark.parametrize("fixed", [{"batch": 1024, "input": "uint8"}, {"batch": 0, "input": "uint8"}])
+@pytest.mark.parametrize(
+    "fixed", [{"batch": 1024, "input": "uint8"}, {"batch": 0, "input": "uint8"}]
+)
 def test_fixed_sizes_that_would_fill_the_memory(fixed):
     with pytest.raises(Problem, match="malformed spec"):
         read_spec(json.dumps({**HONEST, "image_size": [4096, 4096], "fixed": fixed}), "m.onnx")

@@ -22,7 +22,8 @@ NAMES = [quantization.name for quantization in int8.QUANTIZATIONS]
 
 @pytest.fixture(scope="session")
 def unquantized(once, trained):
-    """Path of the trained network as ONNX for the quantizer, which takes seconds to export. Read only."""
+    """Path of the trained network as ONNX for the quantizer, which takes seconds to export. Read
+    only."""
     return once("unquantized", export_unquantized, trained)
 
 
@@ -40,7 +41,8 @@ def digits():
 
 
 def accuracies(monkeypatch, *values):
-    """Let the network have the first of these accuracies on training images, and what is tried the others."""
+    """Let the network have the first of these accuracies on training images, and what is tried the
+    others."""
     left = list(values)
     monkeypatch.setattr(int8, "accuracy", lambda *_: left.pop(0))
     monkeypatch.setattr(
@@ -48,7 +50,7 @@ def accuracies(monkeypatch, *values):
     )
 
 
-# ----------------------------------------------------------------------------------- what the file holds
+# ------------------------------------------------------------------------------ what the file holds
 
 
 def test_the_file_is_small_accurate_and_says_how_it_was_made(call, all_formats):
@@ -73,11 +75,15 @@ def test_the_layers_are_int8_and_the_preprocessing_is_not(all_formats):
     kinds = [node.op_type for node in graph.node]
 
     def is_int8(node):
-        return all(makers[name].op_type == "DequantizeLinear" for name in node.input[:2] if name in makers)
+        return all(
+            makers[name].op_type == "DequantizeLinear" for name in node.input[:2] if name in makers
+        )
 
-    main = int8.nodes_for(graph, graph.output[0].name)  # without those of `known`, which stay in float32
+    # without those of `known`, which stay in float32
+    main = int8.nodes_for(graph, graph.output[0].name)
     layers = [node for node in main if node.op_type in ("Conv", "Gemm")]
-    assert [is_int8(node) for node in layers] == [False] + 7 * [True]  # the first one reads the image
+    # the first one reads the image
+    assert [is_int8(node) for node in layers] == [False] + 7 * [True]
     softmax = [node for node in graph.node if node.op_type == "Softmax"]
     assert "DequantizeLinear" not in [makers[node.input[0]].op_type for node in softmax]
     dequantize = [node for node in graph.node if node.op_type == "DequantizeLinear"]
@@ -88,7 +94,8 @@ def test_the_layers_are_int8_and_the_preprocessing_is_not(all_formats):
         if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
     ]
     assert len(weights) == 7 and max(abs(values).max() for values in weights) <= 64
-    assert kinds.count("Gelu") == 7 and kinds.count("MatMul") == 7  # resizing: six bands, then columns
+    # resizing: six bands, then columns
+    assert kinds.count("Gelu") == 7 and kinds.count("MatMul") == 7
 
 
 def test_every_quantization_can_be_made(trained, digits, tmp_path):
@@ -99,7 +106,7 @@ def test_every_quantization_can_be_made(trained, digits, tmp_path):
         assert np.allclose(probabilities.sum(1), 1, atol=1e-3)
 
 
-# -------------------------------------------------------------------------------------- what is chosen
+# ----------------------------------------------------------------------------------- what is chosen
 
 
 @pytest.fixture
@@ -118,7 +125,8 @@ def test_quantizations_are_tried_in_order_until_one_is_accurate_enough(choose, m
     names, figures = NAMES, choose()
     assert figures["tried"] == [
         {"quantization": names[0], "drop_training": 9.0},
-        {"quantization": names[1], "drop_training": 0.24},  # half of --max-drop is allowed on training images
+        # half of --max-drop is allowed on training images
+        {"quantization": names[1], "drop_training": 0.24},
     ]
     assert figures["quantization"] == names[1]
 
@@ -126,11 +134,13 @@ def test_quantizations_are_tried_in_order_until_one_is_accurate_enough(choose, m
 def test_three_are_tried_at_most_and_the_most_accurate_is_taken(choose, monkeypatch):
     accuracies(monkeypatch, 0.99, 0.9, 0.95, 0.93)
     names, figures = NAMES, choose()
-    assert [trial["drop_training"] for trial in figures["tried"]] == [9.0, 4.0, 6.0] and len(names) == 3
+    assert [trial["drop_training"] for trial in figures["tried"]] == [9.0, 4.0, 6.0] and len(
+        names
+    ) == 3
     assert figures["quantization"] == names[1] and figures["drop_training"] == 4.0
 
 
-# ----------------------------------------------------------------------------- what is published or refused
+# --------------------------------------------------------------------- what is published or refused
 
 
 def test_slower_than_float32_is_published_with_a_warning_and_in_the_same_bytes(
@@ -164,7 +174,9 @@ def spoil(source, target):
     onnx.save(graph, target)
 
 
-def test_a_file_that_loses_more_than_max_drop_is_refused(trained, all_formats, digits, tmp_path, in_process):
+def test_a_file_that_loses_more_than_max_drop_is_refused(
+    trained, all_formats, digits, tmp_path, in_process
+):
     file = str(tmp_path / "model.int8.onnx")
     spoil(all_formats / "model.int8.onnx", file)
     run = step2_export.read_run(str(trained.run))

@@ -44,8 +44,8 @@ def sources(name):
 
 
 def imports(node):
-    """Every module that an import below `node` names, with dots; what `from x import y` takes counts as
-    x.y."""
+    """Every module that an import below `node` names, with dots; what `from x import y` takes
+    counts as x.y."""
     for found in ast.walk(node):
         if isinstance(found, ast.Import):
             yield from (alias.name for alias in found.names)

@@ -37,7 +37,9 @@ def fill(folder, count=5, suffix=".png", size=(8, 8)):
     rng = np.random.default_rng(len(os.fspath(folder)))
     for index in range(count):
         pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}{suffix}", "TGA" if suffix == ".TGA" else None)
+        Image.fromarray(pixels).save(
+            folder / f"{index}{suffix}", "TGA" if suffix == ".TGA" else None
+        )
 
 
 def split_folders(root, *names, count=5):
@@ -66,7 +68,7 @@ def write_csv(path, *rows):
     return path
 
 
-# --------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 @pytest.mark.parametrize(
@@ -86,11 +88,14 @@ def test_split_folders_in_any_spelling(tmp_path, names):
     assert sizes(dataset) == dict.fromkeys(["train", *["val"][: len(names) - 2], "test"], 10)
     train = np.asarray(Image.open(tmp_path / names[0] / "b" / "4.png"))
     test = np.asarray(Image.open(tmp_path / names[-1] / "b" / "4.png"))
-    assert np.array_equal(dataset.train_images[-1], train) and np.array_equal(dataset.test_images[-1], test)
+    assert np.array_equal(dataset.train_images[-1], train) and np.array_equal(
+        dataset.test_images[-1], test
+    )
     if dataset.val_images is not None:
         val = np.asarray(Image.open(tmp_path / names[1] / "b" / "4.png"))
         assert (
-            np.array_equal(dataset.val_images[-1], val) and dataset.val_labels.tolist() == [0] * 5 + [1] * 5
+            np.array_equal(dataset.val_images[-1], val)
+            and dataset.val_labels.tolist() == [0] * 5 + [1] * 5
         )
 
 
@@ -173,7 +178,7 @@ def test_held_out_split_may_lack_classes(tmp_path):
     assert dataset.val_labels.tolist() == [1] * 5
 
 
-# ------------------------------------------------------------------------------------------ what is an image
+# --------------------------------------------------------------------------------- what is an image
 
 
 def test_every_suffix_of_pillow_and_files_without_one_are_taken(tmp_path, capsys):
@@ -211,7 +216,14 @@ def test_folder_of_unknown_images_says_what_would_read_them(tmp_path):
 def test_what_systems_leave_in_folders_is_skipped_silently(tmp_path, capsys):
     for name in "ab":
         fill(tmp_path / name)
-        for file in ("._0.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden/0.png", "__MACOSX/._0.png"):
+        for file in (
+            "._0.jpg",
+            ".DS_Store",
+            "Thumbs.db",
+            "desktop.ini",
+            ".hidden/0.png",
+            "__MACOSX/._0.png",
+        ):
             (tmp_path / name / file).parent.mkdir(exist_ok=True)
             (tmp_path / name / file).write_text("not an image")
     (tmp_path / "__MACOSX" / "a").mkdir(parents=True)
@@ -231,7 +243,9 @@ def test_installed_pillow_heif_is_used(tmp_path, monkeypatch):
 
     for name in "ab":
         fill(tmp_path / name, 3)
-        (tmp_path / name / "photo.heic").write_bytes(b"heic" + (tmp_path / name / "0.png").read_bytes())
+        (tmp_path / name / "photo.heic").write_bytes(
+            b"heic" + (tmp_path / name / "0.png").read_bytes()
+        )
     module = types.ModuleType("pillow_heif")
     module.register_heif_opener = register
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
@@ -259,7 +273,9 @@ def test_probe_decodes_only_16_bit_files(tmp_path, monkeypatch):
     deep = Image.fromarray(np.full((90, 80), 700, np.uint16))
     deep.save(tmp_path / "a" / "deep.png")
     decoded, load = [], ImageFile.ImageFile.load
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.filename) or load(self))
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda self: decoded.append(self.filename) or load(self)
+    )
     from data.target import probe_chunk
 
     paths = sorted(map(str, tmp_path.glob("*/*.png")))
@@ -269,7 +285,7 @@ def test_probe_decodes_only_16_bit_files(tmp_path, monkeypatch):
     assert len(found) == 11 and {header.size for header in found} == {(90, 80)}
 
 
-# ------------------------------------------------------------------------------------------------- CSV files
+# ---------------------------------------------------------------------------------------- CSV files
 
 
 @pytest.fixture
@@ -296,7 +312,9 @@ def test_split_column_is_used_and_said(images, capsys):
 
 def test_split_column_without_test_rows_holds_out_a_test_split(images, capsys):
     rows = [(*row, "val" if "0.png" in row[0] else "train") for row in listed(images)]
-    dataset = data.load("csv", str(write_csv(images / "list.csv", ("path", "label", "split"), *rows)))
+    dataset = data.load(
+        "csv", str(write_csv(images / "list.csv", ("path", "label", "split"), *rows))
+    )
     assert sizes(dataset) == {"train": 6, "val": 2, "test": 2}
     assert "no test split" in capsys.readouterr().err
 
@@ -304,7 +322,9 @@ def test_split_column_without_test_rows_holds_out_a_test_split(images, capsys):
 def test_split_column_that_cannot_be_followed_is_refused(images):
     header, rows = ("path", "label", "split"), listed(images)
     odd = write_csv(images / "odd.csv", header, *((*row, "fold3") for row in rows))
-    assert all(word in refused("csv", odd) for word in ("odd.csv, row 2", "'fold3'", "train, val and test"))
+    assert all(
+        word in refused("csv", odd) for word in ("odd.csv, row 2", "'fold3'", "train, val and test")
+    )
     held = write_csv(images / "held.csv", header, *((*row, "test") for row in rows))
     assert "no row whose split is train" in refused("csv", held)
     both = [(*row, "test" if "0.png" in row[0] else "train") for row in rows]
@@ -348,7 +368,7 @@ def test_backslash_in_a_file_name_is_kept(images):
     assert sum(sizes(data.load("csv", str(file))).values()) == 10
 
 
-# ---------------------------------------------------------------------------------- unreadable, few, changed
+# ------------------------------------------------------------------------- unreadable, few, changed
 
 
 def test_unreadable_files_are_not_counted_among_the_images(tmp_path, capsys):
@@ -376,7 +396,9 @@ def test_class_with_few_images_is_named(tmp_path, capsys):
     fill(tmp_path / "b", 3)
     fill(tmp_path / "c", 1)
     data.load("folder", str(tmp_path))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "few training images" in line]
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if "few training images" in line
+    ]
     assert "'b' 2 (test 1), 'c' 1 (test 0)" in line and "'a'" not in line
 
 
@@ -388,7 +410,9 @@ def test_fingerprint_is_that_of_a_copy(tmp_path):
     again = data.load("folder", str(tmp_path / "copy")).fingerprint
     assert again == first and data.differences(first, again) == []
     assert first["classes"] == ["a", "b"] and first["train"]["images"] == 16
-    other_size = data.load("folder", str(tmp_path / "photos"), image_size=(8, 8), channels=1).fingerprint
+    other_size = data.load(
+        "folder", str(tmp_path / "photos"), image_size=(8, 8), channels=1
+    ).fingerprint
     assert other_size == first
 
 
@@ -397,7 +421,11 @@ def test_fingerprint_is_that_of_a_copy(tmp_path):
     [
         (
             lambda root: [shutil.rmtree(root / split / "b") for split in ("train", "test")],
-            ["class 'b' is gone", "the train split has 20 images", "the test split has 6 images, it had 9"],
+            [
+                "class 'b' is gone",
+                "the train split has 20 images",
+                "the test split has 6 images, it had 9",
+            ],
         ),
         (
             lambda root: fill(root / "train" / "d", 10),
@@ -432,7 +460,11 @@ def swap(path):
 
 
 def test_differences_of_one_split_only():
-    old = {"classes": ["a"], "train": {"images": 3, "hash": "x"}, "test": {"images": 2, "hash": "y"}}
+    old = {
+        "classes": ["a"],
+        "train": {"images": 3, "hash": "x"},
+        "test": {"images": 2, "hash": "y"},
+    }
     new = {**old, "train": {"images": 3, "hash": "z"}}
     assert data.differences(old, new) and not data.differences(old, new, ("test",))
 
@@ -450,7 +482,7 @@ def test_fingerprint_of_arrays(mnist):
     assert change.startswith("the test split")
 
 
-# -------------------------------------------------------------------------------------- what --data-dir says
+# ----------------------------------------------------------------------------- what --data-dir says
 
 
 def test_guess(images, mnist, cifar10, here):
@@ -461,7 +493,7 @@ def test_guess(images, mnist, cifar10, here):
         assert data.guess(str(other)) is None
 
 
-# ------------------------------------------------------------------------------------------------- odd names
+# ---------------------------------------------------------------------------------------- odd names
 
 
 def test_odd_names_are_read_and_cached(tmp_path, capsys):
@@ -485,7 +517,8 @@ def test_odd_names_are_read_and_cached(tmp_path, capsys):
 
 def test_no_text_is_read_in_the_locale_s_encoding(execute, images):
     file = write_csv(images / "list.csv", ("path", "label"), *listed(images))
-    code = "import sys; sys.path.insert(0, {!r}); import data; data.load('csv', {!r}); data.load('csv', {!r})"
+    code = "import sys; sys.path.insert(0, {!r}); import data"
+    code += "; data.load('csv', {!r}); data.load('csv', {!r})"
     root = os.path.dirname(step1_train.__file__)
     command = code.format(root, str(file), str(file))
     result = execute("-X", "warn_default_encoding", "-c", command, cwd=images).done()
@@ -505,10 +538,13 @@ def test_workers_start_where_processes_cannot_be_forked(tmp_path, monkeypatch):
     forked = data.load("folder", str(folder), cache_dir=str(tmp_path / "first"), **options)
     monkeypatch.setattr(parallel, "START_METHOD", "spawn")
     spawned = data.load("folder", str(folder), cache_dir=str(tmp_path / "second"), **options)
-    assert np.array_equal(forked.train_images, spawned.train_images) and len(spawned.train_images) == 12
+    assert (
+        np.array_equal(forked.train_images, spawned.train_images)
+        and len(spawned.train_images) == 12
+    )
 
 
-# ---------------------------------------------------------------------------------- 10, 12 and 14 bits in 16
+# ------------------------------------------------------------------------- 10, 12 and 14 bits in 16
 
 
 def grey16(folder, peak, count=5, dtype=np.uint16, suffix=".png"):
@@ -522,7 +558,8 @@ def grey16(folder, peak, count=5, dtype=np.uint16, suffix=".png"):
 
 
 @pytest.mark.parametrize(
-    ("peak", "white"), [(200, 255), (1023, 1023), (1024, 4095), (4000, 4095), (16000, 16383), (16384, 65535)]
+    ("peak", "white"),
+    [(200, 255), (1023, 1023), (1024, 4095), (4000, 4095), (16000, 16383), (16384, 65535)],
 )
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_white_of_16_bit_files_is_derived_from_the_brightest(tmp_path, capsys, peak, white, suffix):
@@ -536,7 +573,8 @@ def test_white_of_16_bit_files_is_derived_from_the_brightest(tmp_path, capsys, p
     assert any(np.array_equal(image, expected) for image in images)
     line = f"{white.bit_length()} bits only: {white} is taken as white"
     assert (line in capsys.readouterr().err) == (white != 65535)
-    assert data.load("folder", str(tmp_path)).white == white  # which the cache of the headers remembers, too
+    # which the cache of the headers remembers, too
+    assert data.load("folder", str(tmp_path)).white == white
     assert line in capsys.readouterr().err or white == 65535
 
 

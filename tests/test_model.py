@@ -21,7 +21,9 @@ def count(network):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name, sizes in SIZES.items() for size in sizes])
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name, sizes in SIZES.items() for size in sizes]
+)
 def test_network_gives_logits_at_any_size_that_makes_sense(name, size, channels):
     network = model.build(name, channels=channels, classes=7, image_size=size)
     logits = network(torch.randn(3, channels, *size))
@@ -33,7 +35,9 @@ def test_network_gives_logits_at_any_size_that_makes_sense(name, size, channels)
 
 @pytest.mark.parametrize(("name", "size"), [("airbench", (27, 40)), ("mynet", (32, 7))])
 def test_too_small_an_image_is_refused_with_the_way_out(name, size):
-    with pytest.raises(ValueError, match=rf"{name} needs .* not {size[0]}x{size[1]}.*--image-size.*--model"):
+    with pytest.raises(
+        ValueError, match=rf"{name} needs .* not {size[0]}x{size[1]}.*--image-size.*--model"
+    ):
         model.build(name, channels=1, classes=10, image_size=size)
 
 
@@ -53,9 +57,14 @@ def test_an_option_the_network_does_not_have_is_refused(name, option):
         model.build(name, channels=1, classes=10, image_size=(28, 28), **{option: 1})
 
 
-@pytest.mark.parametrize(("hidden", "parameters"), [((128,), 101770), ((512, 512), 669706), ((), 7850)])
+@pytest.mark.parametrize(
+    ("hidden", "parameters"), [((128,), 101770), ((512, 512), 669706), ((), 7850)]
+)
 def test_mlp_is_the_tutorials(hidden, parameters):
-    assert count(model.build("mlp", channels=1, classes=10, image_size=(28, 28), hidden=hidden)) == parameters
+    assert (
+        count(model.build("mlp", channels=1, classes=10, image_size=(28, 28), hidden=hidden))
+        == parameters
+    )
 
 
 def test_mlp_drops_out_in_training_only():
@@ -103,7 +112,9 @@ def test_whitening_whitens(channels):
     assert (covariance - torch.eye(n)).abs().max() < 0.05
     network.prepare(x)  # by default, a direction that hardly varies is not amplified without limit
     assert network.whitening.weight.flatten(1).norm(dim=1).max() < 5
-    before = x.unfold(2, 2, 1).unfold(3, 2, 1).permute(1, 4, 5, 0, 2, 3).flatten(0, 2).flatten(1).cov()
+    before = (
+        x.unfold(2, 2, 1).unfold(3, 2, 1).permute(1, 4, 5, 0, 2, 3).flatten(0, 2).flatten(1).cov()
+    )
     assert (
         before / before.diagonal().mean() - torch.eye(n)
     ).abs().max() > 0.5  # there was something to whiten
@@ -131,7 +142,9 @@ def test_deployable_is_preprocessing_network_and_softmax():
 
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (3, 50), (100, 31), (480, 641)])
 def test_deployable_takes_any_input_size(size):
-    probabilities = deployable(channels=1)[1](torch.randint(0, 256, (2, *size, 1), dtype=torch.uint8))
+    probabilities = deployable(channels=1)[1](
+        torch.randint(0, 256, (2, *size, 1), dtype=torch.uint8)
+    )
     assert probabilities.shape == (2, 5) and (probabilities.sum(1) - 1).abs().max() < 1e-6
 
 

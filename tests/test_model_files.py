@@ -32,7 +32,10 @@ def test_both_formats_give_the_same_answers(call, trained, samples, name):
     for file in (trained.export / name, trained.export / "model.onnx"):
         out = call(step3_infer.main, "--model", file, *arguments).done().out
         rows.append(
-            [{e["label"]: e["probability"] for e in json.loads(line)["top"]} for line in out.splitlines()]
+            [
+                {e["label"]: e["probability"] for e in json.loads(line)["top"]}
+                for line in out.splitlines()
+            ]
         )
     assert all(abs(a[label] - b[label]) < 1e-4 for a, b in zip(*rows, strict=True) for label in a)
 
@@ -45,14 +48,17 @@ def test_self_test_passes(call, trained, name):
 
 def test_self_test_fails_when_the_machine_computes_something_else(call, trained, changed):
     golden = golden_of(trained)
-    golden[-1]["probabilities"][0] += 0.01  # of the last one only, and within what a reader would overlook
+    # of the last one only, and within what a reader would overlook
+    golden[-1]["probabilities"][0] += 0.01
     result = call(step3_infer.main, "--model", changed(golden=golden), "--self-test")
     assert result.code == 1 and "FAILED" in result.out and "passed" not in result.out
 
 
 def test_self_test_fails_on_nan(call, trained, here):
     graph = onnx.load(trained.export / "model.onnx")
-    floats = [tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    floats = [
+        tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+    ]
     tensor = max(floats, key=lambda tensor: np.prod(tensor.dims))
     values = onnx.numpy_helper.to_array(tensor) * np.float32("nan")
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
@@ -75,7 +81,12 @@ def test_self_test_with_golden_samples_of_other_classes(call, trained, changed):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("model.onnx", b"hello\n" * 99), ("model.onnx", b""), ("model.pt", b"hello\n" * 99), ("model.pt", b"")],
+    [
+        ("model.onnx", b"hello\n" * 99),
+        ("model.onnx", b""),
+        ("model.pt", b"hello\n" * 99),
+        ("model.pt", b""),
+    ],
 )
 def test_file_that_is_no_model(call, samples, here, name, content):
     (here / name).write_bytes(content)
@@ -102,11 +113,15 @@ def test_checkpoint_is_not_an_export(call, trained, samples):
 @pytest.mark.parametrize("name", ["missing.onnx", "folder.onnx"])
 def test_missing_model(call, samples, here, name):
     (here / "folder.onnx").mkdir()
-    call(step3_infer.main, "--model", name, samples[0]).error(1, f"no model file {name}", "step2_export.py")
+    call(step3_infer.main, "--model", name, samples[0]).error(
+        1, f"no model file {name}", "step2_export.py"
+    )
 
 
 def test_onnx_file_of_someone_else(call, changed, samples):
-    call(step3_infer.main, "--model", changed(None), samples[0]).error(1, "no spec", "step2_export.py")
+    call(step3_infer.main, "--model", changed(None), samples[0]).error(
+        1, "no spec", "step2_export.py"
+    )
 
 
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit:FutureWarning")
@@ -118,7 +133,9 @@ def test_torchscript_file_of_someone_else(call, samples, here):
 
 
 def test_file_of_a_newer_threestep(call, changed, samples):
-    call(step3_infer.main, "--model", changed(schema=99), samples[0]).error(1, "schema 99", "step3_infer.py")
+    call(step3_infer.main, "--model", changed(schema=99), samples[0]).error(
+        1, "schema 99", "step3_infer.py"
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +152,9 @@ def test_spec_that_does_not_fit_the_graph(call, changed, samples, lie):
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt"])
 def test_unknown_provider(call, trained, samples, name):
-    result = call(step3_infer.main, "--model", trained.export / name, "--provider", "toaster", samples[0])
+    result = call(
+        step3_infer.main, "--model", trained.export / name, "--provider", "toaster", samples[0]
+    )
     result.error(2, "toaster", "cpu")
 
 

@@ -1,4 +1,5 @@
-"""The `folder` and `csv` datasets: listing, decoding, caching, and their errors, through the real scripts."""
+"""The `folder` and `csv` datasets: listing, decoding, caching, and their errors, through the real
+scripts."""
 
 import csv
 import json
@@ -129,7 +130,9 @@ def test_mixed_files_train_export_and_predict_as_evaluated(call, here, mixed, in
     # What step 1's evaluation says of the same files, read from its own cache.
     run = step2_export.read_run(str(run_of(here)))
     classes, listed = folders.list_folder(str(mixed))
-    paths = [path for part in holdout.hold_out_test(listed, str(mixed)).values() for path in part.paths]
+    paths = [
+        path for part in holdout.hold_out_test(listed, str(mixed)).values() for path in part.paths
+    ]
     dataset = data.load("folder", str(mixed), image_size=(64, 64), channels=3)
     images = np.concatenate([dataset.train_images, dataset.test_images])
     with torch.inference_mode():
@@ -159,7 +162,10 @@ def test_12_bit_images_are_predicted_as_evaluated(call, here, tmp_path, in_proce
     call(step2_export.main, "--format", "onnx").done()
     predicted = call(step3_infer.main, "--format", "json", folder).done()
     answers = {row["path"]: row for row in map(json.loads, predicted.out.splitlines())}
-    assert all(row["label"] == path.split("/")[-2] for path, row in answers.items()) and len(answers) == 40
+    assert (
+        all(row["label"] == path.split("/")[-2] for path, row in answers.items())
+        and len(answers) == 40
+    )
     splits = holdout.hold_out_test(folders.list_folder(str(folder))[1], str(folder))
     exported = [answers[path]["probability"] for path in splits["test"].paths]
     assert exported == pytest.approx(expected.tolist(), abs=1e-4)
@@ -397,7 +403,15 @@ def test_csv_with_numbers_a_root_and_named_columns(call, here, folder, in_proces
         (lambda rows: rows[:1], ["no images"]),
         (lambda rows: [], ["no column"]),
     ],
-    ids=["no-label-column", "duplicate-header", "one-class", "missing-files", "short-row", "header-only", "empty"],
+    ids=[
+        "no-label-column",
+        "duplicate-header",
+        "one-class",
+        "missing-files",
+        "short-row",
+        "header-only",
+        "empty",
+    ],
 )
 def test_bad_csv(call, here, listing, change, words):
     with open(listing, newline="") as stream:

@@ -1,7 +1,8 @@
 """What Windows and macOS do differently, as far as another system can show it.
 
-They have no `fcntl`, start processes by spawning them, read text in the locale's encoding unless told
-otherwise, refuse some file names, and (Windows) refuse to replace a file that is mapped or open.
+They have no `fcntl`, start processes by spawning them, read text in the locale's encoding unless
+told otherwise, refuse some file names, and (Windows) refuse to replace a file that is mapped or
+open.
 """
 
 import ast
@@ -29,12 +30,14 @@ SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / na
 TINY = ["--model", "mlp", "--hidden", "8", "--epochs", "1"]
 
 # Runs a script as `python script ...` would, on a system without what POSIX and Linux alone have.
-# asyncio comes first: on a system whose sockets have sendmsg, Python 3.13's asks for os.sysconf on import.
+# asyncio comes first: on a system whose sockets have sendmsg, Python 3.13's asks for os.sysconf on
+# import.
 POORER = """
 import asyncio, mmap, os, runpy, sys
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
-for module, prefixes in ((os, ("sched_", "getloadavg", "posix_", "mkfifo", "sysconf")), (mmap, ("MADV_",))):
+LACKING = (os, ("sched_", "getloadavg", "posix_", "mkfifo", "sysconf")), (mmap, ("MADV_",))
+for module, prefixes in LACKING:
     for name in [name for name in vars(module) if name.startswith(prefixes)]:
         delattr(module, name)
 sys.argv = sys.argv[1:]
@@ -45,17 +48,27 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.usefixtures("undrawn")
 def test_all_steps_work_without_what_posix_alone_has(execute, here, samples, folder):  # noqa: F811
-    """On a system that also warns wherever text is read or written in the encoding of its locale."""
+    """On a system that also warns wherever text is read or written in the encoding of its
+    locale."""
     options = ["-X", "warn_default_encoding", "-X", "utf8=0"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
 
     def run(script, *arguments):
-        result = execute(*options, "-c", POORER, ROOT / script, *arguments, cwd=here, env=environment)
+        result = execute(
+            *options, "-c", POORER, ROOT / script, *arguments, cwd=here, env=environment
+        )
         warnings = [line for line in result.done().err.splitlines() if "EncodingWarning" in line]
-        assert not [line for line in warnings if line.startswith(str(ROOT)) and "site-packages" not in line]
+        assert not [
+            line for line in warnings if line.startswith(str(ROOT)) and "site-packages" not in line
+        ]
         return result
 
-    assert "ok" not in execute("-c", "import sys; sys.modules['fcntl'] = None; import fcntl; print('ok')").out
+    assert (
+        "ok"
+        not in execute(
+            "-c", "import sys; sys.modules['fcntl'] = None; import fcntl; print('ok')"
+        ).out
+    )
     first = run("step1_train.py", "--data-dir", folder, *TINY, "--name", "a")
     assert "decoded 48 files" in first.err
     assert "runs/a: test accuracy" in first.out.replace("\\", "/")
@@ -67,7 +80,7 @@ def test_all_steps_work_without_what_posix_alone_has(execute, here, samples, fol
     assert len((here / "out.csv").read_text(encoding="utf-8").splitlines()) == 11
 
 
-# -------------------------------------------------------------------------------------------------- encodings
+# ---------------------------------------------------------------------------------------- encodings
 
 
 def test_every_text_file_is_opened_with_its_encoding_named():
@@ -75,7 +88,9 @@ def test_every_text_file_is_opened_with_its_encoding_named():
     faults = []
     for path in SOURCES:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            named = isinstance(call, ast.Call) and "encoding" in {keyword.arg for keyword in call.keywords}
+            named = isinstance(call, ast.Call) and "encoding" in {
+                keyword.arg for keyword in call.keywords
+            }
             if isinstance(call, ast.Call) and reads_text(call) and not named:
                 faults.append(f"{path.relative_to(ROOT)}:{call.lineno}")
     assert not faults
@@ -94,27 +109,40 @@ def reads_text(call):
 
 def test_detection_of_text_files():
     texts = ["open(p)", "open(p, 'w')", "Path(p).read_text()", "subprocess.run(c, text=True)"]
-    others = ["open(p, 'rb')", "os.open(p, 0)", "Path(p).read_bytes()", "subprocess.run(c)", "open(p, m, **o)"]
+    others = [
+        "open(p, 'rb')",
+        "os.open(p, 0)",
+        "Path(p).read_bytes()",
+        "subprocess.run(c)",
+        "open(p, m, **o)",
+    ]
     found = [reads_text(ast.parse(code, mode="eval").body) for code in texts + others]
     assert list(map(bool, found)) == [True] * len(texts) + [False] * len(others)
 
 
 @pytest.mark.parametrize("output_format", ["text", "csv"])
 def test_standard_output_is_utf_8_in_a_file_or_a_pipe(execute, here, small, samples, output_format):
-    model = onnx_with(small.export / "model.onnx", here / "model.onnx", classes=[f"Äpfel 日本 {k}" for k in range(10)])
+    model = onnx_with(
+        small.export / "model.onnx",
+        here / "model.onnx",
+        classes=[f"Äpfel 日本 {k}" for k in range(10)],
+    )
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     command = ["-X", "utf8=0", ROOT / "step3_infer.py", "--model", model, "--format", output_format]
     assert "Äpfel 日本" in execute(*command, samples[0], cwd=here, env=environment).done().out
 
 
-# ------------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 
 
 def is_allowed(name):
     """Does Windows allow this file name?"""
     device = re.fullmatch(r"(?i)(con|prn|aux|nul|(com|lpt)[0-9¹²³])", name.split(".")[0].rstrip())
     return not (
-        device or set(name) & set('<>:"/\\|?*') or name.endswith((".", " ")) or not name.isprintable()
+        device
+        or set(name) & set('<>:"/\\|?*')
+        or name.endswith((".", " "))
+        or not name.isprintable()
     )
 
 
@@ -168,11 +196,12 @@ def test_all_files_of_a_run_and_a_bundle_have_names_that_windows_allows(call, he
     assert len(written) > 10 and all(is_allowed(path.name) for path in written)
 
 
-# ---------------------------------------------------------------------------------------- files that are open
+# ------------------------------------------------------------------------------ files that are open
 
 
 def test_cache_that_another_process_has_mapped_is_not_replaced(folder, monkeypatch):  # noqa: F811
-    """Two runs build the same cache at once: the one that ends later leaves the other's in place."""
+    """Two runs build the same cache at once: the one that ends later leaves the other's in
+    place."""
     build, mapped = cache.build_cache, []
 
     def second(paths, base, *more):
@@ -219,7 +248,8 @@ def test_cache_that_cannot_be_replaced_is_one_error(folder, monkeypatch):  # noq
 
 
 def test_files_are_closed_before_they_are_moved_or_removed(folder, here, call, monkeypatch):  # noqa: F811
-    """Whatever step1 replaces, renames or removes is neither open nor mapped here: Windows would refuse."""
+    """Whatever step1 replaces, renames or removes is neither open nor mapped here: Windows would
+    refuse."""
     opened = "/proc/self/fd"
     if not os.path.isdir(opened):
         pytest.skip("this system does not list open files")

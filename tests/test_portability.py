@@ -1,4 +1,5 @@
-"""Every engine that the README names gives the trained network's answers from the exported file alone."""
+"""Every engine that the README names gives the trained network's answers from the exported file
+alone."""
 
 import base64
 import io
@@ -18,7 +19,9 @@ from deploy.reference import reference
 STRICT = 1e-4  # of a probability
 
 
-@pytest.fixture(params=["onnxruntime", "TorchScript", "pt2", "OpenVINO", "OpenCV", "tract", "ONNX reference"])
+@pytest.fixture(
+    params=["onnxruntime", "TorchScript", "pt2", "OpenVINO", "OpenCV", "tract", "ONNX reference"]
+)
 def engine(request, trained, all_formats):
     """(the engine's name, the run, its function)."""
     name = request.param
@@ -52,13 +55,17 @@ def test_other_sizes(engine, size):
 
 
 def test_classes_are_read_without_the_project(all_formats):
-    properties = {entry.key: entry.value for entry in onnx.load(all_formats / "model.onnx").metadata_props}
+    properties = {
+        entry.key: entry.value for entry in onnx.load(all_formats / "model.onnx").metadata_props
+    }
     assert json.loads(properties["classes"]) == list("0123456789")
 
 
 def test_golden_samples_in_every_engine(engine, trained):
     _, _, predict = engine
-    properties = {entry.key: entry.value for entry in onnx.load(trained.export / "model.onnx").metadata_props}
+    properties = {
+        entry.key: entry.value for entry in onnx.load(trained.export / "model.onnx").metadata_props
+    }
     for sample in json.loads(properties["spec"])["golden"]:
         image = np.array(Image.open(io.BytesIO(base64.b64decode(sample["image"]))))[None, ..., None]
         assert np.abs(predict(image)[0] - sample["probabilities"]).max() <= STRICT

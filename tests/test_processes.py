@@ -15,7 +15,8 @@ import data
 import step1_train
 from data import split
 
-RUN = ["--model", "mlp", "--epochs", "3", "--batch-size", "101", "--device", "cpu"]  # 101: shares of 51 and 50
+# 101: shares of 51 and 50
+RUN = ["--model", "mlp", "--epochs", "3", "--batch-size", "101", "--device", "cpu"]
 LAUNCH = [
     sys.executable,
     "-m",

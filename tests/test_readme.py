@@ -31,13 +31,15 @@ def blocks(name):
 
 
 def commands(name):
-    """The lines of a page's bash blocks, without comments and without the README's set-up commands."""
+    """The lines of a page's bash blocks, without comments and without the README's set-up
+    commands."""
     chosen = blocks(name)[2:] if name == "README.md" else blocks(name)
     return [line.split("  #")[0].strip() for block in chosen for line in block.splitlines()]
 
 
 def run_here(command, directory, scripts):
-    """Run a page's command in `directory`, with the scripts in `scripts`, and return what it prints."""
+    """Run a page's command in `directory`, with the scripts in `scripts`, and return what it
+    prints."""
     command = re.sub(
         r"\S*\bpython (step\d_\w+\.pyz?)",
         lambda found: f"{shlex.quote(sys.executable)} {shlex.quote(str(scripts / found[1]))}",
@@ -75,7 +77,8 @@ def test_every_option_named_exists():
         for script in scripts
     ]
     known = set(re.findall(r"--[a-z0-9-]+", "".join(helps)))
-    # The benchmarks' page also speaks of options that were tried and removed: only its commands count.
+    # The benchmarks' page also speaks of options that were tried and removed: only its commands
+    # count.
     texts = [PAGES[name] for name in NAMES if not name.startswith("tests")]
     texts += re.findall(r"`(step\d_[^`]*)`", PAGES["tests/benchmarks/README.md"])
     assert len(texts) > len(NAMES)

@@ -17,7 +17,9 @@ def test_bins_hold_equally_many_sorted_by_confidence():
     confidence, right = np.array([0.9, 0.6, 0.8, 0.7]), np.array([True, False, False, True])
     mean, accuracy, count = metrics.reliability_bins(confidence, right, 2)
     assert (
-        mean == pytest.approx([0.65, 0.85]) and accuracy.tolist() == [0.5, 0.5] and count.tolist() == [2, 2]
+        mean == pytest.approx([0.65, 0.85])
+        and accuracy.tolist() == [0.5, 0.5]
+        and count.tolist() == [2, 2]
     )
     _, _, count = metrics.reliability_bins(confidence, right, 15)
     assert count.tolist() == [1] * 4  # no empty bins
@@ -27,7 +29,9 @@ def test_bins_hold_equally_many_sorted_by_confidence():
 
 def test_calibration_error_of_known_cases():
     probabilities = two_classes([0.75] * 8)
-    assert metrics.calibration_error(probabilities, np.array([0] * 6 + [1] * 2), 1) == pytest.approx(0)
+    assert metrics.calibration_error(
+        probabilities, np.array([0] * 6 + [1] * 2), 1
+    ) == pytest.approx(0)
     assert metrics.calibration_error(probabilities, np.zeros(8, int), 1) == pytest.approx(0.25)
     assert metrics.calibration_error(probabilities, np.ones(8, int), 1) == pytest.approx(0.75)
 
@@ -38,11 +42,14 @@ def test_the_noise_floor_is_what_perfect_probabilities_show():
     floor = metrics.calibration_error_floor(probabilities)
     assert floor == metrics.calibration_error_floor(probabilities)  # seeded
     perfect = [
-        metrics.calibration_error(probabilities, (rng.random(2000) > probabilities[:, 0]).astype(int))
+        metrics.calibration_error(
+            probabilities, (rng.random(2000) > probabilities[:, 0]).astype(int)
+        )
         for _ in range(20)
     ]
     assert floor == pytest.approx(np.mean(perfect), rel=0.1)
-    assert metrics.calibration_error_floor(probabilities[:200]) > 2 * floor  # fewer images, more noise
+    # fewer images, more noise
+    assert metrics.calibration_error_floor(probabilities[:200]) > 2 * floor
     assert metrics.calibration_error_floor(two_classes([1.0] * 20)) == 0
 
 
@@ -53,7 +60,9 @@ def test_accuracy_at_coverage():
     assert list(found) == ["0.95", "0.9", "0.8"]
     assert [row["accuracy"] for row in found.values()] == pytest.approx([18 / 19, 1, 1])
     sorted_down = probabilities[::-1, 0]
-    assert [row["probability"] for row in found.values()] == pytest.approx(sorted_down[[18, 17, 15]].tolist())
+    assert [row["probability"] for row in found.values()] == pytest.approx(
+        sorted_down[[18, 17, 15]].tolist()
+    )
     accuracy, lowest = metrics.coverage_curve(probabilities, labels)
     assert accuracy[0] == 1 and accuracy[-1] == 0.9 and lowest.tolist() == sorted_down.tolist()
     one = metrics.accuracy_at_coverage(probabilities[:1], labels[:1])
@@ -64,7 +73,9 @@ def test_a_temperature_can_be_undone():
     logits = np.random.default_rng(0).normal(0, 3, (50, 7))
     once, cold = (np.exp(logits / t) / np.exp(logits / t).sum(1, keepdims=True) for t in (1, 0.4))
     assert metrics.with_temperature(once, 0.4) == pytest.approx(cold)
-    assert metrics.with_temperature(cold.astype(np.float32), 1 / 0.4) == pytest.approx(once, abs=1e-5)
+    assert metrics.with_temperature(cold.astype(np.float32), 1 / 0.4) == pytest.approx(
+        once, abs=1e-5
+    )
     certain = np.array([[1, 0]], np.float32)  # 0 has no logarithm
     assert np.isfinite(metrics.with_temperature(certain, 2.0)).all()
 
@@ -82,5 +93,7 @@ def test_unknown_kinds(channels):
     assert not first["black"].any() and (first["white"] == 255).all()
     solid = first["solid colours"]
     assert (solid == solid[:, :1, :1]).all()
-    steps = {name: np.abs(np.diff(images.astype(int), axis=2)).mean() for name, images in first.items()}
+    steps = {
+        name: np.abs(np.diff(images.astype(int), axis=2)).mean() for name, images in first.items()
+    }
     assert steps["smooth blobs"] < 0.5 * min(steps["uniform noise"], steps["Gaussian noise"])

@@ -64,7 +64,14 @@ def draw_arguments(n, classes=None, wrong=7, shape=(8, 8, 1)):
     outputs[np.arange(count), (labels + (np.arange(count) < wrong)) % n] += 0.9
     spec = {"task": "classification", "classes": classes, "test_accuracy": 1 - wrong / count}
     spec["created"] = "2026-01-02T03:04:05+00:00"
-    return [spec, ROWS, labels, outputs, Recorder(shape), (np.zeros((4, *shape), np.uint8), labels[:4])]
+    return [
+        spec,
+        ROWS,
+        labels,
+        outputs,
+        Recorder(shape),
+        (np.zeros((4, *shape), np.uint8), labels[:4]),
+    ]
 
 
 def draw_run(run, *arguments):
@@ -88,7 +95,8 @@ def check_pictures(run, *names):
             image.load()
             assert 600 <= image.width <= 2400 and 300 <= image.height <= 2800, (name, image.size)
             assert np.asarray(image.convert("L")).std() > 3, f"{name} is blank"
-            assert not {"Software", "Creation Time"} & image.info.keys()  # the same run draws the same bytes
+            # the same run draws the same bytes
+            assert not {"Software", "Creation Time"} & image.info.keys()
     assert {path.name for path in run.iterdir()} == set(names)
 
 
@@ -133,7 +141,9 @@ def drawn_texts(monkeypatch):
 
     texts, write = [], Figure.text
     monkeypatch.setattr(
-        Figure, "text", lambda self, x, y, s, **more: texts.append(s) or write(self, x, y, s, **more)
+        Figure,
+        "text",
+        lambda self, x, y, s, **more: texts.append(s) or write(self, x, y, s, **more),
     )
     return texts
 
@@ -150,7 +160,10 @@ def test_titles_use_the_singular_for_one(run, monkeypatch):
 
 def test_pictures_of_a_regression_and_of_a_single_epoch(run):
     row = {**ROWS[0], "train_accuracy": None, "test_accuracy": None}
-    spec, truths = {"task": "regression", "created": "2026-01-02", "classes": ["y"]}, np.arange(5.0)[:, None]
+    spec, truths = (
+        {"task": "regression", "created": "2026-01-02", "classes": ["y"]},
+        np.arange(5.0)[:, None],
+    )
     draw_run(run, spec, [row], truths, truths + 1)
     check_pictures(run, "curves.png", "predicted.png")
 
@@ -162,7 +175,9 @@ def drawn_titles(monkeypatch):
 
     texts, set_title, make = [], Axes.set_title, Legend.__init__
     monkeypatch.setattr(
-        Axes, "set_title", lambda self, text, **more: texts.append(text) or set_title(self, text, **more)
+        Axes,
+        "set_title",
+        lambda self, text, **more: texts.append(text) or set_title(self, text, **more),
     )
     monkeypatch.setattr(
         Legend,
@@ -181,7 +196,9 @@ def test_reliability_is_drawn_before_and_after(run, monkeypatch):
     assert {"4 images each", "100% answered: 90.00% right"} <= set(texts)
     texts.clear()
     draw_run(run, {**arguments[0], "temperature": 0.5}, *arguments[1:])
-    before, after = (text.split("\ncalibration error ") for text in texts if "calibration error" in text)
+    before, after = (
+        text.split("\ncalibration error ") for text in texts if "calibration error" in text
+    )
     assert before[0] == "Before calibration" and after[0] == "After, temperature 0.50"
     error = calibration_error(arguments[3], arguments[2])
     assert after[1] == f"{error:.2%}" and before[1] != after[1]
@@ -198,7 +215,12 @@ def test_familiar_shows_the_export_of_the_current_checkpoint(run, monkeypatch):
     texts = drawn_titles(monkeypatch)
     write_run(run)
     checkpoint = hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()
-    figures = {"file": "model.onnx", "passed": True, "checkpoint_sha256": checkpoint, "familiar": FAMILIAR}
+    figures = {
+        "file": "model.onnx",
+        "passed": True,
+        "checkpoint_sha256": checkpoint,
+        "familiar": FAMILIAR,
+    }
     export = run.parent.parent / "exports" / "this"
     export.mkdir(parents=True)
 
@@ -209,7 +231,12 @@ def test_familiar_shows_the_export_of_the_current_checkpoint(run, monkeypatch):
     assert familiar_after() == 1 and (run / "familiar.png").exists()
     assert "test split, 4 images: 25% unknown at --reject 0.99" in texts
     assert "black, 1 image: 0% unknown at --reject 0.99" in texts
-    for other in ({"familiar": [3]}, {"familiar": {"a": {}}}, {"passed": False}, {"familiar": None}):
+    for other in (
+        {"familiar": [3]},
+        {"familiar": {"a": {}}},
+        {"passed": False},
+        {"familiar": None},
+    ):
         assert familiar_after() == 1
         assert familiar_after(**other) == 0 and not (run / "familiar.png").exists(), other
     assert familiar_after() == 1
@@ -234,7 +261,7 @@ def test_figures_of_each_class():
     assert json.dumps(figures)  # plain numbers
 
 
-# ------------------------------------------------------------------------------------------------ report.html
+# -------------------------------------------------------------------------------------- report.html
 
 
 class Page(HTMLParser):
@@ -249,7 +276,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.addresses += [
-            value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")
+            value
+            for name, value in attributes
+            if name in ("src", "href", "srcset", "action", "data")
         ]
         assert not [name for name, _ in attributes if name.startswith("on")]
         if tag not in ("meta", "img", "br", "link", "input"):
@@ -404,7 +433,8 @@ def test_report_of_a_directory_with_nothing_in_it(run):
 
 def test_the_calibration_error_has_its_noise_floor_beside_it(run):
     write_run(run)
-    assert "calibration error" not in read_report(run).text  # a run of an earlier version, or a regression
+    # a run of an earlier version, or a regression
+    assert "calibration error" not in read_report(run).text
     summary = json.loads((run / "summary.json").read_text())
 
     def after(**more):
@@ -413,7 +443,9 @@ def test_the_calibration_error_has_its_noise_floor_beside_it(run):
 
     assert "calibration error1.20%not calibrated" in after(calibration_error=0.012)
     calibrated = {"calibration_error": 0.012, "temperature": 0.5}
-    assert "calibration error1.20%noise floor 0.80%" in after(**calibrated, calibration_error_floor=0.008)
+    assert "calibration error1.20%noise floor 0.80%" in after(
+        **calibrated, calibration_error_floor=0.008
+    )
     text = after(**calibrated)  # as it was before there was a floor
     assert "calibration error1.20%" in text and "floor" not in text and "not calibrated" not in text
 
@@ -422,7 +454,9 @@ def test_report_shows_what_unequal_classes_hide(small, tmp_path):
     run = tmp_path / "runs" / "small"
     shutil.copytree(small.run, run)
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps({**summary, "balanced_accuracy": 0.3125, "macro_f1": 0.25}))
+    (run / "summary.json").write_text(
+        json.dumps({**summary, "balanced_accuracy": 0.3125, "macro_f1": 0.25})
+    )
     text = read_report(run).text
     assert "balanced accuracy 31.25%" in " ".join(text.split()) or "balanced accuracy31.25%" in text
     assert "macro F1" in text and "25.00%" in text
@@ -434,7 +468,12 @@ def test_report_shows_what_unequal_classes_hide(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("spread", "words"),
-    [([1.0, 3.0], "onnx: busy machine: 3x spread"), ([1.0, 1.9], None), ("wrong", None), (None, None)],
+    [
+        ([1.0, 3.0], "onnx: busy machine: 3x spread"),
+        ([1.0, 1.9], None),
+        ("wrong", None),
+        (None, None),
+    ],
 )
 def test_report_says_that_the_latency_was_taken_on_a_busy_machine(small, tmp_path, spread, words):
     run, export = tmp_path / "runs" / "small", tmp_path / "exports" / "small"
@@ -459,12 +498,19 @@ def test_report_has_the_export_of_the_current_checkpoint(small, tmp_path):
     size = f"{(export / 'model.onnx').stat().st_size:,} bytes"
     assert "Not exported yet" not in page.text and page.text.count("passed") == 2
     assert page.text.count(size) == page.text.count("model.onnx") + 1  # in the table of runs too
-    assert page.text.split("Export")[1].split("Configuration")[0].count(" ms") == 2  # each file's latency
+    # each file's latency
+    assert page.text.split("Export")[1].split("Configuration")[0].count(" ms") == 2
     parity = json.loads((export / "parity.json").read_text())
-    parity["onnx"].update(latency_ms=1.234, passed=False, failures=["<b>differs</b>"], max_abs_diff=None)
+    parity["onnx"].update(
+        latency_ms=1.234, passed=False, failures=["<b>differs</b>"], max_abs_diff=None
+    )
     (export / "parity.json").write_text(json.dumps(parity))
     page = read_report(run)
-    assert page.text.count("1.23 ms") == 2 and "FAILED" in page.text and "onnx: <b>differs</b>" in page.text
+    assert (
+        page.text.count("1.23 ms") == 2
+        and "FAILED" in page.text
+        and "onnx: <b>differs</b>" in page.text
+    )
     for figures in parity.values():  # as parity.json was before it had file names
         del figures["file"]
     (export / "parity.json").write_text(json.dumps(parity))
@@ -477,7 +523,7 @@ def test_report_has_the_export_of_the_current_checkpoint(small, tmp_path):
     assert "Not exported yet" in read_report(run, export_dir=str(tmp_path / "elsewhere")).text
 
 
-# ------------------------------------------------------------------------------------------------- model card
+# --------------------------------------------------------------------------------------- model card
 
 
 @pytest.fixture
@@ -532,17 +578,23 @@ def test_model_card_says_how_far_to_trust_the_outputs(facts):
     text, found = card.model_card(spec, parity), parity["onnx"]
     trust = section(text, "How far to trust the probabilities")
     before, after = (
-        " | ".join(f"{found[key + more]:.2%}" for key in ("calibration_error", "calibration_error_floor"))
+        " | ".join(
+            f"{found[key + more]:.2%}" for key in ("calibration_error", "calibration_error_floor")
+        )
         for more in ("_uncalibrated", "")
     )
     made = spec["calibration"]
     for words in (
-        f"a temperature of {spec['temperature']:.3g}, which was fitted on\n{made['images']} images outside",
+        f"a temperature of {spec['temperature']:.3g}, which was fitted on\n",
+        f"\n{made['images']} images outside",
         f"(source: {made['source']})",
         f"| before calibration | {before} | {found['nll_uncalibrated']:.4f} |",
         f"| model.onnx | {after} | {found['nll']:.4f} |",
         f"| 100% | {found['accuracy']:.2%} | - |",
-        *(f"| {c} | {found['coverage'][k]['accuracy']:.2%} |" for c, k in (("95%", "0.95"), ("80%", "0.8"))),
+        *(
+            f"| {c} | {found['coverage'][k]['accuracy']:.2%} |"
+            for c, k in (("95%", "0.95"), ("80%", "0.8"))
+        ),
         f"| by `--reject 0.99` | {found['kept']['0.99']:.1%} |",
         f"| uniform noise | 100 | {found['familiar']['uniform noise']['unknown']:.0%} |",
         f"| white | 1 | {found['familiar']['white']['unknown']:.0%} |",
@@ -560,10 +612,20 @@ def test_model_card_of_an_uncalibrated_export(facts):
     spec, parity = facts
     spec = {**spec, "temperature": None, "calibration": None, "known": None}
     for figures in parity.values():
-        for key in ["kept", "nll", "nll_uncalibrated", "familiar", "calibration_error_uncalibrated"]:
+        for key in [
+            "kept",
+            "nll",
+            "nll_uncalibrated",
+            "familiar",
+            "calibration_error_uncalibrated",
+        ]:
             del figures[key]
     trust = section(card.model_card(spec, parity), "How far to trust the probabilities")
-    assert "not calibrated: 0.9 does not mean" in trust and "`known`" not in trust and "--reject" not in trust
+    assert (
+        "not calibrated: 0.9 does not mean" in trust
+        and "`known`" not in trust
+        and "--reject" not in trust
+    )
     assert f"| model.onnx | {parity['onnx']['calibration_error']:.2%} |" in trust
     assert "before calibration" not in trust and "cross entropy" not in trust
     for figures in parity.values():  # as they were before there were such figures
@@ -621,7 +683,9 @@ def test_model_card_escapes_and_abbreviates_class_names(facts):
 def test_model_card_of_a_regression(features, words):
     spec = {"task": "regression", "classes": ["y"], "channels": features, "dataset": "linear"}
     spec |= {"model": "linear", "parameters": 6, "versions": {"torch": "2"}, "test_accuracy": None}
-    parity = {"onnx": {"passed": True, "samples": 20, "max_abs_diff": 1e-6, "mean_squared_error": 0.25}}
+    parity = {
+        "onnx": {"passed": True, "samples": 20, "max_abs_diff": 1e-6, "mean_squared_error": 0.25}
+    }
     text = card.model_card(spec, parity)
     assert words in text and "float32 `[batch, 1]`" in text and "| 0.25 |" in text
     assert "calibrated" not in text and "accuracy" not in text

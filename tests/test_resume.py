@@ -24,9 +24,20 @@ from training import cpu, runs
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import soak_resume
 
-# Dropout, both kinds of state in the optimizer, a schedule and augmentation: whatever could come out
-# differently.
-RUN = ["--model", "mynet", "--epochs", "4", "--batch-size", "100", "--augment", "translate", "flip", "cutout"]
+# Dropout, both kinds of state in the optimizer, a schedule and augmentation: whatever could come
+# out differently.
+RUN = [
+    "--model",
+    "mynet",
+    "--epochs",
+    "4",
+    "--batch-size",
+    "100",
+    "--augment",
+    "translate",
+    "flip",
+    "cutout",
+]
 RUN += ["--device", "cpu", "--precision", "fp32"]
 
 
@@ -34,7 +45,9 @@ def result(run):
     """The weights and the metrics of a run, without times."""
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    return checkpoint["state_dict"], [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return checkpoint["state_dict"], [
+        {k: v for k, v in row.items() if k != "seconds"} for row in rows
+    ]
 
 
 def assert_same(run, other):
@@ -49,7 +62,8 @@ def stop_at(monkeypatch, epoch, batch, number=signal.SIGINT):
     calls = iter(range(1, 10**6))
 
     def counting(outputs, *rest):
-        if outputs.requires_grad and next(calls) == (epoch - 1) * 15 + batch:  # 15 steps in an epoch of RUN
+        # 15 steps in an epoch of RUN
+        if outputs.requires_grad and next(calls) == (epoch - 1) * 15 + batch:
             os.kill(os.getpid(), number)
         return criterion(outputs, *rest)
 
@@ -67,7 +81,9 @@ def undisturbed(tmp_path_factory):
     return place / "runs"
 
 
-@pytest.mark.parametrize(("epoch", "batch", "number"), [(1, 1, 2), (2, 7, 15), (3, 15, 2), (4, 14, 2)])
+@pytest.mark.parametrize(
+    ("epoch", "batch", "number"), [(1, 1, 2), (2, 7, 15), (3, 15, 2), (4, 14, 2)]
+)
 def test_a_stopped_run_goes_on_to_the_very_same_end(
     call, here, undisturbed, monkeypatch, epoch, batch, number
 ):
@@ -87,7 +103,9 @@ def test_a_stopped_run_goes_on_to_the_very_same_end(
     assert not list((here / "runs" / "digits-mynet").glob("*previous*"))
 
 
-def test_the_best_epoch_on_the_validation_split_survives_a_stop(call, here, undisturbed, monkeypatch):
+def test_the_best_epoch_on_the_validation_split_survives_a_stop(
+    call, here, undisturbed, monkeypatch
+):
     with monkeypatch.context() as patch:
         stop_at(patch, 3, 2)
         assert call(step1_train.main, *RUN, "--val-fraction", 0.2).code == 130
@@ -111,7 +129,9 @@ def test_a_run_stopped_while_its_twin_trains_ends_with_the_same_calibration(
     places = here / "runs" / "digits-mynet", undisturbed / "a"
     one, other = (torch.load(place / "checkpoint.pt", weights_only=True) for place in places)
     assert one["spec"]["temperature"] == other["spec"]["temperature"]
-    assert not [k for k, v in one["familiarity"].items() if not torch.equal(v, other["familiarity"][k])]
+    assert not [
+        k for k, v in one["familiarity"].items() if not torch.equal(v, other["familiarity"][k])
+    ]
     assert not (here / "runs" / "digits-mynet" / "twin").exists()
 
 
@@ -141,7 +161,9 @@ def test_muon_resumes_exactly(call, here, monkeypatch):
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
-def test_the_learning_rate_of_a_resumed_run_is_that_of_an_undisturbed_one(call, here, monkeypatch, schedule):
+def test_the_learning_rate_of_a_resumed_run_is_that_of_an_undisturbed_one(
+    call, here, monkeypatch, schedule
+):
     arguments = [*RUN, "--epochs", 2, "--schedule", schedule, "--optimizer", "sgd", "--lr", 0.05]
     call(step1_train.main, *arguments, "--name", "a").done()
     with monkeypatch.context() as patch:
@@ -169,7 +191,9 @@ def test_a_checkpoint_of_an_earlier_version_is_not_resumed(call, run):
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     torch.save({**checkpoint, "schema": 1}, run / "checkpoint.pt")
     before = (run / "checkpoint.pt").read_bytes()
-    call(step1_train.main, "--resume", "a").error(1, "earlier version", "cannot be continued", "exported")
+    call(step1_train.main, "--resume", "a").error(
+        1, "earlier version", "cannot be continued", "exported"
+    )
     assert (run / "checkpoint.pt").read_bytes() == before
 
 
@@ -239,7 +263,9 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(call, undisturbed, ru
     content = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
     result = call(step1_train.main, "--resume", "a").done()
-    assert "checkpoint.pt is truncated" in result.err and "going on from the one before" in result.err
+    assert (
+        "checkpoint.pt is truncated" in result.err and "going on from the one before" in result.err
+    )
     assert "resumed   after 2 epochs and 0 steps" in result.out
     assert_same(run, undisturbed / "a")
 
@@ -280,9 +306,9 @@ def test_more_epochs_say_what_becomes_of_the_schedule(call, here, undisturbed, m
     shutil.copytree(undisturbed / "a", here / "runs" / "a")
     result = call(step1_train.main, "--resume", "a", "--epochs", 6).done()
     assert "a course of 6 epochs from here on, not of 4" in result.err
-    assert [row["epoch"] for row in csv.DictReader((here / "runs" / "a" / "metrics.csv").open())] == list(
-        "123456"
-    )
+    assert [
+        row["epoch"] for row in csv.DictReader((here / "runs" / "a" / "metrics.csv").open())
+    ] == list("123456")
     assert json.loads((here / "runs" / "a" / "summary.json").read_text())["epochs"] == 6
 
 
@@ -296,7 +322,9 @@ def test_nothing_to_resume_is_said(call, here, undisturbed):
 
 def test_another_dataset_is_noticed(call, run, monkeypatch):
     digits = data.load("digits")
-    changed = dataclasses.replace(digits, train_labels=digits.train_labels[::-1].copy(), fingerprint={})
+    changed = dataclasses.replace(
+        digits, train_labels=digits.train_labels[::-1].copy(), fingerprint={}
+    )
     monkeypatch.setattr(data, "load", lambda *_, **__: with_fingerprint(changed))
     line = call(step1_train.main, "--resume", "a").error(1, "not what runs/a was trained with")
     assert "the train split has other images, or the same with other labels" in line
@@ -307,12 +335,18 @@ def test_two_processes_do_not_resume_the_same_run(call, run):
         call(step1_train.main, "--resume", "a").error(1, "is being trained by another process")
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(call, undisturbed, run, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(
+    call, undisturbed, run, monkeypatch
+):
     before = (run / "checkpoint.pt").read_bytes()
     replacing = runs.replacing
 
     def full(path):
-        return open("/dev/full", "wb", buffering=0) if path.endswith("checkpoint.pt") else replacing(path)
+        return (
+            open("/dev/full", "wb", buffering=0)
+            if path.endswith("checkpoint.pt")
+            else replacing(path)
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "replacing", full)
@@ -331,7 +365,9 @@ def test_a_run_directory_that_vanishes_is_one_line(call, here, monkeypatch):
         return criterion(*args)
 
     monkeypatch.setattr(step1_train, "criterion", removing)
-    call(step1_train.main, *RUN).error(1, "cannot write runs/digits-mynet/checkpoint.pt", "No such file")
+    call(step1_train.main, *RUN).error(
+        1, "cannot write runs/digits-mynet/checkpoint.pt", "No such file"
+    )
 
 
 def test_a_loss_that_is_not_finite_says_where_and_keeps_the_checkpoint(call, here, monkeypatch):

@@ -1,4 +1,5 @@
-"""The Ray script on a single machine: over files, and over HTTP. RAY_PYTHON names a Python that has ray."""
+"""The Ray script on a single machine: over files, and over HTTP. RAY_PYTHON names a Python that has
+ray."""
 
 import contextlib
 import importlib.util
@@ -19,7 +20,9 @@ from conftest import ROOT
 from PIL import Image
 from test_bundle import export
 
-PYTHON = os.environ.get("RAY_PYTHON") or (sys.executable if importlib.util.find_spec("ray") else None)
+PYTHON = os.environ.get("RAY_PYTHON") or (
+    sys.executable if importlib.util.find_spec("ray") else None
+)
 SCRIPT = ROOT / "deploy" / "serving" / "ray_bundle.py"
 needs_ray = pytest.mark.skipif(
     PYTHON is None, reason="ray is not installed: pip install 'ray[data,serve]', or RAY_PYTHON"
@@ -64,8 +67,13 @@ def test_files(edge, samples, noise, tmp_path):
     command += ["answers", "--replicas", str(os.cpu_count() + 1)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
-    assert f"error: photos: 1 of {len(samples) + 1} files could not be used, see answers" in done.stderr
-    lines = [line for file in (tmp_path / "answers").iterdir() for line in file.read_text().splitlines()]
+    assert (
+        f"error: photos: 1 of {len(samples) + 1} files could not be used, see answers"
+        in done.stderr
+    )
+    lines = [
+        line for file in (tmp_path / "answers").iterdir() for line in file.read_text().splitlines()
+    ]
     answers = {os.path.basename(row["path"]): row for row in map(json.loads, lines)}
     assert answers.keys() == {"broken.png", *(path.name for path in samples)}
     assert "not an image" in answers["broken.png"]["error"]
@@ -75,7 +83,9 @@ def test_files(edge, samples, noise, tmp_path):
         answer = answers[os.path.basename(row["path"])]
         assert "error" not in answer or answer["error"] is None  # Ray's columns may be null
         assert {key: answer[key] for key in ("probability", "known", "label")} == is_as(row)
-        assert [entry["label"] for entry in answer["top"]] == [entry["label"] for entry in row["top"]]
+        assert [entry["label"] for entry in answer["top"]] == [
+            entry["label"] for entry in row["top"]
+        ]
     assert answers["noise.png"]["label"] == "unknown"
 
 
@@ -85,20 +95,28 @@ def test_http(edge, noise):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [PYTHON, SCRIPT, "serve", edge, "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as service:
         try:
             assert any("serving on" in line for line in service.stdout)
             expected = json.loads((edge / "samples" / "expected.jsonl").read_text().splitlines()[0])
             content = (edge / expected["path"]).read_bytes()
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", data=content, timeout=60) as reply:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{port}/", data=content, timeout=60
+            ) as reply:
                 answer = json.load(reply)
-            assert {key: answer[key] for key in ("probability", "known", "label")} == is_as(expected)
+            assert {key: answer[key] for key in ("probability", "known", "label")} == is_as(
+                expected
+            )
             url = f"http://127.0.0.1:{port}/"
             with urllib.request.urlopen(url, data=noise.read_bytes(), timeout=60) as reply:
                 strange = json.load(reply)
             assert strange["label"] == "unknown" and strange["top"][0]["label"] in "0123456789"
             with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", data=b"not an image", timeout=60)
+                urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/", data=b"not an image", timeout=60
+                )
             assert refused.value.code == 400 and "not an image" in json.load(refused.value)["error"]
         finally:
             service.send_signal(signal.SIGINT)
@@ -121,5 +139,9 @@ def test_http(edge, noise):
 def test_wrong_use(arguments, words, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "model.onnx").touch()
-    done = subprocess.run([PYTHON, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and f"error: {words}" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [PYTHON, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2 and f"error: {words}" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -58,7 +58,8 @@ def test_checkpoint_is_plain_and_complete(trained):
         checkpoint["arguments"]["epochs"] == 20 and checkpoint["arguments"]["dataset"] == "digits"
     )
     spec = checkpoint["spec"]
-    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy"
+    keys = "schema task classes channels image_size resize mean std dataset model parameters"
+    keys += " test_accuracy"
     assert not [
         key for key in [*keys.split(), "arguments", "versions", "created"] if key not in spec
     ]
@@ -83,10 +84,15 @@ def test_checkpoint_is_plain_and_complete(trained):
 
 def test_metrics_have_a_row_for_each_epoch(trained):
     rows = rows_of(trained.run)
-    assert (
-        list(rows[0])
-        == ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds"]
-    )
+    assert list(rows[0]) == [
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "lr",
+        "seconds",
+    ]
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 21)]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     summary = json.loads((trained.run / "summary.json").read_text())
@@ -346,7 +352,9 @@ def test_networks_see_what_cameras_do_by_default_but_the_tutorials_do_not(name, 
     dataset = SimpleNamespace(
         has_images=True, train_images=images, train_labels=np.zeros(50), val_images=None
     )
-    fitted = recipes.adapt_to_images(recipes.resolve(args, given), given, dataset, model.traits(name))
+    fitted = recipes.adapt_to_images(
+        recipes.resolve(args, given), given, dataset, model.traits(name)
+    )
     usual = ["flip", "translate"][channels == 1 :]
     camera = [] if name in ("mlp", "mynet", "resblock") else ["blur", "color", "noise"]
     assert fitted.augment == [*usual, *camera] and set(fitted.augment) < set(data.AUGMENTATIONS)
@@ -405,7 +413,8 @@ def test_the_networks_are_listed_with_what_one_chooses_by(call):
 
 @pytest.fixture
 def photos(here):
-    """Class folders in the working directory, with four times as many dark images as bright ones."""
+    """Class folders in the working directory, with four times as many dark images as bright
+    ones."""
     rng = np.random.default_rng(0)
     for split, name, low, count in [
         ("train", "dark", 0, 40),

@@ -55,9 +55,16 @@ def test_both_formats_pass_the_gate(trained):
 
 def test_export_writes_two_files_and_the_figures(trained, small):
     for export in (trained.export, small.export):
-        assert sorted(os.listdir(export)) == ["model.onnx", "model.pt", "parity.json", "step3_infer.pyz"]
+        assert sorted(os.listdir(export)) == [
+            "model.onnx",
+            "model.pt",
+            "parity.json",
+            "step3_infer.pyz",
+        ]
     printed = trained.printed[1]
-    assert "runs/digits-airbench" in printed.err.splitlines()[0] and len(printed.err.splitlines()) == 1
+    assert (
+        "runs/digits-airbench" in printed.err.splitlines()[0] and len(printed.err.splitlines()) == 1
+    )
     assert (
         "exports/digits-airbench/model.onnx" in printed.out
         and "exports/digits-airbench/model.pt" in printed.out
@@ -66,7 +73,11 @@ def test_export_writes_two_files_and_the_figures(trained, small):
 
 def test_pt2_passes_the_gate_and_tells_no_paths(all_formats):
     figures = parity_of(all_formats)["pt2"]
-    assert figures["passed"] and figures["max_abs_diff"] <= 1e-4 and figures["isolated"]["samples"] == 16
+    assert (
+        figures["passed"]
+        and figures["max_abs_diff"] <= 1e-4
+        and figures["isolated"]["samples"] == 16
+    )
     program = torch.export.load(all_formats / "model.pt2", extra_files=(extra := {"spec.json": ""}))
     assert json.loads(extra["spec.json"])["classes"] == list("0123456789")
     assert [str(size) for size in program.graph_signature.user_inputs] == ["image"]
@@ -76,14 +87,21 @@ def test_pt2_passes_the_gate_and_tells_no_paths(all_formats):
             assert probabilities.shape == (shape[0], 10) and known.shape == (shape[0],)
     with zipfile.ZipFile(all_formats / "model.pt2") as archive:
         contents = b"".join(archive.read(name) for name in archive.namelist())
-    assert not [path for path in (ROOT, os.path.dirname(torch.__file__)) if os.fsencode(path) in contents]
+    assert not [
+        path for path in (ROOT, os.path.dirname(torch.__file__)) if os.fsencode(path) in contents
+    ]
 
 
 def test_onnx_gelu_is_one_operator_for_onnxruntime(trained, tmp_path):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 4
-    onnxruntime.InferenceSession(trained.export / "model.onnx", options, providers=["CPUExecutionProvider"])
+    options.optimized_model_filepath, options.log_severity_level = (
+        str(tmp_path / "optimized.onnx"),
+        4,
+    )
+    onnxruntime.InferenceSession(
+        trained.export / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kinds.count("Gelu") == 7 and "Erf" not in kinds
 
@@ -91,7 +109,9 @@ def test_onnx_gelu_is_one_operator_for_onnxruntime(trained, tmp_path):
 def test_onnx_graph_is_as_promised(trained):
     graph = onnx.load(trained.export / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)
-    assert [entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")] == [18]
+    assert [entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")] == [
+        18
+    ]
     (image,), (probabilities, known) = graph.graph.input, graph.graph.output
     assert (known.name, known.type.tensor_type.elem_type) == ("known", onnx.TensorProto.FLOAT)
     assert (image.name, image.type.tensor_type.elem_type) == ("image", onnx.TensorProto.UINT8)
@@ -104,7 +124,9 @@ def test_onnx_graph_is_as_promised(trained):
     )
     assert probabilities.type.tensor_type.shape.dim[1].dim_value == 10
     assert not [
-        tensor for tensor in graph.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
+        tensor
+        for tensor in graph.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
     ]
 
 
@@ -113,17 +135,24 @@ def test_spec_inside_the_file_says_where_it_comes_from(trained, name):
     spec = Model(str(trained.export / name)).spec
     checkpoint = (trained.run / "checkpoint.pt").read_bytes()
     assert spec["checkpoint_sha256"] == hashlib.sha256(checkpoint).hexdigest()
-    keys = "schema task classes channels image_size resize mean std dataset model parameters test_accuracy"
+    keys = "schema task classes channels image_size resize mean std dataset model parameters"
+    keys += " test_accuracy"
     keys += " arguments"
     assert not [key for key in [*keys.split(), "versions", "created", "golden"] if key not in spec]
     trained_spec = torch.load(trained.run / "checkpoint.pt", weights_only=True)["spec"]
-    assert not [key for key in keys.split() if spec[key] != json.loads(json.dumps(trained_spec[key]))]
+    assert not [
+        key for key in keys.split() if spec[key] != json.loads(json.dumps(trained_spec[key]))
+    ]
     assert len(spec["golden"]) >= 2 and spec["self_test_tolerance"] == 1e-4
-    assert all(sum(sample["probabilities"]) == pytest.approx(1, abs=1e-5) for sample in spec["golden"])
+    assert all(
+        sum(sample["probabilities"]) == pytest.approx(1, abs=1e-5) for sample in spec["golden"]
+    )
 
 
 def test_onnx_names_its_classes_for_foreign_readers(trained):
-    properties = {entry.key: entry.value for entry in onnx.load(trained.export / "model.onnx").metadata_props}
+    properties = {
+        entry.key: entry.value for entry in onnx.load(trained.export / "model.onnx").metadata_props
+    }
     assert json.loads(properties["classes"]) == list("0123456789")
     minimum = json.loads(properties["spec"])["onnxruntime_min"].split(".")
     assert [int(part) for part in minimum] >= [1, 14]
@@ -137,11 +166,25 @@ def test_file_does_not_tell_the_training_machines_paths(trained, name):
 
 
 def test_colour_images_go_all_the_way(call, here, cifar10, in_process):
-    arguments = ["--dataset", "cifar10", "--model", "mynet", "--epochs", "1", "--batch-size", "32", "--data-dir"]
+    arguments = [
+        "--dataset",
+        "cifar10",
+        "--model",
+        "mynet",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "32",
+        "--data-dir",
+    ]
     call(step1_train.main, *arguments, cifar10).done()
     call(step2_export.main, "--format", "onnx").done()
     model = Model(str(here / "exports" / "cifar10-mynet" / "model.onnx"))
-    assert (model.spec["channels"], model.spec["image_size"], len(model.spec["mean"])) == (3, [32, 32], 3)
+    assert (model.spec["channels"], model.spec["image_size"], len(model.spec["mean"])) == (
+        3,
+        [32, 32],
+        3,
+    )
     assert (
         model.spec["classes"][9] == "truck"
         and parity_of(here / "exports" / "cifar10-mynet")["onnx"]["passed"]
@@ -154,10 +197,17 @@ def test_one_format_later_keeps_the_others_entry(call, small, small_run, here, i
     call(step2_export.main, "--format", "torchscript", "--run", "small").done()
     after = parity_of(here / "exports" / "small")
     assert after["onnx"] == before["onnx"] and after["torchscript"]["passed"]
-    assert sorted(os.listdir(here / "exports" / "small")) == ["model.onnx", "model.pt", "parity.json", "step3_infer.pyz"]
+    assert sorted(os.listdir(here / "exports" / "small")) == [
+        "model.onnx",
+        "model.pt",
+        "parity.json",
+        "step3_infer.pyz",
+    ]
 
 
-def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(call, small, small_run, here, in_process):
+def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(
+    call, small, small_run, here, in_process
+):
     shutil.copytree(small.export, here / "exports" / "small")
     report = parity_of(small.export)
     report["onnx"]["checkpoint_sha256"] = "0" * 64
@@ -166,13 +216,19 @@ def test_files_of_another_checkpoint_do_not_stay_beside_new_ones(call, small, sm
     (here / "exports" / "small" / "small-bundle.zip").write_bytes(b"of the other checkpoint")
     result = call(step2_export.main, "--format", "torchscript").done()
     assert "held an export of another checkpoint, which is removed: onnx" in result.err
-    assert sorted(os.listdir(here / "exports" / "small")) == ["model.pt", "parity.json", "step3_infer.pyz"]
+    assert sorted(os.listdir(here / "exports" / "small")) == [
+        "model.pt",
+        "parity.json",
+        "step3_infer.pyz",
+    ]
     assert parity_of(here / "exports" / "small").keys() == {"torchscript"}
 
 
 def test_a_test_split_that_has_changed_is_refused(call, small_run, here, monkeypatch):
     digits = data.load("digits")
-    swapped = dataclasses.replace(digits, test_images=digits.test_images[::-1].copy(), fingerprint={})
+    swapped = dataclasses.replace(
+        digits, test_images=digits.test_images[::-1].copy(), fingerprint={}
+    )
     monkeypatch.setattr(data, "load", lambda *_, **__: with_fingerprint(swapped))
     refused = call(step2_export.main, "--format", "onnx")
     refused.error(1, "not what runs/small was trained with", "the test split has other images")
@@ -191,11 +247,17 @@ def test_threads_are_those_asked_for(call, small_run, here, in_process, plant, m
 def test_newest_run_is_taken(call, small, small_run, here, monkeypatch):
     shutil.copytree(small_run, here / "runs" / "older")
     os.utime(here / "runs" / "older" / "checkpoint.pt", (1e9, 1e9))
-    monkeypatch.setattr(step2_export, "export", lambda run, *_: print(run.path) or [])  # no format failed
+    # no format failed
+    monkeypatch.setattr(step2_export, "export", lambda run, *_: print(run.path) or [])
     result = call(step2_export.main).done()
     assert result.out.strip() == "runs/small" and "runs/small" in result.err
     assert call(step2_export.main, "--run", "older").done().out.strip() == "runs/older"
-    assert call(step2_export.main, "--run", here / "runs" / "older").done().out.strip().endswith("runs/older")
+    assert (
+        call(step2_export.main, "--run", here / "runs" / "older")
+        .done()
+        .out.strip()
+        .endswith("runs/older")
+    )
 
 
 def test_no_run_at_all(call, here):
@@ -207,7 +269,9 @@ def test_unknown_run_lists_those_there_are(call, small_run):
     call(step2_export.main, "--run", "smal").error(2, "'smal'", "small")
 
 
-@pytest.mark.parametrize("option", ["--opset 17", "--format coreml", "--tolerance 0", "--tolerance big"])
+@pytest.mark.parametrize(
+    "option", ["--opset 17", "--format coreml", "--tolerance 0", "--tolerance big"]
+)
 def test_wrong_option(call, here, option):
     call(step2_export.main, *option.split()).error(2, *option.split())
 
@@ -229,7 +293,9 @@ def test_option_without_effect_on_the_formats(call, here, options, needed):
 def test_options_have_their_defaults():
     arguments = step2_export.parse([])
     assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (18, 1e-4, 0.5)
-    arguments = step2_export.parse(["--format", "onnx", "onnx-int8", "--max-drop", "0", "--opset", "20"])
+    arguments = step2_export.parse(
+        ["--format", "onnx", "onnx-int8", "--max-drop", "0", "--opset", "20"]
+    )
     assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (20, 1e-4, 0)
 
 
@@ -247,7 +313,8 @@ def test_the_parser_names_the_formats_that_there_are():
 
 @pytest.fixture
 def poisoned(here):
-    """poisoned(line) -> an environment in which `import torch` does what the line of Python says."""
+    """poisoned(line) -> an environment in which `import torch` does what the line of Python
+    says."""
 
     def poison(line):
         (here / "poison").mkdir()
@@ -258,7 +325,8 @@ def poisoned(here):
 
 
 @pytest.mark.parametrize(
-    "options, code", [("--help", 0), ("--opset 17", 2), ("--fromat onnx", 2), ("--max-drop 1", 2), ("", 1)]
+    "options, code",
+    [("--help", 0), ("--opset 17", 2), ("--fromat onnx", 2), ("--max-drop 1", 2), ("", 1)],
 )
 def test_usage_does_not_wait_for_torch(execute, here, poisoned, options, code):
     environment = poisoned("raise ImportError('torch is poisoned')")
@@ -267,7 +335,9 @@ def test_usage_does_not_wait_for_torch(execute, here, poisoned, options, code):
 
 
 def test_interrupted_while_torch_is_imported(execute, here, poisoned):
-    environment = poisoned("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(20)")
+    environment = poisoned(
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"
+    )
     result = execute(ROOT / "step2_export.py", cwd=here, env=environment)
     assert result.code == -signal.SIGINT and result.err == ""
 
@@ -316,7 +386,10 @@ def test_checkpoint_of_a_newer_threestep(call, small_run):
 
 
 def test_checkpoint_of_an_older_threestep(call, small_run, here, in_process):
-    edit(small_run, lambda checkpoint: checkpoint.update(schema=1) or checkpoint.pop("training", None))
+    edit(
+        small_run,
+        lambda checkpoint: checkpoint.update(schema=1) or checkpoint.pop("training", None),
+    )
     call(step2_export.main, "--format", "torchscript").done()
     assert parity_of(here / "exports" / "small")["torchscript"]["passed"]
 
@@ -327,7 +400,10 @@ def test_checkpoint_of_another_shape(call, small_run):
 
 
 def test_checkpoint_whose_weights_changed_since_training(call, small_run, here):
-    edit(small_run, lambda checkpoint: [value.mul_(-1) for value in checkpoint["state_dict"].values()])
+    edit(
+        small_run,
+        lambda checkpoint: [value.mul_(-1) for value in checkpoint["state_dict"].values()],
+    )
     call(step2_export.main).error(1, "training reported", "changed checkpoint")
     assert not list(here.glob("exports/*/model.*"))
 
@@ -376,7 +452,9 @@ def test_what_step_1_said_of_the_data_is_not_said_again(call, here, in_process):
             Image.fromarray(pixels.astype(np.uint8)).save(here / "photos" / name / f"{k}.png")
     (here / "photos" / "a" / "labels.txt").touch()
     (here / "photos" / "b" / "broken.png").write_text("no image")
-    step1 = call(step1_train.main, *["--data-dir", "photos", "--model", "linear", "--epochs", "1"]).done()
+    step1 = call(
+        step1_train.main, *["--data-dir", "photos", "--model", "linear", "--epochs", "1"]
+    ).done()
     assert "labels.txt" in step1.err and "broken.png" in step1.err
     step2 = call(step2_export.main, "--format", "torchscript").done()
     assert "labels.txt" not in step2.err and "broken.png" not in step2.err

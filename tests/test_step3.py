@@ -20,13 +20,17 @@ from inference.predict import Model
 @pytest.fixture
 def predict(call, trained):
     """predict(*arguments) -> Result, with the trained network's ONNX file."""
-    return lambda *arguments: call(step3_infer.main, "--model", trained.export / "model.onnx", *arguments)
+    return lambda *arguments: call(
+        step3_infer.main, "--model", trained.export / "model.onnx", *arguments
+    )
 
 
 @pytest.fixture
 def bad(here):
     """Files that are no images, each of another kind: path -> what is said of it."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)).save("whole.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)).save(
+        "whole.jpg"
+    )
     whole = (here / "whole.jpg").read_bytes()
     (here / "whole.jpg").unlink()
     (here / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
@@ -67,7 +71,10 @@ def test_json_is_an_object_a_line(predict, samples):
         assert row.keys() == {"path", "label", "probability", "known", "top"}
         assert row["top"][0] == {"label": row["label"], "probability": row["probability"]}
         probabilities = [entry["probability"] for entry in row["top"]]
-        assert probabilities == sorted(probabilities, reverse=True) and abs(sum(probabilities) - 1) < 1e-4
+        assert (
+            probabilities == sorted(probabilities, reverse=True)
+            and abs(sum(probabilities) - 1) < 1e-4
+        )
         assert sorted(entry["label"] for entry in row["top"]) == list("0123456789")
 
 
@@ -94,7 +101,10 @@ def test_order_and_answers_do_not_depend_on_sizes_and_batches(predict, samples, 
         Image.open(path).resize((side, side), Image.Resampling.NEAREST).save(f"{k:02}.png")
         paths.append(f"{k:02}.png")
     rows = [
-        [json.loads(line) for line in predict("--format", "json", *arguments).done().out.splitlines()]
+        [
+            json.loads(line)
+            for line in predict("--format", "json", *arguments).done().out.splitlines()
+        ]
         for arguments in (["--batch-size", batch_size, *paths], ["."])
     ]
     assert [row["path"] for row in rows[0]] == paths and [row["path"] for row in rows[1]] == [
@@ -110,7 +120,8 @@ def test_globs_are_expanded_also_below(predict, samples, here):
     for path, target in zip(samples, ["a/b/x.png", "a/y.png", "z.png", "z[1].png"], strict=False):
         shutil.copy(path, target)
     found = [
-        json.loads(line)["path"] for line in predict("--format", "json", "**/*.png").done().out.splitlines()
+        json.loads(line)["path"]
+        for line in predict("--format", "json", "**/*.png").done().out.splitlines()
     ]
     assert found == ["a/b/x.png", "a/y.png", "z.png", "z[1].png"]
     # A name that exists is a file, whatever characters it has.
@@ -125,7 +136,9 @@ def test_a_glob_that_matches_only_a_directory_is_not_silent(predict, samples, he
 
 
 @pytest.mark.parametrize("output_format", ["text", "json", "csv"])
-def test_every_unusable_file_is_named_and_the_others_are_predicted(predict, samples, bad, output_format):
+def test_every_unusable_file_is_named_and_the_others_are_predicted(
+    predict, samples, bad, output_format
+):
     result = predict("--format", output_format, samples[3], *bad, samples[5])
     assert result.code == 1 and "Traceback" not in result.err
     lines = result.err.splitlines()
@@ -178,7 +191,9 @@ def test_closed_pipe_has_no_traceback(execute, trained, samples, here, closed_pi
     assert (result.code, result.err) == (0, "")
 
 
-def test_closed_standard_error_keeps_predictions_and_exit_code(execute, trained, samples, bad, here):
+def test_closed_standard_error_keeps_predictions_and_exit_code(
+    execute, trained, samples, bad, here
+):
     arguments = ["--model", trained.export / "model.onnx", "text.png", *samples]
     result = execute(ROOT / "step3_infer.py", *arguments, cwd=here, close="2>&-")
     assert result.code == 1 and len(result.out.splitlines()) == 10
@@ -219,8 +234,11 @@ def test_wrong_command_line(call, here, arguments, word):
 
 @pytest.mark.parametrize("arguments", [["image.png"], ["--verify"], ["--self-test"], ["--help"]])
 def test_an_older_python_is_told_in_one_line(execute, here, arguments):
-    older = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); sys.version = '3.9.18 (main)'; "
-    older += "script = sys.argv[1]; sys.argv = sys.argv[1:]; runpy.run_path(script, run_name='__main__')"
+    older = "import runpy, sys; sys.version_info = (3, 9, 18, 'final', 0); "
+    older += "sys.version = '3.9.18 (main)'; "
+    older += (
+        "script = sys.argv[1]; sys.argv = sys.argv[1:]; runpy.run_path(script, run_name='__main__')"
+    )
     result = execute("-c", older, ROOT / "step3_infer.py", *arguments, cwd=here)
     assert (result.code, result.out) == (1, "")
     assert result.err == "error: Python 3.10 or newer is needed, this is Python 3.9.18\n"

@@ -20,7 +20,9 @@ from training import cpu, optimizers, recipes
 def gather(images, names, flips=None, seed=0):
     n = len(images)
     flips = torch.zeros(n, dtype=torch.bool) if flips is None else flips
-    return augment.gather(images, torch.arange(n), names, flips, torch.Generator().manual_seed(seed))
+    return augment.gather(
+        images, torch.arange(n), names, flips, torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture
@@ -47,7 +49,9 @@ def test_mirror_stays_inside_the_smallest_images():
 
 def test_no_augmentation_is_the_images_in_the_order_asked_for(images):
     index = torch.tensor([3, 0, 3])
-    got = augment.gather(images, index, [], torch.zeros(len(images), dtype=torch.bool), torch.Generator())
+    got = augment.gather(
+        images, index, [], torch.zeros(len(images), dtype=torch.bool), torch.Generator()
+    )
     assert torch.equal(got, images[index])
 
 
@@ -59,11 +63,15 @@ def test_flip_mirrors_left_to_right_where_told(images):
 
 def test_translate_shifts_by_a_sixteenth_and_mirrors_at_the_edge(images):
     got = gather(images, ["translate"])
-    padded = torch.nn.functional.pad(images.permute(0, 3, 1, 2).float(), (2, 2, 1, 1), mode="reflect").byte()
+    padded = torch.nn.functional.pad(
+        images.permute(0, 3, 1, 2).float(), (2, 2, 1, 1), mode="reflect"
+    ).byte()
     padded, seen = padded.permute(0, 2, 3, 1), set()
     for before, after in zip(padded, got, strict=True):
         shifts = itertools.product(range(3), range(5))
-        fitting = [(dy, dx) for dy, dx in shifts if torch.equal(before[dy : dy + 20, dx : dx + 36], after)]
+        fitting = [
+            (dy, dx) for dy, dx in shifts if torch.equal(before[dy : dy + 20, dx : dx + 36], after)
+        ]
         assert len(fitting) == 1
         seen.update(fitting)
     assert {dy for dy, _ in seen} == {0, 1, 2} and {dx for _, dx in seen} == {0, 1, 2, 3, 4}
@@ -77,7 +85,9 @@ def test_photo_augmentations_change_images_repeatably_and_within_bounds(name, ch
     before = smooth.clone()
     got = gather(smooth, [name])
     assert got.shape == smooth.shape and got.dtype == torch.uint8 and torch.equal(smooth, before)
-    assert torch.equal(got, gather(smooth, [name])) and not torch.equal(got, gather(smooth, [name], seed=1))
+    assert torch.equal(got, gather(smooth, [name])) and not torch.equal(
+        got, gather(smooth, [name], seed=1)
+    )
     changed = (got != smooth).flatten(1).any(1).float().mean().item()
     part = augment.CAMERA[name].part if name in augment.CAMERA else 1
     assert changed == pytest.approx(part, abs=0.25)
@@ -140,9 +150,15 @@ def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
         return images[index]
 
     monkeypatch.setattr(split, "gather", spy)
-    call(step1_train.main, *["--model", "mlp", "--augment", "flip", "--epochs", "2", "--device", "cpu"]).done()
+    call(
+        step1_train.main,
+        *["--model", "mlp", "--augment", "flip", "--epochs", "2", "--device", "cpu"],
+    ).done()
     two = 2 * 1437  # what follows is for samples.png
-    indices, flipped = torch.cat(indices)[:two].view(2, 1437), torch.cat(flipped)[:two].view(2, 1437)
+    indices, flipped = (
+        torch.cat(indices)[:two].view(2, 1437),
+        torch.cat(flipped)[:two].view(2, 1437),
+    )
     first, second = (flips[index.argsort()] for flips, index in zip(flipped, indices, strict=True))
     assert torch.equal(first, ~second) and 600 < first.sum() < 840
 
@@ -173,7 +189,12 @@ def test_every_optimizer_and_schedule_learns(optimizer, schedule):
 
 @pytest.mark.parametrize(
     ("schedule", "first", "middle", "last"),
-    [("constant", 1, 1, 1), ("linear", 1, 0.5, 0), ("cosine", 1, 0.5, 0), ("onecycle", 1 / 25, 0.81, 0)],
+    [
+        ("constant", 1, 1, 1),
+        ("linear", 1, 0.5, 0),
+        ("cosine", 1, 0.5, 0),
+        ("onecycle", 1 / 25, 0.81, 0),
+    ],
 )
 def test_schedules_at_their_ends(schedule, first, middle, last):
     rates = [optimizers.rate(schedule, step, 50) for step in range(51)]
@@ -195,7 +216,9 @@ def test_an_unknown_schedule_is_an_error():
 def test_weight_decay_spares_biases_and_norms_whatever_the_optimizer(name):
     network = model.build("mynet", channels=1, classes=3, image_size=(8, 8))
     optimizer = optimizers.make_optimizer(network, settings(name))
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert len(decays) == len(list(network.parameters()))
     assert all(decays[id(p)] == (0.1 if p.ndim > 1 else 0) for p in network.parameters())
 
@@ -223,7 +246,10 @@ def test_muon_holds_filters_and_brings_singular_values_near_one():
 def test_narrow_convolutions_side_by_side_change_no_parameter_and_no_result():
     torch.manual_seed(0)
     network = model.build("airbench", channels=1, classes=3, image_size=(28, 28), width=0.1)
-    x, before = torch.randn(4, 1, 28, 28), {key: value.clone() for key, value in network.state_dict().items()}
+    x, before = (
+        torch.randn(4, 1, 28, 28),
+        {key: value.clone() for key, value in network.state_dict().items()},
+    )
     expected = network.eval()(x)
     cpu.lay_side_by_side(network)
     assert sum(isinstance(module, cpu.Conv3x3) for module in network.modules()) == 6
@@ -241,7 +267,9 @@ def test_narrow_convolutions_side_by_side_change_no_parameter_and_no_result():
         (None, "1", 4, 3.9, "left alone"),
     ],
 )
-def test_threads_leave_the_cpus_that_other_programs_use(monkeypatch, asked, variable, cpus, taken, threads):
+def test_threads_leave_the_cpus_that_other_programs_use(
+    monkeypatch, asked, variable, cpus, taken, threads
+):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
@@ -253,10 +281,14 @@ def test_threads_leave_the_cpus_that_other_programs_use(monkeypatch, asked, vari
     assert chosen == ([] if threads == "left alone" else [threads])
     assert number == (None if threads == "left alone" else threads)
     fewer = not asked and not variable and threads < cpus
-    assert reason == (f"other programs use {taken} of {cpus} CPUs; --threads overrides" if fewer else "")
+    assert reason == (
+        f"other programs use {taken} of {cpus} CPUs; --threads overrides" if fewer else ""
+    )
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="this system does not say what its CPUs do")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/stat"), reason="this system does not say what its CPUs do"
+)
 def test_a_busy_process_is_seen():
     code = "import time; until = time.time() + 30\nwhile time.time() < until: pass"
     busy = subprocess.Popen([sys.executable, "-c", code])
@@ -271,16 +303,35 @@ def test_a_busy_process_is_seen():
         busy.wait()
 
 
-# --------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 COMMON = {"epochs": 10, "label_smoothing": 0.0}
-SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"}
+SGD = {
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "schedule": "onecycle",
+}
 ADAM = {"optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"}
-MUON = {"optimizer": "muon", "lr": 0.12, "momentum": 0.6, "weight_decay": 0.004, "schedule": "linear"}
+MUON = {
+    "optimizer": "muon",
+    "lr": 0.12,
+    "momentum": 0.6,
+    "weight_decay": 0.004,
+    "schedule": "linear",
+}
 # What each network gets on any dataset, and what differs on some.
 EXPECTED = {
     "airbench": {**COMMON, **MUON, "batch_size": 250, "label_smoothing": 0.2},
-    "linear": {**COMMON, **SGD, "epochs": 300, "batch_size": 100_000, "lr": 0.1, "weight_decay": 0.0},
+    "linear": {
+        **COMMON,
+        **SGD,
+        "epochs": 300,
+        "batch_size": 100_000,
+        "lr": 0.1,
+        "weight_decay": 0.0,
+    },
     "mlp": {**COMMON, **ADAM, "batch_size": 32},
     "mynet": {**COMMON, **MUON, "batch_size": 256, "lr": 0.14},
     "resblock": {**COMMON, **SGD, "batch_size": 512, "lr": 0.5},
@@ -318,7 +369,12 @@ def test_recipe_of_every_network_and_dataset(network, dataset):
 
 def test_every_network_has_a_recipe_pinned_here():
     assert set(model.MODELS) <= set(EXPECTED)
-    assert {name.split()[0] for name in recipes.RECIPES} <= {*EXPECTED, "*", "torchvision", "pretrained"}
+    assert {name.split()[0] for name in recipes.RECIPES} <= {
+        *EXPECTED,
+        "*",
+        "torchvision",
+        "pretrained",
+    }
 
 
 def test_another_optimizer_brings_its_own_rate_and_schedule():

@@ -58,7 +58,9 @@ def test_frozen_result_is_that_of_the_whole_network(call, here, photos, weights,
     ]
     given = torch.load(weights, weights_only=True)
     assert all(torch.equal(states[0][key], states[1][key]) for key in given)
-    assert all(torch.equal(states[0][key], given[key]) for key in given if not key.startswith("head"))
+    assert all(
+        torch.equal(states[0][key], given[key]) for key in given if not key.startswith("head")
+    )
     command_line = "--run", "run", "--format", "torchscript"
     call(step2_export.main, *command_line).done()  # compares with the whole network
     parity = json.loads((here / "exports/run/parity.json").read_text())
@@ -80,12 +82,18 @@ def test_frozen_networks_are_not_augmented(call, here, photos, weights):
 
 
 def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):
-    asked = command(photos, "--width", 0.25, "--pretrained", weights, "--lr", 1e-9, "--augment", "none")
-    call(step1_train.main, *asked, "--name", "fitted").done()  # nearly all is learned before the first step
-    trained, given = (
-        torch.load(path, weights_only=True) for path in (here / "runs/fitted/checkpoint.pt", weights)
+    asked = command(
+        photos, "--width", 0.25, "--pretrained", weights, "--lr", 1e-9, "--augment", "none"
     )
-    assert torch.allclose(trained["state_dict"]["groups.0.0.weight"], given["groups.0.0.weight"], atol=1e-4)
+    # nearly all is learned before the first step
+    call(step1_train.main, *asked, "--name", "fitted").done()
+    trained, given = (
+        torch.load(path, weights_only=True)
+        for path in (here / "runs/fitted/checkpoint.pt", weights)
+    )
+    assert torch.allclose(
+        trained["state_dict"]["groups.0.0.weight"], given["groups.0.0.weight"], atol=1e-4
+    )
     row = (here / "runs/fitted/metrics.csv").read_text().splitlines()[1].split(",")
     assert float(row[2]) > 0.8  # training accuracy of the first epoch
 
@@ -100,7 +108,9 @@ def test_photos_are_told_the_better_start_once(call, here, photos, weights):
 
 @pytest.mark.parametrize("fit", ["crop", "letterbox"])
 def test_the_shape_of_images_is_kept_by_every_reader(call, here, photos, fit, in_process):
-    asked = command(photos, "--model", "mynet", "--fit", fit, "--calibration", "none", "--name", fit)
+    asked = command(
+        photos, "--model", "mynet", "--fit", fit, "--calibration", "none", "--name", fit
+    )
     call(step1_train.main, *asked).done()
     call(step2_export.main, "--run", fit, "--format", "onnx").done()
     call(step2_export.main, "--run", fit, "--format", "torchscript", "--fixed").done()
@@ -137,11 +147,14 @@ def test_what_a_device_must_hold():
     first, second = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 1)
     network = torch.nn.Sequential(first, torch.nn.BatchNorm2d(8), torch.nn.ReLU(), second).eval()
     needed = device.needs(network, 3, 10, 10)
-    assert needed["activations"] == (8 + 4) * 100  # the first's result with the second's; ReLU overwrites
+    # the first's result with the second's; ReLU overwrites
+    assert needed["activations"] == (8 + 4) * 100
     assert needed["multiply_adds"] == (27 * 8 + 8 * 4) * 100
-    assert needed["weights"] == 27 * 8 + 8 + 8 * 4 + 4 + 4 * 8 + 1  # with batch norm's, and its counter
+    # with batch norm's, and its counter
+    assert needed["weights"] == 27 * 8 + 8 + 8 * 4 + 4 + 4 * 8 + 1
     residual = device.needs(model.Residual(8).eval(), 8, 10, 10)
-    assert residual["activations"] == 3 * 8 * 100  # the input waits for the sum while a convolution runs
+    # the input waits for the sum while a convolution runs
+    assert residual["activations"] == 3 * 8 * 100
 
 
 def test_attention_is_counted():
@@ -154,7 +167,10 @@ def test_step2_says_what_an_image_needs(trained):
     lines = trained.printed[1].out.splitlines()
     (line,) = [line for line in lines if line.startswith("one input needs")]
     spec = Model(trained.export / "model.onnx").spec
-    assert f"{4e-6 * spec['device']['weights']:.2f} MB of weights" in line and "M multiply-adds" in line
+    assert (
+        f"{4e-6 * spec['device']['weights']:.2f} MB of weights" in line
+        and "M multiply-adds" in line
+    )
     assert spec["device"]["weights"] >= spec["parameters"] > 0
 
 
@@ -162,7 +178,9 @@ def test_the_place_that_counts_is_found():
     """A network whose answer rests on the brightness of one corner has looked at that corner."""
     torch.manual_seed(0)
     network = model.build("airbench", channels=1, classes=2, image_size=(32, 32), width=0.25)
-    network.forward = lambda x: torch.stack([x[:, 0, :8, 24:].mean((1, 2)), 0 * x.sum((1, 2, 3)) - 9], 1)
+    network.forward = lambda x: torch.stack(
+        [x[:, 0, :8, 24:].mean((1, 2)), 0 * x.sum((1, 2, 3)) - 9], 1
+    )
     deployable = model.Deployable(network, (32, 32), [0.0], [1.0])
     looked = saliency.where_looked(deployable, torch.full((32, 32, 1), 200, dtype=torch.uint8))
     assert looked[:8, 24:].min() == 1 and looked.sum() == 64
@@ -172,8 +190,13 @@ def test_the_place_that_counts_is_found():
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_report_shows_where_the_network_looked(call, here, photos, weights, frozen):
     asked = command(photos, "--width", 0.25, "--calibration", "none", "--name", "run")
-    call(step1_train.main, *asked, *(["--pretrained", weights, "--freeze-backbone"] if frozen else [])).done()
+    call(
+        step1_train.main,
+        *asked,
+        *(["--pretrained", weights, "--freeze-backbone"] if frozen else []),
+    ).done()
     assert (
-        "a hint at what the network looks at, not a proof" in (here / "runs/run/report.html").read_text()
+        "a hint at what the network looks at, not a proof"
+        in (here / "runs/run/report.html").read_text()
     )
     assert (here / "runs/run/looked.png").stat().st_size > 1000

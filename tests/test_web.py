@@ -1,7 +1,8 @@
-"""The browser page (deploy/web) in headless Chromium: step 3's predictions, clear messages, nothing uploaded.
+"""The browser page (deploy/web) in headless Chromium: step 3's predictions, clear messages, nothing
+uploaded.
 
-Needs chromium, chromedriver, and the two files of onnxruntime-web: in $ORT_WEB, in deploy/web/ort, or where
-.ci/run keeps them. `sh deploy/web/get-ort.sh` fetches them.
+Needs chromium, chromedriver, and the two files of onnxruntime-web: in $ORT_WEB, in deploy/web/ort,
+or where .ci/run keeps them. `sh deploy/web/get-ort.sh` fetches them.
 """
 
 import base64
@@ -34,13 +35,34 @@ from inference.self_test import self_test
 
 WEB = ROOT / "deploy" / "web"
 VERSION = re.search(r"^version=(\S+)$", (WEB / "get-ort.sh").read_text(), re.MULTILINE)[1]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "threestep" / f"ort-web-{VERSION}"
+CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    / "threestep"
+    / f"ort-web-{VERSION}"
+)
 FOLDERS = [Path(folder) for folder in (os.environ.get("ORT_WEB"), WEB / "ort", CACHE) if folder]
 RUNTIME = ("ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm")
-ORT = next((folder for folder in FOLDERS if all((folder / name).is_file() for name in RUNTIME)), None)
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900"]
-TOLERANCE = 1e-3  # of a probability: decoders round JPEGs differently, and the page displays two decimals
+ORT = next(
+    (folder for folder in FOLDERS if all((folder / name).is_file() for name in RUNTIME)), None
+)
+CHROMIUM, DRIVER = (
+    shutil.which("chromium") or shutil.which("google-chrome"),
+    shutil.which("chromedriver"),
+)
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--enable-unsafe-swiftshader",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,900",
+]
+# of a probability: decoders round JPEGs differently, and the page displays two decimals
+TOLERANCE = 1e-3
 HOSTILE = [
     "<img src=x onerror=\"document.title='run'\">",
     "\u202e<script>document.title='run'</script>",
@@ -49,13 +71,16 @@ HOSTILE = [
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="the page needs chromium and chromedriver"),
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="the page needs chromium and chromedriver"
+    ),
     pytest.mark.skipif(not ORT, reason=f"no onnxruntime-web {VERSION}: sh deploy/web/get-ort.sh"),
 ]
 
 
 class Browser:
-    """Chromium through chromedriver's own HTTP interface (W3C WebDriver), which needs no package."""
+    """Chromium through chromedriver's own HTTP interface (W3C WebDriver), which needs no
+    package."""
 
     def __init__(self, folder):
         # The profile is in `folder`: chromedriver leaves one behind at every start.
@@ -84,7 +109,8 @@ class Browser:
 
     def text(self, selector):
         return self.run(
-            "return Array.from(document.querySelectorAll(arguments[0]), (e) => e.textContent)", selector
+            "return Array.from(document.querySelectorAll(arguments[0]), (e) => e.textContent)",
+            selector,
         )
 
     def until(self, condition):
@@ -95,7 +121,8 @@ class Browser:
             time.sleep(0.02)
 
     def open(self, address):
-        """Open a page and wait until it has a model or displays a problem; -> the problem's text."""
+        """Open a page and wait until it has a model or displays a problem; -> the problem's
+        text."""
         self.ask("/url", url=address)
         self.until("$('status').textContent === 'Ready.' || !$('problem').hidden")
         return self.text("#problem")[0]
@@ -105,7 +132,10 @@ class Browser:
         (element,) = self.ask("/element", using="css selector", value="#files").values()
         self.run("$('results').replaceChildren()")
         self.ask(f"/element/{element}/value", text="\n".join(map(str, paths)))
-        self.until(f"$('results').children.length === {len(paths)} && !$('status').textContent.endsWith('…')")
+        self.until(
+            f"$('results').children.length === {len(paths)}"
+            " && !$('status').textContent.endsWith('…')"
+        )
 
     def command(self, name, **parameters):
         """A command of the DevTools protocol."""
@@ -158,7 +188,8 @@ def export(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def colour(tmp_path_factory):
-    """A network that distinguishes red, green and blue noise: swapped channels change its predictions."""
+    """A network that distinguishes red, green and blue noise: swapped channels change its
+    predictions."""
     folder, rng = tmp_path_factory.mktemp("colour"), np.random.default_rng(0)
     for index, name in enumerate(("red", "green", "blue")):
         (folder / "photos" / name).mkdir(parents=True)
@@ -166,12 +197,27 @@ def colour(tmp_path_factory):
             pixels = rng.integers(0, 160, (12, 16, 3), dtype=np.uint8)
             pixels[:, :, index] += 60
             Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.png")
-    return export(folder, *["--dataset", "folder", "--data-dir", "photos", "--model", "mlp", "--hidden", "16", "--epochs", "8"])
+    return export(
+        folder,
+        *[
+            "--dataset",
+            "folder",
+            "--data-dir",
+            "photos",
+            "--model",
+            "mlp",
+            "--hidden",
+            "16",
+            "--epochs",
+            "8",
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, trained, colour):
-    """(directory, address) of a server: /web/ is the page with the digits' model above it, as in a bundle."""
+    """(directory, address) of a server: /web/ is the page with the digits' model above it, as in a
+    bundle."""
     folder = tmp_path_factory.mktemp("site")
     for name in ("web", "none/web", "unscripted", "unbinary"):
         copy_page(folder / name)
@@ -179,7 +225,9 @@ def site(tmp_path_factory, trained, colour):
     (folder / "unbinary" / "ort" / RUNTIME[1]).unlink()
     shutil.copy(trained.export / "model.onnx", folder)
     shutil.copy(colour, folder / "colour.onnx")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield folder, f"http://localhost:{server.server_port}"
     server.shutdown()
@@ -188,12 +236,15 @@ def site(tmp_path_factory, trained, colour):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Images of several sizes and of every mode that browsers know, some with transparent pixels."""
+    """Images of several sizes and of every mode that browsers know, some with transparent
+    pixels."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for height, width in (8, 8), (12, 16), (43, 57), (120, 200), (1, 1), (1, 1500), (700, 600):
         # Smooth, so that wrong sizes and positions matter more than single pixels.
         small = Image.fromarray(rng.integers(0, 256, (4, 3, 3), dtype=np.uint8))
-        small.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"rgb-{width}x{height}.png")
+        small.resize((width, height), Image.Resampling.BICUBIC).save(
+            folder / f"rgb-{width}x{height}.png"
+        )
     base = Image.open(folder / "rgb-57x43.png")
     for mode in ("L", "P", "1", "LA", "RGBA"):
         base.convert(mode).save(folder / f"mode-{mode}.png")
@@ -210,8 +261,9 @@ def pictures(tmp_path_factory):
 
 def cards(browser):
     """The predictions on the page: for each image a dict of class name -> probability, in order."""
-    script = """return Array.from(document.querySelectorAll("article"), (card) => Array.from(
-        card.querySelectorAll("li"), (row) => Array.from(row.children, (part) => part.textContent)))"""
+    script = """const texts = (row) => Array.from(row.children, (part) => part.textContent);
+        return Array.from(document.querySelectorAll("article"), (card) =>
+            Array.from(card.querySelectorAll("li"), texts))"""
     rows = browser.run(script)
     return [{name: float(text.removesuffix("%")) / 100 for name, text, _ in card} for card in rows]
 
@@ -235,7 +287,8 @@ def set_limit(browser, name, text):
     """Type a threshold as a user does, and leave the input; -> what the page says then."""
     (element,) = browser.ask("/element", using="css selector", value=name).values()
     browser.run("$('status').textContent = ''")
-    # Control and A, backspace, the text, Tab: WebDriver's own way to clear an input leaves it as well.
+    # Control and A, backspace, the text, Tab: WebDriver's own way to clear an input leaves it as
+    # well.
     browser.ask(f"/element/{element}/value", text=f"\ue009a\ue000\ue003{text}\ue004")
     return browser.text("#status")[0]
 
@@ -245,12 +298,16 @@ def assert_as_step3(browser, file, paths):
     for path, card, known in zip(paths, cards(browser), known_shares(browser), strict=True):
         image = decode_image(path, model.spec["channels"])[None]
         (expected,), shares = model.run(image)
-        share = None if shares is None else pytest.approx(shares[0], rel=0, abs=known_tolerance(path))
+        share = (
+            None if shares is None else pytest.approx(shares[0], rel=0, abs=known_tolerance(path))
+        )
         assert known == share, path
         expected = dict(zip(model.spec["classes"], expected.tolist(), strict=True))
         best = sorted(expected.values(), reverse=True)[:5]
         assert len(card) == len(best) and max(expected, key=expected.get) == next(iter(card)), path
-        assert card == pytest.approx({name: expected[name] for name in card}, rel=0, abs=TOLERANCE), path
+        assert card == pytest.approx(
+            {name: expected[name] for name in card}, rel=0, abs=TOLERANCE
+        ), path
         assert list(card.values()) == pytest.approx(best, rel=0, abs=TOLERANCE), path
 
 
@@ -262,7 +319,10 @@ def known_tolerance(path):
 @pytest.mark.parametrize("name", ["model.onnx", "colour.onnx"])
 def test_predictions_are_those_of_step3(browser, site, pictures, samples, name):
     folder, address = site
-    assert browser.open(f"{address}/web/" + (f"?model=../{name}" if name == "colour.onnx" else "")) == ""
+    assert (
+        browser.open(f"{address}/web/" + (f"?model=../{name}" if name == "colour.onnx" else ""))
+        == ""
+    )
     chosen = [*pictures, *samples[:3]]
     browser.choose(*chosen)
     assert_as_step3(browser, folder / name, chosen)
@@ -321,11 +381,15 @@ def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(browser, si
 
 def test_the_files_own_thresholds_count_until_they_are_changed(browser, site, strange):
     folder, address = site
-    own = onnx_with(folder / "model.onnx", folder / "own.onnx", reject=0.995, min_probability=0.9999)
+    own = onnx_with(
+        folder / "model.onnx", folder / "own.onnx", reject=0.995, min_probability=0.9999
+    )
     browser.open(f"{address}/web/?model=../own.onnx")
     assert browser.run("return [$('reject').value, $('least').value]") == ["99.5", "99.99"]
     browser.choose(*strange)
-    assert verdicts(browser) == as_step3(own, strange, 0.995, 0.9999) and "unknown" in verdicts(browser)
+    assert verdicts(browser) == as_step3(own, strange, 0.995, 0.9999) and "unknown" in verdicts(
+        browser
+    )
     for wrong in ("101", "-1"):
         assert "number from 0 to 100" in set_limit(browser, "#reject", wrong)
         assert browser.run("return $('reject').getAttribute('aria-invalid')") == "true"
@@ -389,7 +453,9 @@ def test_bad_images_are_named_and_the_others_predicted(browser, site, samples, t
     (tmp_path / "empty.png").touch()
     (tmp_path / "half.png").write_bytes(samples[0].read_bytes()[:60])
     browser.open(f"{address}/web/")
-    browser.choose(tmp_path / "<b>text.png", tmp_path / "empty.png", samples[1], tmp_path / "half.png")
+    browser.choose(
+        tmp_path / "<b>text.png", tmp_path / "empty.png", samples[1], tmp_path / "half.png"
+    )
     texts = browser.text("article")
     assert (
         "<b>text.png: not an image" in texts[0]
@@ -406,8 +472,10 @@ def test_drop_paste_and_the_samples_inside_the_file(browser, site, samples):
     script = """const bytes = Uint8Array.from(atob(arguments[1]), (c) => c.charCodeAt(0));
         const data = new DataTransfer();
         data.items.add(new File([bytes], arguments[0] + ".png"));
-        const options = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
-        const event = new (arguments[0] === "drop" ? DragEvent : ClipboardEvent)(arguments[0], options);
+        const options = { bubbles: true, cancelable: true };
+        Object.assign(options, { dataTransfer: data, clipboardData: data });
+        const kind = arguments[0] === "drop" ? DragEvent : ClipboardEvent;
+        const event = new kind(arguments[0], options);
         return document.body.dispatchEvent(event);"""
     png = base64.b64encode(samples[3].read_bytes()).decode()
     # An event that is not cancelled would make the browser show the image instead of the page.
@@ -416,7 +484,8 @@ def test_drop_paste_and_the_samples_inside_the_file(browser, site, samples):
     browser.run("$('samples').click()")
     count = len(json.loads(spec_of(site[0] / "model.onnx"))["golden"])
     browser.until(
-        f"$('results').children.length === {2 + count} && $('status').textContent.endsWith('predicted.')"
+        f"$('results').children.length === {2 + count}"
+        " && $('status').textContent.endsWith('predicted.')"
     )
     assert [next(iter(card)) for card in cards(browser)][-2:] == ["3", "3"]  # the newest are on top
 
@@ -425,14 +494,14 @@ def test_keyboard_alone(browser, site):
     _, address = site
     browser.open(f"{address}/web/")
     browser.run(
-        "window.clicks = 0; $('files').addEventListener('click', (e) => { e.preventDefault(); clicks += 1 })"
+        "window.clicks = 0;"
+        "$('files').addEventListener('click', (e) => { e.preventDefault(); clicks += 1 })"
     )
     for key in "\ue004", "\ue007", " ":  # Tab, Enter, space
         actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
         browser.ask("/actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
-    focus = (
-        "const at = document.activeElement; return [at.id, parseFloat(getComputedStyle(at).outlineWidth) > 1]"
-    )
+    focus = "const at = document.activeElement;"
+    focus += "return [at.id, parseFloat(getComputedStyle(at).outlineWidth) > 1]"
     assert browser.run(focus) == ["drop", True] and browser.run("return window.clicks") == 2
 
 
@@ -440,7 +509,11 @@ def test_keyboard_alone(browser, site):
 def phone(browser):
     """A screen of 390 x 844 points."""
     browser.command(
-        "Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True
+        "Emulation.setDeviceMetricsOverride",
+        width=390,
+        height=844,
+        deviceScaleFactor=2,
+        mobile=True,
     )
     yield
     browser.command("Emulation.clearDeviceMetricsOverride")
@@ -450,12 +523,17 @@ def phone(browser):
 def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
     folder, address = site
     onnx_with(
-        folder / "colour.onnx", folder / "hostile.onnx", classes=HOSTILE, dataset=HOSTILE[0], model=HOSTILE[1]
+        folder / "colour.onnx",
+        folder / "hostile.onnx",
+        classes=HOSTILE,
+        dataset=HOSTILE[0],
+        model=HOSTILE[1],
     )
     backgrounds = []
     for scheme in ("light", "dark"):
         browser.command(
-            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
         assert browser.open(f"{address}/web/?model=../hostile.onnx") == ""
         browser.choose(*pictures[:2])
@@ -475,7 +553,10 @@ def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
     ("page", "words"),
     [
         ("none/web/", "no model at model.onnx or ../model.onnx"),
-        ("unscripted/?model=../colour.onnx", "runtime is missing: ort/ort.wasm.bundle.min.js; sh get-ort.sh"),
+        (
+            "unscripted/?model=../colour.onnx",
+            "runtime is missing: ort/ort.wasm.bundle.min.js; sh get-ort.sh",
+        ),
         (
             "unbinary/?model=../colour.onnx",
             "runtime is missing: ort/ort-wasm-simd-threaded.wasm; sh get-ort.sh",
@@ -516,7 +597,8 @@ def test_self_test_tolerance_is_that_of_step3(browser, site, changes, passes):
         golden = json.loads(json.dumps(spec["golden"]))
         golden[0]["probabilities"][1] += difference
         text = json.dumps({**spec, "golden": golden, **changes})
-        name = f"moved-{'-'.join(changes)}-{difference}.onnx"  # one each: a server's dates have whole seconds
+        # one each: a server's dates have whole seconds
+        name = f"moved-{'-'.join(changes)}-{difference}.onnx"
         file = onnx_with(folder / "colour.onnx", folder / name, text)
         assert self_test(Model(str(file))).passed == passed
         problem = browser.open(f"{address}/web/?model=../{name}")
@@ -591,7 +673,10 @@ def test_regression_takes_numbers(browser, site, tmp_path):
     name, value = re.fullmatch("\u2068(.+)\u2069: (.+)", browser.text("#status")[0]).groups()
     model = Model(str(folder / "linear.onnx"))
     expected = model.predict(np.array([values], np.float32))[0, 0]
-    assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-5) and name == model.spec["classes"][0]
+    assert (
+        float(value) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        and name == model.spec["classes"][0]
+    )
     assert "passed" in browser.text("#selftest")[0]
     browser.run(submit, "1,,3,4,5")
     browser.until("$('status').textContent.includes('takes 5 numbers')")
@@ -609,16 +694,23 @@ def test_nothing_leaves_this_server(browser, site, samples):
         "refused",
     ]
     messages = [
-        json.loads(entry["message"])["message"] for entry in browser.ask("/se/log", type="performance")
+        json.loads(entry["message"])["message"]
+        for entry in browser.ask("/se/log", type="performance")
     ]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    asked = {
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    }
     sent = {
         m["params"]["request"].get("hasPostData")
         for m in messages
         if m["method"] == "Network.requestWillBeSent"
     }
     assert f"{address}/web/ort/{RUNTIME[1]}" in asked and sent == {None}
-    assert not [url for url in asked if not url.startswith((f"{address}/", "file://", "data:", "blob:"))]
+    assert not [
+        url for url in asked if not url.startswith((f"{address}/", "file://", "data:", "blob:"))
+    ]
 
 
 def test_a_bundle_works_from_its_root_and_from_its_web_folder(browser, site, samples, tmp_path):
