@@ -30,10 +30,11 @@ SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / na
 TINY = ["--model", "mlp", "--hidden", "8", "--epochs", "1"]
 
 # Runs a script as `python script ...` would, on a system without what POSIX and Linux alone have.
-# asyncio comes first: on a system whose sockets have sendmsg, Python 3.13's asks for os.sysconf on
-# import.
+# asyncio comes first, as it asks for os.sysconf on import where sockets have sendmsg; what subprocess,
+# which it imports, has found by then is taken back.
 POORER = """
-import asyncio, mmap, os, runpy, sys
+import asyncio, mmap, os, runpy, subprocess, sys
+subprocess._USE_POSIX_SPAWN = False
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 LACKING = (os, ("sched_", "getloadavg", "posix_", "mkfifo", "sysconf")), (mmap, ("MADV_",))
