@@ -30,8 +30,8 @@ SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / na
 TINY = ["--model", "mlp", "--hidden", "8", "--epochs", "1"]
 
 # Runs a script as `python script ...` would, on a system without what POSIX and Linux alone have.
-# asyncio comes first, as it asks for os.sysconf on import where sockets have sendmsg; what subprocess,
-# which it imports, has found by then is taken back.
+# asyncio comes first, as it asks for os.sysconf on import where sockets have sendmsg; what
+# subprocess, which it imports, has found by then is taken back.
 POORER = """
 import asyncio, mmap, os, runpy, subprocess, sys
 subprocess._USE_POSIX_SPAWN = False
