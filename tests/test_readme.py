@@ -19,9 +19,9 @@ NAMES = (
 )
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
-OF_OTHERS = {  # the options of pip, torchrun, cmake, curl and http.server
+OF_OTHERS = {  # the options of pip, torchrun, cmake, curl, http.server and model_signing
     *("--index-url", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
-    *("--build", "--data-binary", "--directory"),
+    *("--build", "--data-binary", "--directory", "--signature", "--private_key", "--public_key"),
 }
 
 
@@ -82,7 +82,7 @@ def test_every_option_named_exists():
     texts = [PAGES[name] for name in NAMES if not name.startswith("tests")]
     texts += re.findall(r"`(step\d_[^`]*)`", PAGES["tests/benchmarks/README.md"])
     assert len(texts) > len(NAMES)
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(texts)))
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", "\n".join(texts)))
     assert used - known <= OF_OTHERS
 
 
