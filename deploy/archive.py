@@ -43,7 +43,8 @@ def program_bytes() -> bytes:
     content.write(SHEBANG)
     with zipfile.ZipFile(content, "w") as archive:
         for name in sorted(sources):
-            add_file(archive, name, sources[name].read_bytes(), zipfile.ZIP_STORED)
+            source = sources[name].read_bytes().replace(b"\r\n", b"\n")  # a clone on Windows
+            add_file(archive, name, source, zipfile.ZIP_STORED)
     return content.getvalue()
 
 

@@ -1,9 +1,12 @@
 """The exported file and step3_infer.pyz are enough: processes that can import nothing else, with
 proof."""
 
+import ast
 import json
 import os
 import shutil
+import stat
+import zipfile
 
 import numpy as np
 import pytest
@@ -104,3 +107,57 @@ def test_onnxruntime_keeps_no_id_of_the_device(execute, samples, trained, tmp_pa
     script, model = ROOT / "step3_infer.py", trained.export / "model.onnx"
     execute(script, "--model", model, samples[0], cwd=tmp_path, env=environment).done()
     assert not list(home.rglob("*"))
+
+
+# ------------------------------------------------------------------------------------- step3_infer.pyz
+
+
+def test_the_archive_is_the_same_in_every_clone(execute, tmp_path):
+    clone = tmp_path / "clone"
+    for path in ("step3_infer.py", "deploy/archive.py", "deploy/archive_main.py", "inference"):
+        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
+        (clone / path).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / path, clone / path)
+    for path in clone.rglob("*.py"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as git may write them on Windows
+        path.chmod(0o600)
+    (clone / "inference" / "leftover.pyc").write_bytes(b"of one machine")
+
+    code = "import os, sys; os.umask(0o077); from deploy import archive; archive.write_program('.')"
+    environment = {**os.environ, "TZ": "Asia/Kolkata", "PYTHONPATH": str(clone)}
+    execute("-c", code, cwd=clone, env=environment).done()
+    assert (clone / archive.NAME).read_bytes() == archive.program_bytes()
+
+
+def test_the_archive_holds_sources_only_with_fixed_dates_and_modes(tmp_path):
+    path = archive.write_program(str(tmp_path))
+    with zipfile.ZipFile(path) as program:
+        entries = program.infolist()
+    names = [entry.filename for entry in entries]
+    assert names == sorted(names) and all(name.endswith(".py") for name in names)
+    assert {"__main__.py", "step3_infer.py", "inference/predict.py"} <= set(names)
+    assert {entry.date_time for entry in entries} == {(1980, 1, 1, 0, 0, 0)}
+    assert {stat.filemode(entry.external_attr >> 16) for entry in entries} == {"-rw-r--r--"}
+
+
+def test_the_archive_tells_an_older_python_in_one_line(execute, tmp_path):
+    archive.write_program(str(tmp_path))
+    older = "import runpy, sys; sys.version_info = (3, 6, 15, 'final', 0); sys.version = '3.6.15 (main)'; "
+    older += f"runpy.run_path({archive.NAME!r}, run_name='__main__')"
+    result = execute("-c", older, cwd=tmp_path)
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "error: Python 3.10 or newer is needed, this is Python 3.6.15\n"
+
+
+def test_an_older_python_can_parse_the_start_of_the_archive():
+    source = (ROOT / "deploy" / "archive_main.py").read_text()
+    names = {type(node).__name__ for node in ast.walk(ast.parse(source))}
+    newer = {"JoinedStr", "NamedExpr", "AnnAssign", "Match", "AsyncFunctionDef", "Starred"}
+    assert not names & newer and source.isascii()
+
+
+def test_the_archive_has_the_exit_codes_of_the_script(execute, tmp_path):
+    archive.write_program(str(tmp_path))
+    assert "step3_infer.pyz" in execute(archive.NAME, "--help", cwd=tmp_path).done().out
+    execute(archive.NAME, "--top-k", "0", "x.png", cwd=tmp_path).error(2, "--top-k")
+    execute(archive.NAME, "--model", "no.onnx", "x.png", cwd=tmp_path).error(1, "no model file no.onnx")
