@@ -201,7 +201,7 @@ def export(
     """
     expected = reference.reference(trained, dataset.test_images)
     gate.check_reference(trained, dataset, expected.main)
-    facts = find_facts(trained, dataset)
+    facts = find_facts(trained, dataset)  # once for all formats
     spec = describe_files(trained, dataset, expected, facts, args)
     job = Job(trained, dataset, expected, facts, spec, args)
 
@@ -220,8 +220,8 @@ def export(
             else:
                 withdraw(each, out, proof["failures"])
 
-        write_file(os.path.join(out, parity.NAME), parity.to_bytes(proofs))
         place_program(out, proofs)
+        write_file(os.path.join(out, parity.NAME), parity.to_bytes(proofs))
         failed = [each.name for each in chosen if not proofs[each.name]["passed"]]
         if args.bundle and failed:
             bundle.remove_bundle(out)  # of an earlier export
@@ -262,6 +262,7 @@ def describe_file(chosen: Format, job: Job) -> dict:
     input_type = "float32" if job.args.input == "float" else "uint8"
     spec = describe.describe_fixed(job.spec, batch, input_type)
 
+    # Its engine is given rounded pixels, which change the outputs a little.
     images = golden_images(job.dataset)
     outputs = reference.reference(job.trained, fit_to_input(images, spec))
     return describe.with_golden(spec, golden_samples(images, outputs, spec))
@@ -343,6 +344,7 @@ def place_program(out: str, proofs: dict[str, dict]) -> None:
 def publish_bundle(workspace: str, out: str, proofs: dict[str, dict], job: Job) -> None:
     """Make the bundle of the proven files in `workspace`. Raises Problem."""
     chosen = [formats.FORMATS[name] for name in proofs]
+    # One environment has to run all files of the bundle.
     opset = job.args.opset
     if any(each.quantized for each in chosen):
         opset = max(opset, int8.OPSET)
@@ -491,6 +493,7 @@ def run_export(args: argparse.Namespace) -> int:
     if reason:
         say(f"note: running on {counted(trained.threads, 'CPU thread')}: {reason}")
 
+    # Only what the export uses must be as it was: the test split, and for int8 the training split.
     calibrates = any(each.quantized for each in chosen_formats(args))  # on training images
     dataset = load_data(trained, args.data_dir, ("train", "test") if calibrates else ("test",))
     out = args.out or os.path.join(runs.EXPORTS, os.path.basename(path))

@@ -73,7 +73,7 @@ def write_bundle(out: str, workspace: str, contents: Contents) -> str:
         images = calibration_images(contents.spec, contents.dataset)
         np.save(os.path.join(folder, "calibration.npy"), images)
     write_texts(folder, contents)
-    write_sums(folder)
+    write_sums(folder)  # after all other files: it lists them
 
     for name in files_below(folder):  # whatever the umask and the clone say
         os.chmod(os.path.join(folder, name), mode_of(name))
@@ -93,6 +93,7 @@ def copy_files(folder: str, models: list[str]) -> None:
 
 def write_texts(folder: str, contents: Contents) -> None:
     """Write the texts of a bundle that holds all other files already."""
+    # Without what a clock measured, so that two bundles of a run are equal.
     timeless = {}
     for name, figures in contents.parity.items():
         timeless[name] = {key: figure for key, figure in figures.items() if key not in TIMINGS}
@@ -127,6 +128,7 @@ def readme(spec: dict, names: list[str]) -> str:
     title = f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"
     text = filled("bundle.md.template", title=title, inputs=inputs, cpp=cpp)
 
+    # Rows of files that not every bundle has.
     lines = []
     for line in text.splitlines(keepends=True):
         optional = re.match(r"\| `((?:model|calibration)\.[^`]+)` \|", line)

@@ -51,8 +51,10 @@ def defocus(images: np.ndarray, radius: float, rng: np.random.Generator) -> np.n
     """Every point becomes a disc."""
     reach = math.ceil(radius)
     size = 2 * reach + 1
+    # A pixel counts by how many of its subpixels the disc covers.
     side = (np.arange(FINE * size) + 0.5) / FINE - reach - 0.5
-    disc = (side[:, None] ** 2 + side**2 <= (radius + 0.25) ** 2).astype(float)
+    squared_distance = side[:, None] ** 2 + side**2  # [FINE * size, FINE * size]
+    disc = (squared_distance <= (radius + 0.25) ** 2).astype(float)
     kernel = disc.reshape(size, FINE, size, FINE).mean((1, 3))
     return convolve(images, kernel)
 
@@ -97,6 +99,7 @@ def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarr
     """By so many pixels up or down and left or right; the edge is repeated."""
     height, width = images.shape[1:3]
     padded = pad(images, pixels, "edge")
+    # The top left corner of what is cut out: at 0 or at twice the shift, in both directions.
     corners = 2 * pixels * rng.integers(0, 2, (len(images), 2))
 
     cut = []
@@ -110,7 +113,7 @@ def rotation(images: np.ndarray, degrees: float, rng: np.random.Generator) -> np
     height, width = images.shape[1:3]
     signs = rng.choice((-1, 1), len(images))
     margin = min(height, width) // 3
-    padded = pad(images, margin, "symmetric")
+    padded = pad(images, margin, "symmetric")  # or the corners would turn black
 
     def turned(image: Image.Image, number: int) -> Image.Image:
         return image.rotate(degrees * signs[number], BILINEAR)
@@ -224,7 +227,7 @@ def measure(
     for start in range(0, len(images), PART):
         part = np.ascontiguousarray(images[start : start + PART])
         if function is not None:
-            rng = np.random.default_rng((start, len(images)))
+            rng = np.random.default_rng((start, len(images)))  # alike in every call
             part = function(part, strength, rng)
         probabilities, known = run(part)
         all_probabilities.append(probabilities)

@@ -39,6 +39,7 @@ def predictions(exported: Model, inputs: np.ndarray) -> Outputs:
 
     They run in batches of 1, 7, 64, 1, ..., or in the only batch size that the file takes.
     """
+    # Single images and small batches take other paths through an engine than large ones.
     sizes = itertools.cycle([exported.batch] if exported.batch else BATCH_SIZES)
     parts = []
     start = 0
@@ -65,11 +66,13 @@ def compare_outputs(
     }
 
     failures = []
+    # `not <=` rather than `>`, so that NaN is a failure.
     if not differences.max() <= tolerance:
         failures.append(f"outputs differ by up to {differences.max():.1e} (limit {tolerance:.0e})")
     if changed:
         failures.append(f"{changed} of {len(differences)} answers changed")
 
+    # Of int8 files `known` is not compared: they have a table of their own.
     if known_tolerance is not None:
         known_figures, known_failures = compare_known(expected.known, got.known, known_tolerance)
         figures |= known_figures
@@ -82,7 +85,7 @@ def relative_differences(expected: np.ndarray, got: np.ndarray) -> np.ndarray:
 
     NaN and infinity agree with nothing: their difference is infinite.
     """
-    scale = np.maximum(1, np.abs(expected))
+    scale = np.maximum(1, np.abs(expected))  # [N, n]
     differences = (np.abs(expected.astype(np.float64) - got) / scale).max(axis=1)
     differences[~np.isfinite(differences)] = np.inf
     return differences
@@ -104,8 +107,9 @@ def difference_figures(differences: np.ndarray) -> dict:
 def changed_answers(expected: np.ndarray, got: np.ndarray, tie: float) -> int:
     """How many first answers changed that were not within `tie` of each other."""
     rows = np.arange(len(expected))
-    top = expected.argmax(1)
+    top = expected.argmax(1)  # [N]
     got_top = got.argmax(1)
+    # By how much the network prefers its own answer over that of the file, [N].
     lead = expected[rows, top] - expected[rows, got_top]
     return int(((top != got_top) & (lead > tie)).sum())
 

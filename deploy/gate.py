@@ -61,7 +61,7 @@ def check_reference(trained: TrainedRun, dataset, expected: np.ndarray) -> None:
         return
 
     accuracy = (expected.argmax(1) == dataset.test_labels).mean()
-    ranked = np.sort(expected, axis=1)
+    ranked = np.sort(expected, axis=1)  # [N, classes], the most probable last
     ties = (ranked[:, -1] - ranked[:, -2] < TIE).mean()
     if abs(accuracy - reported) > ACCURACY_TOLERANCE + ties:
         raise Problem(
@@ -90,6 +90,7 @@ def image_probes(image_size: list[int], channels: int) -> Iterator[tuple[str, np
     """Random, black and white images at the network's size and at others."""
     rng = np.random.default_rng(0)
     H, W = image_size
+    # Odd sizes and one column of pixels are where resizing goes wrong first.
     sizes = (
         ("native", H, W, PROBES),
         ("twice", 2 * H, 2 * W, PROBES),
@@ -118,8 +119,9 @@ def prove(
     images = dataset.test_images
     got = predictions(exported, images)
 
+    # Of a file that resizes, this is the images themselves.
     given = seen_by_file(trained, exported.spec, images)
-    if given is not images:  # of a fixed size: the network must see the resized images as well
+    if given is not images:  # resized outside: the network must see the same pixels
         expected = reference(trained, given)
 
     figures, failures = compare_outputs(expected, got, tolerance, KNOWN_TOLERANCE)
@@ -162,6 +164,7 @@ def prove_int8(
     images = dataset.test_images
     got = predictions(exported, images)
 
+    # The differences are reported only: 8 bits cannot hold a tolerance of 1e-4.
     figures, _ = compare_outputs(expected, got, tolerance=1.0)
     more, failures = classifier_figures(trained.spec, exported.spec, got, expected, dataset)
     figures |= more
@@ -172,6 +175,7 @@ def prove_int8(
         lost = f"it loses {drop:.2f} points of accuracy, --max-drop allows {max_drop:g}"
         failures.insert(0, lost)
 
+    # There is no int8 reference for noise, but a softmax is a softmax.
     for name, inputs in probes(trained.spec):
         sums = predictions(exported, inputs).main.sum(1)
         if not np.allclose(sums, 1, atol=SUM_TOLERANCE):

@@ -23,6 +23,7 @@ from inference.task import task_of
 
 def predict(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
     """Outputs for images [N, H, W, channels] or features [N, n]. Raises Problem."""
+    # -I: no PYTHONPATH, no user site, no current directory to import from.
     command = [sys.executable, "-I", archive.NAME, "--format", "json"]
     command += ["--model", os.path.basename(file)]
     has_images = task_of(spec).has_images
@@ -36,8 +37,10 @@ def predict(spec: dict, file: str, inputs: np.ndarray) -> Outputs:
         shutil.copy(file, folder)
         if has_images:
             write_pictures(pictures, inputs)
+            # All classes, so that every probability can be compared.
             command += ["--top-k", str(len(spec["classes"])), pictures]
         else:
+            # With "=", as a value may start with a minus sign.
             command += ["--values=" + ",".join(map(str, row)) for row in inputs.tolist()]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
 

@@ -22,6 +22,7 @@ def read_earlier(out: str, checkpoint_sha256: str) -> dict[str, dict]:
     if not isinstance(written, dict):
         return {}
 
+    # An entry of an unknown format is from a newer version, or not ours: it is left out.
     parity = {}
     stale = []
     for name, figures in written.items():

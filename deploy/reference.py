@@ -131,8 +131,8 @@ def reference(trained: TrainedRun, inputs: np.ndarray) -> Outputs:
         else:
             layers = tuple(trained.spec["known"]["layers"])
             logits, statistics = model.run_with_statistics(trained.network, images, layers)
-            all_statistics.append(statistics)
-        all_logits.append(logits)
+            all_statistics.append(statistics)  # [batch, d]
+        all_logits.append(logits)  # [batch, classes]
 
     logits = torch.cat(all_logits)  # [N, classes]
     probabilities = (logits / trained.temperature).softmax(1).numpy()
@@ -147,6 +147,7 @@ def share_below(familiarity: dict, statistics: torch.Tensor, logits: torch.Tenso
 
     statistics: [N, d]; logits: [N, classes].
     """
+    # In float64, so that what is compared is the error of the file and not of the reference.
     state = {name: tensor.double().numpy() for name, tensor in familiarity.items()}
     whitened = statistics.double().numpy() @ state["weight"] + state["bias"]  # [N, d]
     squared = (whitened**2).sum(1)

@@ -48,9 +48,10 @@ def golden_samples(inputs: np.ndarray, outputs: Outputs, spec: dict) -> list[dic
         probabilities = outputs.main[number].tolist()
         sample = {
             "image": base64.b64encode(to_png(image)).decode(),
+            # float32 has seven digits; more would only take space.
             "probabilities": [round(probability, 7) for probability in probabilities],
         }
-        if spec.get("fixed"):
+        if spec.get("fixed"):  # other engines get no resized image from step3
             tensor = fit_to_input(image[None], spec)
             sample["tensor"] = base64.b64encode(tensor.tobytes()).decode()
         if outputs.known is not None:
@@ -68,6 +69,7 @@ def known_of(outputs: Outputs, number: int) -> float | None:
 
 def calibration_images(spec: dict, dataset) -> np.ndarray:
     """Training images, spread over the split, uint8 [n, *image_size, channels]."""
+    # Spread evenly, because class folders are read one after another.
     bytes_each = math.prod(spec["image_size"]) * spec["channels"]
     wanted = min(CALIBRATION_IMAGES, max(1, CALIBRATION_BYTES // bytes_each))
     step = -(-len(dataset.train_images) // wanted)
@@ -96,6 +98,7 @@ def write_samples(folder: str, classes: list[str], dataset, expected: Outputs) -
 def ranked(classes: list[str], probabilities: np.ndarray) -> list[dict]:
     """Labels with their probabilities [classes], the most probable first."""
     pairs = zip(classes, probabilities.tolist(), strict=True)
+    # sorted() is stable: equal probabilities stay in the order of the classes, as in step3.
     best_first = sorted(pairs, key=lambda pair: -pair[1])
     return [
         {"label": label, "probability": round(probability, 6)} for label, probability in best_first
@@ -105,6 +108,6 @@ def ranked(classes: list[str], probabilities: np.ndarray) -> list[dict]:
 def to_png(image: np.ndarray) -> bytes:
     """uint8 [H, W, channels] as the bytes of a PNG."""
     png = io.BytesIO()
-    pixels = image.squeeze(-1) if image.shape[2] == 1 else image
+    pixels = image.squeeze(-1) if image.shape[2] == 1 else image  # grey: [H, W]
     Image.fromarray(pixels).save(png, "PNG")
     return png.getvalue()

@@ -37,6 +37,7 @@ def measure_int8(
     fast = Model(quantized, threads)
     speedups = {}
     for size in [fast.batch] if fast.batch else BATCH_SIZES:
+        # np.resize repeats the images if there are fewer than the batch holds.
         batch = np.resize(images[:size], (size, *images.shape[1:]))
         batch = fit_to_input(batch, fast.spec)
         speedups[str(size)] = round(speedup(slow.predict, fast.predict, batch), 2)
@@ -59,6 +60,7 @@ def speedup(slow: Callable, fast: Callable, inputs: np.ndarray, seconds: float =
     slow_timer.timeit(1)  # the first run is slower, and does not count
     fast_timer.timeit(1)
 
+    # In turn rather than one after the other: what slows the machine down hits both.
     slow_times = []
     fast_times = []
     until = time.perf_counter() + seconds

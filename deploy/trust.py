@@ -89,10 +89,11 @@ def check_temperature(
     if not spec.get("temperature"):
         return {}, []
 
+    # The logarithm of a probability is a logit, up to a constant that softmax removes.
     logits = torch.from_numpy(probabilities).double().clamp(min=SMALLEST).log()
     targets = torch.from_numpy(labels).long()
     after = F.cross_entropy(logits, targets, reduction="none").numpy()  # [n]
-    uncalibrated = logits * spec["temperature"]
+    uncalibrated = logits * spec["temperature"]  # undoes the division in the graph
     before = F.cross_entropy(uncalibrated, targets, reduction="none").numpy()
 
     figures = {}

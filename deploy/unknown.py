@@ -9,7 +9,7 @@ def unknown_kinds(
     height: int, width: int, channels: int, count: int = 100
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(kind, uint8 [count, height, width, channels]); of black and of white there is one image."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # the same images for every network
     shape = (count, height, width, channels)
     yield "uniform noise", rng.integers(0, 256, shape, dtype=np.uint8)
     yield "Gaussian noise", np.clip(rng.normal(128, 64, shape), 0, 255).astype(np.uint8)
@@ -24,11 +24,12 @@ def unknown_kinds(
 def smooth_blobs(rng: np.random.Generator, shape: tuple[int, int, int, int]) -> np.ndarray:
     """4x4 random levels, enlarged by cosines to [count, height, width, channels], 0 to 255."""
     count, height, width, channels = shape
-    levels = rng.random((count, 4, 4, channels))
+    levels = 2 * rng.random((count, 4, 4, channels)) - 1  # -1 to 1
     down = cosines(height)
     across = cosines(width)
-    waves = np.einsum("hi,nijc,wj->nhwc", down, 2 * levels - 1, across)
+    waves = np.einsum("hi,nijc,wj->nhwc", down, levels, across)
 
+    # Each image uses all grey levels.
     low = waves.min((1, 2, 3), keepdims=True)
     high = waves.max((1, 2, 3), keepdims=True)
     return (255 * (waves - low) / np.maximum(high - low, 1e-9)).astype(np.uint8)
