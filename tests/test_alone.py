@@ -109,7 +109,7 @@ def test_onnxruntime_keeps_no_id_of_the_device(execute, samples, trained, tmp_pa
     assert not list(home.rglob("*"))
 
 
-# ------------------------------------------------------------------------------------- step3_infer.pyz
+# --------------------------------------------------------------------------------- step3_infer.pyz
 
 
 def test_the_archive_is_the_same_in_every_clone(execute, tmp_path):
@@ -119,7 +119,8 @@ def test_the_archive_is_the_same_in_every_clone(execute, tmp_path):
         (clone / path).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / path, clone / path)
     for path in clone.rglob("*.py"):
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as git may write them on Windows
+        # As git may write them on Windows.
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
         path.chmod(0o600)
     (clone / "inference" / "leftover.pyc").write_bytes(b"of one machine")
 
@@ -142,7 +143,8 @@ def test_the_archive_holds_sources_only_with_fixed_dates_and_modes(tmp_path):
 
 def test_the_archive_tells_an_older_python_in_one_line(execute, tmp_path):
     archive.write_program(str(tmp_path))
-    older = "import runpy, sys; sys.version_info = (3, 6, 15, 'final', 0); sys.version = '3.6.15 (main)'; "
+    older = "import runpy, sys; sys.version_info = (3, 6, 15, 'final', 0); "
+    older += "sys.version = '3.6.15 (main)'; "
     older += f"runpy.run_path({archive.NAME!r}, run_name='__main__')"
     result = execute("-c", older, cwd=tmp_path)
     assert (result.code, result.out) == (1, "")
@@ -160,4 +162,5 @@ def test_the_archive_has_the_exit_codes_of_the_script(execute, tmp_path):
     archive.write_program(str(tmp_path))
     assert "step3_infer.pyz" in execute(archive.NAME, "--help", cwd=tmp_path).done().out
     execute(archive.NAME, "--top-k", "0", "x.png", cwd=tmp_path).error(2, "--top-k")
-    execute(archive.NAME, "--model", "no.onnx", "x.png", cwd=tmp_path).error(1, "no model file no.onnx")
+    result = execute(archive.NAME, "--model", "no.onnx", "x.png", cwd=tmp_path)
+    result.error(1, "no model file no.onnx")
