@@ -152,6 +152,9 @@ def chosen_formats(args: argparse.Namespace) -> list[Format]:
 
 if __name__ == "__main__":
     parse()  # --help and wrong options do not wait for the imports that follow, which take seconds
+    # torch's OpenMP threads would spin while they wait for one another: beside other programs, the
+    # network would take several times the CPU time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 
