@@ -25,7 +25,6 @@ import hashlib
 import io
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +159,17 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 from data.notes import silenced  # noqa: E402
-from deploy import archive, bundle, describe, gate, int8, parity, reference, speed  # noqa: E402
+from deploy import (  # noqa: E402
+    archive,
+    bundle,
+    describe,
+    gate,
+    int8,
+    parity,
+    publish,
+    reference,
+    speed,
+)
 from deploy.comparing import Outputs, take  # noqa: E402
 from deploy.facts import Facts, add_facts, find_facts  # noqa: E402
 from deploy.reference import TrainedRun  # noqa: E402
@@ -208,32 +217,32 @@ def export(
     spec = describe_files(trained, dataset, expected, facts, args)
     job = Job(trained, dataset, expected, facts, spec, args)
 
-    proofs = parity.read_earlier(out, spec["checkpoint_sha256"])
+    earlier = parity.read_earlier(out, spec["checkpoint_sha256"])
     chosen = chosen_formats(args)
     print(f"{'format':15} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
 
-    # Files are written and proven in a directory of their own: `out` never holds an unproven one.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as workspace:
+    # Files are written and proven in a directory of their own: `out` never holds an unproven one,
+    # and an earlier export stays as it is until a new file has passed.
+    with publish.workspace(out) as workspace:
+        proofs = {}
         for each in chosen:
             file = os.path.join(workspace, each.file)
-            proof = write_and_prove(each, file, job)
-            proofs[each.name] = proof
-            if proof["passed"]:
-                publish(each, file, out, proof)
-            else:
-                withdraw(each, out, proof["failures"])
+            proofs[each.name] = write_and_prove(each, file, job)
+            report_proof(each, file, out, proofs[each.name])
 
-        place_program(out, proofs)
-        write_file(os.path.join(out, parity.NAME), parity.to_bytes(proofs))
-        failed = [each.name for each in chosen if not proofs[each.name]["passed"]]
+        failed = [name for name, proof in proofs.items() if not proof["passed"]]
+        if len(failed) == len(chosen) and earlier.has_files():
+            say(f"note: the earlier export in {out} stays as it was")
+            return failed
+
+        published = publish_files(workspace, out, earlier, proofs)
         if args.bundle and failed:
-            bundle.remove_bundle(out)  # of an earlier export
             say("no bundle was written because not every format passed")
         elif args.bundle:
-            publish_bundle(workspace, out, {each.name: proofs[each.name] for each in chosen}, job)
+            publish_bundle(workspace, out, proofs, job)
 
     print(f"one input needs {device_needs(facts.device)}", flush=True)
-    print_how_to_ship(out, proofs)
+    print_how_to_ship(out, published)
     return failed
 
 
@@ -307,12 +316,17 @@ def prove(chosen: Format, file: str, job: Job) -> tuple[dict, list[str]]:
     return gate.prove(job.trained, file, job.dataset, job.expected, job.args.tolerance)
 
 
-def publish(chosen: Format, file: str, out: str, proof: dict) -> None:
-    """Copy a proven file into the export directory, and print its row."""
+def report_proof(chosen: Format, file: str, out: str, proof: dict) -> None:
+    """Print the row of a proven file, or say why a file is not published."""
     final = os.path.join(out, chosen.file)
-    write_file(final, Path(file).read_bytes())
+    if not proof["passed"]:
+        reason, *more = proof["failures"]
+        say(f"error: {chosen.name} does not pass the gate, {final} is not written: {reason}")
+        for failure in more:
+            say(f"  {failure}")
+        return
 
-    size = f"{os.path.getsize(final) / 1e6:5.2f} MB"
+    size = f"{os.path.getsize(file) / 1e6:5.2f} MB"
     accuracy = "-" if proof["accuracy"] is None else f"{proof['accuracy']:.2%}"
     difference = f"{proof['max_abs_diff']:9.1e}"
     print(f"{chosen.name:15} {final:36} {size} {difference} {accuracy:>9}", flush=True)
@@ -324,24 +338,29 @@ def publish(chosen: Format, file: str, out: str, proof: dict) -> None:
         say(f"warning: {final}: {proof['warning']}")
 
 
-def withdraw(chosen: Format, out: str, failures: list[str]) -> None:
-    """Say why a file is not published.
+def publish_files(
+    workspace: str, out: str, earlier: parity.Earlier, proofs: dict[str, dict]
+) -> dict[str, dict]:
+    """Copy the proven files to `out`, with parity.json and step3_infer.pyz beside them.
 
-    The file of an earlier export is removed: it would be taken for this one.
+    A file of this checkpoint that was proven before stays, also if its format has failed now. Files
+    of another checkpoint are removed last. Returns the entries of parity.json. Raises OSError.
     """
-    final = os.path.join(out, chosen.file)
-    Path(final).unlink(missing_ok=True)
-    say(f"error: {chosen.name} does not pass the gate, {final} is not written: {failures[0]}")
-    for failure in failures[1:]:
-        say(f"  {failure}")
+    written = dict(earlier.current)
+    published = set()
+    for name, proof in proofs.items():
+        if proof["passed"]:
+            content = Path(workspace, proof["file"]).read_bytes()
+            write_file(os.path.join(out, proof["file"]), content)
+            published.add(name)
+        if proof["passed"] or not written.get(name, {}).get("passed"):
+            written[name] = proof
 
-
-def place_program(out: str, proofs: dict[str, dict]) -> None:
-    """Write step3_infer.pyz beside the models; remove it where there are none."""
-    if any(proof["passed"] for proof in proofs.values()):
+    if any(proof["passed"] for proof in written.values()):
         write_file(os.path.join(out, archive.NAME), archive.program_bytes())
-    else:
-        Path(out, archive.NAME).unlink(missing_ok=True)
+    write_file(os.path.join(out, parity.NAME), parity.to_bytes(written))
+    parity.remove_stale(out, earlier.stale, published)
+    return written
 
 
 def publish_bundle(workspace: str, out: str, proofs: dict[str, dict], job: Job) -> None:

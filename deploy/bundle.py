@@ -4,7 +4,6 @@ Two bundles of the same run are equal to the last byte, dates and modes included
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import numpy as np
 
 from deploy import archive
 from deploy.comparing import Outputs
+from deploy.publish import BUNDLE, EARLIER, swap_in
 from deploy.samples import calibration_images, write_samples
 from inference.command_line import printable
 from inference.files import replacing, sha256
@@ -30,9 +30,6 @@ EXCLUDED = shutil.ignore_patterns("__pycache__", "build*", ".*", "ort", "*.onnx"
 NUMPY, PILLOW = "1.26", "10.3"  # the oldest, as in the project's own requirements
 # Figures that differ between exports of the same run.
 TIMINGS = ("speedup", "warning", "tried", "latency_ms", "latency_spread")
-# A directory is there already; the last is what Windows says of one.
-TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)
-ATTEMPTS = 100  # of two processes to put their directories in the same place
 INDEX = (
     "<!doctype html><title>The page is in web/</title>"
     '<meta http-equiv="refresh" content="0; url=web/">\n'
@@ -64,7 +61,7 @@ def write_bundle(out: str, workspace: str, contents: Contents) -> str:
 
     workspace: an empty place in the same file system. Returns the archive's path. Raises OSError.
     """
-    folder = os.path.join(workspace, "bundle")
+    folder = os.path.join(workspace, BUNDLE)
     os.makedirs(os.path.join(folder, "samples"))
     copy_files(folder, contents.models)
     archive.write_program(folder)
@@ -79,7 +76,7 @@ def write_bundle(out: str, workspace: str, contents: Contents) -> str:
         os.chmod(os.path.join(folder, name), mode_of(name))
     path = archive_path(out)
     write_archive(folder, path)
-    swap_in(folder, os.path.join(out, "bundle"), os.path.join(workspace, "earlier"))
+    swap_in(folder, os.path.join(out, BUNDLE), os.path.join(workspace, EARLIER))
     return path
 
 
@@ -161,7 +158,7 @@ def archive_path(out: str) -> str:
 
 def remove_bundle(out: str) -> None:
     """Remove the folder and the archive of an earlier export."""
-    shutil.rmtree(os.path.join(out, "bundle"), ignore_errors=True)
+    shutil.rmtree(os.path.join(out, BUNDLE), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(archive_path(out))
 
@@ -184,19 +181,3 @@ def write_archive(folder: str, path: str) -> None:
             content = Path(folder, name).read_bytes()
             entry = f"{top}/{name}"
             archive.add_file(zipped, entry, content, zipfile.ZIP_DEFLATED, mode_of(name))
-
-
-def swap_in(new: str, final: str, aside: str) -> None:
-    """Replace the directory `final` by `new` as a whole, after moving it to `aside`.
-
-    Of two processes that do so at once, the later one's stays. Raises OSError.
-    """
-    for attempt in range(ATTEMPTS):
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(final, f"{aside}-{attempt}")
-        try:
-            os.replace(new, final)
-            return
-        except OSError as error:  # another process has put its own there since: try again
-            if error.errno not in TAKEN or attempt == ATTEMPTS - 1:
-                raise

@@ -1,6 +1,7 @@
 """parity.json beside the exported files: how each was proven, and with what figures."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.bundle import remove_bundle
@@ -10,36 +11,53 @@ from inference.command_line import say
 NAME = "parity.json"
 
 
-def read_earlier(out: str, checkpoint_sha256: str) -> dict[str, dict]:
-    """What parity.json says of files of this checkpoint, by format.
+@dataclass
+class Earlier:
+    """What parity.json says of an earlier export, by format.
 
-    Files of another checkpoint are removed, since they would be taken for new ones.
+    current: of this checkpoint. stale: the formats of another checkpoint.
     """
+
+    current: dict[str, dict]
+    stale: list[str]
+
+    def has_files(self) -> bool:
+        """Did the earlier export leave a file that was proven?"""
+        passed = [figures.get("passed") for figures in self.current.values()]
+        return any(passed) or bool(self.stale)
+
+
+def read_earlier(out: str, checkpoint_sha256: str) -> Earlier:
+    """What parity.json in `out` says; nothing if there is none, or none of ours."""
+    earlier = Earlier(current={}, stale=[])
     try:
         written = json.loads(Path(out, NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
+    except (FileNotFoundError, ValueError, RecursionError):
+        return earlier
     if not isinstance(written, dict):
-        return {}
+        return earlier
 
     # An entry of an unknown format is from a newer version, or not ours: it is left out.
-    parity = {}
-    stale = []
     for name, figures in written.items():
         if name not in FORMATS or not isinstance(figures, dict):
             continue
         if figures.get("checkpoint_sha256") == checkpoint_sha256:
-            parity[name] = figures
+            earlier.current[name] = figures
         else:
-            stale.append(name)
+            earlier.stale.append(name)
+    return earlier
 
-    if stale:
-        for name in stale:
+
+def remove_stale(out: str, stale: list[str], published: set[str]) -> None:
+    """Remove the files of another checkpoint that no new ones have replaced, and its bundle."""
+    if not stale:
+        return
+    for name in stale:
+        if name not in published:
             Path(out, FORMATS[name].file).unlink(missing_ok=True)
-        remove_bundle(out)
-        names = ", ".join(stale)
-        say(f"note: {out} held an export of another checkpoint, which is removed: {names}")
-    return parity
+    remove_bundle(out)
+    names = ", ".join(stale)
+    say(f"note: {out} held an export of another checkpoint, which is removed: {names}")
 
 
 def to_bytes(parity: dict[str, dict]) -> bytes:

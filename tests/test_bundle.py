@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import pytest
@@ -19,7 +20,7 @@ from conftest import ROOT
 import step1_train
 import step2_export
 import step3_infer
-from deploy import bundle, gate
+from deploy import bundle, gate, publish
 from deploy.archive import program_bytes
 
 FORMATS = "--format", "onnx", "torchscript"
@@ -264,7 +265,7 @@ def test_swapping_in_while_others_swap_in(tmp_path):
             new = tmp_path / f"new-{k}-{n}"
             new.mkdir()
             (new / "file").write_text("whole")
-            bundle.swap_in(str(new), str(tmp_path / "final"), str(tmp_path / f"aside-{k}-{n}"))
+            publish.swap_in(str(new), str(tmp_path / "final"), str(tmp_path / f"aside-{k}-{n}"))
 
     threads = [threading.Thread(target=swap, args=(k,)) for k in range(4)]
     for thread in threads:
@@ -272,6 +273,63 @@ def test_swapping_in_while_others_swap_in(tmp_path):
     for thread in threads:
         thread.join()
     assert (tmp_path / "final" / "file").read_text() == "whole" and not list(tmp_path.glob("new-*"))
+
+
+def test_there_is_a_whole_bundle_at_any_moment_of_a_swap(tmp_path):
+    if not publish.exchange(*map(str, both(tmp_path / "probe"))):
+        pytest.skip("this system cannot exchange two directories in one step")
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "file").write_text("whole")
+    missing, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            if not (final / "file").exists():
+                missing.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for number in range(200):
+        new = tmp_path / f"new-{number}"
+        new.mkdir()
+        (new / "file").write_text("whole")
+        publish.swap_in(str(new), str(final), str(tmp_path / f"aside-{number}"))
+    done.set()
+    watcher.join()
+    assert not missing
+
+
+def both(place):
+    """Two directories."""
+    for name in ("one", "other"):
+        (place / name).mkdir(parents=True)
+    return place / "one", place / "other"
+
+
+@pytest.mark.parametrize("has_bundle", [True, False])
+def test_what_a_killed_process_left_is_cleared_and_its_bundle_put_back(tmp_path, has_bundle):
+    """Where two renames are needed, a kill between them leaves the earlier bundle aside."""
+    left = tmp_path / ".export-0123abcd"
+    (left / "earlier-0").mkdir(parents=True)
+    (left / "earlier-0" / "file").write_text("earlier")
+    (left / "model.onnx").write_text("unproven")
+    os.utime(left, (1e9, 1e9))
+    (tmp_path / ".export-of-mine").mkdir()  # no name of ours
+    if has_bundle:
+        (tmp_path / "bundle").mkdir()
+        (tmp_path / "bundle" / "file").write_text("newer")
+    with publish.workspace(str(tmp_path)) as workspace:
+        assert os.path.isdir(workspace) and not left.exists()
+    assert (tmp_path / "bundle" / "file").read_text() == ("newer" if has_bundle else "earlier")
+    assert sorted(os.listdir(tmp_path)) == [".export-of-mine", "bundle"]
+
+
+def test_a_workspace_in_use_is_left_alone(tmp_path):
+    with publish.workspace(str(tmp_path)) as first:
+        os.utime(first, (1e9, 1e9))
+        with publish.workspace(str(tmp_path)):
+            assert os.path.isdir(first)
 
 
 def test_disk_full(small, small_run, here, execute):

@@ -21,7 +21,7 @@ from test_own_images import QUICK, folder, run_of  # noqa: F401
 import data
 import step1_train
 from data import cache
-from deploy import bundle
+from deploy import publish
 from inference.errors import Problem
 from training import runs
 
@@ -302,5 +302,6 @@ def test_a_bundle_replaces_one_that_another_process_has_put_there(tmp_path, monk
     for name in ("new", "final"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(name)
-    bundle.swap_in(str(tmp_path / "new"), str(tmp_path / "final"), str(tmp_path / "aside"))
+    monkeypatch.setattr(publish, "exchange", lambda *_: False)
+    publish.swap_in(str(tmp_path / "new"), str(tmp_path / "final"), str(tmp_path / "aside"))
     assert refused and (tmp_path / "final" / "a.txt").read_text() == "new"

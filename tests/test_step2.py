@@ -458,3 +458,20 @@ def test_what_step_1_said_of_the_data_is_not_said_again(call, here, in_process):
     assert "labels.txt" in step1.err and "broken.png" in step1.err
     step2 = call(step2_export.main, "--format", "torchscript").done()
     assert "labels.txt" not in step2.err and "broken.png" not in step2.err
+
+
+def test_a_failed_export_leaves_the_set_of_another_checkpoint_as_it_was(
+    call, small, small_run, here, in_process, plant
+):
+    out = here / "exports" / "small"
+    shutil.copytree(small.export, out)
+    report = parity_of(small.export)
+    for figures in report.values():
+        figures["checkpoint_sha256"] = "0" * 64
+    (out / "parity.json").write_text(json.dumps(report))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    plant(lambda good, path: path.write_bytes(b"no model"))
+    result = call(step2_export.main, "--format", "onnx")
+    result.error(1, "model.onnx is not written")
+    assert "stays as it was" in result.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
