@@ -11,7 +11,10 @@ from inference.images import IMAGE_SUFFIXES, note_files, walk
 SUMS = "SHA256SUMS"
 LINE = re.compile("([0-9a-f]{64}) [ *](.+)\n?")
 HARMLESS = (*IMAGE_SUFFIXES, ".csv", ".jsonl")  # a user's pictures and results
-FETCHED = re.compile(r"web/ort/ort[\w.-]*\.(js|mjs|wasm)")  # by web/get-ort.sh
+# What web/get-ort.sh fetches, and the link that it makes to the bundle's own model.
+FETCHED = re.compile(r"web/ort/ort[\w.-]*\.(js|mjs|wasm)")
+LINKED = os.path.join("web", "ort", "model.onnx")
+TARGET = "../../model.onnx"
 
 
 def verify(folder: str, sums_sha256: str | None = None) -> int:
@@ -36,7 +39,7 @@ def verify(folder: str, sums_sha256: str | None = None) -> int:
     for name in sorted(sums.keys() | found.keys()):
         path = os.path.join(folder, name)
         # A user's own pictures and results beside those of the bundle are no fault.
-        if name in found and found[name] is None and name not in sums and may_be_added(name):
+        if name in found and found[name] is None and name not in sums and may_be_added(path, name):
             additions.append(name)
             continue
 
@@ -71,8 +74,11 @@ def read_sums(path: str) -> dict[str, str]:
     return sums
 
 
-def may_be_added(name: str) -> bool:
+def may_be_added(path: str, name: str) -> bool:
     """May a file that SHA256SUMS does not list lie in the folder?"""
+    if os.path.islink(path):
+        return name == LINKED and os.readlink(path) == TARGET
+
     slashed = name.replace(os.sep, "/")
     return name.lower().endswith(HARMLESS) or FETCHED.fullmatch(slashed) is not None
 

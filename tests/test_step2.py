@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -470,7 +471,7 @@ def test_a_failed_export_leaves_the_set_of_another_checkpoint_as_it_was(
         figures["checkpoint_sha256"] = "0" * 64
     (out / "parity.json").write_text(json.dumps(report))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    plant(lambda good, path: path.write_bytes(b"no model"))
+    plant(lambda good, path: Path(path).write_bytes(b"no model"))
     result = call(step2_export.main, "--format", "onnx")
     result.error(1, "model.onnx is not written")
     assert "stays as it was" in result.err

@@ -197,7 +197,8 @@ def main():
     # It imports torch, which the processes of the engines must not have to.
     from benchmarks.bench_robustness import test_images
 
-    files = [args.export / name for name in (*MODEL_NAMES, "model.pt", "model.pt2", "model.pte", "model.tflite") if (args.export / name).exists()]
+    names = (*MODEL_NAMES, "model.pt", "model.pt2", "model.pte", "model.tflite")
+    files = [args.export / name for name in names if (args.export / name).exists()]
     if not files:
         parser.error(f"there is no model file in {args.export}")
     spec = Model(files[0]).spec

@@ -149,9 +149,7 @@ def main():
 
     nine = []
     for function, strength in NINE:
-        accuracy, _ = camera.measure(
-            partial(predictions, file), images, labels, function, strength
-        )
+        accuracy, _ = camera.measure(partial(predictions, file), images, labels, function, strength)
         nine.append(accuracy)
     listed = " ".join(f"{accuracy:.2%}" for accuracy in nine)
     print(f"mean of the nine: {statistics.fmean(nine):.2%} ({listed})")
