@@ -180,6 +180,7 @@ from deploy.samples import (  # noqa: E402
     one_of_each_class,
 )
 from inference.engines import MODEL_NAMES  # noqa: E402
+from inference.files import sha256  # noqa: E402
 from inference.images import fit_to_input  # noqa: E402
 from inference.metrics import per_class  # noqa: E402
 from report import card, page  # noqa: E402
@@ -384,6 +385,7 @@ def publish_bundle(workspace: str, out: str, proofs: dict[str, dict], job: Job) 
     with problems(f"cannot write the bundle in {out}", OSError):
         path = bundle.write_bundle(out, workspace, contents)
     print(f"{'bundle':15} {path:36} {os.path.getsize(path) / 1e6:5.2f} MB", flush=True)
+    print(f"{'':15} SHA-256 {sha256(path)}", flush=True)
 
 
 def describe_classes(job: Job) -> dict:
