@@ -17,7 +17,7 @@ import data
 import model
 import step1_train
 import step2_export
-from deploy import gate, isolated
+from deploy import comparing, gate, isolated
 from deploy.exporters import Source
 from deploy.formats import FORMATS
 from deploy.reference import TrainedRun, reference
@@ -141,6 +141,15 @@ def test_onnx_weights_changed(small, prove, tmp_path, factor):
     file = tmp_path / "model.onnx"
     edit_weights(small.export / "model.onnx", file, lambda weights: weights * np.float32(factor))
     assert_caught(prove(file), "differ by up to")
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_an_output_known_that_one_side_lacks(trusted, expected):
+    whole = trusted.expected
+    lacking = comparing.Outputs(whole.main, None)
+    pair = (whole, lacking) if expected else (lacking, whole)
+    _, failures = comparing.compare_outputs(*pair, 1e-4, 1e-4)
+    assert failures == [f"the file has {'no' if expected else 'an unexpected'} output 'known'"]
 
 
 def test_wrong_order_of_class_names(small, trusted, prove, tmp_path):

@@ -188,9 +188,26 @@ def test_a_file_that_loses_more_than_max_drop_is_refused(
     assert not [words for words in failures if "loses" in words]
 
 
-def test_a_regression_has_no_int8(call, linear, here):
-    command = ["--run", linear.run, "--out", here / "out", "--format", "onnx-int8"]
-    call(step2_export.main, *command).error(2, "onnx-int8", "regression")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--format onnx-int8", "onnx-int8"),
+        ("--fixed --format onnx", "--fixed"),
+        ("--reject 0.9", "--reject"),
+        ("--min-probability 0.9", "--min-probability"),
+    ],
+)
+def test_a_regression_has_neither_int8_nor_fixed_sizes_nor_thresholds(
+    call, linear, here, options, words
+):
+    command = ["--run", linear.run, "--out", here / "out", *options.split()]
+    call(step2_export.main, *command).error(2, words, "regression")
+
+
+def test_a_network_without_layers_cannot_be_quantized(tmp_path):
+    graph = onnx.helper.make_graph([], "empty", [], [onnx.ValueInfoProto(name="probabilities")])
+    with pytest.raises(ValueError, match="no layer to quantize"):
+        int8.nodes_in_float(graph, last_in_float=False)
 
 
 @pytest.mark.parametrize("option", ["--max-drop -1", "--max-drop nan", "--max-drop much"])

@@ -182,9 +182,11 @@ def test_held_out_split_may_lack_classes(tmp_path):
 
 
 def test_every_suffix_of_pillow_and_files_without_one_are_taken(tmp_path, capsys):
+    Image.init()
+    last = ".qoi" if "QOI" in Image.SAVE else ".ppm"  # older versions of Pillow only read QOI
     for name in "ab":
         fill(tmp_path / name)
-        for suffix in (".jfif", ".jpe", ".TGA", ".qoi", ".sgi", ".mpo"):
+        for suffix in (".jfif", ".jpe", ".TGA", ".sgi", ".mpo", last):
             fill(tmp_path / name / suffix[1:], 1, suffix)
         fill(tmp_path / name / "bare", 1)
         (tmp_path / name / "bare" / "0.png").rename(tmp_path / name / "bare" / "0")

@@ -53,6 +53,7 @@ def test_all_steps_work_without_what_posix_alone_has(execute, here, samples, fol
     locale."""
     options = ["-X", "warn_default_encoding", "-X", "utf8=0"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    environment["USERNAME"] = "someone"  # as Windows sets it: Python needs no pwd then
 
     def run(script, *arguments):
         result = execute(

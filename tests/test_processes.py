@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from conftest import ROOT
 import data
 import step1_train
 from data import split
+from inference.errors import Problem
+from training import processes
 
 # 101: shares of 51 and 50
 RUN = ["--model", "mlp", "--epochs", "3", "--batch-size", "101", "--device", "cpu"]
@@ -64,6 +67,23 @@ def test_shares_of_a_batch_are_the_whole_batch_as_one_process_sees_it():
         for k, (part, part_labels, part_batch) in enumerate((first, second)):
             assert torch.equal(part, pixels[k::2]) and torch.equal(part_labels, labels[k::2])
             assert part_batch == batch == len(labels)
+
+
+def test_the_first_process_says_what_all_find_and_others_name_themselves():
+    second = processes.Processes(rank=1, count=2)
+    with pytest.raises(SystemExit), processes.failures_named(second):
+        raise Problem("a wrong option", 2)
+    with pytest.raises(Problem, match="process 1: its own"), processes.failures_named(second):
+        raise Problem("its own")
+    lost = pytest.raises(Problem, match="process 1 lost the others: Connection closed")
+    with lost, processes.failures_named(second):
+        raise RuntimeError("Connection closed")
+
+
+def test_a_batch_is_too_small_for_its_processes():
+    settings = SimpleNamespace(batch_size=3, device="cpu", precision="fp32", sync_batchnorm=False)
+    with pytest.raises(Problem, match="--batch-size 3 is too small for 2 processes"):
+        processes.choose_machine(settings, processes.Processes(count=2), bf16_pays=False)
 
 
 def test_two_processes_train_as_one_and_either_resumes_the_other(call, here):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -274,6 +275,24 @@ def test_both_checkpoints_corrupt_is_one_line(call, run):
     for path in run.glob("checkpoint*"):
         path.write_bytes(b"no checkpoint")
     call(step1_train.main, "--resume", "a").error(1, "runs/a/checkpoint.pt is truncated")
+
+
+def test_a_run_without_checkpoint_and_configuration_is_one_line(call, run):
+    for path in run.glob("checkpoint*"):
+        path.unlink()
+    (run / "config.json").write_text("{")
+    call(step1_train.main, "--resume", "a").error(1, "neither a checkpoint nor a config.json")
+
+
+def test_a_file_system_without_links_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for content in (b"first", b"second"):
+        runs.write(str(tmp_path), "checkpoint.pt", content, previous="checkpoint.previous.pt")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"second"
+    assert (tmp_path / "checkpoint.previous.pt").read_bytes() == b"first"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(call, undisturbed, run):

@@ -1,6 +1,7 @@
 """Step 1: what a run writes, that it repeats, and what happens on wrong command lines."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import model
 import step1_train
 import step2_export
 from inference import metrics
+from report import page
 from training import command_line, recipes, runs
 
 TINY = ["--model", "mlp", "--hidden", "16", "--epochs", "2"]
@@ -465,6 +467,37 @@ def test_unequal_classes_are_adjusted_for_while_training_only(call, here, photos
 def test_the_epoch_is_chosen_by_balanced_accuracy_where_classes_are_unequal():
     labels, predicted = np.array([0, 0, 0, 0, 1, 3]), np.array([0, 0, 0, 0, 0, 3])
     assert metrics.balanced_accuracy(labels, predicted) == pytest.approx((1 + 0 + 1) / 3)
+
+
+def test_the_epoch_is_chosen_by_it_where_there_is_a_validation_split(
+    call, here, photos, monkeypatch
+):
+    values = [0.9, 0.5]  # of the two epochs
+    monkeypatch.setattr(metrics, "balanced_accuracy", lambda *_: values.pop(0) if values else 0.5)
+    call(step1_train.main, "--data-dir", photos, "--val-fraction", 0.2, *TINY, "--name", "a").done()
+    summary = json.loads((here / "runs" / "a" / "summary.json").read_text())
+    assert summary["epoch_kept"] == 1 and not values
+
+
+def test_a_loss_that_is_not_finite_on_the_test_split_is_said(call, here, monkeypatch):
+    criterion = step1_train.criterion
+
+    def diverging(outputs, *rest):
+        return criterion(outputs, *rest) * (1 if outputs.requires_grad else float("inf"))
+
+    monkeypatch.setattr(step1_train, "criterion", diverging)
+    call(step1_train.main, *TINY).error(1, "the loss on the test split became inf", "smaller --lr")
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(call, here, in_process, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(page, "write_report", full)
+    result = call(step1_train.main, *TINY, "--name", "a").done()
+    assert "the run is complete, but its report cannot be written: No space left" in result.err
+    result = call(step2_export.main, "--format", "torchscript").done()
+    assert "runs/a/report.html is as it was before the export: No space left" in result.err
 
 
 def test_patience_stops_a_run_that_no_longer_improves(call, here):

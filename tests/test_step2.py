@@ -63,9 +63,10 @@ def test_export_writes_two_files_and_the_figures(trained, small):
             "step3_infer.pyz",
         ]
     printed = trained.printed[1]
-    assert (
-        "runs/digits-airbench" in printed.err.splitlines()[0] and len(printed.err.splitlines()) == 1
-    )
+    # Older versions of torch warn of themselves there, too.
+    kinds = "run: ", "note: ", "warning: "
+    said = [line for line in printed.err.splitlines() if line.startswith(kinds)]
+    assert said == ["run: runs/digits-airbench"]
     assert (
         "exports/digits-airbench/model.onnx" in printed.out
         and "exports/digits-airbench/model.pt" in printed.out
