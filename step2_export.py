@@ -335,8 +335,9 @@ def report_proof(chosen: Format, file: str, out: str, proof: dict) -> None:
         measured = speed.speed_in_words(proof["speedup"])
         how = f"{proof['quantization']}; speed relative to float32: {measured}"
         print(f"{'':15} {how}", flush=True)
-    if "warning" in proof:
-        say(f"warning: {final}: {proof['warning']}")
+    for warning in (*proof["warnings"], proof.get("warning")):
+        if warning:
+            say(f"warning: {final}: {warning}")
 
 
 def publish_files(

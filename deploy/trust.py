@@ -1,4 +1,8 @@
-"""How far a file's answers can be trusted, by the test split: accuracy, calibration, thresholds."""
+"""How far a file's answers can be trusted, by the test split: accuracy, calibration, thresholds.
+
+What the test split says of them is a fact about the data: a warning with its figure, and no fault
+of the file. Real training and test sets differ.
+"""
 
 import math
 
@@ -14,13 +18,15 @@ KNOWN_BINS = 20  # of histograms of `known`: a threshold that keeps 95 % cuts of
 DEVIATIONS = 3  # a figure of a sample may be off by so many standard deviations
 MARGIN = 0.005  # and a share by this much more
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
-HINT = "is the test split another kind of images? --uncalibrated exports without both outputs"
+HINT = (
+    "the test split differs from the training images; --uncalibrated exports without both outputs"
+)
 
 
 def classifier_figures(
     trained_spec: dict, file_spec: dict, got: Outputs, expected: Outputs, dataset
-) -> tuple[dict, list[str]]:
-    """What the test split says of a classifier's file: figures, and failures in words.
+) -> dict:
+    """What the test split says of a classifier's file: figures, `warnings` in words among them.
 
     got, expected: the outputs of the file and of the trained network on the test split.
     """
@@ -33,50 +39,73 @@ def classifier_figures(
         "accuracy_trained": float((expected.main.argmax(1) == labels).mean()),
     }
     if not np.isfinite(got.main).all():  # compare_outputs() has found this fault
-        return figures, []
+        return {**figures, "warnings": []}
 
-    promised, failures = check_promises(trained_spec, got, labels)
+    promised, warnings = check_promises(trained_spec, got, labels)
     figures |= promised
+    figures["warnings"] = warnings
     figures |= calibration_figures(trained_spec, got.main, labels)
     if got.known is not None:
         figures["familiar"] = {"test split": familiarity_figures(got.known)}
-    return figures, failures
+    return figures
 
 
 def check_promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:
     """Does the test split bear out what calibrated outputs promise?
 
-    Returns figures, and failures in words.
+    Returns figures, and warnings in words.
     """
-    kept, failures = check_thresholds(spec, got.known)
-    entropy, more_failures = check_temperature(spec, got.main, labels)
-    failures += more_failures
-    if failures:
-        failures.append(HINT)
-    return kept | entropy, failures
+    kept, warnings = check_thresholds(spec, got.known)
+    entropy, more_warnings = check_temperature(spec, got.main, labels)
+    warnings += more_warnings
+    if warnings:
+        warnings.append(HINT)
+    return kept | entropy, warnings
 
 
 def check_thresholds(spec: dict, known: np.ndarray | None) -> tuple[dict, list[str]]:
     """Do thresholds of `known` [n] keep the share of the test split that they promise?
 
     The share may be off by three deviations of the two samples that it depends on, the test split
-    and the held-out images, and by half a point. Returns figures, and failures in words.
+    and the held-out images, and by half a point. Returns figures, and warnings in words.
     """
     if known is None or not spec.get("known"):
         return {}, []
 
     shares = {}
-    failures = []
+    warnings = []
     for keep in KEPT:
-        share = float((known >= known_threshold(keep)).mean())
+        share = kept_share(known, keep)
         shares[f"{keep:g}"] = share
 
         variance = keep * (1 - keep) * (1 / len(known) + 1 / spec["known"]["images"])
         if not abs(share - keep) <= DEVIATIONS * math.sqrt(variance) + MARGIN:
-            failures.append(
-                f"a threshold that should keep {keep:.0%} of the test split keeps {share:.1%}"
+            warnings.append(
+                f"--reject {keep:g}, which should keep {keep:.0%} of the test split, "
+                f"keeps {share:.1%}"
             )
-    return {"kept": shares}, failures
+    return {"kept": shares}, warnings
+
+
+def compare_thresholds(expected: np.ndarray | None, got: np.ndarray | None) -> list[str]:
+    """Do thresholds of an int8 file's `known` [n] keep what those of the network keep?
+
+    int8 moves the scores, and the file has a table of its own for them: here a difference is a
+    fault. Returns failures in words.
+    """
+    if expected is None or got is None:
+        return []
+
+    failures = []
+    for keep in KEPT:
+        wanted = kept_share(expected, keep)
+        share = kept_share(got, keep)
+        deviation = math.sqrt(keep * (1 - keep) / len(got))
+        if not abs(share - wanted) <= DEVIATIONS * deviation + MARGIN:
+            failures.append(
+                f"--reject {keep:g} keeps {share:.1%} of the test split, the network's {wanted:.1%}"
+            )
+    return failures
 
 
 def check_temperature(
@@ -84,7 +113,7 @@ def check_temperature(
 ) -> tuple[dict, list[str]]:
     """Does the temperature make the cross entropy of the test split no worse?
 
-    It may, within three standard errors. Returns figures, and failures in words.
+    It may, within three standard errors. Returns figures, and warnings in words.
     """
     if not spec.get("temperature"):
         return {}, []
@@ -131,6 +160,11 @@ def familiarity_figures(known: np.ndarray) -> dict:
         "unknown": float((known < known_threshold(KEPT[0])).mean()),
         "histogram": histogram.tolist(),
     }
+
+
+def kept_share(known: np.ndarray, keep: float) -> float:
+    """The share of images with `known` [n] that --reject `keep` keeps."""
+    return float((known >= known_threshold(keep)).mean())
 
 
 def known_threshold(keep: float) -> np.float32:

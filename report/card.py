@@ -284,12 +284,19 @@ def parity_section(passed: dict[str, dict]) -> str:
     rows = [[file, *cells(figures, styles)] for file, figures in passed.items()]
 
     notes = ""
+    for file, figures in passed.items():
+        # Facts about the data: they stop no export, and whoever uses the file should know them.
+        for warning in figures.get("warnings", ()):
+            notes += f"- Warning, {file}: {markdown(warning)}\n"
+    if notes:
+        notes += "\n"
     for figures in passed.values():
         if figures.get("quantization"):
             notes += quantization_note(figures)
 
-    # MODEL_NAMES lists the file first that step3 prefers.
-    to_test = next((name for name in (*MODEL_NAMES, *passed) if name in passed), "model.onnx")
+    # MODEL_NAMES lists the file first that step3 prefers. Old figures name formats, not files.
+    files = [name for name in passed if name.startswith("model.")]
+    to_test = next((name for name in (*MODEL_NAMES, *files) if name in passed), "model.onnx")
     return filled(
         "card.parity.md.template",
         table=markdown_table(head, rows),

@@ -222,6 +222,17 @@ def lowest_recall(per_class):
     return f"<p>Lowest recall: {', '.join(lowest)}.</p>"
 
 
+def remarks_on(figures):
+    """What is wrong with an exported file, and what to know of it; some may be empty."""
+    warnings = [f"warning: {text}" for text in figures.get("warnings", ())]
+    return [
+        *figures.get("failures", ()),
+        *warnings,
+        figures.get("warning"),
+        busy_note(figures),
+    ]
+
+
 def export_section(run, export):
     """The exported files, each with how it compares to the trained network, and remarks on them."""
     if not export:
@@ -232,7 +243,7 @@ def export_section(run, export):
     remarks = []
     for name, figures in export.items():
         rows.append(export_row(name, figures))
-        for remark in (*figures.get("failures", ()), figures.get("warning"), busy_note(figures)):
+        for remark in remarks_on(figures):
             if remark:
                 remarks.append(f"<li>{escaped(name)}: {escaped(remark)}</li>")
 
