@@ -243,7 +243,7 @@ def export(
             publish_bundle(workspace, out, proofs, job)
 
     print(f"one input needs {device_needs(facts.device)}", flush=True)
-    print_how_to_ship(out, published)
+    print_how_to_ship(published)
     return failed
 
 
@@ -398,7 +398,7 @@ def describe_classes(job: Job) -> dict:
     return {**job.spec, "per_class": figures}
 
 
-def print_how_to_ship(out: str, proofs: dict[str, dict]) -> None:
+def print_how_to_ship(proofs: dict[str, dict]) -> None:
     """Name the two files that another machine needs, and the packages that run them."""
     passed = {proof["file"]: proof for proof in proofs.values() if proof["passed"]}
     if not passed:
@@ -406,13 +406,8 @@ def print_how_to_ship(out: str, proofs: dict[str, dict]) -> None:
     # The file that step3 would take by itself, else any.
     first = next(name for name in (*MODEL_NAMES, *passed) if name in passed)
 
-    program = os.path.join(out, archive.NAME)
-    packages = f"numpy, Pillow and {passed[first]['runs_with']}"
-    print(
-        f"to ship: copy {os.path.join(out, first)} and {program}; "
-        f"the device needs Python 3.10 or newer with {packages}",
-        flush=True,
-    )
+    packages = f"numpy, Pillow, {passed[first]['runs_with']}"
+    print(f"to ship: {first} and {archive.NAME}, with Python, {packages}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- the work
