@@ -36,6 +36,7 @@ import data
 from data.notes import note, silenced
 from inference.command_line import Parser, number
 from inference.errors import Problem, guarded
+from inference.limits import MAX_PIXELS, MAX_SIDE
 from training import command_line, recipes
 
 
@@ -114,6 +115,12 @@ def add_own_image_options(parser: Parser) -> None:
     )
     add("--strict", action="store_true", help="fail on unreadable files instead of skipping them")
     add(
+        "--max-pixels",
+        type=number(int, 1, MAX_SIDE**2),
+        metavar="N",
+        help=f"skip images of more pixels (default: {MAX_PIXELS:,})",
+    )
+    add(
         "--test-csv",
         metavar="FILE",
         help="CSV file of the test split (default: hold out a part of each class)",
@@ -145,7 +152,7 @@ def add_network_options(parser: Parser) -> None:
     )
     add(
         "--width",
-        type=number(float, 0, above=True),
+        type=number(float, 0, recipes.MOST_WIDTH, above=True),
         metavar="X",
         help="factor for the channels of airbench",
     )
@@ -724,6 +731,8 @@ def train_and_report(args: argparse.Namespace, given: dict) -> int:
             dataset = load_dataset(settings)
         if checkpoint:
             data.refuse_changes(run_dir, checkpoint["training"]["data"], dataset.fingerprint)
+        if run_dir is not None:
+            recipes.check_resumed(settings, dataset, run_dir)
 
         traits = model.traits(settings.model)
         if run_dir is None:

@@ -31,6 +31,7 @@ AUGMENTATIONS = ("flip", "translate", "crop", "rotate", "blur", "color", "noise"
 # The options of `load` that step1's command line has, besides --dataset, --data-dir, --image-size.
 OPTIONS = (
     "strict",
+    "max_pixels",
     "cache_dir",
     "image_root",
     "test_csv",

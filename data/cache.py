@@ -27,6 +27,7 @@ from data.notes import note
 from data.parallel import run_parallel
 from data.target import Target, choose_target
 from inference.errors import Problem, problems
+from inference.limits import MAX_PIXELS
 
 BESIDE = ".threestep"  # the folder beside the data
 IN_CACHE_DIR = "threestep-cache"  # the folder in --cache-dir, which may hold files of others
@@ -64,14 +65,15 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
         os.makedirs(directory, exist_ok=True)
 
         state, sizes = state_of(paths)
-        probe_file = os.path.join(directory, f"probe-{state}-{train}.json")
+        of_limit = f"-{options.max_pixels}" if options.max_pixels else ""
+        probe_file = os.path.join(directory, f"probe-{state}-{train}{of_limit}.json")
         target = choose_target(paths, train, probe_file, options)
 
-        key = key_for(source, target, options.fit)
+        key = key_for(source, target, options)
         base = os.path.join(directory, f"{key}-{state}")
         if not is_whole(base):
             remove_outdated(directory, key, os.path.basename(base))
-            build_cache(paths, base, target, options.fit)
+            build_cache(paths, base, target, options)
 
         description = read_json(base + ".json")
         unreadable = description["unreadable"]
@@ -130,9 +132,12 @@ def state_of(paths: list[str]) -> tuple[str, np.ndarray]:
     return digest("\n".join(lines).encode("utf-8", "surrogateescape")), sizes
 
 
-def key_for(source: str, target: Target, fit: str) -> str:
+def key_for(source: str, target: Target, options: Options) -> str:
     """A hash of what a cache is made of, besides the state of the files."""
-    return digest(json.dumps([source, *target, fit, PIL.__version__]).encode())
+    parts = [source, *target, options.fit, PIL.__version__]
+    if options.max_pixels:  # which files can be read depends on it
+        parts.append(options.max_pixels)
+    return digest(json.dumps(parts).encode())
 
 
 def is_whole(base: str) -> bool:
@@ -167,7 +172,7 @@ def refuse(paths: list[str], unreadable: list[tuple[int, str]], way_out: str) ->
 
 
 # ---------------------------------------------------------------------------------------- building
-def build_cache(paths: list[str], base: str, target: Target, fit: str) -> None:
+def build_cache(paths: list[str], base: str, target: Target, options: Options) -> None:
     """Decode all files into <base>.u8 and describe it in <base>.json. Raises Problem or OSError.
 
     Each build writes to a file of its own and swaps it in, so that two at once do no harm. A whole
@@ -177,7 +182,7 @@ def build_cache(paths: list[str], base: str, target: Target, fit: str) -> None:
     temporary = f"{base}.{os.getpid()}.tmp"
 
     try:
-        unreadable = decode_all(paths, temporary, target, fit)
+        unreadable = decode_all(paths, temporary, target, options)
         if not is_whole(base):  # or else another run has been faster
             os.replace(temporary, base + ".u8")
             shape = [len(paths) - len(unreadable), *target.image_size, target.channels]
@@ -193,7 +198,9 @@ def build_cache(paths: list[str], base: str, target: Target, fit: str) -> None:
     note(f"decoded {len(paths):,} files in {seconds:.1f} s ({rate}), cached for later runs")
 
 
-def decode_all(paths: list[str], temporary: str, target: Target, fit: str) -> list[tuple[int, str]]:
+def decode_all(
+    paths: list[str], temporary: str, target: Target, options: Options
+) -> list[tuple[int, str]]:
     """Decode all files into one, the rows of those that cannot be read removed.
 
     Returns the number of each file that cannot be read, and the reason. Raises Problem, also if
@@ -205,7 +212,13 @@ def decode_all(paths: list[str], temporary: str, target: Target, fit: str) -> li
         if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in an hour
             os.posix_fallocate(file.fileno(), 0, row_bytes * len(paths))
 
-        decode = functools.partial(decode_chunk, file=temporary, target=target, fit=fit)
+        decode = functools.partial(
+            decode_chunk,
+            file=temporary,
+            target=target,
+            fit=options.fit,
+            max_pixels=options.max_pixels or MAX_PIXELS,
+        )
         unreadable = list(run_parallel(decode, paths, "decoding"))
         if len(unreadable) > len(paths) / 2:  # the list is wrong then, not the files
             refuse(paths, unreadable, way_out_of_missing(paths[unreadable[0][0]]))

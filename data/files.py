@@ -25,7 +25,7 @@ class Options:
 
     image_size (height, width), channels and white (the level of 16-bit pixels that becomes 255) are
     derived from the images if None. usual_size is the image size if the images differ in size or
-    are large.
+    are large. max_pixels is of one file, by default inference.limits.MAX_PIXELS.
     """
 
     image_size: tuple[int, int] | None = None
@@ -34,6 +34,7 @@ class Options:
     usual_size: int = 64
     fit: str = "stretch"
     strict: bool = False
+    max_pixels: int | None = None
     cache_dir: str | None = None
     image_root: str | None = None
     test_csv: str | None = None

@@ -13,9 +13,13 @@ from tqdm import tqdm
 from data import notes
 from inference.cpus import usable_cpus
 from inference.errors import problems
+from inference.limits import LARGE_PIXELS
 
 CHUNK = 256  # files that a worker takes at a time
 MOST_WORKERS = 61  # Windows has no larger pool
+
+# Held while a large image is in memory: in a worker, a lock that all workers share.
+large_image = contextlib.nullcontext()
 
 # Forked workers start at once and share what is imported, but only Linux' libraries all survive it.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -60,14 +64,34 @@ def progress_bar(count: int, title: str) -> tqdm:
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes; what has not been started when the block is left is cancelled."""
+    context = multiprocessing.get_context(START_METHOD)
     pool = ProcessPoolExecutor(
         max_workers=workers,
-        mp_context=multiprocessing.get_context(START_METHOD),
-        # Ctrl-C reaches all processes, and the parent alone answers it.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        mp_context=context,
+        initializer=begin_worker,
+        initargs=(context.Lock(),),
     )
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def begin_worker(lock) -> None:
+    """Prepare a worker. lock: of multiprocessing, shared by all workers."""
+    global large_image
+    large_image = lock
+
+    # Ctrl-C reaches all processes, and the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def one_at_a_time(size: tuple[int, int]) -> contextlib.AbstractContextManager:
+    """The block in which an image of this size may be in memory.
+
+    Of images with more than LARGE_PIXELS, only one is, over all workers.
+    """
+    width, height = size
+    if width * height > LARGE_PIXELS:
+        return large_image
+    return contextlib.nullcontext()

@@ -10,6 +10,7 @@ from data.dataset import SPLITS
 from data.files import Files, Options, count_of, split_called
 from data.notes import note
 from inference.errors import Problem, problems
+from inference.spec import MAX_NAME
 
 # The names of columns that are taken without --image-column and --label-column, the first found.
 IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
@@ -90,6 +91,9 @@ def to_files(rows: list[Row], classes: list[str], source: str, options: Options)
     paths = []
     labels = []
     for row in rows:
+        if len(row.label) > MAX_NAME:
+            shown = repr(row.label[:MAX_NAME])
+            raise Problem(f"{source} has a label of more than {MAX_NAME} characters: {shown}...")
         if row.label not in numbers:
             raise Problem(f"{source} has a label {row.label!r} that no training image has")
         paths.append(row.path)
@@ -123,6 +127,7 @@ def read_images(file: str, options: Options, default: str) -> dict[str, list[Row
 
     if incomplete:
         report_incomplete(file, incomplete, options.strict)
+    note_outside(file, root, rows)
     if not rows:
         raise Problem(f"{file} lists no images below its first line")
     if columns.split is not None:
@@ -164,6 +169,20 @@ def find_image(root: str, image: str) -> str:
     if "\\" in image and not os.path.lexists(path):
         return os.path.join(root, image.replace("\\", "/"))
     return path
+
+
+def note_outside(file: str, root: str, rows: dict[str, list[Row]]) -> None:
+    """Note the paths that lead out of `root` by their text: they may be what nobody expects."""
+    folder = os.path.join(os.path.abspath(root), "")
+    outside = []
+    for split in rows.values():
+        for row in split:
+            if not os.path.abspath(row.path).startswith(folder):
+                outside.append(row.path)
+
+    if outside:
+        count = count_of(len(outside), "image")
+        note(f"{file} lists {count} outside {folder}, the first: {outside[0]}")
 
 
 def report_incomplete(file: str, incomplete: list[int], strict: bool) -> None:

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
+from data import parallel
 from data.files import Options, count_of, name_some
 from data.json_files import read_json, write_json
 from data.notes import note
 from data.parallel import run_parallel
-from inference.images import open_image
+from inference.images import bands, open_image
+from inference.limits import MAX_PIXELS, allow_pixels, check_size
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 LARGEST_OWN_SIZE = 64  # images that all have one size up to this keep it
@@ -73,7 +75,7 @@ def choose_target(paths: list[str], train: int, probe_file: str, options: Option
 
     probed = read_probed(probe_file)
     if probed is None:
-        probed = probe(paths, train)
+        probed = probe(paths, train, options.max_pixels or MAX_PIXELS)
         write_json(probe_file, probed._asdict())
 
     note_small_images(paths, probed)
@@ -138,14 +140,14 @@ def as_text(size: tuple[int, int]) -> str:
 
 
 # ----------------------------------------------------------------------------------------- probing
-def probe(paths: list[str], train: int) -> Probed:
+def probe(paths: list[str], train: int, max_pixels: int = MAX_PIXELS) -> Probed:
     """Read the headers of all files.
 
     The images are grey (1 channel) if all files are. The white level is the smallest of WHITES that
     holds the pixels of the 16-bit files, of which only those of the training split count, the first
     `train` files.
     """
-    probe_these = functools.partial(probe_chunk, train=train)
+    probe_these = functools.partial(probe_chunk, train=train, max_pixels=max_pixels)
     headers = list(run_parallel(probe_these, paths, "reading headers"))
     if not headers:  # decoding says why
         return Probed(
@@ -180,11 +182,14 @@ def probe(paths: list[str], train: int) -> Probed:
     )
 
 
-def probe_chunk(paths: list[str], start: int, train: int) -> list[Header]:
+def probe_chunk(
+    paths: list[str], start: int, train: int, max_pixels: int = MAX_PIXELS
+) -> list[Header]:
     """The headers of files from number `start` on.
 
-    Files that cannot be read are left out: decoding reports them.
+    Files that cannot be read, or are too large, are left out: decoding reports them.
     """
+    allow_pixels(max_pixels)
     headers = []
     for number, path in enumerate(paths, start):
         # Opening a named pipe would block forever.
@@ -192,6 +197,7 @@ def probe_chunk(paths: list[str], start: int, train: int) -> list[Header]:
             continue
         # Pillow's plugins raise any exception on broken files.
         with contextlib.suppress(Exception), open_image(path) as image:
+            check_size(image.size, max_pixels)
             size = size_as_shown(image)
             mode = image.mode
             headers.append(Header(number=number, size=size, mode=mode, brightest=0))
@@ -216,7 +222,11 @@ def size_as_shown(image: Image.Image) -> tuple[int, int]:
 
 def brightest_pixel(image: Image.Image) -> int:
     """The highest level of an image with 16 bits; 0 if its pixels do not fit into 16 bits."""
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > WHITES[-1]:
-        return 0
-    return int(pixels.max())
+    brightest = 0
+    with parallel.one_at_a_time(image.size):
+        for _, _, band in bands(image):
+            pixels = np.asarray(band)
+            if pixels.min() < 0 or pixels.max() > WHITES[-1]:
+                return 0
+            brightest = max(brightest, int(pixels.max()))
+    return brightest

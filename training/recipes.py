@@ -84,10 +84,12 @@ MAY_CHANGE = (
     "checkpoint_every",
     "quiet",
     "data_dir",
+    "max_pixels",
     "cache_dir",
     "image_root",
 )
 OWN_IMAGES = ("folder", "csv")
+MOST_WIDTH = 1024  # of airbench, where the usual is 1
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and files add to it
 # The names of Windows' devices.
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\.|$)", re.IGNORECASE)
@@ -135,6 +137,7 @@ def is_pretrained(settings: argparse.Namespace) -> bool:
 APPLIES_TO = {
     "data_dir": ("datasets other than digits and linear", reads_data),
     "strict": ("--dataset folder or csv", has_own_images),
+    "max_pixels": ("--dataset folder or csv", has_own_images),
     "cache_dir": ("your own images and --pretrained", writes_cache),
     "test_csv": ("--dataset csv", reads_csv),
     "image_root": ("--dataset csv", reads_csv),
@@ -377,9 +380,36 @@ def resolve_resumed(
         raise Problem(f"{run_dir} is finished; --epochs above {epochs} trains it further", 2)
 
     defaults = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    defaults["fit"] = "stretch"  # before there was a choice
+    defaults |= {"fit": "stretch", "calibration": "none"}  # before there was a choice
     recorded = {name: arguments.get(name, default) for name, default in defaults.items()}
+    if "cache_dir" not in asked:
+        recorded["cache_dir"] = data.usable_cache_dir(recorded["cache_dir"])
     return argparse.Namespace(**{**recorded, **asked})
+
+
+def check_resumed(settings: argparse.Namespace, dataset: data.Dataset, run_dir: str) -> None:
+    """Raise Problem if a run has recorded settings that its data does not allow.
+
+    No run of step1 does; a damaged or a stranger's may.
+    """
+    calibrations = ["none"]
+    if dataset.val_images is not None or settings.val_fraction:
+        calibrations.append("validation")
+    elif dataset.has_images:
+        calibrations += ["held-out", "twin"]
+
+    wrong = None
+    if settings.calibration not in calibrations:
+        wrong = "calibration"
+    elif settings.augment and (settings.freeze_backbone or not dataset.has_images):
+        wrong = "augment"
+    elif settings.class_weights and not dataset.has_images:
+        wrong = "class_weights"
+
+    if wrong:
+        value = getattr(settings, wrong)
+        reason = f"{wrong} {value} does not go with its data: start a new run"
+        raise Problem(f"{run_dir} cannot go on, as {reason}")
 
 
 def refuse_changes(asked: dict, arguments: dict, run_dir: str) -> None:
