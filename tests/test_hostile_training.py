@@ -1,20 +1,25 @@
 """Hostile data, checkpoints and run directories, as step 1 and step 2 meet them."""
 
 import argparse
+import contextlib
+import copy
 import errno
+import json
+import math
 import os
 import shutil
 import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
 import step1_train
-from data import cache
+from data import cache, decoding, parallel
 from inference.errors import Problem
-from training import recipes, runs
+from training import checkpoints, optimizers, recipes, runs
 
 OLD = time.time() - 3 * cache.STALE_SECONDS
 
@@ -190,3 +195,241 @@ def test_no_cell_of_a_table_is_a_formula(here):
     runs.write_metrics(str(here), rows)
     text = (here / "metrics.csv").read_bytes()
     assert text == b"epoch,loss,accuracy\n1,-0.5,\n2,1e-09,1\n"
+
+
+# ------------------------------------------------------------------------------------------ images
+def test_max_pixels_leads_somewhere(folder, tmp_path, capsys, monkeypatch):
+    place = folder / "a" / "large.png"
+    Image.new("L", (40, 30)).save(place)
+    for module in (cache, data.target):
+        monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+
+    assert len(data.load("folder", str(folder)).train_images) == 4
+    said = capsys.readouterr().err
+    assert f"skipped: {place} has 40 x 30 pixels, more than --max-pixels 1,000" in said
+    assert len(data.load("folder", str(folder), max_pixels=1200).train_images) == 5
+    assert "skipped" not in capsys.readouterr().err
+
+    # The run's own limit travels to step 2 in its arguments.
+    size = {"image_size": [8, 8], "channels": 1}
+    spec = {**spec_of(folder, max_pixels=1200), **size}
+    assert len(data.load_for(spec, None).train_images) == 5
+    del spec["arguments"]["max_pixels"]  # as of a version without the option
+    assert len(data.load_for(spec, None).train_images) == 4
+
+
+def test_max_pixels_is_read_and_may_change(call, here, folder):
+    call(step1_train.main, "--max-pixels", 9).error(2, "--max-pixels only applies to")
+    assert "max_pixels" in recipes.MAY_CHANGE
+    arguments = ["--data-dir", folder, "--model", "linear", "--epochs", 1]
+    result = call(step1_train.main, *arguments, "--max-pixels", 63)
+    result.error(1, "8 x 8 pixels, more than --max-pixels 63")
+
+
+def test_16_bit_images_that_would_fill_the_memory_are_not_decoded_for_their_white(tmp_path):
+    pixels = np.full((40, 30), 4000, np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    paths = [str(tmp_path / "a.png")]
+    assert data.target.probe(paths, 1).white == 4095
+    assert data.target.probe(paths, 1, max_pixels=1199).sizes == 0
+
+
+def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
+    held = []
+
+    class Lock(contextlib.nullcontext):
+        def __enter__(self):
+            held.append(True)
+
+    def decode(path, target, fit, max_pixels):
+        seen.append((max_pixels, len(held)))
+        return decode_and_resize(path, target, fit, max_pixels)
+
+    seen = []
+    decode_and_resize = decoding.decode_and_resize
+    monkeypatch.setattr(decoding, "decode_and_resize", decode)
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 63)
+    monkeypatch.setattr(parallel, "large_image", Lock())
+    target = data.target.Target(image_size=(8, 8), channels=1, white=65535)
+    image = decoding.decode_to(str(folder / "a" / "0.png"), target, "stretch", 64)
+    assert image.shape == (8, 8, 1) and seen == [(63, 0), (64, 1)]
+    with pytest.raises(Problem, match="more than --max-pixels 62"):
+        decoding.decode_to(str(folder / "a" / "0.png"), target, "stretch", 62)
+
+
+def test_workers_share_one_lock(monkeypatch):
+    with parallel.worker_pool(2) as pool:
+        assert all(pool.map(holds_lock, range(4)))
+
+
+def holds_lock(_):
+    with parallel.one_at_a_time((10_000, 10_000)):
+        return not parallel.large_image.acquire(block=False)
+
+
+# -------------------------------------------------------------------------------------- CSV lists
+def test_csv_paths_that_lead_outside_are_said(folder, tmp_path, capsys):
+    rows = [f"{label}/{number}.png,{label}" for label in "ab" for number in range(3)]
+    (folder / "inside.csv").write_text("\n".join(["path,label", *rows]))
+    data.load("csv", str(folder / "inside.csv"))
+    assert "outside" not in capsys.readouterr().err
+
+    shutil.copy(folder / "a" / "0.png", tmp_path / "secret.png")
+    rows += ["../secret.png,a", f"{tmp_path}/secret.png,a"]
+    (folder / "outside.csv").write_text("\n".join(["path,label", *rows]))
+    data.load("csv", str(folder / "outside.csv"))
+    said = capsys.readouterr().err
+    assert f"lists 2 images outside {folder}{os.sep}, the first: {folder}/../secret.png" in said
+    data.load("csv", str(folder / "outside.csv"), image_root=str(folder))
+    assert f"lists 2 images outside {folder}" in capsys.readouterr().err
+
+
+def test_labels_that_no_exported_file_could_carry(folder):
+    rows = ["path,label", "a/0.png,a", "a/1.png,a", f"b/0.png,{'b' * 257}"]
+    (folder / "list.csv").write_text("\n".join(rows))
+    with pytest.raises(Problem, match="label of more than 256 characters"):
+        data.load("csv", str(folder / "list.csv"))
+
+
+# ---------------------------------------------------------------------------------------- resuming
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    2,
+    10**400,
+    1 << 70,
+    0.5,
+    1e308,
+    math.nan,
+    -math.inf,
+    "",
+    "x",
+    "1",
+    "\0",
+    "n" * 9999,
+    [],
+    ["x"],
+    [1, 2, 3],
+    {},
+    {"x": [1]},
+    torch.zeros(2),
+]
+
+
+def mutated(value, rng):
+    """A copy of plain data with one place changed: another value, a missing key, deep nesting."""
+    value = copy.deepcopy(value)
+    places = list(places_of(value))
+    holder, key = places[rng.integers(len(places))]
+    kind = rng.integers(10)
+    if kind == 0:
+        del holder[key]
+    elif kind == 1:
+        nested = []
+        for _ in range(200):
+            nested = [nested]
+        holder[key] = nested
+    else:
+        holder[key] = VALUES[rng.integers(len(VALUES))]
+    return value
+
+
+def places_of(value):
+    """Every (holder, key) of nested dicts and lists."""
+    keys = ()
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = range(len(value))
+    for key in keys:
+        yield value, key
+        yield from places_of(value[key])
+
+
+@pytest.fixture
+def resumed(call, here, few_digits, monkeypatch):
+    """resumed(name) -> Result of step1's --resume, whose run is read, built and restored only."""
+
+    def complete(trainee, splits, dataset, settings, machine, run_dir, checkpoint):
+        optimizer = optimizers.make_optimizer(trainee.deployable.network, settings)
+        progress = checkpoints.restore(checkpoint, optimizer, 0)
+        steps = step1_train.steps_per_epoch(trainee, settings, machine)
+        optimizers.rate_at(settings, progress.epoch, progress.steps, steps)
+        return 0
+
+    monkeypatch.setattr(step1_train, "complete", complete)
+    monkeypatch.setattr(step1_train.doctor, "examined", lambda dataset: dataset)
+    monkeypatch.setattr(step1_train.cpu, "set_threads", lambda *_: (1, ""))
+    return lambda name: call(step1_train.main, "--resume", name, "--device", "cpu", "--quiet")
+
+
+def ends_well(result):
+    """Is the result a success, or a failure in one line with a way out?"""
+    lines = [line for line in result.err.splitlines() if not line.startswith(("note: ", "warn"))]
+    if result.code == 0:
+        return not lines
+    return result.code in (1, 2) and len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def begun(here, small):
+    """A run that was stopped after its first epoch of three: its directory and checkpoint."""
+    run = here / "runs" / "small"
+    shutil.copytree(small.run, run)
+    (run / "summary.json").unlink()
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    progress = checkpoint["training"]["progress"]
+    progress |= {"epoch": 2, "rows": progress["rows"][:1]}
+    checkpoint["training"]["data"] = data.load("digits").fingerprint
+    return run, checkpoint
+
+
+def try_configs(here, small, resumed, count, seed):
+    run, _ = begun(here, small)
+    (run / "checkpoint.pt").unlink()
+    config = json.loads((run / "config.json").read_text())
+    assert ends_well(resumed("small"))
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = mutated(config, rng)
+        text = json.dumps(changed, default=lambda tensor: tensor.tolist())
+        (run / "config.json").write_text(text)
+        assert ends_well(resumed("small")), changed
+    return run
+
+
+def try_checkpoints(here, small, resumed, count, seed):
+    run, checkpoint = begun(here, small)
+    torch.save(checkpoint, run / "checkpoint.pt")
+    assert resumed("small").code == 0
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = mutated(checkpoint, rng)
+        torch.save(changed, run / "checkpoint.pt")
+        result = resumed("small")
+        assert ends_well(result), (result, changed)
+
+
+def test_damaged_configs_are_one_error(here, small, resumed):
+    run = try_configs(here, small, resumed, 150, seed=0)
+    texts = ["", "[]", "null", "{" * 100_000, "[" * 100_000, "\xff", '{"epochs": 1e999}']
+    for text in texts:
+        (run / "config.json").write_text(text, encoding="latin-1")
+        result = resumed("small")
+        assert "start the run again" in result.error(1, "config.json")
+    (run / "config.json").unlink()
+    os.mkfifo(run / "config.json")
+    resumed("small").error(1, "not a regular file")
+
+
+def test_damaged_checkpoints_are_one_error(here, small, resumed):
+    try_checkpoints(here, small, resumed, 150, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_many_damaged_runs(here, small, resumed, seed):
+    try_configs(here, small, resumed, 1000, seed)
+    shutil.rmtree(here / "runs")
+    try_checkpoints(here, small, resumed, 1000, seed)

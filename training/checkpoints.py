@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from inference.errors import Problem
+from inference.errors import Problem, problems
 from training import describe, runs
 from training.calibration import Calibration
 from training.processes import Machine, Signals, Stopped
@@ -143,7 +143,10 @@ def make_checkpoint(
 
 
 def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
-    """The progress in a checkpoint, after giving the optimizer its state; or that of a new run."""
+    """The progress in a checkpoint, after giving the optimizer its state; or that of a new run.
+
+    Raises Problem if the state does not fit.
+    """
     if checkpoint is None:
         return Progress()
 
@@ -151,5 +154,34 @@ def restore(checkpoint: dict | None, optimizer: torch.optim.Optimizer, rank: int
     progress = Progress(**training["progress"])
     if rank > 0:
         progress.sums = [0.0, 0.0, 0.0]  # the first process has those of all
-    optimizer.load_state_dict(training["optimizer"])
+
+    # Rates, momentum and the like follow from the settings: only what they act on is taken.
+    options = [without_parameters(group) for group in optimizer.param_groups]
+    unfit = "the state of the optimizer in the checkpoint does not fit its network"
+    with problems(unfit, form="{} ({}): start a new run"):
+        optimizer.load_state_dict(training["optimizer"])
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
+            for parameter in group["params"]:
+                check_state(optimizer, parameter)
     return progress
+
+
+def without_parameters(group: dict) -> dict:
+    """The options of a group of an optimizer."""
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def check_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Raise ValueError if an optimizer's state of a parameter cannot be one."""
+    state = optimizer.state.get(parameter, {})
+    needed = set()
+    if state and isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        needed = {"step", "exp_avg", "exp_avg_sq"}
+    if not needed <= state.keys():
+        raise ValueError("a key is missing")
+
+    for name, value in state.items():
+        shape = torch.Size() if name == "step" else parameter.shape
+        if value is not None and (value.shape != shape or not value.is_floating_point()):
+            raise ValueError(f"{name} has another shape")

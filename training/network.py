@@ -97,6 +97,7 @@ def statistics_of_inputs(dataset: data.Dataset) -> tuple[list[float], list[float
 def whitening_images(dataset: data.Dataset, settings: argparse.Namespace) -> torch.Tensor:
     """Some training images of the network's own size, for `Network.prepare`: [n, H, W, C]."""
     wanted = min(WHITENING_IMAGES, WHITENING_PIXELS // math.prod(settings.image_size))
+    wanted = max(wanted, 1)
     stride = -(-len(dataset.train_images) // wanted)
     images = torch.from_numpy(dataset.train_images[::stride])
     return model.resize(images, settings.image_size, settings.fit)

@@ -98,6 +98,12 @@ class Tally:
         return Metrics(loss=loss / images, accuracy=accuracy)
 
 
+def columns_of(watched: str) -> list[str]:
+    """The columns of metrics.csv. watched: the split that is evaluated after each epoch."""
+    trained = ["epoch", "train_loss", "train_accuracy"]
+    return [*trained, f"{watched}_loss", f"{watched}_accuracy", "lr", "seconds"]
+
+
 def record_epoch(
     progress: Progress, watched: str, trained: Metrics, evaluated: Evaluation, rate: float
 ) -> None:
@@ -106,15 +112,16 @@ def record_epoch(
     watched: the split that was evaluated; rate: the learning rate of the epoch's first step.
     """
     seconds = round(progress.seconds, 3)
-    row = {
-        "epoch": progress.epoch,
-        "train_loss": trained.loss,
-        "train_accuracy": trained.accuracy,
-        f"{watched}_loss": evaluated.loss,
-        f"{watched}_accuracy": evaluated.accuracy,
-        "lr": rate,
-        "seconds": seconds,
-    }
+    values = [
+        progress.epoch,
+        trained.loss,
+        trained.accuracy,
+        evaluated.loss,
+        evaluated.accuracy,
+        rate,
+        seconds,
+    ]
+    row = dict(zip(columns_of(watched), values, strict=True))
     progress.rows.append(row)
     progress.elapsed += seconds
 

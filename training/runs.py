@@ -31,9 +31,11 @@ import torch
 
 from data.notes import note
 from inference.command_line import say
-from inference.errors import Problem, problems
+from inference.errors import Problem, one_line, problems
 from inference.files import replacing
+from inference.spec import is_whole
 from inference.tables import csv_line
+from training import recorded
 from training.recipes import LONGEST_NAME, OWN_IMAGES, RESERVED
 
 try:
@@ -283,7 +285,7 @@ def read(run_dir: str) -> tuple[dict, dict | None]:
         return checkpoint["arguments"], checkpoint
 
     if damages:
-        raise Problem(damages[0])
+        raise Problem(f"{damages[0]}: start a new run")
     return read_config(run_dir), None
 
 
@@ -293,8 +295,11 @@ def read_checkpoint(path: str) -> dict:
     Raises Problem if another version wrote it; OSError, ValueError, KeyError or TypeError if it is
     damaged.
     """
+    refuse_special_file(path)
     checkpoint = load_plain(path)
     schema = checkpoint["schema"]
+    if not is_whole(schema, 1):
+        raise ValueError("its schema is no whole number")
     if schema > SCHEMA:
         raise Problem(f"{path} has schema {schema}, known is up to {SCHEMA}: update Threestep")
     if schema < SCHEMA:
@@ -303,11 +308,17 @@ def read_checkpoint(path: str) -> dict:
             "it can still be exported; start a new run to train further"
         )
 
-    # What resuming will ask for must be there.
-    for key in ("progress", "optimizer"):
-        checkpoint["training"][key]
-    checkpoint["arguments"]
+    recorded.check_arguments(checkpoint["arguments"])
+    recorded.check_spec(checkpoint["spec"])
+    recorded.check_state_dict(checkpoint["state_dict"])
+    recorded.check_training(checkpoint["training"])
     return checkpoint
+
+
+def refuse_special_file(path: str) -> None:
+    """Raise ValueError for what is no regular file: reading a named pipe would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a regular file")
 
 
 def load_plain(source) -> dict:
@@ -330,13 +341,20 @@ def load_plain(source) -> dict:
 
 def read_config(run_dir: str) -> dict:
     """The arguments in config.json. Raises Problem."""
+    path = os.path.join(run_dir, CONFIG)
     try:
-        arguments = json.loads(Path(run_dir, CONFIG).read_text(encoding="utf-8"))
-        # JSON has no tuples.
-        return {**arguments, "image_size": tuple(arguments["image_size"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_special_file(path)
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+        recorded.check_arguments(arguments)
+    except OSError as error:
         reason = f"{run_dir} holds neither a checkpoint nor a {CONFIG} ({error}): start it again"
         raise Problem(reason) from None
+    except (ValueError, RecursionError) as error:
+        reason = f"{path} is damaged ({one_line(error)}), and there is no checkpoint"
+        raise Problem(f"{reason}: start the run again") from None
+
+    # JSON has no tuples.
+    return {**arguments, "image_size": tuple(arguments["image_size"])}
 
 
 def resume_command(run_dir: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import model
-from inference.errors import Problem
+from inference.errors import Problem, problems
 from training.runs import load_plain
 
 
@@ -22,9 +22,7 @@ def load_into(
     weights do not come with them. Raises ValueError, or Problem if a download fails.
     """
     if checkpoint:
-        # "network" is None where the result so far is also what training continues from.
-        state = checkpoint["training"]["network"] or checkpoint["state_dict"]
-        network.load_state_dict(state)
+        load_checkpoint(network, checkpoint, channels)
         return checkpoint["spec"]["mean"], checkpoint["spec"]["std"]
 
     if not settings.pretrained:
@@ -33,6 +31,21 @@ def load_into(
     state, mean, std = pretrained(settings.model, settings.pretrained, channels)
     load_pretrained(network, state)
     return mean, std
+
+
+def load_checkpoint(network: nn.Module, checkpoint: dict, channels: int) -> None:
+    """Give a network the weights of the checkpoint to resume. Raises Problem if they do not fit."""
+    unfit = "the weights in the checkpoint do not fit its network"
+    with problems(unfit, (RuntimeError, ValueError), form="{} ({}): start a new run"):
+        if len(checkpoint["spec"]["mean"]) != channels:
+            raise ValueError("they are for another number of channels")
+
+        best = checkpoint["training"]["progress"]["best"]
+        if best:  # it is loaded at the end of the run; now is the time to find that it does not fit
+            network.load_state_dict(best["state_dict"])
+
+        # "network" is None where the result so far is also what training continues from.
+        network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
 
 
 def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None, list | None]:
