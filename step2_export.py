@@ -185,7 +185,7 @@ from inference.images import fit_to_input  # noqa: E402
 from inference.metrics import per_class  # noqa: E402
 from report import card, page  # noqa: E402
 from report.text import counted, device_needs  # noqa: E402
-from training import cpu, runs  # noqa: E402
+from training import cpu, recorded, runs  # noqa: E402
 
 
 # ---------------------------------------------------------------------------- write, prove, publish
@@ -446,13 +446,13 @@ def rebuild(path: str, checkpoint: dict) -> TrainedRun:
 
     Any exception means that it is damaged or not one of ours.
     """
+    recorded.check_spec(checkpoint["spec"])
     trained = reference.rebuild(
         path, checkpoint["spec"], checkpoint["state_dict"], checkpoint.get("familiarity")
     )
     if checkpoint["schema"] > 1:  # the first did not say which data it was trained with
         trained.fingerprint = checkpoint["training"]["data"]
-    if not {"data_dir", *data.OPTIONS} <= trained.spec["arguments"].keys():
-        raise ValueError("its arguments lack keys")
+        recorded.check_fingerprint(trained.fingerprint)
     return trained
 
 

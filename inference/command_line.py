@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 
+MOST_ACCENTS = 6  # on one letter: Hebrew with vowels and cantillation has five
 WIDTH = 78  # columns of --help, which then fits an 80-column terminal
 
 
@@ -51,13 +52,31 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 def printable(text: str) -> str:
-    """Escape control characters and line breaks in text from outside: paths, class names, specs."""
+    """Escape what must not be printed of text from outside: paths, class names, specs.
+
+    That is control characters, line breaks, characters that turn the direction of a text, and of a
+    heap of accents all but the first ones, which would be drawn across other lines.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+
     characters = []
+    accents = 0
     for character in text:
-        if not character.isprintable():
+        accents = accents + 1 if is_accent(character) else 0
+        if accents > MOST_ACCENTS or not character.isprintable():
             character = character.encode("unicode_escape").decode()
         characters.append(character)
     return "".join(characters)
+
+
+def is_accent(character: str) -> bool:
+    """Is it drawn over the character before it?"""
+    if character.isascii():
+        return False
+    import unicodedata  # most texts do not need it
+
+    return unicodedata.category(character) in ("Mn", "Me")
 
 
 def say(message: str) -> None:

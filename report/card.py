@@ -261,7 +261,7 @@ def provenance_section(spec: dict) -> str:
     if pretrained:
         lines.append(f"- Initial weights: {markdown(f'pretrained ({pretrained})')}")
     if spec.get("created"):
-        lines.append(f"- Trained: {spec['created']}")
+        lines.append(f"- Trained: {markdown(spec['created'])}")
     if versions:
         lines.append(f"- Versions: {', '.join(versions)}")
     if spec.get("checkpoint_sha256"):

@@ -9,13 +9,14 @@ import html
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
-from inference.command_line import printable
 from inference.files import replacing, sha256
 from report.drawing import PICTURES, draw_familiar
 from report.text import (
     MISSING,
+    as_shown,
     busy_note,
     camera_table,
     cells,
@@ -47,18 +48,18 @@ def write_report(
 
     sections = [
         *picture_sections(run_dir),
-        classes_section(summary.get("per_class", {})),
-        export_section(run, export),
-        camera_section(export),
-        configuration_section(config),
-        epochs_section(run_dir),
+        built(classes_section, summary.get("per_class", {})),
+        built(export_section, run, export),
+        built(camera_section, export),
+        built(configuration_section, config),
+        built(epochs_section, run_dir),
         runs_section(run, config, runs_dir, exports_dir),
     ]
     page = filled(
         "report.html.template",
         run=escaped(run),
-        about=header(config, summary),
-        tiles=tiles(summary),
+        about=built(header, config, summary),
+        tiles=built(tiles, summary),
         sections="\n".join(sections),
     )
 
@@ -66,6 +67,14 @@ def write_report(
     with replacing(path) as file:
         file.write(page.encode())
     return path
+
+
+def built(make: Callable[..., str | list], *shown) -> str | list:
+    """What `make` makes of values that were read; nothing if they are not such as we write."""
+    try:
+        return make(*shown)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+        return ""
 
 
 # ------------------------------------------------------------------------------------- what is read
@@ -352,7 +361,9 @@ def runs_section(run, config, runs_dir, exports_dir):
             continue
         summary = read_json(run_dir, "summary.json")
         export = read_export(run_dir, os.path.join(exports_dir, name))
-        found.append((rank(summary), name, run_row(name, other, summary, export)))
+        row = built(run_row, name, other, summary, export)
+        if row:
+            found.append((rank(summary), name, row))
     found.sort()
 
     marked = None
@@ -423,7 +434,7 @@ def run_row(name, config, summary, export):
 # ------------------------------------------------------------------------------------- text as HTML
 def escaped(value: object) -> str:
     """Untrusted text as HTML."""
-    return html.escape(printable(str(value)))
+    return html.escape(as_shown(value))
 
 
 def date_of(summary, missing):

@@ -8,6 +8,7 @@ from pathlib import Path
 from inference.command_line import printable
 
 HERE = Path(__file__).parent
+LONGEST = 300  # characters of a text from outside; class names have at most 256
 MISSING = "-"  # in place of a figure that is not there
 
 # Characters that mean something to Markdown.
@@ -113,9 +114,17 @@ def camera_table(
 
 
 # ------------------------------------------------------------------------------ Markdown, templates
+def as_shown(text: object) -> str:
+    """Untrusted text as it may be shown: printable, and cut in its middle if it is long."""
+    text = str(text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+    return printable(text)
+
+
 def markdown(text: object) -> str:
     """Untrusted text with the characters escaped that mean something to Markdown."""
-    return MARKDOWN.sub(r"\\\1", printable(str(text)))
+    return MARKDOWN.sub(r"\\\1", as_shown(text))
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

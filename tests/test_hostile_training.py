@@ -17,8 +17,11 @@ from PIL import Image
 
 import data
 import step1_train
+import step2_export
 from data import cache, decoding, parallel
+from inference.command_line import printable
 from inference.errors import Problem
+from report import card, page
 from training import checkpoints, optimizers, recipes, runs
 
 OLD = time.time() - 3 * cache.STALE_SECONDS
@@ -433,3 +436,76 @@ def test_many_damaged_runs(here, small, resumed, seed):
     try_configs(here, small, resumed, 1000, seed)
     shutil.rmtree(here / "runs")
     try_checkpoints(here, small, resumed, 1000, seed)
+
+
+def test_damaged_checkpoints_are_one_error_of_step2(here, small):
+    run = here / "small"
+    run.mkdir()
+    checkpoint = torch.load(small.run / "checkpoint.pt", weights_only=True)
+    parity = json.loads((small.export / "parity.json").read_text())
+    kept = ("schema", "spec", "epoch", "familiarity", "training")
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        changed = mutated({name: checkpoint[name] for name in kept}, rng)
+        torch.save({**changed, "state_dict": checkpoint["state_dict"]}, run / "checkpoint.pt")
+        try:
+            trained = step2_export.read_run(str(run))
+            text = card.model_card({**trained.spec, "device": DEVICE}, parity)
+        except Problem as problem:
+            assert str(run) in str(problem)
+        else:
+            assert text.startswith("# Model card")
+
+
+DEVICE = {"weights": 1, "activations": 1, "multiply_adds": 1}
+
+
+# ---------------------------------------------------------------------------- the report, the card
+HOSTILE_TEXTS = ["\u202eevil", "a\u2069b", "x" + "\u0301" * 500, "# head\n<script>", "n" * 5000]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_texts_of_strangers_in_report_and_card(here, small, text):
+    checkpoint = torch.load(small.run / "checkpoint.pt", weights_only=True)
+    spec = {**checkpoint["spec"], "device": DEVICE, "created": text, "model": text}
+    parity = json.loads((small.export / "parity.json").read_text())
+    written = card.model_card(spec, parity)
+    (trained,) = [line for line in written.splitlines() if line.startswith("- Trained: ")]
+
+    run = here / "runs" / "small"
+    shutil.copytree(small.run, run)
+    summary = json.loads((run / "summary.json").read_text())
+    per_class = dict(zip([text, "b"], summary["per_class"].values(), strict=False))
+    changed = {**summary, "created": text, "per_class": per_class}
+    (run / "summary.json").write_text(json.dumps(changed))
+    page.write_report(str(run), "runs", "exports")
+    html = (run / "report.html").read_text(encoding="utf-8")
+
+    for shown in (trained, written, html):
+        assert not set("\u202e\u2069") & set(shown)
+        assert "\u0301" * 7 not in shown and "n" * 301 not in shown
+        assert "<script>" not in shown and "\n# head" not in shown
+
+
+def test_accents_of_honest_texts_stay():
+    for text in ("Việt", "Việt", "שָּׁ֑", "ที่", "é"):
+        assert printable(text) == text
+
+
+def test_damaged_files_leave_gaps_in_a_report(here, small):
+    run = here / "runs" / "small"
+    shutil.copytree(small.run, run)
+    shutil.copytree(small.export, here / "exports" / "small")
+    rng = np.random.default_rng(0)
+    places = {"config.json": run, "summary.json": run, "parity.json": here / "exports" / "small"}
+    for name, place in places.items():
+        content = json.loads((place / name).read_text())
+        for _ in range(60):
+            changed = mutated(content, rng)
+            text = json.dumps(changed, default=lambda tensor: tensor.tolist())
+            (place / name).write_text(text)
+            page.write_report(str(run), "runs", "exports")
+        (place / name).write_text(json.dumps(content))
+    for text in ("", "epoch\n", "epoch,x\n1\n", "\x00,\n1,2\n", 'a,"b\n' + "9" * 10**6):
+        (run / "metrics.csv").write_text(text)
+        page.write_report(str(run), "runs", "exports")

@@ -24,6 +24,7 @@ MAY_IMPORT = {
         "data",
         "model",
         "training.runs",
+        "training.recorded",
         "training.cpu",
         "deploy",
         "report",
