@@ -21,6 +21,7 @@ import step2_export
 import step3_infer
 from deploy import archive
 from deploy.exporters import Source, export_pt2
+from inference import benchmark
 from inference.cpus import usable_cpus
 from inference.engines import MODEL_NAMES
 from inference.errors import Problem
@@ -377,6 +378,8 @@ def test_benchmark_says_that_the_machine_was_busy(call, small, monkeypatch):
         return predict(self, inputs)
 
     monkeypatch.setattr(Model, "predict", slow_at_times)
+    monkeypatch.setattr(benchmark, "LATENCY_SECONDS", 0.5)
+    monkeypatch.setattr(benchmark, "THROUGHPUT_SECONDS", 0.5)
     arguments = ["--model", small.export / "model.onnx", "--benchmark", "--threads", 1]
     assert "busy machine: " in call(step3_infer.main, *arguments).done().out
     figures = json.loads(call(step3_infer.main, *arguments, "--format", "json").done().out)

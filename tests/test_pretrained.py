@@ -30,9 +30,8 @@ def arguments(photos, name, *more):
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["mobilenet_v3_small", pytest.param("resnet18", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "resnet18"])
 def test_torchvision_networks_pass_the_gate_in_both_formats(call, here, photos, in_process, name):
     out = call(step1_train.main, *arguments(photos, name)).done().out
     assert f"{name}: " in out and "input 96x96" in out
