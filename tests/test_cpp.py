@@ -17,10 +17,13 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import ROOT, Result, onnx_with
+from onnx import TensorProto, helper
 from PIL import Image
+from specs import HONEST, REFUSED, TAKEN, changed_text
 
 import model
 import step3_infer
@@ -394,7 +397,7 @@ def bad(here, pictures):
         "cut-palette.gif": "truncated",
         "empty.png": "is empty",
         "text.png": "not a PNG",
-        "bomb.png": "decompression bomb",
+        "bomb.png": "has 14,000 x 14,000 pixels, more than --max-pixels 178,956,970",
         "colour.webp": "not a PNG",
         "missing.png": "no such file",
         "pipe.png": "not a regular file",
@@ -426,6 +429,8 @@ def test_bad_inputs_are_one_error_line_each_and_the_others_are_predicted(
         ("--top-k 0 x.png", 2, ["--top-k", "'0'", "1 to 999999"]),
         ("--threads 1e3 x.png", 2, ["--threads", "'1e3'"]),
         ("--format csv x.png", 2, ["--format", "'csv'", "text nor json"]),
+        ("--max-pixels 0 x.png", 2, ["--max-pixels", "'0'", "1 to 4294836225"]),
+        ("--max-pixels 1e6 x.png", 2, ["--max-pixels", "'1e6'"]),
         ("--reject 2 x.png", 2, ["--reject", "'2'", "number from 0 to 1"]),
         ("--reject nan x.png", 2, ["--reject", "'nan'"]),
         ("--min-probability=-0.1 x.png", 2, ["--min-probability", "'-0.1'"]),
@@ -482,7 +487,7 @@ def test_a_file_for_the_other_engine_names_the_ways_out(program, backend, suffix
         ({"channels": 2}, 1, ["malformed spec", "channels"]),
         ({"reject": 0.99}, 1, ["malformed spec", "known"]),
         ({"known": {"tolerance": 0.1}}, 1, ["does not fit the output known"]),
-        ({"known": {"layers": []}}, 1, ["malformed spec", "tolerance"]),
+        ({"known": {"layers": []}}, 1, ["does not fit the output known"]),
         ({"known": {"tolerance": -1}}, 1, ["malformed spec", "known"]),
         ({"known": "yes"}, 1, ["malformed spec"]),
         ({"known": {"tolerance": 0.1}, "reject": 99}, 1, ["malformed spec", "reject"]),
@@ -496,6 +501,172 @@ def test_a_file_for_the_other_engine_names_the_ways_out(program, backend, suffix
 def test_invalid_specs(program, here, tiny, pictures, change, code, words):
     file = with_spec(tiny[1], here / "model", **change)
     run(program, "--model", file, pictures / "palette.png").error(code, *words)
+
+
+MALFORMED = "m.onnx has a malformed spec: "
+
+# Reads specs from its input, each after a line that says how many bytes it has, and prints a line
+# for each: what is wrong with it, or "taken".
+SPEC_READER = r"""
+#include <iostream>
+
+#include "spec.h"
+
+int main() {
+  for (std::string line; std::getline(std::cin, line);) {
+    std::string text(std::stoul(line), '\0');
+    std::cin.read(text.data(), text.size());
+    try {
+      read_spec(text, "m.onnx", "model.onnx");
+      std::cout << "taken" << std::endl;
+    } catch (const Problem& problem) {
+      std::cout << problem.what() << std::endl;
+    }
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def read_specs(tmp_path_factory):
+    """read_specs(texts) -> what the C++ program says of each: a problem, or "taken"."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler (apt install g++)")
+    place = tmp_path_factory.mktemp("specs")
+    (place / "reader.cpp").write_text(SPEC_READER)
+    command = [compiler, "-std=c++17", "-O0", "-I", ROOT / "deploy" / "cpp"]
+    built = run(*command, place / "reader.cpp", "-o", place / "reader")
+    if "nlohmann/json.hpp: No such file" in built.err:
+        pytest.skip("needs nlohmann/json.hpp (apt install nlohmann-json3-dev)")
+    assert built.code == 0, built.err
+
+    def read_specs(texts):
+        contents = [text.encode() for text in texts]
+        given = b"".join(b"%d\n%s" % (len(content), content) for content in contents)
+        done = subprocess.run([place / "reader"], input=given, capture_output=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode().splitlines()
+
+    return read_specs
+
+
+def test_specs_that_every_reader_refuses(read_specs):
+    honest = json.dumps(HONEST)
+    said = read_specs([changed_text(honest, change) for change in REFUSED.values()])
+    about = dict(zip(REFUSED, said, strict=True))
+    wrong = {name: line for name, line in about.items() if MALFORMED not in line}
+    assert not wrong
+    assert "channels must be 1 or 3" in about["channels two"]
+    assert "tolerance" in about["known tolerance"] and "MiB" in about["large"]
+
+
+def test_specs_that_every_reader_takes(read_specs):
+    honest = json.dumps(HONEST)
+    said = read_specs([honest, *(changed_text(honest, change) for change in TAKEN.values())])
+    assert set(said) == {"taken"}
+
+
+def external(tensor, location="../secret"):
+    """The tensor, its weights in another file."""
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def in_a_subgraph(model):
+    branch = helper.make_graph([], "branch", [], [], [external(weights())])
+    node = helper.make_node("If", ["x"], ["y"], then_branch=branch)
+    model.graph.node.append(node)
+
+
+def in_a_function(model):
+    node = helper.make_node("Constant", [], ["y"], value=external(weights()))
+    opsets = [helper.make_opsetid("", 18)]
+    model.functions.append(helper.make_function("d", "f", [], ["y"], [node], opsets))
+
+
+def in_a_sparse_tensor(model):
+    sparse = onnx.SparseTensorProto(values=weights(), indices=external(weights()), dims=[3])
+    model.graph.sparse_initializer.append(sparse)
+
+
+def without_a_location(model):
+    model.graph.initializer.append(weights())
+    model.graph.initializer[-1].data_location = TensorProto.EXTERNAL
+
+
+def weights():
+    content = np.ones(3, np.float32).tobytes()
+    return helper.make_tensor("weights", TensorProto.FLOAT, [3], content, raw=True)
+
+
+def save_graph(graph, path):
+    """Write a graph as an ONNX file with the honest spec."""
+    opsets = [helper.make_opsetid("", 18)]
+    planted = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    helper.set_model_props(planted, {"spec": json.dumps(HONEST)})
+    path.write_bytes(planted.SerializeToString())
+
+
+EXTERNAL = {
+    "initializer": lambda model: model.graph.initializer.append(external(weights())),
+    "in memory": lambda model: model.graph.initializer.append(
+        external(weights(), "*/_ORT_MEM_ADDR_/*")
+    ),
+    "no location": without_a_location,
+    "subgraph": in_a_subgraph,
+    "function": in_a_function,
+    "sparse tensor": in_a_sparse_tensor,
+    "default of a function": lambda model: model.functions.add(name="f").attribute_proto.add(
+        name="a", type=onnx.AttributeProto.TENSORS, tensors=[external(weights())]
+    ),
+    "training": lambda model: model.training_info.add().algorithm.initializer.append(
+        external(weights())
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+def test_weights_outside_the_file_are_refused(program, tiny, pictures, here):
+    honest = onnx.load(tiny[1])
+    for place, change in EXTERNAL.items():
+        planted = onnx.ModelProto()
+        planted.CopyFrom(honest)
+        change(planted)
+        (here / "planted.onnx").write_bytes(planted.SerializeToString())
+        result = run(program, "--model", "planted.onnx", pictures / "palette.png")
+        result.error(1, "planted.onnx keeps weights outside the file, which is refused")
+        assert not result.out, place
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+def test_the_content_of_another_file_is_not_shown(program, here):
+    """A whole graph that answers with the bytes of another file, as old onnxruntimes read it."""
+    (here / "secret").write_bytes(np.array([[0.25, 0.75]], np.float32).tobytes())
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", "h", "w", 1])
+    answer = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [1, 2])
+    stolen = helper.make_tensor("stolen", TensorProto.FLOAT, [1, 2], bytes(8), raw=True)
+    for tensor in (external(stolen, "secret"), weights()):
+        node = helper.make_node("Identity", [tensor.name], ["probabilities"])
+        graph = helper.make_graph([node], "graph", [image], [answer], [tensor])
+        save_graph(graph, here / "planted.onnx")
+        Image.new("L", (8, 8)).save("image.png")
+        result = run(program, "--model", "planted.onnx", "image.png")
+        is_stolen = tensor.name == "stolen"
+        result.error(1, "outside the file" if is_stolen else "the spec does not match")
+        assert not result.out
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+def test_what_protobuf_readers_read_in_other_ways_is_refused(program, tiny, here):
+    """A group around the graph's tensors, which this program would not look into."""
+    content = tiny[1].read_bytes()
+    for damage in (b"\xfb\x01\xfc\x01", b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x80" * 11):
+        (here / "damaged.onnx").write_bytes(content + damage)
+        result = run(program, "--model", "damaged.onnx", "image.png")
+        result.error(1, "damaged.onnx is not an ONNX file that", "protobuf is damaged")
 
 
 def test_self_test(program, here, shipped):
@@ -568,7 +739,24 @@ def test_self_test_covers_known(program, call, here, shipped):
 
 def test_self_test_tolerance_that_is_no_number(program, here, shipped):
     file = with_spec(shipped, "changed", self_test_tolerance="much")
-    run(program, "--self-test", "--model", file).error(1, "golden samples are malformed")
+    run(program, "--self-test", "--model", file).error(1, "malformed spec", "self_test_tolerance")
+
+
+def test_a_self_test_that_would_pass_anything_is_capped(program, here, shipped):
+    spec = Model(shipped).spec
+    golden = json.loads(json.dumps(spec["golden"]))
+    golden[1]["probabilities"][3] += 0.06
+    changes = {"golden": golden, "self_test_tolerance": 1e6}
+    file = with_spec(shipped, "changed", **changes)
+    result = run(program, "--self-test", "--model", file)
+    assert result.code == 1 and "FAILED" in result.out
+
+    golden = json.loads(json.dumps(spec["golden"]))
+    golden[1]["known"] = abs(golden[1]["known"] - 0.06)
+    known = {**spec["known"], "tolerance": 1e6}
+    file = with_spec(shipped, "changed", golden=golden, known=known)
+    result = run(program, "--self-test", "--model", file)
+    assert result.code == 1 and "FAILED" in result.out
 
 
 class NanForBlack(torch.nn.Module):
@@ -617,6 +805,81 @@ def test_self_test_fails_if_known_is_nan(program, suffix, here):
     spec |= {"image_size": [8, 8], "golden": golden, "known": {"tolerance": 0.1}}
     file = export(NanIsKnown().eval(), spec, here / f"nan{suffix}")
     assert "FAILED" in run(program, "--self-test", "--model", file).out
+
+
+class OutsideForBlack(torch.nn.Module):
+    """No probabilities for a black image, and for others one that rounding made more than 1."""
+
+    def forward(self, images):
+        is_black = (images.float().mean((1, 2, 3)) == 0).float()[:, None]
+        return torch.tensor([[1.0005, -0.0005]]) + 120 * is_black
+
+
+def test_outputs_that_are_no_probabilities_are_an_error_line(program, suffix, here):
+    file = export(OutsideForBlack().eval(), HONEST, here / f"outside{suffix}")
+    Image.new("L", (8, 8)).save("black.png")
+    Image.new("L", (8, 8), 255).save("white.png")
+    result = run(program, "--model", file, "black.png", "white.png")
+    result.error(1, "black.png: the model computes probabilities outside 0..1 for this image")
+    assert result.out == "white.png  a 100.05%  b -0.05%\n"
+
+
+def test_images_that_would_take_all_memory_or_time(program, tiny, pictures, here):
+    (here / "long.png").write_bytes(png(1, 0, 70_000, 1, pixels=b""))
+    (here / "inflating.png").write_bytes(png(8, 0, 8, 8, pixels=bytes(200 << 20)))
+    jpeg = (pictures / "turned1.jpg").read_bytes()
+    (here / "scans.jpg").write_bytes(jpeg + b"\xff\xda" * 499)
+    reasons = {
+        "long.png": "has a side of 70,000 pixels, more than 65,535",
+        "inflating.png": "is corrupt: it takes more memory than an image of its size",
+        "scans.jpg": "is a JPEG of 500 scans, more than 200: save it anew",
+    }
+    result = run(program, "--model", tiny[1], *reasons, pictures / "palette.png")
+    assert result.code == 1 and len(result.out.splitlines()) == 1
+    errors = [f"error: {name}: {reason}" for name, reason in reasons.items()]
+    assert result.err.splitlines() == errors
+
+
+def test_an_image_that_is_too_large_for_the_memory_does_not_end_the_run(
+    program, tiny, pictures, here
+):
+    good = pictures / "palette.png"
+    Image.new("RGB", (13_000, 13_000)).save("large.png")  # 507 MB of pixels
+    plain = run(program, "--model", tiny[3], good).done().out
+
+    for megabytes in range(400, 6000, 200):  # the engines take different amounts of addresses
+        command = ["prlimit", f"--as={megabytes << 20}", program, "--model", tiny[3]]
+        command += ["--threads", 1]
+        if run(*command, good).code == 0:
+            break
+    result = run(*command, "large.png", good)
+    result.error(1, "large.png: is too large for this machine's memory")
+    assert result.out == plain
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
+def test_an_image_that_the_network_cannot_take_does_not_end_the_run(program, here):
+    """A network whose two probabilities are the two pixels of an image."""
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", "h", "w", 1])
+    answer = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["n", 2])
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [1, 2])
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["pixels", "shape"], ["probabilities"]),
+    ]
+    save_graph(helper.make_graph(nodes, "graph", [image], [answer], [shape]), here / "two.onnx")
+    Image.fromarray(np.array([[0, 1]], np.uint8)).save("two.png")
+    Image.fromarray(np.array([[0, 1, 0]], np.uint8)).save("three.png")
+    result = run(program, "--model", "two.onnx", "three.png", "two.png")
+    result.error(1, "three.png: the model cannot run on this input")
+    assert result.out == "two.png  b 100.00%  a 0.00%\n"
+
+
+def test_max_pixels(program, tiny, pictures):
+    image = pictures / "depth8-colour0-13.png"  # 13 x 29
+    run(program, "--model", tiny[1], "--max-pixels", 377, image).done()
+    words = ["has 13 x 29 pixels, more than --max-pixels 376"]
+    run(program, "--model", tiny[1], "--max-pixels=376", image).error(1, *words)
 
 
 def test_output_that_cannot_be_written(program, shipped, samples):

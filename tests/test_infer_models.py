@@ -15,7 +15,7 @@ import onnx
 import pytest
 from conftest import ROOT, onnx_with
 from onnx import TensorProto, helper
-from specs import REFUSED, TAKEN
+from specs import HONEST, REFUSED, TAKEN, changed_text
 
 import step2_export
 import step3_infer
@@ -30,15 +30,6 @@ from inference.self_test import self_test
 from inference.spec import read_spec
 
 SCRIPT = ROOT / "step3_infer.py"
-
-
-HONEST = {
-    "schema": 1,
-    "task": "classification",
-    "classes": ["a", "b"],
-    "channels": 1,
-    "image_size": [8, 8],
-}
 
 
 @pytest.fixture
@@ -412,11 +403,6 @@ def test_cpus_of_a_container(tmp_path, monkeypatch, quota, cpus):
     write(tmp_path / "v2" / "a" / "b", cpu__max="max 100000")
     assert usable_cpus(str(tmp_path / "v2"), str(own)) == cpus
     assert usable_cpus(str(tmp_path / "v2"), str(tmp_path / "missing")) == 4
-
-
-def changed_text(text, change):
-    """The JSON text of a spec after a change of tests/specs.py."""
-    return change(text) if callable(change) else json.dumps({**json.loads(text), **change})
 
 
 @pytest.mark.parametrize("name", REFUSED)

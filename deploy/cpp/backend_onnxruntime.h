@@ -1,7 +1,7 @@
 // Runs an ONNX file with the C API of onnxruntime; backend.h says what this header defines.
 //
-// Such a file holds data only. onnxruntime runs code of others only from libraries that a program registers,
-// and this one registers none.
+// Such a file holds data only. onnxruntime runs code of others only from libraries that a program
+// registers, and this one registers none.
 
 #pragma once
 
@@ -11,12 +11,17 @@
 #include <memory>
 #include <stdexcept>
 
+#include "files.h"
+#include "onnx_file.h"
+#include "problem.h"
+
 using std::string;
 
 inline const string FORMAT = "an ONNX file", SUFFIX = ".onnx";
 inline const std::vector<string> MODELS = {"model.onnx", "model.int8.onnx"};
 
-constexpr uint32_t API_VERSION = 15;  // onnxruntime 1.15, the oldest that runs a file of step2_export.py
+// onnxruntime 1.15, the oldest that runs a file of step2_export.py.
+constexpr uint32_t API_VERSION = 15;
 
 inline string engine() { return string("onnxruntime ") + OrtGetApiBase()->GetVersionString(); }
 
@@ -62,6 +67,21 @@ string text_of(Get get) {
   return copy;
 }
 
+// The bytes of an ONNX file that holds all its weights. Throws Problem for others,
+// std::runtime_error for what is no ONNX file.
+inline string read_model(const string& path) {
+  string bytes;
+  try {
+    bytes = read_file(path);
+  } catch (const Problem& problem) {
+    throw Problem(path + " " + problem.what());
+  }
+
+  if (has_external_data(bytes))
+    throw Problem(path + " keeps weights outside the file, which is refused");
+  return bytes;
+}
+
 class Network {
   Owned<OrtEnv> environment{nullptr, nullptr};
   Owned<OrtSession> session{nullptr, nullptr};
@@ -72,18 +92,27 @@ class Network {
   string spec;
 
   Network(const string& path, int threads) {
-    setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // onnxruntime 1.31 keeps an ID of the device for events
+    // onnxruntime is given the bytes that were looked at: the file may change, and for a path it
+    // would choose another format by the suffix.
+    const string bytes = read_model(path);
+
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // onnxruntime 1.31 keeps an ID of the device
     environment = own<OrtEnv>(ort().ReleaseEnv, [](OrtEnv** made) {
-      return ort().CreateEnv(ORT_LOGGING_LEVEL_FATAL, "threestep", made);  // failures arrive as a status
+      // Failures arrive as a status.
+      return ort().CreateEnv(ORT_LOGGING_LEVEL_FATAL, "threestep", made);
     });
+
     const auto options = own<OrtSessionOptions>(
         ort().ReleaseSessionOptions,
         [](OrtSessionOptions** made) { return ort().CreateSessionOptions(made); });
     check(ort().SetIntraOpNumThreads(options.get(), threads));
     // Idle threads would spin while the next image is decoded.
     check(ort().AddSessionConfigEntry(options.get(), "session.intra_op.allow_spinning", "0"));
+    check(ort().AddSessionConfigEntry(options.get(), "session.load_model_format", "ONNX"));
+
     session = own<OrtSession>(ort().ReleaseSession, [&](OrtSession** made) {
-      return ort().CreateSession(environment.get(), path.c_str(), options.get(), made);
+      return ort().CreateSessionFromArray(environment.get(), bytes.data(), bytes.size(),
+                                          options.get(), made);
     });
     read_names();
     read_spec();
@@ -97,17 +126,22 @@ class Network {
       return ort().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, made);
     });
     const auto image = own<OrtValue>(ort().ReleaseValue, [&](OrtValue** made) {
-      return ort().CreateTensorWithDataAsOrtValue(memory.get(), pixels, size, shape.data(), shape.size(),
+      return ort().CreateTensorWithDataAsOrtValue(memory.get(), pixels, size, shape.data(),
+                                                  shape.size(),
                                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, made);
     });
+
+    const char* const inputs[] = {input.c_str()};
+    const OrtValue* const images[] = {image.get()};
     std::vector<const char*> wanted;
     for (const string& name : names) wanted.push_back(name.c_str());
     std::vector<OrtValue*> values(names.size());
-    const char* const inputs[] = {input.c_str()};
-    const OrtValue* const images[] = {image.get()};
-    check(ort().Run(session.get(), nullptr, inputs, images, 1, wanted.data(), wanted.size(), values.data()));
+    check(ort().Run(session.get(), nullptr, inputs, images, 1, wanted.data(), wanted.size(),
+                    values.data()));
+
     std::vector<Owned<OrtValue>> owned;
     for (OrtValue* value : values) owned.emplace_back(value, ort().ReleaseValue);
+
     std::vector<Output> outputs;
     for (const auto& value : owned) outputs.push_back(read(value.get()));
     return outputs;
@@ -127,9 +161,11 @@ class Network {
   }
 
   void read_spec() {
-    const auto metadata = own<OrtModelMetadata>(ort().ReleaseModelMetadata, [&](OrtModelMetadata** made) {
-      return ort().SessionGetModelMetadata(session.get(), made);
-    });
+    const auto metadata = own<OrtModelMetadata>(
+        ort().ReleaseModelMetadata,
+        [&](OrtModelMetadata** made) {
+          return ort().SessionGetModelMetadata(session.get(), made);
+        });
     spec = text_of([&](OrtAllocator* allocator, char** text) {
       return ort().ModelMetadataLookupCustomMetadataMap(metadata.get(), allocator, "spec", text);
     });
@@ -139,17 +175,22 @@ class Network {
     int is_tensor = 0;
     check(ort().IsTensor(value, &is_tensor));
     if (!is_tensor) throw std::runtime_error("an output is not a tensor");
+
     const auto info = own<OrtTensorTypeAndShapeInfo>(
         ort().ReleaseTensorTypeAndShapeInfo,
         [&](OrtTensorTypeAndShapeInfo** made) { return ort().GetTensorTypeAndShape(value, made); });
     ONNXTensorElementDataType type;
     check(ort().GetTensorElementType(info.get(), &type));
-    if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) throw std::runtime_error("an output is not float32");
-    size_t rank = 0, count = 0;
+    if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+      throw std::runtime_error("an output is not float32");
+
+    size_t rank = 0;
     check(ort().GetDimensionsCount(info.get(), &rank));
     std::vector<int64_t> shape(rank);
     check(ort().GetDimensions(info.get(), shape.data(), rank));
+    size_t count = 0;
     check(ort().GetTensorShapeElementCount(info.get(), &count));
+
     void* data = nullptr;
     check(ort().GetTensorMutableData(value, &data));
     const float* const values = static_cast<float*>(data);

@@ -35,10 +35,14 @@ class Network {
   // uint8 pixels [1, height, width, channels] -> the outputs, in their order.
   std::vector<Output> run(uint8_t* pixels, int height, int width, int channels) {
     const c10::InferenceMode guard;  // keeps nothing for gradients
-    const torch::Tensor input = torch::from_blob(pixels, {1, height, width, channels}, torch::kUInt8);
+    const std::vector<int64_t> shape = {1, height, width, channels};
+    const torch::Tensor input = torch::from_blob(pixels, shape, torch::kUInt8);
     const torch::IValue output = module.forward({input});
+
     // A file without `known` gives a tensor and no tuple.
-    const auto elements = output.isTuple() ? output.toTupleRef().elements().vec() : std::vector{output};
+    std::vector<torch::IValue> elements = {output};
+    if (output.isTuple()) elements = output.toTupleRef().elements().vec();
+
     std::vector<Output> outputs;
     for (const torch::IValue& element : elements) {
       const torch::Tensor tensor = element.toTensor().to(torch::kFloat).contiguous();
