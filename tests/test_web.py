@@ -25,6 +25,7 @@ import onnx
 import pytest
 from conftest import ROOT, onnx_with, same_threads
 from PIL import Image
+from specs import HONEST, REFUSED, TAKEN, changed_text
 
 import step1_train
 import step2_export
@@ -67,6 +68,8 @@ HOSTILE = [
     "<img src=x onerror=\"document.title='run'\">",
     "\u202e<script>document.title='run'</script>",
     "w" * 90,
+    "\u2069\u2069\u202eturned",
+    "a" + "\u0301" * 255,
 ]
 
 pytestmark = [
@@ -167,7 +170,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def copy_page(folder):
     """Copy the page into a new folder, and link its runtime there."""
     (folder / "ort").mkdir(parents=True)
-    for name in ("index.html", "page.css", "page.js", "engine.js"):
+    for name in ("index.html", "page.css", "page.js", "engine.js", "spec.js"):
         shutil.copy(WEB / name, folder)
     for name in RUNTIME:
         (folder / "ort" / name).symlink_to((ORT / name).resolve())
@@ -520,15 +523,122 @@ def phone(browser):
     browser.command("Emulation.setEmulatedMedia", features=[])
 
 
+def write_hostile(source, target, **changes):
+    """The model with a class for each hostile name: the outputs of its network are repeated."""
+    graph = onnx.load(source)
+    output = graph.graph.output[0]
+    for node in graph.graph.node:
+        node.output[:] = ["few" if name == output.name else name for name in node.output]
+    repeated = ["few"] * -(-len(HOSTILE) // 3)
+    concat = onnx.helper.make_node("Concat", repeated, ["many"], axis=1)
+    ends = [[0], [len(HOSTILE)], [1]]
+    names = ["starts", "ends", "axes"]
+    for name, values in zip(names, ends, strict=True):
+        graph.graph.initializer.append(
+            onnx.helper.make_tensor(f"hostile_{name}", onnx.TensorProto.INT64, [1], values)
+        )
+    inputs = ["many", *(f"hostile_{name}" for name in names)]
+    graph.graph.node.extend([concat, onnx.helper.make_node("Slice", inputs, [output.name])])
+    output.type.tensor_type.shape.dim[1].dim_value = len(HOSTILE)
+    onnx.save(graph, target)
+    onnx_with(target, target, classes=HOSTILE, golden=[], **changes)
+
+
+def test_accents_stay_inside_their_elements(browser, site, pictures):
+    """Hundreds of them on one letter would draw over the rest of the page."""
+    folder, address = site
+    accents = "a" + "\u0301" * 500
+    write_hostile(folder / "colour.onnx", folder / "accents.onnx", dataset=accents, created=accents)
+    browser.open(f"{address}/web/?model=../accents.onnx")
+    browser.choose(*pictures[:1])
+    browser.run("$('about').open = true")
+    script = """const clips = (e) => getComputedStyle(e).overflowY !== "visible";
+        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+        while (walker.nextNode()) {
+            if (!walker.currentNode.data.includes("\u0301\u0301\u0301")) continue;
+            let at = walker.currentNode.parentElement;
+            while (at && !clips(at)) at = at.parentElement;
+            const height = at?.getBoundingClientRect().height ?? 1e9;
+            found.push([walker.currentNode.parentElement.localName, height]);
+        }
+        return found"""
+    found = browser.run(script)
+    assert {"bdi", "dd", "p"} <= {name for name, _ in found}
+    assert max(height for _, height in found) < 250
+    assert max(map(len, browser.text("#about dd")[1:])) <= 257
+
+
+def test_specs_that_every_reader_refuses_or_takes(browser, site):
+    """All in one page, which reads them from a file: one has 32 MiB."""
+    folder, address = site
+    honest = json.dumps(HONEST)
+    changes = {**REFUSED, "honest": {}, **TAKEN}
+    texts = {name: changed_text(honest, change) for name, change in changes.items()}
+    (folder / "specs.json").write_text(json.dumps(texts))
+    browser.open(f"{address}/web/")
+    script = """return fetch("../specs.json").then((answer) => answer.json()).then((texts) => {
+        const said = {};
+        for (const [name, text] of Object.entries(texts)) {
+            const content = new TextEncoder().encode(text);
+            try { said[name] = parseBytes(content, "m.onnx") && "taken" }
+            catch (error) { said[name] = error instanceof Problem ? error.message : error.stack }
+        }
+        return said;
+    })"""
+    said = browser.run(script)
+    malformed = "m.onnx has a malformed spec: "
+    assert {name: said[name] for name in REFUSED if malformed not in said[name]} == {}
+    assert {said[name] for name in ("honest", *TAKEN)} == {"taken"}
+    assert "channels must be 1 or 3" in said["channels two"] and "32 MiB" in said["large"]
+
+
+def test_large_images_are_refused_before_they_are_decoded(browser, site, samples, tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "large.bmp")
+    Image.new("1", (65_536, 1)).save(tmp_path / "long.png")
+    browser.open(f"{site[1]}/web/")
+    names = ("large.png", "large.bmp", "long.png")
+    browser.choose(*(tmp_path / name for name in names), samples[1])
+    texts = browser.text("article")
+    for text, name in zip(texts, names[:2], strict=False):
+        assert text == f"{name}: has 20,000 x 20,000 pixels, more than 178,956,970."
+    assert texts[2] == "long.png: has a side of 65,536 pixels, more than 65,535."
+    assert next(iter(cards(browser)[3])) == "1"
+    counting = """let decoded = 0;
+        const decode = createImageBitmap;
+        self.createImageBitmap = (...given) => { decoded += 1; return decode(...given) };
+        self.decodedImages = () => decoded"""
+    browser.run(counting)
+    browser.choose(tmp_path / "large.png")
+    assert browser.run("return decodedImages()") == 0
+
+
+def test_outputs_that_are_no_probabilities(browser, site, samples):
+    folder, address = site
+    graph = onnx.load(folder / "model.onnx")
+    output = graph.graph.output[0]
+    for node in graph.graph.node:
+        node.output[:] = ["honest" if name == output.name else name for name in node.output]
+    for name, factor in (("outside", 120.0), ("nan", float("nan"))):
+        planted = onnx.ModelProto()
+        planted.CopyFrom(graph)
+        scale = onnx.helper.make_tensor("factor", onnx.TensorProto.FLOAT, [], [factor])
+        planted.graph.initializer.append(scale)
+        planted.graph.node.append(onnx.helper.make_node("Mul", ["honest", "factor"], [output.name]))
+        onnx.save(planted, folder / f"{name}.onnx")
+    browser.open(f"{address}/web/?model=../outside.onnx")
+    browser.choose(samples[0])
+    words = f"{samples[0].name}: the model computes probabilities outside 0..1 for this image."
+    assert browser.text("article") == [words]
+    browser.open(f"{address}/web/?model=../nan.onnx")
+    browser.choose(samples[0])
+    assert "the model computes NaN or infinity for this image" in browser.text("article")[0]
+
+
 def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
     folder, address = site
-    onnx_with(
-        folder / "colour.onnx",
-        folder / "hostile.onnx",
-        classes=HOSTILE,
-        dataset=HOSTILE[0],
-        model=HOSTILE[1],
-    )
+    changes = {"dataset": HOSTILE[0], "model": HOSTILE[1]}
+    write_hostile(folder / "colour.onnx", folder / "hostile.onnx", **changes)
     backgrounds = []
     for scheme in ("light", "dark"):
         browser.command(
@@ -543,8 +653,13 @@ def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
         background = browser.run("return getComputedStyle(document.body).backgroundColor")
         backgrounds.append(int(re.search(r"\d+", background)[0]))
     assert backgrounds[0] > 200 and backgrounds[1] < 60
-    assert set(cards(browser)[0]) == set(HOSTILE)
-    assert {HOSTILE[0], HOSTILE[1]} <= set(browser.text("#about dd"))
+    turning = re.compile("[\u202a-\u202e\u2066-\u2069]")
+    shown = [turning.sub("\ufffd", name) for name in HOSTILE]
+    assert set(cards(browser)[0]) == set(shown)
+    assert {shown[0], shown[1]} <= set(browser.text("#about dd"))
+    # The page's own marks around a name are in pairs: none of a name ends them.
+    marks = "".join(turning.findall(browser.text("body")[0]))
+    assert marks and not marks.replace("\u2068\u2069", "")
     assert browser.run("return document.querySelectorAll('img, body script').length") == 0
     assert browser.run("return document.title") == "Image classifier"
 
@@ -567,7 +682,7 @@ def test_class_names_are_text_and_fit_a_phone(browser, phone, site, pictures):
         ("web/?model=../newer.onnx", "schema 2; schemas up to 1"),
         ("web/?model=../rejecting.onnx", "malformed spec; reject"),
         ("web/?model=../unlimited.onnx", "malformed spec; min_probability"),
-        ("web/?model=../intolerant.onnx", "malformed spec; known"),
+        ("web/?model=../intolerant.onnx", "malformed spec; known must be null, or an object"),
         ("web/?model=../lying.onnx", "do not trust; 2 classes, 3 outputs"),
         ("web/?model=../changed.onnx", "do not trust; self-test FAILED; largest difference"),
         ("web/?model=//example.org/model.onnx", "no model at //example.org/model.onnx"),
@@ -633,7 +748,7 @@ def bad_models(site):
     onnx_with(good, folder / "lying.onnx", classes=["a", "b"])
     onnx_with(good, folder / "rejecting.onnx", reject=99)
     onnx_with(good, folder / "unlimited.onnx", min_probability="0.5")
-    onnx_with(good, folder / "intolerant.onnx", known={"layers": []})
+    onnx_with(good, folder / "intolerant.onnx", known={"tolerance": -1})
     changed = [{**sample, "probabilities": sample["probabilities"][::-1]} for sample in golden]
     onnx_with(good, folder / "changed.onnx", golden=changed)
     (folder / "truncated.onnx").write_bytes(good.read_bytes()[:-100])

@@ -1,5 +1,5 @@
-// What the page displays and how it reacts; engine.js does the work. Class names, file names and the texts of
-// the spec are untrusted: they reach the page through textContent only.
+// What the page displays and how it reacts; engine.js does the work. Class names, file names and
+// the texts of the spec are untrusted: they reach the page through shown() and textContent only.
 "use strict";
 
 const TOP = 5; // classes displayed for an image
@@ -7,12 +7,21 @@ const CARDS = 200; // results kept on the page
 const THUMBNAIL = 192; // pixels, two for each of the screen's
 const $ = (id) => document.getElementById(id);
 const percent = (share, decimals = 2) => `${(100 * share).toFixed(decimals)}%`;
-const LIMITS = { reject: "reject", probability: "least" }; // threshold -> id of its input, in percent
+const LIMITS = { reject: "reject", probability: "least" }; // threshold -> id of its input, in %
+const MAX_SHOWN = 256; // characters of a text that the page displays
 const scientific = (value) => value === 0 ? "0" : value.toExponential(1);
 const milliseconds = (time) => `${time.toFixed(time < 10 ? 1 : 0)} ms`;
 
-// Names in a sentence must not turn the writing direction of what follows them.
-const isolate = (name) => `\u2068${name}\u2069`;
+// Untrusted text as the page displays it: without the characters that turn the writing direction of
+// what follows, even out of an element or an isolate, and not too long.
+function shown(text, limit = MAX_SHOWN) {
+  const characters = Array.from(String(text).replace(/[\u202a-\u202e\u2066-\u2069]/g, "\ufffd"));
+  const end = characters.length > limit ? "…" : "";
+  return characters.slice(0, limit).join("") + end;
+}
+
+// A name in a sentence: its letters must not turn the direction of what follows them, either.
+const isolate = (name) => `\u2068${shown(name)}\u2069`;
 
 let queue = Promise.resolve(); // work is done in the order of the requests
 
@@ -29,7 +38,7 @@ function say(text) {
 }
 
 function warn(text) {
-  $("problem").textContent = text;
+  $("problem").textContent = shown(text, 4 * MAX_SHOWN);
   $("problem").hidden = false;
 }
 
@@ -43,7 +52,7 @@ function enqueue(work) {
   });
 }
 
-// ----------------------------------------------------------------------------------------------------- model
+// ------------------------------------------------------------------------------------------- model
 
 // Load the model that `find` resolves to as {bytes, source}, describe it and test it.
 async function startModel(find) {
@@ -52,12 +61,13 @@ async function startModel(find) {
     throw new Problem(`A page that is opened as a file cannot load its model. ${remedy}`);
   }
   if (typeof WebAssembly === "undefined") {
-    const cause = "This browser has no WebAssembly, or it is disabled, for example by lockdown mode.";
-    throw new Problem(`${cause} Use another browser.`);
+    const cause = "This browser has no WebAssembly, or it is disabled";
+    throw new Problem(`${cause}, for example by lockdown mode. Use another browser.`);
   }
   $("problem").hidden = true;
   say("Loading the model and the runtime …");
-  await useModel(await find());
+  const { bytes, source } = await find();
+  await useModel({ bytes, source: shown(source) });
   describe(model.spec);
   await runSelfTest();
   say("Ready.");
@@ -67,56 +77,68 @@ function describe(spec) {
   const regression = spec.task === "regression";
   const accuracy = Number.isFinite(spec.test_accuracy) ? percent(spec.test_accuracy) : null;
   $("title").textContent = document.title = regression ? "Regression" : "Image classifier";
-  const count = spec.classes.length, isolated = spec.classes.map(isolate);
+  const count = spec.classes.length;
+  const isolated = spec.classes.map(isolate);
   const names = isolated.slice(0, 12).join(", ") + (count > 12 ? ", …" : ".");
+  const said = accuracy ? ` Test accuracy: ${accuracy}.` : "";
   $("summary").textContent = regression
     ? `Predicts from ${counted(spec.channels, "number")}: ${names}`
-    : `Predicts one of ${count} classes: ${names}` + (accuracy ? ` Test accuracy: ${accuracy}.` : "");
+    : `Predicts one of ${count} classes: ${names}${said}`;
+
   $("tools").hidden = regression;
   $("numbers").hidden = !regression;
   $("files").accept = "image/*";
   $("choose").textContent = "Choose images";
   $("shoot").hidden = false;
-  $("samples").hidden = regression || !goldenSamples().length;
+  $("samples").hidden = regression || !model.spec.golden.length;
   $("limits").hidden = regression;
   $("familiar").hidden = !spec.known;
   for (const name in LIMITS) showLimit(name);
   const { numThreads } = ort.env.wasm;
   const size = Array.isArray(spec.image_size) ? spec.image_size.join(" × ") : "?"; // height first
-  const input = `${spec.channels === 1 ? "grey" : "colour"}, any size, resized to ${size} inside the model`;
+  const colours = spec.channels === 1 ? "grey" : "colour";
+  const input = `${colours}, any size, resized to ${size} inside the model`;
   const facts = [
     [regression ? "Output" : "Classes", isolated.join(", ")],
-    ["Dataset", spec.dataset],
-    ["Network", spec.model],
-    ["Parameters", spec.parameters?.toLocaleString?.("en")],
+    ["Dataset", fact(spec.dataset)],
+    ["Network", fact(spec.model)],
+    ["Parameters", fact(spec.parameters?.toLocaleString?.("en"))],
     ["Test accuracy", accuracy],
     ["Input", regression ? null : input],
-    ["Trained", spec.created],
-    ["Checkpoint SHA-256", spec.checkpoint_sha256],
+    ["Trained", fact(spec.created)],
+    ["Checkpoint SHA-256", fact(spec.checkpoint_sha256)],
     ["File", `${model.source}, ${(model.bytes / 1e6).toFixed(2)} MB`],
     ["Runtime", `onnxruntime-web ${ort.env.versions.web}, ${counted(numThreads, "thread")}`],
   ];
   const list = $("about").querySelector("dl");
   list.replaceChildren();
   for (const [name, value] of facts) {
-    if (value === undefined || value === null) continue;
+    if (value === null) continue;
     add(list, "dt", "", name);
-    add(list, "dd", "", String(value));
+    add(list, "dd", "", value);
   }
   $("footer").hidden = false;
 }
 
+// A text of the spec, or null if it has none.
+const fact = (value) => (value === undefined || value === null ? null : shown(value));
+
 async function runSelfTest() {
-  let text, passed = false;
+  const compared = (difference, tolerance) => {
+    return `${scientific(difference)}, tolerance ${scientific(tolerance)}`;
+  };
+  let text;
+  let passed = false;
   try {
-    const { count, difference, tolerance, knownDifference, knownTolerance, ...result } = await selfTest();
+    const result = await selfTest();
     passed = result.passed;
-    let measured = `largest difference ${scientific(difference)}, tolerance ${scientific(tolerance)}`;
-    if (knownTolerance !== null) {
-      measured += `; of known ${scientific(knownDifference)}, tolerance ${scientific(knownTolerance)}`;
+    let measured = `largest difference ${compared(result.difference, result.tolerance)}`;
+    if (result.knownTolerance !== null) {
+      measured += `; of known ${compared(result.knownDifference, result.knownTolerance)}`;
     }
-    text = `${passed ? "passed" : "FAILED"}: ${counted(count, "golden sample")}, ${measured}`;
-    if (!count) text = "not run: the file contains no golden samples";
+    const samples = counted(result.count, "golden sample");
+    text = `${passed ? "passed" : "FAILED"}: ${samples}, ${measured}`;
+    if (!result.count) text = "not run: the file contains no golden samples";
   } catch (error) {
     text = `FAILED: ${error.message}`;
   }
@@ -124,7 +146,7 @@ async function runSelfTest() {
   if (!passed) warn(`Do not trust the predictions of this page. Self-test ${text}.`);
 }
 
-// ------------------------------------------------------------------------------------------------ thresholds
+// -------------------------------------------------------------------------------------- thresholds
 
 // Display a threshold of the model; none is an empty input.
 function showLimit(name) {
@@ -133,7 +155,8 @@ function showLimit(name) {
   $(LIMITS[name]).removeAttribute("aria-invalid");
 }
 
-// Take a threshold from its input and judge the predictions on the page again. A wrong one changes nothing.
+// Take a threshold from its input and judge the predictions on the page again. A wrong one changes
+// nothing.
 function changeLimit(name) {
   if (!model) return;
   const input = $(LIMITS[name]);
@@ -144,7 +167,8 @@ function changeLimit(name) {
   input.removeAttribute("aria-invalid");
   model.limits[name] = input.value === "" ? null : rounded(Number(input.value) / 100);
   const counts = { unknown: 0, unsure: 0 };
-  const judged = Array.from($("results").children).filter((card) => card.prediction?.model === model);
+  const all = Array.from($("results").children);
+  const judged = all.filter((card) => card.prediction?.model === model);
   for (const card of judged) {
     const answer = judge(card);
     if (answer) counts[answer] += 1;
@@ -154,7 +178,8 @@ function changeLimit(name) {
 
 // Write the verdict on a card's prediction above its classes; -> "unknown", "unsure", or null.
 function judge(card) {
-  const { probabilities, known } = card.prediction, line = card.querySelector(".verdict");
+  const { probabilities, known } = card.prediction;
+  const line = card.querySelector(".verdict");
   const answer = verdict(probabilities, known, model.limits);
   const { reject, probability } = model.limits;
   const reason = answer === "unknown"
@@ -169,15 +194,16 @@ function judge(card) {
   return answer;
 }
 
-// --------------------------------------------------------------------------------------------------- results
+// ----------------------------------------------------------------------------------------- results
 
 // Predict the images among `files`, in order, newest batch on top; an .onnx file becomes the model.
 function acceptFiles(files) {
   const images = Array.from(files).filter((file) => !/\.onnx$/i.test(file.name));
   for (const file of files) {
     if (images.includes(file)) continue;
-    const read = async () => ({ bytes: new Uint8Array(await file.arrayBuffer()), source: file.name });
-    enqueue(() => startModel(read));
+    enqueue(() => startModel(async () => {
+      return { bytes: new Uint8Array(await file.arrayBuffer()), source: file.name };
+    }));
   }
   if (images.length) enqueue(() => classify(images));
 }
@@ -188,15 +214,17 @@ async function classify(files) {
   const results = $("results"), newest = results.firstElementChild;
   let failed = 0;
   for (const [index, file] of files.entries()) {
-    const name = file.name || "pasted image", card = document.createElement("article");
-    say(`${files.length > 1 ? `${index + 1} of ${files.length}: ` : ""}${name} …`);
+    const name = shown(file.name || "pasted image");
+    const card = document.createElement("article");
+    const place = files.length > 1 ? `${index + 1} of ${files.length}: ` : "";
+    say(`${place}${isolate(name)} …`);
     let summary;
     try {
       summary = fillCard(card, name, await predict(file));
     } catch (error) {
       failed += 1;
       card.className = "bad";
-      summary = `${name}: ${error.message}.`;
+      summary = `${name}: ${shown(error.message)}.`;
       add(card, "p", "", summary);
     }
     results.insertBefore(card, newest);
@@ -207,19 +235,22 @@ async function classify(files) {
 }
 
 // Fill a card; -> the prediction in words.
-function fillCard(card, name, { bitmap, probabilities, known, exact, stretched, decoding, network }) {
-  const picture = thumbnail(bitmap, name), { width, height } = bitmap;
+function fillCard(card, name, result) {
+  const { bitmap, probabilities, known, decoding, network } = result;
+  const { width, height } = bitmap;
+  card.append(thumbnail(bitmap, name));
   bitmap.close();
-  card.append(picture);
+
   const text = add(card, "div");
   add(text, "h2", "", name);
   add(text, "div", "verdict");
   const list = add(text, "ol");
-  const ranked = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]);
+  const ranked = Array.from(probabilities.keys());
+  ranked.sort((a, b) => probabilities[b] - probabilities[a]);
   const best = ranked.slice(0, TOP);
   for (const index of best) {
     const row = add(list, "li");
-    add(row, "bdi", "", model.spec.classes[index]);
+    add(row, "bdi", "", shown(model.spec.classes[index]));
     add(row, "span", "percent", percent(probabilities[index]));
     add(add(row, "span", "bar"), "span").style.width = `${100 * probabilities[index]}%`;
   }
@@ -231,17 +262,24 @@ function fillCard(card, name, { bitmap, probabilities, known, exact, stretched, 
   }
   add(text, "p", "quiet", `${width} × ${height} pixels · ${milliseconds(decoding + network)}`);
   add(text, "p", "quiet", `decoding ${milliseconds(decoding)}, network ${milliseconds(network)}`);
-  const caveat = "The image has transparent pixels, whose exact colours this browser does not expose.";
-  if (!exact) add(text, "p", "quiet", caveat);
-  const coarse = "The prediction is approximate: this browser reduces the image's 16-bit greys to 8 bits.";
-  if (stretched) add(text, "p", "quiet", coarse);
+  if (!result.exact) {
+    const caveat = "whose exact colours this browser does not expose";
+    add(text, "p", "quiet", `The image has transparent pixels, ${caveat}.`);
+  }
+  if (result.stretched) {
+    const cause = "this browser reduces the image's 16-bit greys to 8 bits";
+    add(text, "p", "quiet", `The prediction is approximate: ${cause}.`);
+  }
+
   card.prediction = { model, probabilities, known };
-  const answer = judge(card), guess = isolate(model.spec.classes[best[0]]);
+  const answer = judge(card);
+  const guess = isolate(model.spec.classes[best[0]]);
   const said = `${guess}, ${percent(probabilities[best[0]])}`;
   return `${isolate(name)}: ${answer ? `${answer}; best guess ${said}` : said}`;
 }
 
-// A canvas with the image: small images keep their pixels, which the page enlarges; others are shrunk.
+// A canvas with the image: small images keep their pixels, which the page enlarges; others are
+// shrunk.
 function thumbnail(bitmap, name) {
   const canvas = document.createElement("canvas");
   const scale = Math.min(1, THUMBNAIL / Math.max(bitmap.width, bitmap.height));
@@ -256,7 +294,7 @@ function thumbnail(bitmap, name) {
   return canvas;
 }
 
-// ---------------------------------------------------------------------------------------------------- events
+// ------------------------------------------------------------------------------------------ events
 
 for (const [button, input] of [["drop", "files"], ["shoot", "camera"]]) {
   $(button).addEventListener("click", () => $(input).click());
@@ -266,7 +304,8 @@ for (const [button, input] of [["drop", "files"], ["shoot", "camera"]]) {
   });
 }
 
-// The whole page accepts drops: one beside the button would otherwise replace the page by the image.
+// The whole page accepts drops: one beside the button would otherwise replace the page by the
+// image.
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
@@ -282,9 +321,13 @@ document.addEventListener("paste", (event) => {
 $("numbers").addEventListener("submit", (event) => {
   event.preventDefault();
   enqueue(async () => {
-    const values = $("values").value.split(",").map((text) => (text.trim() ? Number(text) : NaN));
-    const text = predictValues(values).then((value) => `${isolate(model.spec.classes[0])}: ${value}`);
-    say(await text.catch((error) => error.message));
+    const parts = $("values").value.split(",");
+    const values = parts.map((text) => (text.trim() ? Number(text) : NaN));
+    try {
+      say(`${isolate(model.spec.classes[0])}: ${await predictValues(values)}`);
+    } catch (error) {
+      say(shown(error.message));
+    }
   });
 });
 
@@ -292,9 +335,10 @@ for (const name in LIMITS) $(LIMITS[name]).addEventListener("change", () => chan
 
 $("again").addEventListener("click", () => enqueue(runSelfTest));
 
-$("samples").addEventListener("click", () => {
-  acceptFiles(goldenSamples().map((sample, index) => goldenFile(sample, `sample ${index + 1}`)));
-});
+$("samples").addEventListener("click", () => enqueue(() => {
+  acceptFiles(model.spec.golden.map((sample, index) => goldenFile(sample, `sample ${index + 1}`)));
+}));
 
 const requested = new URLSearchParams(location.search).get("model");
-enqueue(() => startModel(() => fetchModel(requested ? [requested] : ["model.onnx", "../model.onnx", "ort/model.onnx"])));
+const places = requested ? [requested] : ["model.onnx", "../model.onnx", "ort/model.onnx"];
+enqueue(() => startModel(() => fetchModel(places)));
