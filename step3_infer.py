@@ -32,6 +32,12 @@ import os
 import time
 
 IMPORT_STARTED = time.perf_counter()
+try:
+    import numpy  # noqa: F401
+    import PIL  # noqa: F401
+except ImportError as error:  # on a new device: one line instead of a traceback
+    sys.exit(f"error: numpy and Pillow are needed ({error}): pip install numpy pillow")
+
 from inference.command_line import Parser, number, say  # noqa: E402
 from inference.cpus import usable_cpus  # noqa: E402
 from inference.engines import find_model  # noqa: E402

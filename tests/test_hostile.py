@@ -325,3 +325,12 @@ def test_a_model_is_no_part_of_the_fetched_runtime(call, small, here):
     (here / "model.onnx").touch()
     result = call(step3_infer.main, "--verify", "--model", "model.onnx")
     assert result.code == 1 and "web/ort/model.onnx is not listed" in result.err
+
+
+def test_a_device_without_numpy_is_told_so(execute, small, samples, here):
+    (here / "poison").mkdir()
+    (here / "poison" / "numpy.py").write_text("raise ImportError('No module named numpy')")
+    archive.write_program(str(here))
+    environment = {**os.environ, "PYTHONPATH": str(here / "poison")}
+    result = execute(archive.NAME, samples[0], cwd=here, env=environment)
+    result.error(1, "numpy and Pillow are needed", "pip install numpy pillow")
