@@ -69,7 +69,8 @@ def test_second_command_is_what_ci_runs():
 
 
 def test_every_option_named_exists():
-    scripts = ("step1_train.py", "step2_export.py", "step3_infer.py")
+    scripts = ["step1_train.py", "step2_export.py", "step3_infer.py"]
+    scripts.append("deploy/serving/ray_bundle.py")
     helps = [
         subprocess.run(
             [sys.executable, ROOT / script, "--help"], capture_output=True, text=True
