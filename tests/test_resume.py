@@ -281,7 +281,9 @@ def test_a_run_without_checkpoint_and_configuration_is_one_line(call, run):
     for path in run.glob("checkpoint*"):
         path.unlink()
     (run / "config.json").write_text("{")
-    call(step1_train.main, "--resume", "a").error(1, "neither a checkpoint nor a config.json")
+    call(step1_train.main, "--resume", "a").error(
+        1, "runs/a/config.json is damaged", "there is no checkpoint"
+    )
 
 
 def test_a_file_system_without_links_keeps_the_checkpoint_before(tmp_path, monkeypatch):
