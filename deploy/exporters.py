@@ -52,7 +52,9 @@ def export_torchscript(source: Source, path: str) -> None:
         example = (example_of(source.spec),)
         traced = torch.jit.trace(source.deployable, example, check_trace=False)  # the gate checks
         torch.jit.save(traced, content, _extra_files={"spec.json": json.dumps(source.spec)})
-    write_file(path, content.getbuffer())
+    # A view that an error's traceback keeps would crash Python's garbage collector.
+    with content.getbuffer() as view:
+        write_file(path, view)
 
 
 def export_onnx(source: Source, path: str) -> None:
@@ -98,7 +100,9 @@ def export_pt2(source: Source, path: str) -> None:
 
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"spec.json": json.dumps(source.spec)})
-    write_file(path, content.getbuffer())
+    # A view that an error's traceback keeps would crash Python's garbage collector.
+    with content.getbuffer() as view:
+        write_file(path, view)
 
 
 def example_of(spec: dict):

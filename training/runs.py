@@ -421,7 +421,9 @@ def write_checkpoint(run_dir: str, checkpoint: dict) -> None:
     content = io.BytesIO()
     # Not to the file: torch turns a full disk into an error of its own.
     torch.save(checkpoint, content)
-    write(run_dir, CHECKPOINT, content.getbuffer(), previous=PREVIOUS)
+    # A view that an error's traceback keeps would crash Python's garbage collector.
+    with content.getbuffer() as view:
+        write(run_dir, CHECKPOINT, view, previous=PREVIOUS)
 
 
 def begin_twin(run_dir: str) -> tuple[str, dict | None]:
