@@ -77,6 +77,8 @@ def test_every_option_named_exists():
         ).stdout
         for script in scripts
     ]
+    # The help of the Ray script needs ray.
+    helps.append((ROOT / "deploy" / "serving" / "ray_bundle.py").read_text(encoding="utf-8"))
     known = set(re.findall(r"--[a-z0-9-]+", "".join(helps)))
     # The benchmarks' page also speaks of options that were tried and removed: only its commands
     # count.
