@@ -27,6 +27,8 @@ QUICK = [
     "none",
 ]
 
+pytestmark = pytest.mark.usefixtures("here")  # runs go to an empty directory
+
 
 def photo(rng, size=48, light=0):
     """A picture with soft shapes and some detail, unlike all others."""
