@@ -173,7 +173,8 @@ def predict_same_size(model: Model, images: dict[int, np.ndarray], top_k: int) -
 
     results = {}
     for row, key in enumerate(images):
-        fault = find_fault(probabilities[row])
+        share = None if known is None else known[row]
+        fault = find_fault(probabilities[row], share)
         if fault:
             results[key] = {"error": f"the model computes {fault} for this image"}
             continue
@@ -181,13 +182,13 @@ def predict_same_size(model: Model, images: dict[int, np.ndarray], top_k: int) -
         top = []
         for index, probability in zip(order[row].tolist(), best[row].tolist(), strict=True):
             top.append({"label": model.spec["classes"][index], "probability": probability})
-        results[key] = answer(model, top, None if known is None else known[row])
+        results[key] = answer(model, top, share)
     return results
 
 
-def find_fault(probabilities: np.ndarray) -> str | None:
-    """What is wrong with the probabilities [classes] of an image; None if nothing is."""
-    if not np.isfinite(probabilities).all():
+def find_fault(probabilities: np.ndarray, known: float | None) -> str | None:
+    """What is wrong with the probabilities [classes] of an image, or its `known`, if anything."""
+    if not np.isfinite(probabilities).all() or (known is not None and not np.isfinite(known)):
         return "NaN or infinity"
     if probabilities.min() < -TOLERATED or probabilities.max() > 1 + TOLERATED:
         return "probabilities outside 0..1"

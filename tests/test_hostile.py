@@ -6,6 +6,7 @@ import shutil
 import struct
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -214,6 +215,16 @@ def test_probabilities_outside_their_range(call, small, samples, here):
     result = call(step3_infer.main, "--model", "m.onnx", samples[0])
     result.error(1, str(samples[0]), "probabilities outside 0..1")
     assert result.out == ""
+
+
+def test_known_that_is_no_number(samples):
+    def run(images):
+        return np.full((len(images), 2), 0.5, np.float32), np.full(len(images), np.nan)
+
+    spec = {"task": "classification", "channels": 1, "white": 65535, "classes": ["a", "b"]}
+    model = SimpleNamespace(spec=spec, batch=None, max_pixels=1000, run=run)
+    with pytest.raises(Problem, match="NaN"):
+        predict(samples[0], model)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.pt2", "model.pte", "model.tflite"])
