@@ -39,8 +39,12 @@ SUFFIXES = {
     "DDS": (".dds",),
     "HEIF": (".heic", ".heics", ".heif", ".heifs", ".hif"),  # of pillow-heif
 }
-COMMON = ("JPEG", "PNG", "BMP", "GIF", "PPM")  # which Pillow loads at once
 PLUGINS = {
+    "JPEG": "JpegImagePlugin",
+    "PNG": "PngImagePlugin",
+    "BMP": "BmpImagePlugin",
+    "GIF": "GifImagePlugin",
+    "PPM": "PpmImagePlugin",
     "WEBP": "WebPImagePlugin",
     "TIFF": "TiffImagePlugin",
     "AVIF": "AvifImagePlugin",
@@ -122,17 +126,33 @@ def size_of(source) -> int:
 def open_image(source) -> Image.Image:
     """Image.open for the formats of SUFFIXES, and no others.
 
-    Pillow's plugins for the rarer ones are loaded when they are needed first.
+    First the format of the file's suffix alone: to load all plugins takes 30 ms of CPU time.
     """
-    with contextlib.suppress(UnidentifiedImageError):
-        return Image.open(source, formats=COMMON)
+    expected = load_plugin_of(source)
+    if expected:
+        with contextlib.suppress(UnidentifiedImageError):
+            return Image.open(source, formats=(expected,))
 
     return Image.open(source, formats=load_plugins())
 
 
+def load_plugin_of(source) -> str | None:
+    """Load the plugin for a path's suffix; return its format, None if there is none."""
+    if hasattr(source, "read"):
+        return None
+
+    suffix = os.path.splitext(os.fsdecode(source))[1].lower()
+    for name, suffixes in SUFFIXES.items():
+        if suffix in suffixes and name in PLUGINS:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(f"PIL.{PLUGINS[name]}")
+            return name if name in Image.OPEN else None
+    return None
+
+
 @functools.cache
 def load_plugins() -> tuple[str, ...]:
-    """Load Pillow's plugins for the rarer formats; return the formats that can be opened now."""
+    """Load the plugins of all formats of SUFFIXES; return the formats that can be opened now."""
     for plugin in set(PLUGINS.values()):
         with contextlib.suppress(ImportError):
             importlib.import_module(f"PIL.{plugin}")
@@ -142,7 +162,6 @@ def load_plugins() -> tuple[str, ...]:
 
         pillow_heif.register_heif_opener()
 
-    Image.preinit()
     return tuple(name for name in SUFFIXES if name in Image.OPEN)
 
 
