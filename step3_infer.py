@@ -43,7 +43,7 @@ from inference.cpus import usable_cpus  # noqa: E402
 from inference.engines import find_model  # noqa: E402
 from inference.errors import Problem, guarded  # noqa: E402
 from inference.files import output_stream  # noqa: E402
-from inference.images import find_images, note_files  # noqa: E402
+from inference.finding import find_images, note_files  # noqa: E402
 from inference.limits import MAX_PIXELS, MAX_SIDE, allow_pixels  # noqa: E402
 from inference.predict import Model, predict, predict_files  # noqa: E402, F401  predict: for others
 from inference.results import write_figures, write_images, write_values  # noqa: E402

@@ -9,7 +9,7 @@ import numpy as np
 from data.files import Files, count_of, name_some, split_called
 from data.notes import note
 from inference.errors import Problem, problems
-from inference.images import is_image, is_visible, walk
+from inference.finding import is_image, is_visible, walk
 
 SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
 HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs"}

@@ -17,7 +17,8 @@ from data.files import Options, count_of, name_some
 from data.json_files import read_json, write_json
 from data.notes import note
 from data.parallel import run_parallel
-from inference.images import bands, open_image
+from inference.formats import open_image
+from inference.images import bands
 from inference.limits import MAX_PIXELS, allow_pixels, check_size
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}

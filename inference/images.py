@@ -1,66 +1,17 @@
-"""How images are found, opened, decoded and fitted to a size."""
+"""How an image file is decoded, and fitted to a size."""
 
-import contextlib
-import functools
-import glob
-import importlib
 import io
-import itertools
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from inference.command_line import say
 from inference.errors import Problem, one_line
+from inference.formats import open_image
 from inference.limits import MAX_PIXELS, TooLarge, check_rows, check_scans, check_size
 
-# The formats that are read, by Pillow's names, and the suffixes of their files. Pillow knows more,
-# and some of those contain others or run programs: an EPS, even one inside an IPTC record, starts
-# Ghostscript.
-SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-    "PNG": (".png", ".apng"),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "PPM": (".pgm", ".ppm", ".pbm", ".pnm"),
-    "WEBP": (".webp",),
-    "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif", ".avifs"),
-    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
-    "TGA": (".tga", ".icb", ".vda", ".vst"),
-    "DIB": (".dib",),
-    "ICO": (".ico",),
-    "PCX": (".pcx",),
-    "QOI": (".qoi",),
-    "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
-    "DDS": (".dds",),
-    "HEIF": (".heic", ".heics", ".heif", ".heifs", ".hif"),  # of pillow-heif
-}
-PLUGINS = {
-    "JPEG": "JpegImagePlugin",
-    "PNG": "PngImagePlugin",
-    "BMP": "BmpImagePlugin",
-    "GIF": "GifImagePlugin",
-    "PPM": "PpmImagePlugin",
-    "WEBP": "WebPImagePlugin",
-    "TIFF": "TiffImagePlugin",
-    "AVIF": "AvifImagePlugin",
-    "JPEG2000": "Jpeg2KImagePlugin",
-    "TGA": "TgaImagePlugin",
-    "DIB": "BmpImagePlugin",
-    "ICO": "IcoImagePlugin",
-    "PCX": "PcxImagePlugin",
-    "QOI": "QoiImagePlugin",
-    "SGI": "SgiImagePlugin",
-    "DDS": "DdsImagePlugin",
-}
-IMAGE_SUFFIXES = tuple(itertools.chain.from_iterable(SUFFIXES.values()))
-
-SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
-NAMED = 3  # files that a note names
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
 BAND_PIXELS = 1 << 18  # converted at a time: they fit the processor's cache
 EXIF_HEADER = b"Exif\0\0"
@@ -121,53 +72,6 @@ def size_of(source) -> int:
     if not hasattr(source, "read"):
         return os.path.getsize(source)
     return source.seek(0, os.SEEK_END)
-
-
-def open_image(source) -> Image.Image:
-    """Image.open for the formats of SUFFIXES, and no others.
-
-    First the format of the file's suffix alone: to load all plugins takes 30 ms of CPU time.
-    """
-    expected = load_plugin_of(source)
-    if expected:
-        with contextlib.suppress(UnidentifiedImageError):
-            return Image.open(source, formats=(expected,))
-
-    return Image.open(source, formats=load_plugins())
-
-
-def load_plugin_of(source) -> str | None:
-    """Load the plugin for a path's suffix; return its format, None if there is none."""
-    if hasattr(source, "read"):
-        return None
-
-    suffix = os.path.splitext(os.fsdecode(source))[1].lower()
-    for name, suffixes in SUFFIXES.items():
-        if suffix in suffixes and name in PLUGINS:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(f"PIL.{PLUGINS[name]}")
-            return name if name in Image.OPEN else None
-    return None
-
-
-@functools.cache
-def load_plugins() -> tuple[str, ...]:
-    """Load the plugins of all formats of SUFFIXES; return the formats that can be opened now."""
-    for plugin in set(PLUGINS.values()):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"PIL.{plugin}")
-
-    with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-
-    return tuple(name for name in SUFFIXES if name in Image.OPEN)
-
-
-def can_read_heif() -> bool:
-    """Is pillow-heif installed?"""
-    return "HEIF" in load_plugins()
 
 
 def read_pixels(source, channels: int, white: int, max_pixels: int) -> np.ndarray:
@@ -321,102 +225,3 @@ def resize_axis(image: np.ndarray, axis: int, n_out: int, factor: float) -> np.n
         part = np.take(image, reached, axis).astype(np.float32)
         lines.append(np.tensordot(weight[reached].astype(np.float32), part, (0, axis)))
     return np.stack(lines, axis)
-
-
-# --------------------------------------------------------------------------------------------- find
-def is_image(path: str) -> bool:
-    """Is a file an image, by its suffix or, if it has none, by its content?"""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix:
-        return suffix in IMAGE_SUFFIXES and (suffix not in SUFFIXES["HEIF"] or can_read_heif())
-
-    if not os.path.isfile(path):  # opening a named pipe would wait for ever
-        return False
-    with contextlib.suppress(Exception):  # Pillow's plugins raise any exception on broken files
-        open_image(path).close()
-        return True
-    return False
-
-
-def find_images(paths: list[str], others: list) -> Iterator[tuple[str, Problem | None]]:
-    """Yield each file of the given paths: (path, None), or (path, why it cannot be used).
-
-    Globs are expanded and directories walked. Files in directories that are not images are
-    appended to `others`.
-    """
-    for path in paths:
-        is_glob = any(character in path for character in "*?[") and not os.path.lexists(path)
-        if is_glob:
-            yield from expand(path, others)
-        elif os.path.isdir(path):
-            yield from images_below(path, others)
-        else:
-            yield path, None
-
-
-def expand(pattern: str, others: list) -> Iterator[tuple[str, Problem | None]]:
-    """What find_images() yields for a glob."""
-    matches = sorted(glob.glob(pattern, recursive=True))
-    if not matches:
-        yield pattern, Problem("matches no file")
-        return
-
-    # "**" matches the directories of its files as well, whose files would come twice.
-    files = [match for match in matches if not os.path.isdir(match)]
-    yield from find_images(files or matches, others)
-
-
-def images_below(directory: str, others: list) -> Iterator[tuple[str, Problem | None]]:
-    """What find_images() yields for a directory."""
-    is_empty = True
-    for path, problem in walk(directory, is_visible):
-        if problem or is_image(path):
-            is_empty = False
-            yield path, problem
-        else:
-            others.append(path)
-
-    if is_empty:
-        yield directory, Problem("no images in this directory")
-
-
-def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Problem | None]]:
-    """Yield (path, None) for the files below a folder, in name order.
-
-    accept: a test of the names of files and folders that are wanted. Links to folders are yielded
-    as files and not followed. Folders that cannot be read come last, with a Problem.
-    """
-    accept = accept or bool
-    unreadable = []
-
-    for place, folders, files in os.walk(folder, onerror=unreadable.append):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        folders[:] = sorted(filter(accept, folders))  # os.walk goes on with these
-        for name in sorted(filter(accept, files + links)):
-            yield os.path.join(place, name), None
-
-    for error in unreadable:
-        yield error.filename, Problem(f"cannot be read: {error.strerror}")
-
-
-def is_visible(name: str) -> bool:
-    """Is a name neither hidden, like .DS_Store and ._photo.jpg, nor a file of the system?"""
-    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
-
-
-def note_files(did: str, paths: list[str], why: str = "") -> None:
-    """Note, if there are any, how many files something was done to, their kinds and first names."""
-    if not paths:
-        return
-
-    suffixes = {os.path.splitext(path)[1].lower() for path in paths}
-    kinds = ", ".join(sorted(suffix or "no suffix" for suffix in suffixes))
-    count = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
-    names = ", ".join(paths[:NAMED])
-    if len(paths) > NAMED:
-        names += ", ..."
-    hint = ""
-    if {".heic", ".heif"} & suffixes:
-        hint = "; pip install pillow-heif to read .heic"
-
-    say(f"note: {did} {count} {why} ({kinds}): {names}{hint}")

@@ -6,7 +6,8 @@ import re
 from inference.command_line import say
 from inference.errors import Problem, problems
 from inference.files import sha256
-from inference.images import IMAGE_SUFFIXES, note_files, walk
+from inference.finding import note_files, walk
+from inference.formats import IMAGE_SUFFIXES
 
 SUMS = "SHA256SUMS"
 LINE = re.compile("([0-9a-f]{64}) [ *](.+)\n?")

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from inference.errors import Problem
-from inference.images import decode_image, find_images
+from inference.finding import find_images
+from inference.images import decode_image
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8)

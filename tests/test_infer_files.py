@@ -24,7 +24,8 @@ import step3_infer
 from inference.command_line import number
 from inference.errors import Problem
 from inference.files import replacing, sha256
-from inference.images import decode_image, find_images
+from inference.finding import find_images
+from inference.images import decode_image
 from inference.predict import Model, predict_files
 
 SCRIPT = ROOT / "step3_infer.py"

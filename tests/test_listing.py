@@ -14,7 +14,9 @@ from PIL import Image, ImageFile, PngImagePlugin
 import data
 import step1_train
 from inference.errors import Problem
-from inference.images import decode_image, find_images, load_plugins
+from inference.finding import find_images
+from inference.formats import load_plugins
+from inference.images import decode_image
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ PACKAGES = ("onnxruntime", "numpy", "pillow")
 
 def find_images(bundle: Path, folders: list[str]) -> list[Path]:
     """The images of the bundle's samples and of the folders."""
-    from inference.images import is_image
+    from inference.finding import is_image
 
     found = []
     for folder in (bundle / "samples", *folders):

@@ -29,7 +29,8 @@ import data  # noqa: E402
 from deploy.comparing import predictions  # noqa: E402
 from deploy.trust import known_threshold  # noqa: E402
 from deploy.unknown import unknown_kinds  # noqa: E402
-from inference.images import decode_image, find_images  # noqa: E402
+from inference.finding import find_images  # noqa: E402
+from inference.images import decode_image  # noqa: E402
 from inference.predict import Model  # noqa: E402
 
 COUNT = 500  # images of a kind
