@@ -70,6 +70,7 @@ class Spec(TypedDict, total=False):
     mean: list[float]  # of each channel, of pixels scaled to 0..1
     std: list[float]
     white: int  # the level of 16-bit pixels that becomes 255
+    ground: str | None  # what transparent pixels lie on: "white" or "black"; None: alpha is dropped
 
     temperature: float | None  # what the logits are divided by
     calibration: Calibration | None
@@ -98,6 +99,7 @@ class Spec(TypedDict, total=False):
 DEFAULTS = {
     "fit": None,
     "white": 65535,
+    "ground": None,
     "known": None,
     "reject": None,
     "min_probability": None,
@@ -252,6 +254,7 @@ def are_golden(value) -> bool:
 
 
 INPUTS = ("uint8", "float32")
+GROUNDS = (None, "white", "black")
 FITS = (None, "stretch", "crop", "letterbox")
 Rule = tuple[Callable[[object], bool], str]
 
@@ -262,6 +265,7 @@ RULES: dict[str, Rule] = {
     "classes": (are_names, f"a list of different names of 1 to {MAX_NAME} characters"),
     "channels": (lambda value: is_whole(value, 1), "a whole number"),
     "white": (lambda value: is_whole(value, 1, 65535), "a whole number from 1 to 65535"),
+    "ground": (lambda value: value in GROUNDS, "white, black or null"),
     "known": (is_known, "null, or an object whose tolerance is a number"),
     "reject": (is_share, "a number from 0 to 1, or null"),
     "min_probability": (is_share, "a number from 0 to 1, or null"),

@@ -40,7 +40,8 @@ constexpr double MAX_TOLERANCE = 5e-2;  // of the self-test: more would pass any
 struct Spec {
   std::vector<string> classes;
   int channels;
-  int white;  // the level of 16-bit greys that becomes 255
+  int white;  // the level of 16-bit pixels that becomes 255
+  std::optional<int> ground;  // the grey level under transparent pixels
   bool has_known;
   std::optional<double> reject;
   std::optional<double> min_probability;
@@ -210,6 +211,9 @@ inline const std::vector<Rule> RULES = {
     {"white",
      [](const json& value) { return is_whole(value, 1, 65535); },
      "a whole number from 1 to 65535"},
+    {"ground",
+     [](const json& value) { return value.is_null() || is_text(value, {"white", "black"}); },
+     "white, black or null"},
     {"known", is_known, "null, or an object whose tolerance is a number"},
     {"reject", is_share, "a number from 0 to 1, or null"},
     {"min_probability", is_share, "a number from 0 to 1, or null"},
@@ -244,6 +248,7 @@ inline const std::vector<Rule> IMAGE_RULES = {
 inline const json DEFAULTS = {
     {"fit", nullptr},
     {"white", 65535},
+    {"ground", nullptr},
     {"known", nullptr},
     {"reject", nullptr},
     {"min_probability", nullptr},
@@ -324,6 +329,7 @@ inline Spec read_spec(const string& text, const string& path, const string& othe
   read.classes = spec["classes"].get<std::vector<string>>();
   read.channels = spec["channels"].get<int>();
   read.white = spec["white"].get<int>();
+  if (!spec["ground"].is_null()) read.ground = spec["ground"] == "white" ? 255 : 0;
   read.has_known = !known.is_null();
   read.reject = optional_number(spec["reject"]);
   read.min_probability = optional_number(spec["min_probability"]);

@@ -24,6 +24,7 @@ const MAX_TOLERANCE = 5e-2; // of the self-test: more would pass anything
 const DEFAULTS = {
   fit: null,
   white: 65535,
+  ground: null,
   known: null,
   reject: null,
   min_probability: null,
@@ -211,6 +212,11 @@ const RULES = [
   ],
   ["channels", (spec) => isWhole(spec, "channels", 1), "a whole number"],
   ["white", (spec) => isWhole(spec, "white", 1, 65535), "a whole number from 1 to 65535"],
+  [
+    "ground",
+    (spec) => [null, "white", "black"].includes(spec.ground),
+    "white, black or null",
+  ],
   ["known", (spec) => isKnown(spec.known), "null, or an object whose tolerance is a number"],
   [
     "reject",
