@@ -1,10 +1,15 @@
 """torchvision's networks by name, and weights trained elsewhere."""
 
+import argparse
 import json
 import pickle
+import sys
 import urllib.error
 import urllib.request
+from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +17,7 @@ import model
 import step1_train
 import step2_export
 from training import weights as starting_weights
+from training.weight_files import read_weights
 
 
 def arguments(photos, name, *more):
@@ -91,25 +97,108 @@ def test_local_weights_keep_the_backbone_and_replace_the_head(
     call(step2_export.main, "--format", "torchscript").done()
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: {"model": state, "epoch": 3},
-        lambda state: {"state_dict": state},
-        lambda state: {f"module.{key}": value for key, value in state.items()},
-        lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
-    ],
-    ids=["torchvision", "timm", "DataParallel", "both"],
-)
-def test_weights_as_other_programs_write_them(call, here, photos, weights, wrap):
+def with_prefix(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def averaged(state):
+    """What torch.optim.swa_utils.AveragedModel writes of these weights."""
+    return {"n_averaged": torch.tensor(3), **with_prefix("module.", state)}
+
+
+WRITTEN = {
+    "torchvision": lambda state: {"model": state, "epoch": 3},
+    "timm": lambda state: {"state_dict": state, "args": argparse.Namespace(lr=0.1, out=Path("x"))},
+    "figures": lambda state: {"model": state, "best": np.float64(0.9), "mean": np.zeros(3)},
+    "trainers": lambda state: {"model_state_dict": state, "history": defaultdict(list, loss=[1])},
+    "DataParallel": lambda state: with_prefix("module.", state),
+    "both": lambda state: {"net": with_prefix("module.", state), "acc": 93.1},
+    "part in parallel": lambda state: {
+        key.replace("features.", "features.module."): value for key, value in state.items()
+    },
+    "compiled": lambda state: with_prefix("_orig_mod.", state),
+    "Lightning": lambda state: {
+        "state_dict": with_prefix("model.", state) | {"loss.weight": torch.ones(5)},
+        "hyper_parameters": {"lr": 0.1, "folder": Path("x")},
+    },
+    "compiled in Lightning": lambda state: {"state_dict": with_prefix("net._orig_mod.", state)},
+    "old": lambda state: {
+        key: value for key, value in state.items() if "num_batches_tracked" not in key
+    },
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("program", WRITTEN)
+def test_weights_as_other_programs_write_them(tmp_path, weights, program, zipped):
     state = torch.load(weights, weights_only=True)
-    torch.save(wrap(state), here / "theirs.pth")
-    call(
-        step1_train.main, *arguments(photos, "mobilenet_v3_small", "--pretrained", "theirs.pth")
-    ).done()
-    loaded, spec = starting_weights.read_weights(str(here / "theirs.pth"))
-    assert spec == {} and loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    file = tmp_path / "theirs.pth"
+    torch.save(WRITTEN[program](state), file, _use_new_zipfile_serialization=zipped)
+    assert_loads(file, state)
+
+
+def assert_loads(file, state):
+    """A file starts a network with exactly these weights."""
+    network = model.build("mobilenet_v3_small", channels=3, classes=5, image_size=(96, 96))
+    loaded, spec = read_weights(str(file), network.state_dict())
+    starting_weights.load_pretrained(network, loaded)
+    assert spec == {}
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, state.get(key, value)) or "num_batches_tracked" in key
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_safetensors(tmp_path, weights, prefix):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = torch.load(weights, weights_only=True)
+    safetensors.save_file(with_prefix(prefix, state), tmp_path / "model.safetensors")
+    assert_loads(tmp_path / "model.safetensors", state)
+
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:99])
+    with pytest.raises(ValueError, match="damaged"):
+        read_weights(str(tmp_path / "cut.safetensors"), state)
+    with pytest.raises(ValueError, match="no such file"):
+        read_weights(str(tmp_path / "absent.safetensors"), state)
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        read_weights(str(tmp_path / "model.safetensors"), [])
+
+
+def test_a_checkpoint_of_timm(tmp_path):
+    timm = pytest.importorskip("timm")
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    theirs = timm.create_model("resnet18", num_classes=5)
+    average = ModelEmaV3(theirs)
+    with torch.no_grad():
+        theirs.conv1.weight += 1
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
+    arguments = argparse.Namespace(model="resnet18", lr=0.1)
+    CheckpointSaver(
+        theirs, optimizer, arguments, model_ema=average, checkpoint_dir=str(tmp_path)
+    ).save_checkpoint(0, metric=0.5)
+
+    network = model.build("resnet18", channels=3, classes=5, image_size=(32, 32))
+    loaded, _ = read_weights(str(tmp_path / "last.pth.tar"), network.state_dict())
+    starting_weights.load_pretrained(network, loaded)
+    assert torch.equal(network.conv1.weight, average.module.conv1.weight)
+
+
+def test_of_two_sets_of_weights_the_averaged_one_is_taken(tmp_path, weights, capsys):
+    state = torch.load(weights, weights_only=True)
+    last = {key: value + 1 for key, value in state.items()}
+    torch.save({"model": last, "model_ema": averaged(state)}, tmp_path / "two.pth")
+    assert_loads(tmp_path / "two.pth", state)
+    assert "'model_ema.module.' is used" in capsys.readouterr().err
+
+
+def test_a_whole_network_is_refused_with_the_way_out(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"holds a torch.nn.modules.linear.Linear.*state_dict\(\)"):
+        read_weights(str(tmp_path / "whole.pth"), [])
 
 
 def test_weights_for_colour_start_a_grey_network(weights):

@@ -54,6 +54,7 @@ SUMMARY = "summary.json"
 NEW = ".new-"  # how a directory begins that has no name yet
 MOST_NAMES = 10_000  # runs of one default name
 NEW_SECONDS = 60  # after which a directory without a name is abandoned: naming it takes a moment
+UNSUPPORTED = re.compile(r"GLOBAL ([\w.]{1,100})")  # in torch.load's error
 CLOCK_SECONDS = 300  # by which the clock of a file server may be ahead
 TWIN = "twin"  # the directory of the run that calibrates another, see training/calibration.py
 
@@ -334,8 +335,11 @@ def load_plain(source) -> dict:
             return torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # torch.load fails in a dozen ways
+    except Exception as error:  # torch.load fails in a dozen ways
         reason = "it is damaged, or holds other things than tensors and plain values"
+        named = UNSUPPORTED.search(str(error))
+        if named:
+            reason = f"it holds a {named[1]}, which is neither a tensor nor a plain value"
         raise ValueError(reason) from None
 
 

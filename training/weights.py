@@ -4,13 +4,14 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 import model
 from inference.errors import Problem, problems
-from training.runs import load_plain
+from training.weight_files import read_weights
 
 
 def load_into(
@@ -28,7 +29,8 @@ def load_into(
     if not settings.pretrained:
         return None, None
 
-    state, mean, std = pretrained(settings.model, settings.pretrained, channels)
+    names = network.state_dict().keys()
+    state, mean, std = pretrained(settings.model, settings.pretrained, channels, names)
     load_pretrained(network, state)
     return mean, std
 
@@ -48,12 +50,14 @@ def load_checkpoint(network: nn.Module, checkpoint: dict, channels: int) -> None
         network.load_state_dict(checkpoint["training"]["network"] or checkpoint["state_dict"])
 
 
-def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None, list | None]:
+def pretrained(
+    name: str, source: str, channels: int, names: Iterable[str]
+) -> tuple[dict, list | None, list | None]:
     """The state_dict to start a network from, and the mean and std it was trained with.
 
     source: "default" for torchvision's default weights, else the path of a state_dict or
-    checkpoint. mean, std: [channels], or None if they are not known. Raises ValueError, or Problem
-    if a download fails.
+    checkpoint. names: of the network's own state_dict. mean, std: [channels], or None if they are
+    not known. Raises ValueError, or Problem if a download fails.
     """
     weights = torchvision_weights(name)
     if source == "default":
@@ -62,7 +66,7 @@ def pretrained(name: str, source: str, channels: int) -> tuple[dict, list | None
             raise ValueError(reason)
         return download(name, weights), *usual_statistics(weights, channels)
 
-    state, spec = read_weights(source)
+    state, spec = read_weights(source, names)
     if len(spec.get("mean", ())) == channels:
         return state, spec["mean"], spec["std"]
     if weights is None:
@@ -95,46 +99,7 @@ def download(name: str, weights) -> dict:
         ) from None
 
 
-# --------------------------------------------------------------------------------- weights in files
-def read_weights(path: str) -> tuple[dict, dict]:
-    """The (state_dict, spec) in a file of weights; the spec is empty unless step1 wrote the file.
-
-    Takes a state_dict, or a dict with one under `state_dict` or `model`, as torchvision and timm
-    write them, with or without DataParallel's prefix `module.`. Raises ValueError.
-    """
-    try:
-        content = load_plain(path)
-    except FileNotFoundError:
-        raise ValueError("no such file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be loaded as plain weights: {error}") from None
-
-    # A checkpoint of step1 has both a state_dict and a spec; a bare state_dict has neither key.
-    state = content
-    spec = {}
-    for name in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            state = content[name]
-            spec = content.get("spec", {})
-
-    if not is_state_dict(state):
-        raise ValueError("is not a state_dict: it holds other things than tensors")
-    if not isinstance(spec, dict):
-        spec = {}
-
-    return {name.removeprefix("module."): value for name, value in state.items()}, spec
-
-
-def is_state_dict(value) -> bool:
-    """Does a value map names to tensors, at least one?"""
-    if not isinstance(value, dict) or not value:
-        return False
-    for name, tensor in value.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            return False
-    return True
-
-
+# ----------------------------------------------------------------------- other classes and channels
 def load_pretrained(network: nn.Module, state: dict) -> None:
     """Load a state_dict that was trained on other classes or channels.
 
@@ -148,7 +113,13 @@ def load_pretrained(network: nn.Module, state: dict) -> None:
     adapt_first_convolution(state, own)
 
     # Keys that only one of them has, and those of other shapes: only the head may differ.
-    wrong = [key for key in own.keys() ^ state.keys() if key not in head]
+    wrong = []
+    for key in own.keys() ^ state.keys():
+        is_counter = key.endswith(
+            ".num_batches_tracked"
+        )  # old files lack it, training needs it not
+        if key not in head and not is_counter:
+            wrong.append(key)
     for key in own.keys() & state.keys() - head:
         if own[key].shape != state[key].shape:
             wrong.append(key)
@@ -156,7 +127,8 @@ def load_pretrained(network: nn.Module, state: dict) -> None:
         reason = f"does not fit this architecture: {len(wrong)} entries differ, as {min(wrong)!r}"
         raise ValueError(reason)
 
-    fitting = {key: value for key, value in state.items() if own[key].shape == value.shape}
+    fitting = {key: state[key] for key in own.keys() & state.keys()}
+    fitting = {key: value for key, value in fitting.items() if own[key].shape == value.shape}
     if head - fitting.keys():
         # Half of a head is of no use: all of it or none.
         fitting = {key: value for key, value in fitting.items() if key not in head}
