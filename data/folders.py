@@ -10,9 +10,9 @@ from data.files import Files, count_of, name_some, split_called
 from data.notes import note
 from inference.errors import Problem, problems
 from inference.finding import is_image, is_visible, walk
+from inference.formats import HEIF_HINT, SUFFIXES
 
 SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
-HEIF_SUFFIXES = {".heic", ".heics", ".heif", ".heifs"}
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def files_below(directory: str) -> Iterator[str]:
 
     Raises Problem.
     """
-    for path, problem in walk(directory, is_visible):
+    for path, problem in walk(directory, is_visible, follow=True):
         if problem:
             raise Problem(f"{path} {problem}")
         yield path
@@ -241,7 +241,7 @@ def files_below(directory: str) -> Iterator[str]:
 def plugin_hint(paths: list[str]) -> str:
     """How to let Pillow read some of these files, in brackets; empty if nothing is known."""
     suffixes = {os.path.splitext(path)[1].lower() for path in paths}
-    readable = sorted(suffixes & HEIF_SUFFIXES)
+    readable = sorted(suffixes.intersection(SUFFIXES["HEIF"]))
     if not readable:
         return ""
-    return f" (pip install pillow-heif to read {', '.join(readable)})"
+    return f" ({HEIF_HINT} to read {', '.join(readable)})"

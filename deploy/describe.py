@@ -4,6 +4,7 @@ inference/spec.py says what each key means; training/ makes the spec of a run. E
 returns a new dict.
 """
 
+from inference.command_line import encodable
 from inference.self_test import INT8_TOLERANCE, TOLERANCE
 from inference.spec import KNOWN_TOLERANCE
 
@@ -25,7 +26,7 @@ def describe_export(
     min_probability: the files' own thresholds.
     """
     return {
-        **run_spec,
+        **encodable(run_spec),  # of step1's arguments, a path need not be text
         "versions": {**run_spec["versions"], "torch_export": torch_version},
         "golden": golden,
         "self_test_tolerance": TOLERANCE,

@@ -79,6 +79,21 @@ def is_accent(character: str) -> bool:
     return unicodedata.category(character) in ("Mn", "Me")
 
 
+def encodable(value):
+    """The value, which JSON can hold, without bytes of names that are no UTF-8.
+
+    They arrive as halves of surrogate pairs, which only Python reads in JSON; each becomes text
+    such as \\udcfc, as it is printed.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {encodable(key): encodable(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encodable(part) for part in value]
+    return value
+
+
 def say(message: str) -> None:
     """Print one line to standard error."""
     print(printable(message), file=sys.stderr)

@@ -7,23 +7,31 @@ from collections.abc import Callable, Iterator
 
 from inference.command_line import say
 from inference.errors import Problem
-from inference.formats import IMAGE_SUFFIXES, SUFFIXES, can_read_heif, open_image
+from inference.formats import (
+    HEIF_HINT,
+    IMAGE_SUFFIXES,
+    RAW_SUFFIXES,
+    SUFFIXES,
+    can_read_heif,
+    is_image_inside,
+)
 
 SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx")
 NAMED = 3  # files that a note names
 
 
 def is_image(path: str) -> bool:
-    """Is a file an image, by its suffix or, if it has none, by its content?"""
+    """Is a file an image, by its suffix or, if that is not one of an image, by its content?"""
     suffix = os.path.splitext(path)[1].lower()
-    if suffix:
-        return suffix in IMAGE_SUFFIXES and (suffix not in SUFFIXES["HEIF"] or can_read_heif())
+    if suffix in SUFFIXES["HEIF"]:
+        return can_read_heif()
+    if suffix in IMAGE_SUFFIXES:
+        return True
 
-    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+    if suffix in RAW_SUFFIXES or not os.path.isfile(path):  # to open a named pipe would wait
         return False
     with contextlib.suppress(Exception):  # Pillow's plugins raise any exception on broken files
-        open_image(path).close()
-        return True
+        return is_image_inside(path)
     return False
 
 
@@ -58,7 +66,7 @@ def expand(pattern: str, others: list) -> Iterator[tuple[str, Problem | None]]:
 def images_below(directory: str, others: list) -> Iterator[tuple[str, Problem | None]]:
     """What find_images() yields for a directory."""
     is_empty = True
-    for path, problem in walk(directory, is_visible):
+    for path, problem in walk(directory, is_visible, follow=True):
         if problem or is_image(path):
             is_empty = False
             yield path, problem
@@ -69,23 +77,45 @@ def images_below(directory: str, others: list) -> Iterator[tuple[str, Problem | 
         yield directory, Problem("no images in this directory")
 
 
-def walk(folder: str, accept: Callable | None = None) -> Iterator[tuple[str, Problem | None]]:
+def walk(
+    folder: str, accept: Callable | None = None, follow: bool = False
+) -> Iterator[tuple[str, Problem | None]]:
     """Yield (path, None) for the files below a folder, in name order.
 
-    accept: a test of the names of files and folders that are wanted. Links to folders are yielded
-    as files and not followed. Folders that cannot be read come last, with a Problem.
+    accept: a test of the names of files and folders that are wanted. follow: whether to go where
+    links to folders lead, though nowhere twice, nor up; without it they are yielded as files.
+    Folders that cannot be read come last, with a Problem.
     """
     accept = accept or bool
     unreadable = []
+    entered = {os.path.realpath(folder)}
 
-    for place, folders, files in os.walk(folder, onerror=unreadable.append):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        folders[:] = sorted(filter(accept, folders))  # os.walk goes on with these
-        for name in sorted(filter(accept, files + links)):
+    for place, folders, files in os.walk(folder, onerror=unreadable.append, followlinks=follow):
+        names = sorted(filter(accept, folders))
+        if follow:
+            folders[:] = [name for name in names if enter(place, name, entered)]
+        else:
+            files += [name for name in names if os.path.islink(os.path.join(place, name))]
+            folders[:] = names  # os.walk goes on with these
+
+        for name in sorted(filter(accept, files)):
             yield os.path.join(place, name), None
 
     for error in unreadable:
         yield error.filename, Problem(f"cannot be read: {error.strerror}")
+
+
+def enter(place: str, name: str, entered: set[str]) -> bool:
+    """Should a walk go on with this folder of `place`? It is added to those that it has entered."""
+    path = os.path.join(place, name)
+    real = os.path.realpath(path)
+    # A link to a folder above would bring in all that lies beside this one.
+    leads_up = os.path.islink(path) and os.path.realpath(place).startswith(os.path.join(real, ""))
+    if leads_up or real in entered:
+        return False
+
+    entered.add(real)
+    return True
 
 
 def is_visible(name: str) -> bool:
@@ -105,7 +135,8 @@ def note_files(did: str, paths: list[str], why: str = "") -> None:
     if len(paths) > NAMED:
         names += ", ..."
     hint = ""
-    if {".heic", ".heif"} & suffixes:
-        hint = "; pip install pillow-heif to read .heic"
+    unread = sorted(suffixes.intersection(SUFFIXES["HEIF"]))
+    if unread and not can_read_heif():
+        hint = f"; {HEIF_HINT} to read {', '.join(unread)}"
 
     say(f"note: {did} {count} {why} ({kinds}): {names}{hint}")

@@ -50,6 +50,32 @@ PLUGINS = {
 }
 IMAGE_SUFFIXES = tuple(itertools.chain.from_iterable(SUFFIXES.values()))
 
+# Raw photos of cameras, which are TIFF files with a thumbnail: that is not the picture.
+RAW_SUFFIXES = (
+    *(".3fr", ".arw", ".cr2", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mos"),
+    *(".nef", ".nrw", ".orf", ".pef", ".raw", ".rw2", ".srw"),
+)
+
+# How files begin that may be images. What follows must fit as well: see is_image_inside().
+SIGNATURES = (
+    b"\xff\xd8\xff",  # JPEG
+    b"\x89PNG\r\n",
+    b"GIF8",
+    b"BM",
+    b"II*\0",  # TIFF
+    b"MM\0*",
+    *(b"P%d" % number for number in range(1, 7)),  # PNM
+    b"\0\0\0\x0cjP",  # JPEG 2000
+    b"\xff\x4f\xff\x51",
+    b"\0\0\1\0",  # ICO
+    b"qoif",
+    b"\x01\xda",  # SGI
+    b"DDS ",
+)
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+HEIF_HINT = "pip install pillow-heif"
+
 
 def open_image(source) -> Image.Image:
     """Image.open for the formats of SUFFIXES, and no others.
@@ -96,3 +122,33 @@ def load_plugins() -> tuple[str, ...]:
 def can_read_heif() -> bool:
     """Is pillow-heif installed?"""
     return "HEIF" in load_plugins()
+
+
+def first_bytes(source) -> bytes:
+    """The beginning of a file or a file object, in which its format shows."""
+    if hasattr(source, "read"):
+        source.seek(0)
+        return source.read(16)
+    with open(source, "rb") as file:
+        return file.read(16)
+
+
+def is_heif(start: bytes) -> bool:
+    """Does a HEIC photo begin like this?"""
+    return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
+
+
+def is_image_inside(path: str) -> bool:
+    """Does a file of no known suffix hold an image? Raises any exception for a broken one.
+
+    A TGA file has no signature, and so is known by its suffix only.
+    """
+    start = first_bytes(path)
+    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    is_avif = start[4:8] == b"ftyp" and start[8:12] in AVIF_BRANDS
+    if not (start.startswith(SIGNATURES) or is_webp or is_avif or is_heif(start)):
+        return False
+
+    # A text may begin like an image, "BMW" for instance: the whole header decides.
+    open_image(path).close()
+    return True

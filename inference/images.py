@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from inference.errors import Problem, one_line
-from inference.formats import open_image
+from inference.formats import HEIF_HINT, can_read_heif, first_bytes, is_heif, open_image
 from inference.limits import MAX_PIXELS, TooLarge, check_rows, check_scans, check_size
 
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
@@ -43,7 +43,7 @@ def decode_image(
         source = prepared(source)
         return read_pixels(source, channels, white, max_pixels)
     except UnidentifiedImageError:
-        reason = "is not an image that Pillow can read" if size_of(source) else "is empty"
+        reason = why_unidentified(source)
     except FileNotFoundError:
         reason = "no such file"
     except Image.DecompressionBombError:  # Pillow's own limit comes first
@@ -65,6 +65,15 @@ def prepared(source):
     if os.path.exists(source) and not os.path.isfile(source):  # opening a named pipe waits for ever
         raise Problem("is not a regular file")
     return source
+
+
+def why_unidentified(source) -> str:
+    """Why Pillow does not know the format of a file or a file object."""
+    if not size_of(source):
+        return "is empty"
+    if is_heif(first_bytes(source)) and not can_read_heif():
+        return f"is a HEIC photo: {HEIF_HINT} to read it"
+    return "is not an image that Pillow can read"
 
 
 def size_of(source) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from inference.command_line import printable, say
+from inference.command_line import encodable, printable, say
 from inference.errors import problems
 from inference.predict import Model
 from inference.tables import csv_line
@@ -34,7 +34,7 @@ def write_images(results: Iterator, output_format: str, top_k: int, out) -> int:
 def result_line(output_format: str, row: dict) -> str:
     """One image's row; as text an error has no line, since standard error has it."""
     if output_format == "json":
-        return json.dumps(row) + "\n"
+        return json.dumps(encodable(row)) + "\n"
     if output_format == "csv":
         cells = [row.get(key) for key in ("path", "error", "label", "probability", "known")]
         for entry in row.get("top", []):
@@ -85,7 +85,7 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
 def write_figures(figures: dict, output_format: str, out) -> None:
     """Write figures as one line of JSON, or as text: a line for each value or row of a list."""
     if output_format == "json":
-        out.write(json.dumps(figures) + "\n")
+        out.write(json.dumps(encodable(figures)) + "\n")
         return
 
     # A list, such as the images that changed, gets a line for each of its rows.

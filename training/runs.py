@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from data.notes import note
-from inference.command_line import say
+from inference.command_line import encodable, say
 from inference.errors import Problem, one_line, problems
 from inference.files import replacing
 from inference.spec import is_whole
@@ -400,7 +400,7 @@ def keep(path: str, previous: str) -> None:
 
 def write_json(run_dir: str, name: str, values: dict) -> None:
     """Write a JSON file of a run. Raises CannotWrite."""
-    text = json.dumps(values, indent=2) + "\n"
+    text = json.dumps(encodable(values), indent=2) + "\n"
     write(run_dir, name, text.encode())
 
 
