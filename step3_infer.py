@@ -44,6 +44,7 @@ from inference.engines import find_model  # noqa: E402
 from inference.errors import Problem, guarded  # noqa: E402
 from inference.files import output_stream  # noqa: E402
 from inference.finding import find_images, note_files  # noqa: E402
+from inference.images import note_seen  # noqa: E402
 from inference.limits import MAX_PIXELS, MAX_SIDE, allow_pixels  # noqa: E402
 from inference.predict import Model, predict, predict_files  # noqa: E402, F401  predict: for others
 from inference.results import write_figures, write_images, write_values  # noqa: E402
@@ -254,6 +255,7 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
     with output_stream(args.output) as out, contextlib.closing(results):
         code = write_images(results, args.format, top_k, out)
 
+    note_seen(model.seen, model.spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
     return code
 
@@ -295,6 +297,7 @@ def run_compare(args: argparse.Namespace) -> int:
         figures, code = compare_models(models, args.compare, results)
         if figures is not None:
             write_figures(figures, args.format, out)
+    note_seen(models[0].seen, models[0].spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
     if figures is None:
         return code

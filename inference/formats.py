@@ -98,18 +98,26 @@ def load_plugin_of(source) -> str | None:
     suffix = os.path.splitext(os.fsdecode(source))[1].lower()
     for name, suffixes in SUFFIXES.items():
         if suffix in suffixes and name in PLUGINS:
-            with contextlib.suppress(ImportError):
-                importlib.import_module(f"PIL.{PLUGINS[name]}")
+            load_plugin(PLUGINS[name])
             return name if name in Image.OPEN else None
     return None
+
+
+def load_plugin(plugin: str) -> None:
+    """Import one of Pillow's plugins, if Pillow was built with it."""
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(f"PIL.{plugin}")
+        if plugin == "TiffImagePlugin":
+            # Pillow can unpack this kind, but its table lacks it: big-endian greys, 0 being white.
+            kind = (b"MM", 0, (1,), 1, (16,), ())
+            module.OPEN_INFO.setdefault(kind, ("I;16B", "I;16B"))
 
 
 @functools.cache
 def load_plugins() -> tuple[str, ...]:
     """Load the plugins of all formats of SUFFIXES; return the formats that can be opened now."""
     for plugin in set(PLUGINS.values()):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"PIL.{plugin}")
+        load_plugin(plugin)
 
     with contextlib.suppress(ImportError):
         import pillow_heif

@@ -2,46 +2,60 @@
 
 import io
 import os
-import struct
-from collections.abc import Iterator
+import threading
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from inference.command_line import say
+from inference.depth import TOP, bands, depth_of, load_all_bits, scale_to_8_bits
 from inference.errors import Problem, one_line
 from inference.formats import HEIF_HINT, can_read_heif, first_bytes, is_heif, open_image
 from inference.limits import MAX_PIXELS, TooLarge, check_rows, check_scans, check_size
+from inference.orientation import turn_upright
+from inference.transparency import GROUNDS, composite, mend_key
 
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
-BAND_PIXELS = 1 << 18  # converted at a time: they fit the processor's cache
-EXIF_HEADER = b"Exif\0\0"
-ORIENTATION = 0x0112  # the EXIF tag
-WHOLE_TYPES = {1: "B", 3: "H", 4: "I"}  # of EXIF, in struct's letters
-TRANSPOSED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+
+
+class Seen:
+    """How many of the images that were decoded hold more than is used of them.
+
+    transparent: images with pixels that are not opaque. paged: TIFFs of more than one page. Threads
+    may share one.
+    """
+
+    def __init__(self):
+        self.transparent = 0
+        self.paged = 0
+        self.lock = threading.Lock()
+
+    def add(self, transparent: bool, paged: bool) -> None:
+        with self.lock:
+            self.transparent += transparent
+            self.paged += paged
 
 
 # ------------------------------------------------------------------------------------------- decode
 def decode_image(
-    source, channels: int, white: int = 65535, max_pixels: int = MAX_PIXELS
+    source,
+    channels: int,
+    white: int = TOP,
+    max_pixels: int = MAX_PIXELS,
+    ground: str | None = None,
+    seen: Seen | None = None,
 ) -> np.ndarray:
     """Decode one image file to uint8 [height, width, channels].
 
     source: a path or a binary file object. channels: 1 for grey, 3 for RGB. white: the level of
-    16-bit greys from which on a pixel becomes 255. The EXIF orientation is applied; an animation
-    gives its first frame. Raises Problem, to which the caller adds the file name, and TooLarge for
-    more than max_pixels.
+    16-bit pixels from which on a channel becomes 255. ground: what transparent pixels lie on,
+    "white" or "black"; None drops the transparency. The EXIF orientation is applied; an animation
+    gives its first frame, a TIFF its first page. seen: counts what the image holds besides. Raises
+    Problem, to which the caller adds the file name, and TooLarge for more than max_pixels.
     """
     try:
         source = prepared(source)
-        return read_pixels(source, channels, white, max_pixels)
+        return read_pixels(source, channels, white, max_pixels, ground, seen or Seen())
     except UnidentifiedImageError:
         reason = why_unidentified(source)
     except FileNotFoundError:
@@ -83,101 +97,85 @@ def size_of(source) -> int:
     return source.seek(0, os.SEEK_END)
 
 
-def read_pixels(source, channels: int, white: int, max_pixels: int) -> np.ndarray:
+def read_pixels(
+    source, channels: int, white: int, max_pixels: int, ground: str | None, seen: Seen
+) -> np.ndarray:
     """Read an image as uint8 [height, width, channels]; decode_image() explains the errors."""
     with open_image(source) as image:
-        check_size(image.size, max_pixels)
-        if image.mode == "F":
-            raise Problem(
-                "has 32-bit float pixels, which have no fixed range: save it with 8 or 16 bits"
-            )
-        if image.info.get("progression"):
-            check_scans(source)
+        has_pages = image.format == "TIFF" and image.is_animated
+        turned = turn_upright(load_8_bits(source, image, white, max_pixels), image)
+        pixels, is_transparent = to_array(turned, channels, ground)
 
+    seen.add(transparent=is_transparent, paged=has_pages)
+    return pixels
+
+
+def load_8_bits(source, image: Image.Image, white: int, max_pixels: int) -> Image.Image:
+    """Load an opened image with 8 bits a channel, `white` of its 16 bits being 255."""
+    check_size(image.size, max_pixels)
+    if image.mode == "F":
+        raise Problem(
+            "has 32-bit float pixels, which have no fixed range: save it with 8 or 16 bits"
+        )
+    if image.info.get("progression"):
+        check_scans(source)
+
+    mend_key(image)
+    depth = depth_of(source, image)
+    low = None
+    if depth is None:
         image.load()
-        if image.format == "PNG":
-            check_rows(source, image)
-        turned = turn_upright(image)
+    else:
+        low = load_all_bits(source, image, depth)
+    if image.format == "PNG":
+        check_rows(source, image)
 
-        # "I;16" in either byte order, or "I" if Pillow has widened the pixels.
-        if turned.mode.startswith("I"):
-            return scale_to_8_bits(turned, channels, white)
-        return to_array(turned, channels)
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation shows it, whatever else the EXIF holds."""
-    exif = image.info.get("exif", b"")
-    orientation = orientation_in(exif) if isinstance(exif, bytes) else None
-    if orientation is None:  # in a TIFF's own tags, or in XMP
-        orientation = image.getexif().get(ORIENTATION)
-
-    method = TRANSPOSED.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+    if depth is None or depth.is_cut:
+        # The high byte alone is right to a level, unless less than all levels are used.
+        if depth is not None and white != TOP:
+            reason = "has 16 bits a channel in a form of which Pillow keeps only 8"
+            raise Problem(f"{reason}, and white is {white}: save it as PNG")
+        return image
+    return scale_to_8_bits(image, low, depth, white)
 
 
-def orientation_in(exif: bytes) -> int | None:
-    """The orientation in EXIF; None if there is none, or if the EXIF is cut off before it.
+def to_array(image: Image.Image, channels: int, ground: str | None) -> tuple[np.ndarray, bool]:
+    """Convert an image to uint8 [height, width, channels], grey or RGB, on its ground.
 
-    Pillow gives up on the whole EXIF if another tag has an odd type or points nowhere.
-    """
-    while exif.startswith(EXIF_HEADER):  # some programs write it twice
-        exif = exif[len(EXIF_HEADER) :]
-
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None:
-        return None
-    try:
-        (start,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, start)
-        for number in range(count):
-            entry = start + 2 + 12 * number  # tag, type, count, value: 2, 2, 4 and 4 bytes
-            tag, kind = struct.unpack_from(order + "HH", exif, entry)
-            if tag == ORIENTATION and kind in WHOLE_TYPES:
-                return struct.unpack_from(order + WHOLE_TYPES[kind], exif, entry + 8)[0]
-    except struct.error:
-        return None
-    return None
-
-
-def bands(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield (top, bottom, these rows) of an image, which together fit the processor's cache."""
-    width, height = image.size
-    rows = max(1, BAND_PIXELS // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        yield top, bottom, image.crop((0, top, width, bottom))
-
-
-def to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """Convert an image to uint8 [height, width, channels], grey or RGB.
-
-    It goes band by band: to convert a whole photo at once takes twice the time and memory.
+    Returns also whether some of it is transparent. It goes band by band: to convert a whole photo
+    at once takes twice the time and memory.
     """
     mode = "L" if channels == 1 else "RGB"
+    if image.mode == "La":  # multiplied by its alpha; Pillow converts it to this mode only
+        image = image.convert("LA")
+    has_alpha = image.has_transparency_data
+    is_transparent = False
+
     width, height = image.size
     pixels = np.empty((height, width, channels), np.uint8)
     for top, bottom, band in bands(image):
+        if has_alpha:
+            rgba = band.convert("RGBA")
+            is_transparent = is_transparent or rgba.getextrema()[3][0] < 255
+            if ground is not None:
+                band = composite(rgba, GROUNDS[ground])
         pixels[top:bottom] = np.asarray(band.convert(mode)).reshape(-1, width, channels)
-    return pixels
+    return pixels, is_transparent
 
 
-def scale_to_8_bits(image: Image.Image, channels: int, white: int) -> np.ndarray:
-    """Scale greys of up to 16 bits to uint8 [height, width, channels], so that `white` becomes 255.
+def note_seen(seen: Seen, ground: str | None) -> None:
+    """Note how many images held more than what was used of them."""
+    if seen.transparent:
+        of_ground = f"laid on {ground}, as the model's images were"
+        if ground is None:
+            of_ground = "which the model file drops, as its training did"
+        say(f"note: {images_of(seen.transparent)} with transparency, {of_ground}")
+    if seen.paged:
+        say(f"note: {images_of(seen.paged)} of several pages, of which the first is used")
 
-    Raises Problem for more bits.
-    """
-    levels = np.arange(65536)
-    table = ((np.minimum(levels, white) * 255 + white // 2) // white).astype(np.uint8)
 
-    width, height = image.size
-    pixels = np.empty((height, width, channels), np.uint8)
-    for top, bottom, band in bands(image):
-        values = np.asarray(band)  # [rows, width]
-        if values.min() < 0 or values.max() > 65535:
-            raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
-        pixels[top:bottom] = table[values][..., None]
-    return pixels
+def images_of(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 # ---------------------------------------------------------------------------------------------- fit

@@ -12,7 +12,7 @@ import numpy as np
 from inference.cpus import usable_cpus
 from inference.engines import LOADERS
 from inference.errors import Problem, one_line, problems
-from inference.images import decode_image, fit_to_input
+from inference.images import Seen, decode_image, fit_to_input
 from inference.limits import LARGE_PIXELS, MAX_PIXELS, TooLarge
 from inference.task import task_of
 
@@ -29,7 +29,8 @@ class Model:
     spec: what the file says about itself, see inference.spec. reject: keep this share of familiar
     images (0.99), others are "unknown". min_probability: answers with less are "unsure". Both are
     the file's own at first and may be set; None for no threshold. max_pixels: of an image file, and
-    may be set, too. batch: the only batch size that the file takes, None for any.
+    may be set, too. seen: counts what the decoded images held besides their pixels. batch: the only
+    batch size that the file takes, None for any.
     """
 
     def __init__(self, path, threads: int | None = None, provider: str = "cpu", once: bool = False):
@@ -52,6 +53,7 @@ class Model:
         self.reject = self.spec["reject"]
         self.min_probability = self.spec["min_probability"]
         self.max_pixels = MAX_PIXELS
+        self.seen = Seen()
         self.batch = self.spec["fixed"]["batch"] if self.spec["fixed"] else None
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
@@ -125,7 +127,9 @@ def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
 def decode_for(model: Model, source, max_pixels: int) -> np.ndarray:
     """Decode an image as the model takes it. Raises Problem, and TooLarge beyond max_pixels."""
     spec = model.spec
-    return decode_image(source, spec["channels"], spec["white"], max_pixels)
+    return decode_image(
+        source, spec["channels"], spec["white"], max_pixels, spec["ground"], model.seen
+    )
 
 
 def check_array(array: np.ndarray, channels: int) -> np.ndarray:

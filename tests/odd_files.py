@@ -518,6 +518,13 @@ def tiff_alphas() -> Iterator[OddFile]:
         content = tiff(rgba, photometric="rgb", extrasamples=["unspecified"])
         yield odd(f"unspecified-{bits}.tif", content, rgba[..., :3], top)
 
+    both = with_alpha(2)
+    product = np.rint(both[..., :1].astype(np.float64) * both[..., 1:] / 255).astype(np.uint8)
+    for kind, first in (("assocalpha", product), ("unassalpha", both[..., :1])):
+        pixels = np.concatenate([first, both[..., 1:]], axis=2)
+        content = tiff(pixels, photometric="minisblack", planarconfig="contig", extrasamples=[kind])
+        yield odd(f"grey-alpha-{kind}.tif", content, both)
+
 
 # ------------------------------------------------------------------------------------------- OpenCV
 def opencv_files() -> Iterator[OddFile]:

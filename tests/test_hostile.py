@@ -20,7 +20,7 @@ from deploy import archive
 from inference.engines import find_model
 from inference.errors import Problem
 from inference.external import has_external_data
-from inference.images import decode_image
+from inference.images import Seen, decode_image
 from inference.limits import MAX_SCANS
 from inference.predict import Model, predict
 from inference.tables import csv_line
@@ -222,7 +222,8 @@ def test_known_that_is_no_number(samples):
         return np.full((len(images), 2), 0.5, np.float32), np.full(len(images), np.nan)
 
     spec = {"task": "classification", "channels": 1, "white": 65535, "classes": ["a", "b"]}
-    model = SimpleNamespace(spec=spec, batch=None, max_pixels=1000, run=run)
+    spec["ground"] = None
+    model = SimpleNamespace(spec=spec, batch=None, max_pixels=1000, seen=Seen(), run=run)
     with pytest.raises(Problem, match="NaN"):
         predict(samples[0], model)
 

@@ -88,7 +88,7 @@ class Worker:
         file = io.BytesIO(content)
         try:
             image = self.inference.decode_image(
-                file, spec["channels"], spec["white"], self.model.max_pixels
+                file, spec["channels"], spec["white"], self.model.max_pixels, spec["ground"]
             )
             return self.inference.predict(image, self.model)
         except self.inference.Problem as problem:
