@@ -27,6 +27,7 @@ class Network(nn.Module):
 
     options = ()  # the command-line options that it takes
     min_size = 1  # the smallest image side in pixels
+    side_multiple = 32  # of the sides of a rectangle: poolings and strides then leave no edge out
     middle = None  # layers that Familiarity looks at; None: by their order, empty: the input itself
     bf16 = True  # whether it gains from bf16
     memory_format = torch.channels_last  # of its weights while it is trained
@@ -45,6 +46,7 @@ class MLP(Network):
 
     options = ("hidden", "dropout")
     middle = ()
+    side_multiple = 8
     bf16 = False
 
     def __init__(self, channels, classes, image_size, hidden=(128,), dropout=0.0):
@@ -72,6 +74,7 @@ class MyNet(Network):
     options = ("dropout",)
     middle = ("blocks.3", "blocks.7", "blocks.11")
     min_size = 8  # three poolings by two
+    side_multiple = 8
     memory_format = (
         torch.contiguous_format
     )  # channels-last is 4 times slower with 6 and 12 channels
@@ -142,6 +145,7 @@ class ResBlock(Network):
     """
 
     middle = ("body.1", "body.3", "body.5")
+    side_multiple = 8
     bf16 = False
 
     def __init__(self, channels, classes, image_size):
@@ -188,6 +192,7 @@ class Airbench(Network):
     channels = (64, 256, 256)
     middle = ("groups.0",)
     min_size = 28
+    side_multiple = 8
     max_batch_pixels = 640_000
 
     def __init__(self, channels, classes, image_size, width=1.0):
@@ -264,6 +269,11 @@ class Tiny(Airbench):
 
 
 # ------------------------------------------------------------------------------------- the registry
+SQUARES_ONLY = (
+    "vit_",
+    "maxvit_",
+)  # how the names of torchvision's networks begin that take only one
+
 MODELS = {
     "airbench": Airbench,
     "linear": Linear,
@@ -277,6 +287,11 @@ MODELS = {
 def traits(name: str) -> type[Network]:
     """What training asks of the network of this name: its class, or for torchvision's Network."""
     return MODELS.get(name, Network)
+
+
+def takes_rectangles(name: str) -> bool:
+    """Does the network of this name take images that are no squares?"""
+    return not name.startswith(SQUARES_ONLY)
 
 
 def options_of(name: str) -> tuple[str, ...]:

@@ -76,8 +76,8 @@ def add_data_options(parser: Parser) -> None:
     add(
         "--fit",
         choices=("stretch", "crop", "letterbox"),
-        help="how images get that size (default: crop for your own images, which keeps their "
-        "shape; stretch for the named datasets)",
+        help="how images get that size (default: crop for your own images if that cuts away "
+        "little, else letterbox; stretch for the named datasets)",
     )
     add(
         "--augment",
@@ -310,7 +310,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from data import doctor
+from data import doctor, shape
 from data.split import Split, make_splits
 from inference import metrics
 from report import drawing, page
@@ -552,7 +552,7 @@ def accuracy_to_compare(trainee: Trainee, evaluated: Evaluation) -> float | None
 def load_dataset(settings: argparse.Namespace) -> data.Dataset:
     """Load the dataset of the settings. Raises Problem, also for an unknown network."""
     try:
-        usual_size = weights.usual_size(settings.model)
+        input_sizes = weights.input_sizes(settings.model)
     except ValueError as error:
         raise Problem(error, 2) from None
 
@@ -562,7 +562,7 @@ def load_dataset(settings: argparse.Namespace) -> data.Dataset:
         settings.data_dir,
         image_size=settings.image_size,
         fit=settings.fit,
-        usual_size=usual_size,
+        input_sizes=input_sizes,
         **options,
     )
 
@@ -737,6 +737,7 @@ def train_and_report(args: argparse.Namespace, given: dict) -> int:
         traits = model.traits(settings.model)
         if run_dir is None:
             settings = recipes.adapt_to_images(settings, given, dataset, traits)
+        dataset = shape.with_unseen(dataset, settings.image_size, settings.fit)
         settings.threads, threads_reason = cpu.set_threads(given.get("threads"), settings.threads)
         dataset = doctor.examined(dataset)
 

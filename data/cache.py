@@ -48,7 +48,7 @@ class Decoded:
     readable: np.ndarray  # bool [files]
     pixels: np.ndarray  # uint8 memory map [readable files, height, width, channels]
     sizes: np.ndarray  # of the readable files in bytes, int64
-    white: int  # the level of 16-bit pixels that became 255
+    target: Target  # what they were decoded to
 
 
 def load_images(paths: list[str], train: int, source: str, options: Options) -> Decoded:
@@ -85,7 +85,7 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
     readable = np.ones(len(paths), dtype=bool)
     for number, _ in unreadable:
         readable[number] = False
-    return Decoded(readable=readable, pixels=pixels, sizes=sizes[readable], white=target.white)
+    return Decoded(readable=readable, pixels=pixels, sizes=sizes[readable], target=target)
 
 
 def directory_for(source: str, cache_dir: str | None) -> str:
@@ -134,7 +134,7 @@ def state_of(paths: list[str]) -> tuple[str, np.ndarray]:
 
 def key_for(source: str, target: Target, options: Options) -> str:
     """A hash of what a cache is made of, besides the state of the files."""
-    parts = [source, *target, options.fit, PIL.__version__]
+    parts = [source, target.image_size, target.channels, target.white, target.fit, PIL.__version__]
     if options.max_pixels:  # which files can be read depends on it
         parts.append(options.max_pixels)
     return digest(json.dumps(parts).encode())
@@ -216,7 +216,6 @@ def decode_all(
             decode_chunk,
             file=temporary,
             target=target,
-            fit=options.fit,
             max_pixels=options.max_pixels or MAX_PIXELS,
         )
         unreadable = list(run_parallel(decode, paths, "decoding"))

@@ -32,6 +32,10 @@ class Dataset:
     val_images: np.ndarray | None = None
     val_labels: np.ndarray | None = None
     white: int = 65535  # the level of 16-bit pixels that became 255
+    fit: str = (
+        "stretch"  # how images got their size, and others get it, unless another is asked for
+    )
+    unseen: float | None = None  # the part of the average image that was cut away, if it is known
     fingerprint: dict = field(default_factory=dict)  # see `differences`
     paths: dict[str, list[str]] = field(default_factory=dict)  # of the files, if any, by split
     findings: object = None  # doctor.Findings, once the doctor has examined the dataset

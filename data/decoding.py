@@ -16,7 +16,6 @@ def decode_chunk(
     start: int,
     file: str,
     target: Target,
-    fit: str,
     max_pixels: int = MAX_PIXELS,
 ) -> list[tuple[int, str]]:
     """Decode files into the rows of `file` from `start` on, each uint8 [height, width, channels].
@@ -28,7 +27,7 @@ def decode_chunk(
     with open(file, "r+b") as stream:
         for number, path in enumerate(paths, start):
             try:
-                image = decode_to(path, target, fit, max_pixels)
+                image = decode_to(path, target, max_pixels)
             except Problem as problem:
                 failures.append((number, str(problem)))
                 continue
@@ -38,27 +37,27 @@ def decode_chunk(
     return failures
 
 
-def decode_to(path: str, target: Target, fit: str, max_pixels: int) -> np.ndarray:
+def decode_to(path: str, target: Target, max_pixels: int) -> np.ndarray:
     """Decode and resize a file to uint8 [*image_size, channels]. Raises Problem.
 
     Of large images, only one at a time is decoded, over all workers.
     """
     try:
-        return decode_and_resize(path, target, fit, min(LARGE_PIXELS, max_pixels))
+        return decode_and_resize(path, target, min(LARGE_PIXELS, max_pixels))
     except TooLarge:
         if max_pixels <= LARGE_PIXELS:
             raise
 
     with parallel.large_image:
-        return decode_and_resize(path, target, fit, max_pixels)
+        return decode_and_resize(path, target, max_pixels)
 
 
-def decode_and_resize(path: str, target: Target, fit: str, max_pixels: int) -> np.ndarray:
+def decode_and_resize(path: str, target: Target, max_pixels: int) -> np.ndarray:
     """What `decode_to` returns; raises Problem, and TooLarge for more than `max_pixels`."""
     image = decode_image(path, target.channels, target.white, max_pixels)
     if image.shape[:2] == target.image_size:
         return image
-    return resize_as_graph(image, target.image_size, fit)
+    return resize_as_graph(image, target.image_size, target.fit)
 
 
 def resize_as_graph(image: np.ndarray, image_size: tuple[int, int], fit: str) -> np.ndarray:

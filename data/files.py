@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,20 +20,32 @@ NAMES_SHOWN = 3  # how many of many files or classes a message names
 HASHED_BYTES = 1 << 16  # of a sampled file, the part whose content enters the fingerprint
 
 
+class InputSizes(NamedTuple):
+    """The sizes of images that a network takes; sides are in pixels."""
+
+    usual: int = 64  # the side of the square that it is usually given
+    multiple: int = 8  # of which the sides of a rectangle are a multiple
+    least: int = 1  # the shortest side
+    squares_only: bool = False  # of the usual side
+
+
+ANY_SIZE = InputSizes()
+
+
 @dataclass(frozen=True)
 class Options:
     """How `folder` and `csv` are read; most fields are command line options of the same name.
 
-    image_size (height, width), channels and white (the level of 16-bit pixels that becomes 255) are
-    derived from the images if None. usual_size is the image size if the images differ in size or
-    are large. max_pixels is of one file, by default inference.limits.MAX_PIXELS.
+    image_size (height, width), fit, channels and white (the level of 16-bit pixels that becomes
+    255) are derived from the images if None; input_sizes are those that the network takes.
+    max_pixels is of one file, by default inference.limits.MAX_PIXELS.
     """
 
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     white: int | None = None
-    usual_size: int = 64
-    fit: str = "stretch"
+    fit: str | None = None
+    input_sizes: InputSizes = ANY_SIZE
     strict: bool = False
     max_pixels: int | None = None
     cache_dir: str | None = None

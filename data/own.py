@@ -55,7 +55,9 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     return Dataset(
         name=name,
         classes=classes,
-        white=decoded.white,
+        white=decoded.target.white,
+        fit=decoded.target.fit,
+        unseen=decoded.target.unseen,
         fingerprint=fingerprint,
         paths={split: files.paths for split, files in splits.items()},
         **arrays,

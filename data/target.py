@@ -7,24 +7,28 @@ import contextlib
 import functools
 import math
 import os
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from data import parallel
-from data.files import Options, count_of, name_some
+from data import parallel, shape
+from data.files import InputSizes, Options, count_of, name_some
 from data.json_files import read_json, write_json
 from data.notes import note
 from data.parallel import run_parallel
 from inference.formats import open_image
 from inference.images import bands
 from inference.limits import MAX_PIXELS, allow_pixels, check_size
+from inference.orientation import orientation_of
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 LARGEST_OWN_SIZE = 64  # images that all have one size up to this keep it
 FAR_SMALLER = 16  # an image of less than the median area divided by this is named
 WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
+TRAINING, ALL = 1, 2  # places of the counts in Probed.aspects
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
 FIRST_SIDEWAYS = 5  # the EXIF orientations from here on exchange width and height
 
 
@@ -34,6 +38,8 @@ class Target(NamedTuple):
     image_size: tuple[int, int]  # height, width
     channels: int
     white: int
+    fit: str  # how an image gets that size
+    unseen: float | None = None  # the part of the average image that is cut away, if it is known
 
     def row_bytes(self) -> int:
         """The size of one decoded image in bytes."""
@@ -52,6 +58,11 @@ class Header(NamedTuple):
     def area(self) -> int:
         return math.prod(self.size)
 
+    def aspect(self) -> float:
+        """The width by the height, to four digits: there are few different ones."""
+        height, width = self.size
+        return float(f"{width / height:.4g}")
+
 
 class Probed(NamedTuple):
     """What the headers say of all files; the JSON file has these keys."""
@@ -62,6 +73,12 @@ class Probed(NamedTuple):
     channels: int
     white: int  # the level of 16-bit pixels that becomes 255
     small: list[int]  # the numbers of the files that are far smaller than the rest
+    aspects: list[tuple[float, int, int]]  # width / height; training images of it, and all images
+
+    def of_each(self, counted: int) -> np.ndarray:
+        """The aspects of images, float64 [n]: of the training images (1), or of all images (2)."""
+        counts = [entry[counted] for entry in self.aspects]
+        return np.repeat([entry[0] for entry in self.aspects], counts)
 
 
 # ---------------------------------------------------------------------------------------- deciding
@@ -71,8 +88,8 @@ def choose_target(paths: list[str], train: int, probe_file: str, options: Option
     train: how many of the files, the first ones, are for training. probe_file: where the result of
     reading all headers is kept for later runs.
     """
-    if None not in (options.image_size, options.channels, options.white):
-        return Target(tuple(options.image_size), options.channels, options.white)
+    if None not in (options.image_size, options.fit, options.channels, options.white):
+        return Target(tuple(options.image_size), options.channels, options.white, options.fit)
 
     probed = read_probed(probe_file)
     if probed is None:
@@ -84,11 +101,13 @@ def choose_target(paths: list[str], train: int, probe_file: str, options: Option
         bits = probed.white.bit_length()
         note(f"the 16-bit images use {bits} bits only: {probed.white} is taken as white")
 
-    size = options.image_size or choose_size(probed, options.usual_size, options.fit)
+    size, fit, unseen = choose_size_and_fit(probed, options)
     return Target(
-        image_size=tuple(size),
+        image_size=size,
         channels=options.channels or probed.channels,
         white=options.white or probed.white,
+        fit=fit,
+        unseen=unseen,
     )
 
 
@@ -111,27 +130,41 @@ def note_small_images(paths: list[str], probed: Probed) -> None:
     note(f"far smaller than the others, {limit}: {count}, {names}")
 
 
-def choose_size(probed: Probed, usual_size: int, fit: str) -> tuple[int, int]:
-    """The size (height, width) of images that are all small and of one size, else the usual size.
+def choose_size_and_fit(probed: Probed, options: Options) -> tuple[tuple[int, int], str, float]:
+    """The size (height, width), as given or as suits the images; how they get it; and the part of
+    the average image that is cut away.
 
-    Notes that images are resized, if they are.
+    Notes that images are resized, unless the size was given, and what is cut away.
     """
+    trained = probed.of_each(TRAINING)
+    size = options.image_size or choose_size(probed, trained, options.input_sizes)
+    fit = options.fit or shape.choose_fit(trained, size)
+
     smallest = tuple(probed.smallest)
-    largest = tuple(probed.largest)
-    size = (usual_size, usual_size)
+    have_that_size = smallest == tuple(probed.largest) == tuple(size)
+    if probed.sizes and not options.image_size and not have_that_size:
+        have = f"{as_text(smallest)} pixels"
+        if probed.sizes > 1:
+            have = (
+                f"{probed.sizes:,} sizes, {as_text(smallest)} to {as_text(probed.largest)} pixels"
+            )
+        shape.note_resized(have, size, fit)
 
-    if probed.sizes == 1 and max(largest) <= LARGEST_OWN_SIZE:
-        return largest
+    unseen = shape.note_unseen(probed.of_each(ALL), size, fit)
+    return tuple(size), fit, unseen
 
-    have_that_size = smallest == largest == size
-    if probed.sizes and not have_that_size:
-        if probed.sizes == 1:
-            have = f"{as_text(smallest)} pixels"
-        else:
-            have = f"{probed.sizes:,} sizes, {as_text(smallest)} to {as_text(largest)} pixels"
-        resized = f"resized to {as_text(size)} (--image-size) by --fit {fit}"
-        note(f"the images have {have}; they are {resized}")
-    return size
+
+def choose_size(probed: Probed, aspects: np.ndarray, sizes: InputSizes) -> tuple[int, int]:
+    """The size (height, width) of images that are all small and of one size, else one of about the
+    usual area.
+
+    aspects: of the training images, [n].
+    """
+    size = tuple(probed.largest)
+    is_small = probed.sizes == 1 and max(size) <= LARGEST_OWN_SIZE
+    if is_small and not sizes.squares_only:
+        return size
+    return shape.choose_shape(aspects, sizes)
 
 
 def as_text(size: tuple[int, int]) -> str:
@@ -158,6 +191,7 @@ def probe(paths: list[str], train: int, max_pixels: int = MAX_PIXELS) -> Probed:
             channels=3,
             white=WHITES[-1],
             small=[],
+            aspects=[],
         )
 
     sizes = {header.size for header in headers}
@@ -180,7 +214,15 @@ def probe(paths: list[str], train: int, max_pixels: int = MAX_PIXELS) -> Probed:
         channels=channels,
         white=white,
         small=small,
+        aspects=count_aspects(headers, train),
     )
+
+
+def count_aspects(headers: list[Header], train: int) -> list[tuple[float, int, int]]:
+    """What Probed holds of the aspects of files, of which the first `train` are for training."""
+    trained = Counter(header.aspect() for header in headers if header.number < train)
+    everywhere = Counter(header.aspect() for header in headers)
+    return [(aspect, trained[aspect], count) for aspect, count in sorted(everywhere.items())]
 
 
 def probe_chunk(
@@ -210,14 +252,20 @@ def probe_chunk(
 
 
 def size_as_shown(image: Image.Image) -> tuple[int, int]:
-    """The height and width of an image; of a small one, after its EXIF rotation."""
+    """The height and width of an image after its EXIF rotation."""
     width, height = image.size
 
-    # Pillow decodes a whole PNG for its EXIF, and only small images keep their size.
-    if max(width, height) <= LARGEST_OWN_SIZE:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation >= FIRST_SIDEWAYS:
-            return width, height
+    if image.format == "TIFF":  # some versions of Pillow have rotated its size already
+        width = image.tag_v2[TIFF_WIDTH]
+        height = image.tag_v2[TIFF_HEIGHT]
+
+    # Pillow decodes the pixels of a PNG to see whether EXIF follows them, which is rare. Only the
+    # size of small images must be exact.
+    is_large = max(width, height) > LARGEST_OWN_SIZE
+    if image.format == "PNG" and is_large and "exif" not in image.info:
+        return height, width
+    if (orientation_of(image) or 1) >= FIRST_SIDEWAYS:
+        return width, height
     return height, width
 
 

@@ -23,13 +23,20 @@ def turn_upright(image: Image.Image, opened: Image.Image) -> Image.Image:
 
     opened: the file's image, already loaded, of which `image` has the pixels.
     """
+    method = TRANSPOSED.get(orientation_of(opened))
+    return image if method is None else image.transpose(method)
+
+
+def orientation_of(opened: Image.Image) -> int | None:
+    """The EXIF orientation of a file's image; None if there is none.
+
+    Of a PNG that has no EXIF before its pixels, this decodes the pixels.
+    """
     exif = opened.info.get("exif", b"")
     orientation = orientation_in(exif) if isinstance(exif, bytes) else None
     if orientation is None:  # in a TIFF's own tags, or in XMP
         orientation = opened.getexif().get(ORIENTATION)
-
-    method = TRANSPOSED.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+    return orientation if isinstance(orientation, int) else None
 
 
 def orientation_in(exif: bytes) -> int | None:

@@ -244,17 +244,17 @@ def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
         def __enter__(self):
             held.append(True)
 
-    def decode(path, target, fit, max_pixels):
+    def decode(path, target, max_pixels):
         seen.append((max_pixels, len(held)))
-        return decode_and_resize(path, target, fit, max_pixels)
+        return decode_and_resize(path, target, max_pixels)
 
     seen = []
     decode_and_resize = decoding.decode_and_resize
     monkeypatch.setattr(decoding, "decode_and_resize", decode)
     monkeypatch.setattr(decoding, "LARGE_PIXELS", 63)
     monkeypatch.setattr(parallel, "large_image", Lock())
-    target = data.target.Target(image_size=(8, 8), channels=1, white=65535)
-    image = decoding.decode_to(str(folder / "a" / "0.png"), target, "stretch", 64)
+    target = data.target.Target(image_size=(8, 8), channels=1, white=65535, fit="stretch")
+    image = decoding.decode_to(str(folder / "a" / "0.png"), target, 64)
     assert image.shape == (8, 8, 1) and seen == [(63, 0), (64, 1)]
     with pytest.raises(Problem, match="more than --max-pixels 62"):
         decoding.decode_to(str(folder / "a" / "0.png"), target, "stretch", 62)

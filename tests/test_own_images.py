@@ -15,6 +15,7 @@ import step1_train
 import step2_export
 import step3_infer
 from data import folders, holdout
+from data.files import InputSizes
 from inference.metrics import per_class
 
 QUICK = ["--model", "mlp", "--hidden", "16", "--epochs", "2"]
@@ -220,7 +221,7 @@ def test_derived_size_that_is_not_that_of_the_images_is_said(capsys, folder):
     assert note_of_sizes(capsys, folder) is None  # all are 16x16, and stay so
     for path in folder.glob("*/*/*.png"):
         Image.new("RGB", (90, 60)).save(path)
-    end = "they are resized to 64x64 (--image-size) by --fit stretch"
+    end = "they are resized to 72x48 (--image-size 48x72) by --fit crop"
     for _ in range(2):  # the second time from the cache
         assert note_of_sizes(capsys, folder) == f"note: the images have 90x60 pixels; {end}"
     Image.new("RGB", (10, 20)).save(folder / "train" / "a" / "0.png")
@@ -229,14 +230,15 @@ def test_derived_size_that_is_not_that_of_the_images_is_said(capsys, folder):
         note_of_sizes(capsys, folder)
         == f"note: the images have 3 sizes, 10x20 to 400x300 pixels; {end}"
     )
-    assert "resized to 224x224" in note_of_sizes(capsys, folder, usual_size=224)
+    large = InputSizes(usual=224, multiple=32)
+    assert "resized to 288x192" in note_of_sizes(capsys, folder, input_sizes=large)
     assert note_of_sizes(capsys, folder, image_size=(32, 32)) is None
 
 
 def test_photos_of_the_usual_size_are_not_said_to_be_resized(capsys, folder):
     for path in folder.glob("*/*/*.png"):
         Image.new("RGB", (96, 96)).save(path)
-    assert note_of_sizes(capsys, folder, usual_size=96) is None
+    assert note_of_sizes(capsys, folder, input_sizes=InputSizes(usual=96)) is None
     assert "96x96" in note_of_sizes(capsys, folder)
 
 

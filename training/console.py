@@ -103,7 +103,7 @@ def description(settings: argparse.Namespace, dataset: data.Dataset, network: nn
     if not dataset.has_images:
         return text
     height, width = settings.image_size
-    return f"{text}, input {height}x{width}"
+    return f"{text}, input {height}x{width}, fit {settings.fit}"
 
 
 def computer(machine: Machine) -> str:

@@ -39,6 +39,7 @@ def describe_run(
         "image_size": list(settings.image_size),
         "resize": resize,
         "fit": fit,
+        "unseen": dataset.unseen,
         "mean": deployable.mean.flatten().tolist(),
         "std": deployable.std.flatten().tolist(),
         "dataset": settings.dataset,

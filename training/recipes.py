@@ -185,12 +185,8 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     if dataset == "linear" and network not in ("linear", "mlp"):
         raise Problem(f"--dataset {dataset} has features, not images: --model linear or mlp", 2)
 
-    fit = args.fit
-    if fit is None:
-        fit = "crop" if dataset in OWN_IMAGES else "stretch"
-
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"dataset": dataset, "model": network, "fit": fit}
+    settings |= {"dataset": dataset, "model": network}
     for name, value in recipe(network, dataset, bool(args.pretrained), args.optimizer).items():
         if settings[name] is None:
             settings[name] = value
@@ -234,13 +230,14 @@ def recipe(network: str, dataset: str, pretrained: bool, optimizer: str | None =
 def adapt_to_images(
     settings: argparse.Namespace, given: dict, dataset: data.Dataset, traits
 ) -> argparse.Namespace:
-    """The settings with what the images decide: their size, augmentation, epochs, batch and
+    """The settings with what the images decide: their size and fit, augmentation, epochs, batch and
     calibration.
 
     given: the options given explicitly, by name. traits: of the network, see `model.Network`.
     Raises Problem.
     """
     settings = argparse.Namespace(**vars(settings))
+    settings.fit = settings.fit or dataset.fit
     count = len(dataset.train_images)
     if not dataset.has_images:
         settings.augment = []

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import model
+from data.files import InputSizes
 from inference.errors import Problem, problems
 from training.weight_files import read_weights
+
+LEAST_SIDE = 96  # pixels of an image for torchvision's networks; inception_v3 needs 75
 
 
 def load_into(
@@ -168,16 +171,24 @@ def torchvision_weights(name: str):
     return models.get_model_weights(name).DEFAULT
 
 
-def usual_size(name: str) -> int:
-    """The usual image side in pixels: 64 for our networks, torchvision's own for its networks.
+def input_sizes(name: str) -> InputSizes:
+    """The sizes of images that a network takes: the usual side is 64 pixels for our networks, and
+    torchvision's own for its networks.
 
     Raises ValueError for an unknown name.
     """
     model.options_of(name)  # raises ValueError
+    traits = model.traits(name)
     weights = torchvision_weights(name)
     if weights is None:
-        return 64
-    return weights.transforms().crop_size[0]
+        return InputSizes(multiple=traits.side_multiple, least=traits.min_size)
+
+    return InputSizes(
+        usual=weights.transforms().crop_size[0],
+        multiple=traits.side_multiple,
+        least=LEAST_SIDE,
+        squares_only=not model.takes_rectangles(name),
+    )
 
 
 def head_keys(network: nn.Module) -> list[str]:
