@@ -257,7 +257,7 @@ def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
     image = decoding.decode_to(str(folder / "a" / "0.png"), target, 64)
     assert image.shape == (8, 8, 1) and seen == [(63, 0), (64, 1)]
     with pytest.raises(Problem, match="more than --max-pixels 62"):
-        decoding.decode_to(str(folder / "a" / "0.png"), target, "stretch", 62)
+        decoding.decode_to(str(folder / "a" / "0.png"), target, 62)
 
 
 def test_workers_share_one_lock(monkeypatch):

@@ -82,9 +82,8 @@ def test_frozen_networks_are_not_augmented(call, here, photos, weights):
 
 
 def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):
-    asked = command(
-        photos, "--width", 0.25, "--pretrained", weights, "--lr", 1e-9, "--augment", "none"
-    )
+    start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop")
+    asked = command(photos, *start, "--lr", 1e-9, "--augment", "none")
     # nearly all is learned before the first step
     call(step1_train.main, *asked, "--name", "fitted").done()
     trained, given = (
