@@ -1,8 +1,8 @@
 """Everyday changes of a picture, after Hendrycks and Dietterich (2019): is it still seen right?
 
 Each change is a pure function of uint8 images [n, H, W, channels], a strength and a numpy
-generator, and returns as many images of the same shape. Lengths are in pixels of the images as
-they are given.
+generator, and returns as many images of the same shape. Their lengths are in pixels of the images
+as they are given; those of CHANGES grow with the images, so that they are as strong on any.
 """
 
 import io
@@ -11,12 +11,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 PART = 500  # images that are changed, and run, together
 FINE = 8  # subpixels on a pixel's side, for the disc of `defocus`
 DIRECTIONS = 8  # of motion blur
-ALONG = 64  # points on the line of motion blur
+ALONG = 64  # points on a line of motion blur, at least
+USUAL_SIDE = 32  # pixels of the images that the lengths of CHANGES are given for
+# Smaller images would be blurred by less than a pixel, or have too few pixels left at half the
+# resolution.
+BLURRED_SIDE = 24
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -63,7 +69,7 @@ def motion_blur(images: np.ndarray, length: float, rng: np.random.Generator) -> 
     """Every point becomes a line, in one of eight directions."""
     directions = rng.integers(0, DIRECTIONS, len(images))
     reach = math.ceil(length / 2)
-    along = np.linspace(-length / 2, length / 2, ALONG)
+    along = np.linspace(-length / 2, length / 2, max(ALONG, 4 * reach))
 
     changed = np.empty_like(images)
     for direction in range(DIRECTIONS):
@@ -80,14 +86,15 @@ def motion_blur(images: np.ndarray, length: float, rng: np.random.Generator) -> 
 
 def convolve(images: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """uint8 images [n, H, W, C] by a kernel [k, k] scaled to a sum of 1; the edge is repeated."""
-    height, width = images.shape[1:3]
-    padded = pad(images, len(kernel) // 2, "edge").astype(np.float32)
-    total = np.zeros(images.shape, np.float32)
-    for (row, column), weight in np.ndenumerate(kernel / kernel.sum()):
-        if weight:
-            shifted = padded[:, row : row + height, column : column + width]
-            total += np.float32(weight) * shifted
-    return to_bytes(total)
+    weights = torch.from_numpy(kernel / kernel.sum()).float()[None, None]  # [1, 1, k, k]
+    reach = len(kernel) // 2
+
+    convolved = np.empty_like(images)
+    for number, image in enumerate(images):
+        planes = torch.from_numpy(image).permute(2, 0, 1)[:, None].float()  # [C, 1, H, W]
+        padded = F.pad(planes, (reach, reach, reach, reach), "replicate")
+        convolved[number] = to_bytes(F.conv2d(padded, weights)[:, 0].permute(1, 2, 0).numpy())
+    return convolved
 
 
 def pad(images: np.ndarray, pixels: int, mode: str) -> np.ndarray:
@@ -162,25 +169,41 @@ def change_each(images: np.ndarray, change: Callable) -> np.ndarray:
 class Change:
     """An everyday change.
 
-    strengths: mild, medium and strong. form: how a strength is printed.
+    strengths: mild, medium and strong. form: how a strength is printed. is_length: is the strength
+    in pixels of images with a side of USUAL_SIDE? is_whole: in whole pixels, at least one?
+    smallest: the side of images from which the change means something.
     """
 
     function: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
     strengths: tuple[float, float, float]
     form: str
+    is_length: bool = False
+    is_whole: bool = False
+    smallest: int = 1
+
+    def strength(self, level: int, side: int) -> float:
+        """The strength of a level, 0 for mild to 2 for strong, for images with a side of pixels."""
+        strength = self.strengths[level]
+        if self.is_length:
+            strength = strength * side / USUAL_SIDE
+        if self.is_whole:
+            strength = max(1, round(strength))
+        return strength
 
 
 CHANGES = {
     "pixel noise": Change(noise, (4, 8, 16), "sigma {:g}"),
     "shot noise": Change(shot_noise, (500, 250, 100), "{:g} photons"),
-    "defocus": Change(defocus, (0.5, 1, 1.5), "{:g} px"),
-    "motion blur": Change(motion_blur, (2, 3, 5), "{:g} px"),
-    "lower resolution": Change(resolution, (0.75, 0.5, 0.33), "x{:g}"),
+    "defocus": Change(defocus, (0.5, 1, 1.5), "{:.2g} px", is_length=True, smallest=BLURRED_SIDE),
+    "motion blur": Change(
+        motion_blur, (2, 3, 5), "{:.2g} px", is_length=True, smallest=BLURRED_SIDE
+    ),
+    "lower resolution": Change(resolution, (0.75, 0.5, 0.33), "x{:g}", smallest=BLURRED_SIDE),
     "darker": Change(brightness, (0.8, 0.6, 0.4), "x{:g}"),
     "brighter": Change(brightness, (1.2, 1.5, 2), "x{:g}"),
     "contrast": Change(contrast, (0.7, 0.5, 0.3), "x{:g}"),
     "JPEG": Change(jpeg, (60, 30, 15), "quality {:g}"),
-    "shift": Change(shift, (1, 2, 3), "{:g} px"),
+    "shift": Change(shift, (1, 2, 3), "{:g} px", is_length=True, is_whole=True),
     "rotation": Change(rotation, (5, 10, 15), "{:g} degrees"),
 }
 
@@ -192,16 +215,20 @@ def survey(
 
     run(images): its probabilities [n, classes] and `known` [n] or None, as Model.run gives them.
     images: uint8 [n, H, W, channels], test images with their labels [n]; a thousand tell a
-    difference of 3 points. levels: 0 for mild to 2 for strong.
+    difference of 3 points. levels: 0 for mild to 2 for strong. Changes that such small images do
+    not bear are left out.
 
     Yields {change, strength, accuracy, known}; known: the mean of that output, None without it.
     """
     accuracy, known = measure(run, images, labels)
     yield {"change": "none", "strength": "", "accuracy": accuracy, "known": known}
 
+    side = min(images.shape[1:3])
     for name, change in CHANGES.items():
+        if side < change.smallest:
+            continue
         for level in levels:
-            strength = change.strengths[level]
+            strength = change.strength(level, side)
             accuracy, known = measure(run, images, labels, change.function, strength)
             yield {
                 "change": name,

@@ -15,7 +15,7 @@ from deploy import camera
 from inference.predict import Model
 
 
-def photos(size=(24, 20), channels=3):
+def photos(size=(36, 32), channels=3):
     """Smooth pictures: noise, enlarged."""
     rng, pictures = np.random.default_rng(0), []
     for _ in range(12):
@@ -29,7 +29,13 @@ def photos(size=(24, 20), channels=3):
 
 def change(name, images, level):
     chosen = camera.CHANGES[name]
-    return chosen.function(images, chosen.strengths[level], np.random.default_rng(0))
+    strength = chosen.strength(level, min(images.shape[1:3]))
+    return chosen.function(images, strength, np.random.default_rng(0))
+
+
+def changes_of(side):
+    """The names of the changes that images with a side of so many pixels bear."""
+    return [name for name, change in camera.CHANGES.items() if side >= change.smallest]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -52,6 +58,21 @@ def test_changes_take_images_of_a_few_pixels(name):
     for size in ((1, 1), (2, 9), (8, 8)):
         images = np.full((2, *size, 1), 77, np.uint8)
         assert change(name, images, 2).shape == images.shape
+
+
+def test_lengths_grow_with_the_image_and_stay_at_32_pixels():
+    def said(name, side):
+        change = camera.CHANGES[name]
+        return [change.form.format(change.strength(level, side)) for level in range(3)]
+
+    assert said("shift", 32) == ["1 px", "2 px", "3 px"]
+    assert said("shift", 8) == ["1 px", "1 px", "1 px"]  # of whole pixels
+    assert said("shift", 224) == ["7 px", "14 px", "21 px"]
+    assert said("defocus", 32) == ["0.5 px", "1 px", "1.5 px"]
+    assert said("defocus", 224) == ["3.5 px", "7 px", "10 px"]
+    assert said("pixel noise", 8) == said("pixel noise", 224)
+    for name in ("defocus", "motion blur", "lower resolution"):
+        assert name in changes_of(28) and name not in changes_of(8)
 
 
 def test_noise_has_its_sigma_and_shot_noise_its_photons():
@@ -99,13 +120,13 @@ def test_survey_measures_each_change_and_known_where_the_file_has_it(trained):
     images, labels = digits.test_images[:100], digits.test_labels[:100]
     file = Model(trained.export / "model.onnx")
     rows = list(camera.survey(file.run, images, labels))
-    assert [row["change"] for row in rows] == ["none", *camera.CHANGES]
+    assert [row["change"] for row in rows] == ["none", *changes_of(8)]
     assert rows[0]["accuracy"] == (file.predict(images).argmax(1) == labels).mean()
     noise = next(row for row in rows if row["change"] == "pixel noise")
     assert noise["strength"] == "sigma 8" and noise["accuracy"] > 0.9
     run = lambda part: (file.predict(part), part.mean((1, 2, 3)) / 255)  # noqa: E731
     rows = list(camera.survey(run, images, labels, levels=(0, 2)))
-    assert len(rows) == 1 + 2 * len(camera.CHANGES)
+    assert len(rows) == 1 + 2 * len(changes_of(8))
     assert rows[0]["known"] == pytest.approx(images.mean() / 255)
     known = {(row["change"], row["strength"]): row["known"] for row in rows}
     assert known["darker", "x0.4"] < known["darker", "x0.8"] < rows[0]["known"]
@@ -120,8 +141,8 @@ def test_the_benchmark_prints_its_table(trained, tmp_path):
     rows = [
         line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")
     ]
-    assert [row.removesuffix(" *") for row in rows] == ["change", *camera.CHANGES]
-    assert "motion blur *" in rows and "shift" in rows and "mean of the nine: " in done.stdout
+    assert [row.removesuffix(" *") for row in rows] == ["change", *changes_of(8)]
+    assert "rotation *" in rows and "shift" in rows and "mean of the nine: " in done.stdout
     figures = json.loads((tmp_path / "robustness.json").read_text())["figures"]
     assert figures["images"] == 40 and len(figures["nine"]) == 9
 
@@ -143,8 +164,9 @@ def test_the_table_stands_in_the_report_and_on_the_card(call, small_run, here, p
     plant()
     call(step2_export.main, "--format", "onnx", "--bundle").done()
     figures = json.loads((here / "exports" / "small" / "parity.json").read_text())["onnx"]["camera"]
-    assert [row["change"] for row in figures] == ["none", *camera.CHANGES]
+    assert [row["change"] for row in figures] == ["none", *changes_of(8)]
     report = (small_run / "report.html").read_text()
     card = (here / "exports" / "small" / "bundle" / "MODEL_CARD.md").read_text()
     for text in (report, card):
-        assert "lower resolution x0.5" in text and f"{figures[-1]['accuracy']:.1%}" in text
+        assert "shift 1 px" in text and "lower resolution" not in text
+        assert f"{figures[-1]['accuracy']:.1%}" in text

@@ -93,6 +93,8 @@ def survey(file: Model, images: np.ndarray, labels: np.ndarray) -> dict:
     changes = []
     for name in camera.CHANGES:
         strengths = [row for row in rows if row["change"] == name]
+        if not strengths:  # the images are too small for this change
+            continue
         resembled = RESEMBLED_BY.get(name) in augment
         changes.append({"change": name, "resembled": resembled, "strengths": strengths})
 
