@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from deploy.comparing import Outputs
 from inference import metrics
+from inference.metrics import KEPT
 
-KEPT = (0.99, 0.95)  # the shares that thresholds of `known` are tried for
-KNOWN_BINS = 20  # of histograms of `known`: a threshold that keeps 95 % cuts off the first one
+KNOWN_BINS = 20  # of histograms of `known`
 DEVIATIONS = 3  # a figure of a sample may be off by so many standard deviations
 MARGIN = 0.005  # and a share by this much more
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
@@ -152,7 +152,7 @@ def calibration_figures(spec: dict, probabilities: np.ndarray, labels: np.ndarra
 
 def familiarity_figures(known: np.ndarray) -> dict:
     """Of images of one kind with `known` [n]: how many there are, the share that a threshold which
-    keeps 99 % calls unknown, and how many fall into each bin of `known`.
+    keeps the most of KEPT calls unknown, and how many fall into each bin of `known`.
     """
     histogram, _ = np.histogram(known, KNOWN_BINS, (0, 1))
     return {

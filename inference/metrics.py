@@ -10,6 +10,7 @@ import numpy as np
 BINS = 15  # of the reliability diagram
 DRAWS = 20  # of whether answers are right, for the noise floor
 COVERAGES = (0.95, 0.9, 0.8)
+KEPT = (0.99, 0.95)  # the shares that --reject is tried with; reports show the first
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
 
 

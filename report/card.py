@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from inference.engines import MODEL_NAMES
-from inference.metrics import BINS
+from inference.metrics import BINS, KEPT
 from report.text import (
     MISSING,
     camera_table,
@@ -215,15 +215,19 @@ def coverage_table(figures):
 def describe_known(measured: dict[str, dict]) -> str:
     """How much `known` keeps of the test split, and how much of other kinds it calls unknown."""
     return filled(
-        "card.known.md.template", kept=kept_table(measured), unknown=unknown_table(measured)
+        "card.known.md.template",
+        reject=f"{KEPT[0]:g}",
+        share=f"{KEPT[0]:.0%}",
+        kept=kept_table(measured),
+        unknown=unknown_table(measured),
     ).rstrip()
 
 
 def kept_table(measured):
     rows = []
-    for keep in ("0.99", "0.95"):
-        shares = [f"{figures['kept'][keep]:.1%}" for figures in measured.values()]
-        rows.append([f"by `--reject {keep}`", *shares])
+    for keep in KEPT:
+        shares = [f"{figures['kept'][f'{keep:g}']:.1%}" for figures in measured.values()]
+        rows.append([f"by `--reject {keep:g}`", *shares])
     return markdown_table(["share of the test split kept", *measured], rows)
 
 
@@ -240,7 +244,8 @@ def unknown_table(measured):
     for number, kind in enumerate(kinds):
         images = f"{first['familiar'][kind]['images']:,}"
         rows.append([kind, images, *(column[number] for column in columns.values())])
-    head = ["called unknown by `--reject 0.99`", "images", *(file or "share" for file in columns)]
+    called_unknown = f"called unknown by `--reject {KEPT[0]:g}`"
+    head = [called_unknown, "images", *(file or "share" for file in columns)]
     return markdown_table(head, rows)
 
 

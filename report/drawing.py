@@ -13,7 +13,7 @@ import numpy as np
 
 from inference.command_line import printable
 from inference.files import replacing
-from inference.metrics import confusion_matrix
+from inference.metrics import KEPT, confusion_matrix
 
 # Only functions import pictures.py: matplotlib, which that needs, takes a second or may be missing.
 
@@ -53,9 +53,9 @@ PICTURES = (
     ),
     Picture(
         "familiar.png",
-        "The output known for the test split and for other kinds of images; --reject 0.95 of step "
-        "3 calls the orange part unknown. Unfamiliar objects that are photographed like the "
-        "training images usually look familiar.",
+        f"The output known for the test split and for other kinds of images; --reject {KEPT[0]:g} "
+        "of step 3 calls the orange part unknown. Unfamiliar objects that are photographed like "
+        "the training images usually look familiar.",
     ),
     Picture(
         "mistakes.png",

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from inference import metrics
+from inference.metrics import KEPT
 from report.pictures import BLUE, GREY, LIGHT_GREY, ORANGE, WIDTH, as_png, new_figure
 from report.text import counted, rounded_down
 
@@ -144,8 +145,9 @@ def plot_familiar(axis, name, kind):
     shares = np.array(kind["histogram"]) / kind["images"]
     bins = len(shares)
     left_edges = np.arange(bins) / bins
-    colours = [ORANGE] + [BLUE] * (bins - 1)  # the first bin: what --reject 0.95 calls unknown
-    axis.bar(left_edges, shares, 1 / bins, align="edge", color=colours, edgecolor="white")
+    axis.bar(left_edges, shares, 1 / bins, align="edge", color=BLUE, edgecolor="white")
+    # What is called unknown is a part of the first bin: the lower part of its bar.
+    axis.bar(0, kind["unknown"], 1 / bins, align="edge", color=ORANGE, edgecolor="white")
 
     highest = shares.max()
     axis.set(xlim=(0, 1), ylim=(0, 1.1 * highest))
@@ -153,5 +155,5 @@ def plot_familiar(axis, name, kind):
     axis.grid(False, axis="y")
 
     unknown = percent(round(kind["unknown"], 3))
-    title = f"{name}, {counted(kind['images'], 'image')}: {unknown} unknown at --reject 0.99"
+    title = f"{name}, {counted(kind['images'], 'image')}: {unknown} unknown at --reject {KEPT[0]:g}"
     axis.set_title(title, size=8.5, loc="left", pad=3)
