@@ -119,7 +119,7 @@ def rotation(images: np.ndarray, degrees: float, rng: np.random.Generator) -> np
     """To the left or to the right, mirrored at the edge."""
     height, width = images.shape[1:3]
     signs = rng.choice((-1, 1), len(images))
-    margin = min(height, width) // 3
+    margin = max(height, width) // 3
     padded = pad(images, margin, "symmetric")  # or the corners would turn black
 
     def turned(image: Image.Image, number: int) -> Image.Image:

@@ -17,6 +17,7 @@ from inference.metrics import KEPT
 KNOWN_BINS = 20  # of histograms of `known`
 DEVIATIONS = 3  # a figure of a sample may be off by so many standard deviations
 MARGIN = 0.005  # and a share by this much more
+MUCH_UNSEEN = 0.1  # of the average image: what step1 does not cut away by itself
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
 HINT = (
     "the test split differs from the training images; --uncalibrated exports without both outputs"
@@ -43,11 +44,20 @@ def classifier_figures(
 
     promised, warnings = check_promises(trained_spec, got, labels)
     figures |= promised
-    figures["warnings"] = warnings
+    figures["warnings"] = warnings + check_fit(trained_spec)
     figures |= calibration_figures(trained_spec, got.main, labels)
     if got.known is not None:
         figures["familiar"] = {"test split": familiarity_figures(got.known)}
     return figures
+
+
+def check_fit(spec: dict) -> list[str]:
+    """A warning, in words, if cropping cuts away much of the images."""
+    unseen = spec.get("unseen") or 0
+    if unseen <= MUCH_UNSEEN:
+        return []
+    part = f"{unseen:.0%} of the average image is cut away by --fit {spec['fit']}"
+    return [f"{part}, and the network does not see it: step1 has --fit letterbox"]
 
 
 def check_promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:

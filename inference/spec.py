@@ -67,6 +67,7 @@ class Spec(TypedDict, total=False):
     image_size: list[int]  # [height, width] that the network sees
     resize: str | None  # how the graph resizes
     fit: str | None  # how an image gets that size: "stretch", "crop" or "letterbox"
+    unseen: float | None  # the part of the average image that `fit` cuts away; None: not known
     mean: list[float]  # of each channel, of pixels scaled to 0..1
     std: list[float]
     white: int  # the level of 16-bit pixels that becomes 255

@@ -106,6 +106,11 @@ def describe_images(spec: dict) -> str:
     if spec.get("known"):
         known = "- Output `known`: float32 `[batch]`, how familiar the image looks, 0 to 1.\n"
 
+    unseen = ""
+    if spec.get("unseen"):
+        part = f"{spec['unseen']:.1%} of the average image of the dataset"
+        unseen = f"- Cropping cuts away {part}, which the network does not see.\n"
+
     height, width = spec["image_size"]
     return filled(
         "card.md.template",
@@ -113,6 +118,7 @@ def describe_images(spec: dict) -> str:
         channels=channels,
         classes=len(spec["classes"]),
         known=known,
+        unseen=unseen,
         fit=FITS[spec.get("fit") or "stretch"],
         device=device_needs(spec["device"]),
     ).rstrip()

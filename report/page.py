@@ -137,6 +137,7 @@ def tiles(summary):
             formatted(summary.get("calibration_error"), ".2%"),
             calibration_note(summary),
         ),
+        ("not seen of an image", unseen(summary), "cut away by --fit crop"),
         ("training time", duration(summary.get("train_seconds")), ""),
         ("epochs", formatted(epochs, ","), ""),
         ("best epoch", formatted(best_epoch, ","), ""),
@@ -149,6 +150,11 @@ def tile(name, figure, note):
     return (
         f"<div><span class=soft>{name}</span><b>{figure}</b><small class=soft>{note}</small></div>"
     )
+
+
+def unseen(summary):
+    """The part of the average image that is cut away, if any is."""
+    return formatted(summary.get("unseen") or None, ".1%")
 
 
 def leak_note(summary):

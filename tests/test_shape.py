@@ -15,6 +15,8 @@ import step3_infer
 from data import shape
 from data.files import InputSizes
 from data.target import probe
+from deploy import camera, trust
+from report import card
 from training import weights
 
 LANDSCAPE = 4 / 3
@@ -65,6 +67,11 @@ def test_very_long_images_get_bars_and_not_a_huge_input():
     size = shape.choose_shape(np.full(9, 40.0), OURS)
     assert size == (32, 512)
     assert shape.choose_fit(np.full(9, 40.0), size) == "letterbox"
+
+
+def test_long_images_are_turned_without_black_corners():
+    images = np.full((2, 32, 256, 3), 200, np.uint8)
+    assert camera.rotation(images, 15, np.random.default_rng(0)).min() == 200
 
 
 def test_networks_of_torchvision_that_take_only_squares_get_one():
@@ -227,5 +234,16 @@ def test_a_crop_of_a_named_dataset_is_said(call, here, few_digits):
     asked = ["--model", "mynet", "--epochs", 1, "--image-size", "16x32"]
     cropped = call(step1_train.main, *asked, "--fit", "crop").done()
     assert "note: 50 % of the average picture is not seen" in cropped.err
+    summary = json.loads((here / "runs/digits-mynet/summary.json").read_text())
+    assert summary["unseen"] == 0.5
+    assert "not seen of an image" in (here / "runs/digits-mynet/report.html").read_text()
+    spec = torch.load(here / "runs/digits-mynet/checkpoint.pt", weights_only=True)["spec"]
+    (warning,) = trust.check_fit(spec)
+    assert "50% of the average image is cut away by --fit crop" in warning
+    assert not trust.check_fit({**spec, "unseen": 0.08})
+    assert not trust.check_fit({"fit": "crop"})  # an older run
+    spec["device"] = {"weights": 1, "activations": 1, "multiply_adds": 1}
+    assert "50.0% of the average image" in card.describe_images(spec)
+
     stretched = call(step1_train.main, *asked).done()
     assert "not seen" not in stretched.err and "fit stretch" in stretched.out

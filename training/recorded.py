@@ -304,6 +304,7 @@ SPEC_LATER: dict[str, Rule] = {
     "created": TEXT,
     "white": (lambda value: is_whole(value, 1, 65535), "a whole number from 1 to 65535"),
     "fit": maybe(one_of(FITS)),
+    "unseen": maybe(between(0, 1)),
     "temperature": maybe(POSITIVE),
     "calibration": maybe((is_calibration, "a source and a number of images")),
     "known": maybe((is_known, "layers and a number of images")),

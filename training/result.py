@@ -70,6 +70,7 @@ def summarise_classes(dataset: Dataset, outcome: Outcome) -> dict:
     figures = {}
     if outcome.calibration:
         figures |= figures_of_calibration(logits, labels, outcome)
+    figures["unseen"] = dataset.unseen
     figures["calibration_error"] = metrics.calibration_error(outcome.outputs, labels)
     figures["calibration_error_floor"] = metrics.calibration_error_floor(outcome.outputs)
 
