@@ -585,8 +585,10 @@ def calibrate(
     run_dir: str,
 ) -> calibration.Calibration | None:
     """Calibrate the network that a run ends with, as its settings want it, in the first process.
+    images: Split,
 
-    Raises Problem, and Stopped after a signal while the twin is trained.
+    images: of the training split, whatever is trained. Raises Problem, and Stopped after a signal
+    while the twin is trained.
     """
     twin = None
     if settings.calibration == "twin":
@@ -595,14 +597,14 @@ def calibrate(
     if machine.processes.rank > 0 or settings.calibration == "none":
         return None
     if twin:
-        return calibration.calibrate_by_twin(trainee, twin)
+        return calibration.calibrate_by_twin(trainee, twin, images)
     if settings.calibration == "validation":
         held_out = trainee.splits["val"]
         source = "the validation split"
     else:
         held_out = trainee.splits["held-out"]
         source = "a part of the training split, held out"
-    return calibration.calibrate_on_held_out(trainee, held_out, source)
+    return calibration.calibrate_on_held_out(trainee, held_out, source, images)
 
 
 def train_twin(
@@ -798,7 +800,7 @@ def complete(
         final = with_best_epoch(trainee, progress)
         if evaluated is None:
             evaluated = evaluate(final, final.splits["test"], machine)
-        calibrated = calibrate(final, dataset, settings, machine, run_dir)
+        calibrated = calibrate(final, splits["train"], dataset, settings, machine, run_dir)
     except Stopped as stop:
         if group.rank == 0:
             console.print_how_to_resume(progress, run_dir)

@@ -194,13 +194,15 @@ def gaussians(size: int, sigma: torch.Tensor) -> torch.Tensor:
     return (-0.5 * distance.square_()).softmax(2)
 
 
-def change_colours(images: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
+def change_colours(
+    images: torch.Tensor, random: torch.Tensor, most: float = MOST_COLOUR_CHANGE
+) -> torch.Tensor:
     """Change brightness, contrast and saturation of uint8 [n, H, W, C], as ColorJitter does.
 
-    Each by up to 40 %, with Pillow's grey. random: uniform in 0..1, [n, 3]. Grey images have no
+    Each by up to `most`, with Pillow's grey. random: uniform in 0..1, [n, 3]. Grey images have no
     saturation.
     """
-    factors = 1 + (2 * random - 1) * MOST_COLOUR_CHANGE
+    factors = 1 + (2 * random - 1) * most
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
 
     is_colour = images.shape[3] == 3

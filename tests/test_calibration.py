@@ -10,11 +10,13 @@ import torch
 from conftest import onnx_with
 from PIL import Image
 
+import data
 import model
 import step1_train
 import step2_export
 import step3_infer
-from deploy import comparing, trust
+from data.split import Split
+from deploy import camera, comparing, trust, unknown
 from inference import metrics
 from inference.predict import Model, predict
 from training import calibration, recipes
@@ -82,6 +84,35 @@ def test_a_channel_that_never_changes_does_no_harm():
         .isfinite()
         .all()
     )
+
+
+def test_other_light_is_familiar_and_leaves_others_unknown():
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.normal(128, 15, (400, 8, 8, 1)).clip(0, 255).astype(np.uint8))
+    split = Split(
+        images=pixels,
+        labels=torch.zeros(400, dtype=torch.int64),
+        members=torch.arange(400),
+        source=pixels.numpy(),
+    )
+    deployable = model.Deployable(torch.nn.Flatten(), (8, 8), [0.5], [0.1])
+    relit = calibration.relit_statistics(deployable, split, ())
+    assert torch.equal(relit, calibration.relit_statistics(deployable, split, ()))
+
+    def distances(images, gaussian):
+        _, statistics = model.run_with_statistics(
+            deployable.network, deployable.normalise(images), ()
+        )
+        return calibration.log_distance(gaussian, statistics).mean()
+
+    _, own = model.run_with_statistics(deployable.network, deployable.normalise(pixels), ())
+    before = calibration.fit_gaussian(own)
+    after = calibration.fit_gaussian(torch.cat([own, relit]))
+    darker = (pixels * 0.6).byte()
+    speckled = torch.where(torch.rand(pixels.shape) < 0.5, 0, 255)
+    assert distances(darker, before) > distances(pixels, before) + 3
+    assert distances(darker, after) < distances(pixels, after) + 1
+    assert distances(speckled, after) > distances(pixels, after) + 3
 
 
 @pytest.mark.parametrize(
@@ -175,6 +206,22 @@ def test_it_is_for_classes(call, here):
 
 
 # ---------------------------------------------------------------------------------------- in a file
+
+
+def test_reject_keeps_digits_in_other_light(trained):
+    file = Model(trained.export / "model.onnx")
+    digits = data.load("digits").test_images
+    least = trust.known_threshold(0.99)
+
+    def kept(images):
+        return (file.run(images)[1] >= least).mean()
+
+    rng = np.random.default_rng(0)
+    assert kept(digits) == pytest.approx(0.99, abs=0.015)
+    assert kept(camera.brightness(digits, 0.6, rng)) > 0.95
+    assert kept(camera.contrast(digits, 0.5, rng)) > 0.95
+    for kind, images in unknown.unknown_kinds(8, 8, 1):
+        assert kept(images) < 0.1, kind
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
