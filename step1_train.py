@@ -741,7 +741,9 @@ def train_and_report(args: argparse.Namespace, given: dict) -> int:
             settings = recipes.adapt_to_images(settings, given, dataset, traits)
         dataset = shape.with_unseen(dataset, settings.image_size, settings.fit)
         settings.threads, threads_reason = cpu.set_threads(given.get("threads"), settings.threads)
-        dataset = doctor.examined(dataset)
+        dataset = doctor.examined(dataset, flips="flip" in settings.augment)
+        if run_dir is None:
+            settings = recipes.heed_mirror(settings, given, dataset)
 
         machine = processes.choose_machine(settings, group, traits.bf16)
         deployable = build_deployable(settings, dataset, checkpoint, machine)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.dataset import Dataset
+from data.mirrored import Mirrored, harm_of_flip
 from data.near_copies import find_near
 from data.notes import note
-from data.summaries import AllImages, first_equal, summaries
+from data.summaries import AllImages, first_equal, summaries, thumbnail_shape
 
 MOST_SHOWN = 6  # pairs of images that the report shows
 FEWEST_JUDGED = 20  # images of a class, and of all others, whose light is compared
@@ -22,12 +23,14 @@ TAIL = 0.1  # of a class and of the others, the part that may overlap where one 
 class Findings:
     """What the doctor has found. A row is the position of an image in training, validation, test.
 
-    pairs: up to MOST_SHOWN, the worst first, each (image, image, name, name).
+    pairs: up to MOST_SHOWN, the worst first, each (image, image, name, name). mirrored: None unless
+    mirrored images look like those of other classes, or if that was not asked.
     """
 
     same: np.ndarray  # int64 [rows]: the first row with the same pixels, mostly the row itself
     leaked: np.ndarray  # bool [test images]: is it, or nearly the same, in the training split?
     pairs: list[tuple]
+    mirrored: Mirrored | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class Copies:
         return np.concatenate([self.exact, self.near])
 
 
-def examined(dataset: Dataset) -> Dataset:
-    """The dataset with its `Findings`, after noting them. A regression is returned as it is."""
+def examined(dataset: Dataset, flips: bool = False) -> Dataset:
+    """The dataset with its `Findings`, after noting them. A regression is returned as it is.
+
+    flips: will images be mirrored in training?
+    """
     if not dataset.has_images:
         return dataset
 
@@ -64,6 +70,10 @@ def examined(dataset: Dataset) -> Dataset:
     note_leaked(images, pairs[crossing], copies.leaked.sum())
     note_dark_classes(images, thumbnails.mean(1))
 
+    mirrored = None
+    if flips:
+        mirrored = look_in_a_mirror(images, thumbnails, copies)
+
     # Conflicting labels are worst, then leaks; lexsort's last key is its first criterion.
     worst_first = np.lexsort((~crossing, ~conflicting))
     shown = pairs[worst_first[:MOST_SHOWN]]
@@ -71,6 +81,7 @@ def examined(dataset: Dataset) -> Dataset:
         same=copies.same,
         leaked=copies.leaked[-len(dataset.test_images) :],
         pairs=[describe_pair(images, pair) for pair in shown],
+        mirrored=mirrored,
     )
     return replace(dataset, findings=findings)
 
@@ -93,6 +104,20 @@ def find_copies(images: AllImages, hashes: np.ndarray, thumbnails: np.ndarray) -
     leaked[: -len(images.dataset.test_images)] = False
 
     return Copies(same=same, exact=exact, near=near, leaked=leaked)
+
+
+def look_in_a_mirror(images: AllImages, thumbnails: np.ndarray, copies: Copies) -> Mirrored | None:
+    """Do the training images, mirrored, look like images of other classes? See `harm_of_flip`."""
+    trained = len(images.dataset.train_images)
+    like = copies.same.copy()
+    for first, second in copies.near:
+        like[like == like[second]] = like[first]
+    return harm_of_flip(
+        thumbnails[:trained],
+        thumbnail_shape(images.dataset.train_images),
+        images.dataset.train_labels,
+        like[:trained],
+    )
 
 
 def describe_pair(images: AllImages, pair: np.ndarray) -> tuple:

@@ -86,6 +86,12 @@ def summaries(images: AllImages) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(hashes), np.concatenate(thumbnails)
 
 
+def thumbnail_shape(images: np.ndarray) -> tuple[int, int]:
+    """The height and width of the thumbnails of images [N, H, W, C]."""
+    height, width = images.shape[1:3]
+    return min(height, THUMBNAIL), min(width, THUMBNAIL)
+
+
 def shrink(images: np.ndarray, side: int) -> np.ndarray:
     """Grey float32 [n, h, w] of uint8 [n, H, W, C], where h and w are `side` or less."""
     planes = torch.from_numpy(images).permute(0, 3, 1, 2)  # [n, C, H, W]

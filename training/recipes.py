@@ -12,6 +12,7 @@ import re
 
 import data
 from data.notes import note
+from inference.command_line import say
 from inference.errors import Problem
 
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")  # see optimizers.rate
@@ -291,6 +292,30 @@ def augmentations(settings: argparse.Namespace, channels: int) -> list[str]:
             raise Problem("--augment none goes with nothing else", 2)
         return []
     return settings.augment
+
+
+def heed_mirror(
+    settings: argparse.Namespace, given: dict, dataset: data.Dataset
+) -> argparse.Namespace:
+    """The settings without flip if mirrored images look like those of other classes.
+
+    What the command line asks for stays, with a warning.
+    """
+    found = dataset.findings.mirrored if dataset.findings else None
+    if found is None:
+        return settings
+
+    looks = (
+        f"mirrored, {found.mirrored:.0%} of the training images look most like an image of another "
+        f"class, unmirrored {found.plain:.0%}"
+    )
+    if "augment" in given:
+        say(f"warning: --augment flip teaches wrong labels: {looks}")
+        return settings
+
+    note(f"training without flip: {looks} (--augment names what to use instead)")
+    augment = [name for name in settings.augment if name != "flip"]
+    return argparse.Namespace(**{**vars(settings), "augment": augment})
 
 
 def suggest_pretrained(settings: argparse.Namespace, count: int) -> None:
