@@ -316,6 +316,7 @@ from inference import metrics
 from report import drawing, page
 from training import (
     balance,
+    batch_norm,
     calibration,
     console,
     cpu,
@@ -363,15 +364,20 @@ def train(
     watched = "val" if "val" in trainee.splits else "test"
     network = processes.parallel(trainee.network, machine, settings.sync_batchnorm)
     steps = steps_per_epoch(trainee, settings, machine)
+    momentum = batch_norm.lagging_momentum(trainee.deployable.network, settings.epochs * steps)
     evaluated = None
 
     if progress.epoch <= settings.epochs:
+        if momentum is not None:
+            console.note_lagging(settings.epochs * steps, momentum)
         console.print_header(watched)
     for epoch in range(progress.epoch, settings.epochs + 1):
         if is_out_of_patience(progress, settings.patience):
             break
 
         trained = train_epoch(network, optimizer, trainee, settings, machine, progress, saver)
+        if momentum is not None:
+            batch_norm.estimate_anew(trainee, settings, machine, progress)
         evaluated = evaluate_epoch(trainee, watched, settings, machine, progress)
 
         if watched == "val":

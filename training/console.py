@@ -128,6 +128,14 @@ def training_twin() -> Iterator[None]:
         is_twin = False
 
 
+def note_lagging(steps: int, momentum: float) -> None:
+    """Say that batch norm is estimated anew, as so many steps are too few for its momentum."""
+    if is_twin:
+        return
+    few = f"{count_of(steps, 'step')} are few for batch norm's momentum of {momentum:g}"
+    notes.note(f"{few}: its statistics are estimated anew before the network is evaluated")
+
+
 def print_header(watched: str) -> None:
     """Print the head of the table of epochs. watched: the split that is evaluated after each."""
     if is_twin:
