@@ -340,7 +340,7 @@ from training.progress import (
     keep_best,
     record_epoch,
 )
-from training.result import Outcome, summarise, summarise_classes
+from training.result import Outcome, find_warnings, summarise, summarise_classes
 from training.suspects import find_suspects
 
 SAMPLES = 25  # augmented images in the report
@@ -585,13 +585,13 @@ def with_best_epoch(trainee: Trainee, progress: Progress) -> Trainee:
 
 def calibrate(
     trainee: Trainee,
+    images: Split,
     dataset: data.Dataset,
     settings: argparse.Namespace,
     machine: Machine,
     run_dir: str,
 ) -> calibration.Calibration | None:
     """Calibrate the network that a run ends with, as its settings want it, in the first process.
-    images: Split,
 
     images: of the training split, whatever is trained. Raises Problem, and Stopped after a signal
     while the twin is trained.
@@ -662,7 +662,9 @@ def write_result(
     summary = summarise(settings, progress, outcome)
     unequal = False
     if dataset.has_images:
+        trained = progress.rows[summary["epoch_kept"] - 1]["train_accuracy"]
         summary |= summarise_classes(dataset, outcome)
+        summary["warnings"] = find_warnings(dataset, outcome, trained)
         unequal = balance.is_unequal(splits["train"], len(dataset.classes))
     runs.write_json(saver.run_dir, runs.SUMMARY, summary)
     write_pictures(outcome, dataset, splits, settings, progress, saver)

@@ -60,6 +60,7 @@ def write_report(
         run=escaped(run),
         about=built(header, config, summary),
         tiles=built(tiles, summary),
+        warnings=built(warnings_list, summary),
         sections="\n".join(sections),
     )
 
@@ -144,6 +145,12 @@ def tiles(summary):
         ("parameters", formatted(summary.get("parameters"), ","), ""),
     ]
     return "".join(tile(*figure) for figure in figures if figure[1] != MISSING)
+
+
+def warnings_list(summary):
+    """What step1 has warned of."""
+    lines = [f"<p><b>Warning:</b> {escaped(warning)}</p>" for warning in summary["warnings"]]
+    return "".join(lines)
 
 
 def tile(name, figure, note):

@@ -218,7 +218,9 @@ def print_result(run_dir: str, dataset: data.Dataset, summary: dict, unequal: bo
         # An accuracy on a few images is known to a few percent only.
         if images < FEW_TEST_IMAGES:
             result += f", on only {count_of(images, 'image')}"
-    print(f"{run_dir}: {result} in {summary['train_seconds']:.0f} s")
+    print(f"{run_dir}: {result} in {summary['train_seconds']:.0f} s", flush=True)
+    for warning in summary.get("warnings", []):
+        say(f"warning: {warning}")
 
 
 def print_coefficients(network: nn.Module) -> None:

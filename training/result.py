@@ -1,6 +1,7 @@
 """What a finished run has reached: the figures of summary.json."""
 
 import argparse
+import math
 import statistics
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -14,6 +15,9 @@ from data import Dataset
 from inference import metrics
 from training.calibration import Calibration
 from training.progress import Evaluation, Progress
+
+LEARNED = 0.5  # of what the accuracy in training can be above chance, if it has learned much
+ONE_OF_TWENTY = 1.645  # deviations that a normal number exceeds one time in twenty
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,58 @@ def summarise_classes(dataset: Dataset, outcome: Outcome) -> dict:
     figures["macro_f1"] = statistics.fmean(row["f1"] for row in seen)
     figures["per_class"] = rows
     return figures
+
+
+def find_warnings(dataset: Dataset, outcome: Outcome, train_accuracy: float) -> list[str]:
+    """What makes the result worthless, in words: empty for almost all runs.
+
+    train_accuracy: from 0 to 1, in the epoch that is kept.
+    """
+    labels = dataset.test_labels
+    predicted = outcome.evaluated.outputs.argmax(1)
+    counts = np.bincount(labels, minlength=len(dataset.classes))
+    frequent = dataset.classes[counts.argmax()]
+    chance = counts.max() / len(labels)  # the accuracy of always answering the most frequent class
+
+    warnings = []
+    has_learned = chance < 1 and train_accuracy - chance >= LEARNED * (1 - chance)
+    if has_learned and is_chance(labels, predicted, counts):
+        accuracy = float((predicted == labels).mean())
+        warnings.append(
+            f"{train_accuracy:.1%} of the training images are answered right, but only "
+            f"{accuracy:.1%} of the test images, no better than always answering {frequent!r} "
+            f"({chance:.1%}): what was learned does not hold for new images; check that both "
+            "splits are labelled alike, and train on more images"
+        )
+
+    answers = np.unique(predicted)
+    if len(answers) == 1 and np.count_nonzero(counts) > 1:
+        answer = dataset.classes[answers[0]]
+        same = f"all {len(labels):,} test images are answered {answer!r}"
+        warnings.append(f"{same}: the network does not tell the classes apart")
+    return warnings
+
+
+def is_chance(labels: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> bool:
+    """Are answers [n] no better than those of who does not look at the images?
+
+    labels: [n]; counts: of them, [classes]. Such answers have the accuracy of the most frequent
+    class at most, and a balanced accuracy of one class among all. Both are exceeded by chance one
+    time in twenty, by the normal approximation of the binomial distribution.
+    """
+    count = len(labels)
+    most = counts.max() / count
+    limit = most + ONE_OF_TWENTY * math.sqrt(most * (1 - most) / count) + 0.5 / count
+    if (predicted == labels).mean() > limit:
+        return False
+
+    # Classes that were not tested are left out. The recall of a class is then the share of answers
+    # that name it.
+    seen = counts > 0
+    shares = np.bincount(predicted, minlength=len(counts))[seen] / count
+    variances = shares * (1 - shares) / counts[seen]
+    limit = shares.mean() + ONE_OF_TWENTY * math.sqrt(variances.sum()) / seen.sum()
+    return metrics.balanced_accuracy(labels, predicted) <= limit + 1e-9
 
 
 def figures_of_calibration(logits: np.ndarray, labels: np.ndarray, outcome: Outcome) -> dict:
