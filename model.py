@@ -386,8 +386,100 @@ def replace_first_convolution(network: nn.Module, channels: int) -> None:
             return
 
 
+# --------------------------------------------------------------------------------------------- timm
+TIMM = "timm/"  # how the names of timm's networks begin here
+
+
+class PackageMissing(ValueError):
+    """A network needs a package that is not installed."""
+
+
+def is_timm(name: str) -> bool:
+    """Does this name ask for a network of timm?"""
+    return name.startswith(TIMM)
+
+
+def import_timm():
+    """timm. Raises PackageMissing."""
+    try:
+        import timm  # only now: it is optional, and importing it takes two seconds
+    except ImportError as error:
+        reason = f"networks named {TIMM}... need timm ({error}): pip install timm"
+        raise PackageMissing(reason) from None
+    return timm
+
+
+def check_timm(name: str) -> None:
+    """Raise ValueError unless timm has this network, and the tag of weights in `timm/NAME.TAG`."""
+    timm = import_timm()
+    architecture, _, tag = name.removeprefix(TIMM).partition(".")
+    if timm.is_model(architecture):
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(architecture)]
+        if not tag or tag in tags:
+            return
+        near = [f"{architecture}.{known}" for known in tags]
+    else:
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+
+    hint = ""
+    if near:
+        hint = f"; did you mean {' or '.join(repr(TIMM + known) for known in near)}?"
+    raise ValueError(f"timm has no network {name!r}{hint} (--list-models '{TIMM}*' lists them)")
+
+
+def is_in_timm(name: str) -> bool:
+    """Has timm a network of this name, given without its prefix? False if timm is missing."""
+    try:
+        return import_timm().is_model(name)
+    except PackageMissing:
+        return False
+
+
+def timm_config(name: str):
+    """timm's PretrainedCfg of a network: what its weights were trained with. Raises ValueError."""
+    check_timm(name)
+    config = import_timm().get_pretrained_cfg(name.removeprefix(TIMM))
+    return config or import_timm().models.PretrainedCfg()
+
+
+def build_timm(
+    name: str, channels: int, classes: int, height: int, width: int, **more
+) -> nn.Module:
+    """timm's network, tried on one blank image. more: for timm's create_model. Raises ValueError.
+
+    Where the input's size is part of the network, as in most transformers, it is built for it.
+    """
+    config = timm_config(name)
+    if config.fixed_input_size:
+        more["img_size"] = (height, width)
+    usual_height, usual_width = config.input_size[1:]
+    way_out = f"its usual size is --image-size {usual_height}x{usual_width}"
+
+    with fitting(name, height, width, way_out):
+        network = import_timm().create_model(
+            name.removeprefix(TIMM),
+            num_classes=classes,
+            in_chans=channels,
+            exportable=True,  # no layer with a gradient of its own, which exporters do not take
+            **more,
+        )
+        refuse_cut_patches(network, height, width)
+        try_on_blank(network, channels, classes, height, width)
+    return network
+
+
+def refuse_cut_patches(network: nn.Module, height: int, width: int) -> None:
+    """Raise ValueError if a transformer would leave out the last rows or columns in silence."""
+    patches = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if not isinstance(patches, tuple):
+        return
+    if height % patches[0] or width % patches[1]:
+        raise ValueError(f"its patches of {patches[0]}x{patches[1]} pixels do not fill them")
+
+
 # -------------------------------------------------------------------------------------- familiarity
 MOST_STATISTICS = 320  # of more channels, every second, third, ... is taken
+CHANNELS_LAST = ":channels-last"  # after the name of a layer; see middle_layers
 
 
 class Familiarity(nn.Module):
@@ -441,8 +533,9 @@ def middle_layers(
 ) -> tuple[str, ...]:
     """The layers whose channels give a network's `statistics`; none for its input.
 
-    A network of ours names them. Torchvision's consist of blocks in sequence: of those that give
-    maps, the one after a third of the blocks is taken.
+    A network of ours names them. Those of others consist of blocks in sequence: of those that give
+    maps, the one after a third of the blocks is taken. CHANNELS_LAST follows its name if its maps
+    are [batch, h, w, channels], as in Swin.
     """
     if getattr(network, "middle", None) is not None:
         return network.middle
@@ -455,15 +548,30 @@ def middle_layers(
 
     device = next(network.parameters()).device
     with watched(network, blocks) as reached, torch.inference_mode():
-        network.eval()(torch.zeros(1, channels, *image_size, device=device))
+        network.eval()(torch.zeros(2, channels, *image_size, device=device))
 
-    maps = []  # in the order in which they are computed
+    maps = []  # names of blocks, in the order in which they are computed
     for name, output in reached:
-        if isinstance(output, torch.Tensor) and output.dim() > 2:
-            maps.append(name)
+        if not isinstance(output, torch.Tensor) or output.dim() not in (3, 4):
+            continue
+        if len(output) != 2:  # its windows or patches, not images, are its batch
+            continue
+        if is_channels_last(output, image_size):
+            name += CHANNELS_LAST
+        maps.append(name)
     if not maps:
         return ()
     return (maps[len(maps) // 3],)
+
+
+def is_channels_last(maps: torch.Tensor, image_size: tuple[int, int]) -> bool:
+    """Are maps [batch, h, w, channels], by the shape of the image, not [batch, channels, h, w]?"""
+    if maps.dim() != 4:
+        return False
+    height, width = image_size
+    first, second, third = (math.log(side) for side in maps.shape[1:])
+    shape = math.log(height / width)
+    return abs(first - second - shape) < abs(second - third - shape)
 
 
 def run_with_statistics(network: nn.Module, images: torch.Tensor, layers: tuple[str, ...]):
@@ -472,11 +580,13 @@ def run_with_statistics(network: nn.Module, images: torch.Tensor, layers: tuple[
     Those are each channel's mean and deviation after `layers`; without layers, the brightness and
     the roughness of the image in 4x4 parts.
     """
-    with watched(network, layers) as found:
+    with watched(network, [layer.removesuffix(CHANNELS_LAST) for layer in layers]) as found:
         logits = network(images)
 
     parts = []  # each [batch, numbers]
-    for _, maps in found:  # [batch, channels, h, w]; a transformer's tokens [batch, n, channels]
+    for name, maps in found:  # [batch, channels, h, w]; a transformer's tokens [batch, n, channels]
+        if name + CHANNELS_LAST in layers:
+            maps = maps.permute(0, 3, 1, 2)
         places = (2, 3) if maps.dim() == 4 else (1,)
         means = maps.mean(places, keepdim=True)
         parts.append(means.flatten(1))

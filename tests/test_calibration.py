@@ -128,6 +128,36 @@ def test_middle_layers_are_found_and_leave_the_network_as_it_was(name, layers):
     assert not [module for module in network.modules() if module._forward_hooks]
 
 
+class Layout(torch.nn.Module):
+    """Gives what `change` makes of its input."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 48)])
+def test_statistics_are_of_images_and_channels_in_any_layout(size):
+    blocks = [
+        torch.nn.Conv2d(3, 12, 4, 4),
+        Layout(lambda x: x.permute(0, 2, 3, 1)),  # as Swin has its maps
+        torch.nn.LayerNorm(12),
+        Layout(lambda x: x.reshape(len(x) * 2, -1, 12)),  # as attention has its windows
+        Layout(lambda x: x.reshape(len(x) // 2, -1, 12).mean(1)),
+    ]
+    network = torch.nn.Sequential(*blocks).eval()
+    found = model.middle_layers(network, 3, size)
+    assert found == (f"1{model.CHANNELS_LAST}",)
+
+    images = torch.randn(3, 3, *size)
+    _, statistics = model.run_with_statistics(network, images, found)
+    _, expected = model.run_with_statistics(network, images, ("0",))
+    assert statistics.shape == (3, 24) and torch.equal(statistics, expected)
+
+
 def test_calibration_error():
     probabilities = np.tile([[0.8, 0.2]], (1000, 1))
     labels = (np.arange(1000) % 10 >= 7).astype(int)  # 70 % right
