@@ -5,7 +5,8 @@
 
 A network takes normalised float32 images [batch, channels, height, width] of one size. Deployable
 adds what every program that runs the file would otherwise have to repeat: resizing, scaling,
-normalising, softmax. Names outside the registry are those of torchvision's classification networks.
+normalising, softmax. Names outside the registry are those of torchvision's classification networks,
+and `timm/NAME` those of timm, which is optional.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import nn
 
 
 class Network(nn.Module):
-    """What training asks of a network; torchvision's networks have the values given here.
+    """What training asks of a network; torchvision's and timm's have the values given here.
 
     A network of the registry overrides those in which it differs.
     """
@@ -285,7 +286,7 @@ MODELS = {
 
 
 def traits(name: str) -> type[Network]:
-    """What training asks of the network of this name: its class, or for torchvision's Network."""
+    """What training asks of the network of this name: its class, or Network if it is not ours."""
     return MODELS.get(name, Network)
 
 
@@ -295,9 +296,15 @@ def takes_rectangles(name: str) -> bool:
 
 
 def options_of(name: str) -> tuple[str, ...]:
-    """The build options that the network of this name takes. Raises ValueError if there is none."""
+    """The build options that the network of this name takes.
+
+    Raises ValueError if there is none, PackageMissing if it is one of timm and timm is missing.
+    """
     if name in MODELS:
         return MODELS[name].options
+    if is_timm(name):
+        check_timm(name)
+        return ()
 
     from torchvision import models  # only now: importing it takes a second
 
@@ -305,8 +312,10 @@ def options_of(name: str) -> tuple[str, ...]:
     if name in names:
         return ()
 
-    hint = f"known: {', '.join(MODELS)}, and torchvision's."
+    hint = f"known: {', '.join(MODELS)}, torchvision's, and timm's as {TIMM}NAME"
     near = difflib.get_close_matches(name, [*MODELS, *names], 1)
+    if is_in_timm(name):
+        near = [TIMM + name]
     if near:
         hint = f"did you mean {near[0]!r}?"
     raise ValueError(f"unknown model {name!r}; {hint} (--list-models shows all)")
@@ -315,7 +324,7 @@ def options_of(name: str) -> tuple[str, ...]:
 def build(
     name: str, *, channels: int, classes: int, image_size: tuple[int, int], **options
 ) -> nn.Module:
-    """A freshly initialised network by its registry or torchvision name.
+    """A freshly initialised network by its registry, torchvision or timm name.
 
     channels: 1 or more; classes: 2 or more, or 1 for regression; image_size: (height, width) in
     pixels. `options` holds only what `options_of` lists, None being the default. Raises ValueError,
@@ -331,24 +340,23 @@ def build(
 
     height, width = image_size
     min_size = traits(name).min_size
-    way_out = "give a larger --image-size (images are resized to it) or another --model"
     if min(image_size) < min_size:
         needed = f"images of at least {min_size}x{min_size}, not {height}x{width}"
+        way_out = "give a larger --image-size (images are resized to it) or another --model"
         raise ValueError(f"{name} needs {needed}; {way_out}")
 
     if name in MODELS:
         return MODELS[name](channels, classes, tuple(image_size), **options)
-    try:
-        return build_torchvision(name, channels, classes, height, width)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{name} cannot take {height}x{width} images ({reason}); {way_out}"
-        ) from None
+    if is_timm(name):
+        return build_timm(name, channels, classes, height, width)
+    return build_torchvision(name, channels, classes, height, width)
 
 
 def build_torchvision(name: str, channels: int, classes: int, height: int, width: int) -> nn.Module:
-    """torchvision's network with the right head and first convolution, tried on one blank batch."""
+    """torchvision's network with the right head and first convolution, tried on one blank image.
+
+    Raises ValueError.
+    """
     from torchvision import models
 
     extra = {}
@@ -356,14 +364,34 @@ def build_torchvision(name: str, channels: int, classes: int, height: int, width
         extra = {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_"):
         extra["image_size"] = height
-    network = models.get_model(name, weights=None, num_classes=classes, **extra)
-    if channels != 3:
-        replace_first_convolution(network, channels)
+    way_out = "give a larger --image-size (images are resized to it) or another --model"
+    with fitting(name, height, width, way_out):
+        network = models.get_model(name, weights=None, num_classes=classes, **extra)
+        if channels != 3:
+            replace_first_convolution(network, channels)
+        try_on_blank(network, channels, classes, height, width)
+    return network
 
-    # A size that it cannot take fails here, before the training does.
+
+@contextlib.contextmanager
+def fitting(name: str, height: int, width: int, way_out: str):
+    """Turn what a network fails with in this block into a ValueError that names the image size."""
+    try:
+        yield
+    except Exception as error:  # each architecture fails in its own way
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"{name} cannot take {height}x{width} images ({lines[0].rstrip(':')})"
+        raise ValueError(f"{reason}; {way_out}") from None
+
+
+def try_on_blank(network: nn.Module, channels: int, classes: int, height: int, width: int) -> None:
+    """Run a network on one blank image: a size that it cannot take fails here, before training."""
     with torch.no_grad():
-        network.eval()(torch.zeros(1, channels, height, width))
-    return network.train()
+        logits = network.eval()(torch.zeros(1, channels, height, width))
+    network.train()
+
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
+        raise ValueError("it gives no logits of classes")
 
 
 def replace_first_convolution(network: nn.Module, channels: int) -> None:

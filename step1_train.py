@@ -37,7 +37,7 @@ from data.notes import note, silenced
 from inference.command_line import Parser, number
 from inference.errors import Problem, guarded
 from inference.limits import MAX_PIXELS, MAX_SIDE
-from training import command_line, recipes
+from training import command_line, listing, recipes
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -147,8 +147,8 @@ def add_network_options(parser: Parser) -> None:
     add(
         "--model",
         metavar="NAME",
-        help="name of the network, see --list-models (default: airbench; linear for "
-        "--dataset linear)",
+        help="name of the network, see --list-models; timm/NAME for one of timm (default: "
+        "airbench; linear for --dataset linear)",
     )
     add(
         "--width",
@@ -174,10 +174,16 @@ def add_network_options(parser: Parser) -> None:
         nargs="?",
         const="default",
         metavar="FILE",
-        help="start from torchvision's default weights, or from a local state_dict or checkpoint",
+        help="start from torchvision's or timm's default weights, or from a file of weights",
     )
     add("--freeze-backbone", action="store_true", help="train the last layer only, for small data")
-    add("--list-models", action="store_true", help="list the networks and exit")
+    add(
+        "--list-models",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="list the networks and exit; those of timm by a pattern such as 'timm/*lite*'",
+    )
 
 
 def add_training_options(parser: Parser) -> None:
@@ -287,13 +293,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     return args, given
 
 
+def asks_for_list(args: argparse.Namespace) -> bool:
+    return args.list_datasets or args.list_models is not None
+
+
 def answer_at_once(args: argparse.Namespace, given: dict) -> int | None:
     """Do what needs no torch, which loads for seconds: the exit code, None to go on.
 
     Raises Problem.
     """
-    if args.list_models or args.list_datasets:
-        return command_line.list_names(args)
+    if asks_for_list(args):
+        return listing.list_names(args)
     if args.resume is None:
         recipes.resolve(args, given)
     return None
@@ -875,8 +885,8 @@ def write_config(run_dir: str, settings: argparse.Namespace, machine: Machine) -
 
 def main(argv: list[str] | None = None) -> int:
     args, given = parse(argv)
-    if args.list_models or args.list_datasets:
-        return guarded(command_line.list_names, args, closed_pipe=0)
+    if asks_for_list(args):
+        return guarded(listing.list_names, args, closed_pipe=0)
     return guarded(train_and_report, args, given)
 
 

@@ -49,6 +49,8 @@ def export_torchscript(source: Source, path: str) -> None:
     with warnings.catch_warnings():
         # Deprecated in favour of torch.export, which LibTorch cannot read yet.
         warnings.filterwarnings("ignore", r"`torch\.jit\.", FutureWarning)
+        # Transformers ask for sizes, which are the same whatever the image; the gate checks.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         example = (example_of(source.spec),)
         traced = torch.jit.trace(source.deployable, example, check_trace=False)  # the gate checks
         torch.jit.save(traced, content, _extra_files={"spec.json": json.dumps(source.spec)})

@@ -11,7 +11,7 @@ import torch
 
 import model
 from deploy.comparing import Outputs
-from inference.errors import Problem
+from inference.errors import Problem, problems
 from inference.images import fit_to_input, resize
 from inference.task import Task, task_of
 
@@ -86,9 +86,14 @@ class TrainedRun:
 
 
 def rebuild(path: str, spec: dict, state_dict: dict, familiarity: dict | None = None) -> TrainedRun:
-    """The network of a checkpoint. Any exception means that it is damaged or not one of ours."""
+    """The network of a checkpoint. Raises Problem if it needs a package that is missing.
+
+    Any other exception means that the checkpoint is damaged or not one of ours.
+    """
     channels = spec["channels"]
-    options = {name: spec["arguments"][name] for name in model.options_of(spec["model"])}
+    with problems(path, model.PackageMissing):
+        names = model.options_of(spec["model"])
+    options = {name: spec["arguments"][name] for name in names}
     network = model.build(
         spec["model"],
         channels=channels,

@@ -25,7 +25,7 @@ import step1_train
 import step2_export
 from inference import metrics
 from report import page
-from training import command_line, recipes, runs
+from training import listing, recipes, runs
 
 TINY = ["--model", "mlp", "--hidden", "16", "--epochs", "2"]
 
@@ -402,7 +402,7 @@ def test_an_interrupt_while_torch_is_imported_has_no_traceback(here, slow_torch,
 
 
 def test_the_networks_are_listed_with_what_one_chooses_by(call):
-    assert command_line.NETWORKS.keys() == model.MODELS.keys()
+    assert listing.NETWORKS.keys() == model.MODELS.keys()
     lines = call(step1_train.main, "--list-models").done().out.splitlines()
     table = {line.split()[0]: line for line in lines[1 : lines.index("")]}
     assert table.keys() == {*model.MODELS, *models.list_models(module=models)}

@@ -31,6 +31,8 @@ def describe_run(
         "torch": str(torch.__version__),
         "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
     }
+    if model.is_timm(settings.model):
+        versions["timm"] = importlib.metadata.version("timm")
     return {
         "schema": SCHEMA,
         "task": dataset.task,

@@ -27,6 +27,7 @@ from data.cache import directory_for
 from data.split import Split, evaluation_batch_size
 from inference.errors import problems
 from inference.files import replacing
+from training.runs import file_name_of
 from training.weights import head_keys
 
 HEAD_STEPS = 100  # of L-BFGS, to fit a head
@@ -274,7 +275,7 @@ def cached_features(
 ) -> np.ndarray:
     """A map [N, d + s]: the features and the statistics of images [N, H, W, C]. Raises Problem."""
     directory = directory_for(settings.data_dir or data.HERE, settings.cache_dir)
-    name = f"features-{settings.model}-{extractor.fingerprint(images)}.npy"
+    name = f"features-{file_name_of(settings.model)}-{extractor.fingerprint(images)}.npy"
     path = os.path.join(directory, name)
 
     with problems(f"cannot keep features in {directory} (--cache-dir takes another)", OSError):

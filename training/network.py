@@ -8,7 +8,7 @@ from torch import nn
 
 import data
 import model
-from inference.errors import Problem
+from inference.errors import Problem, one_line
 from training import cpu, optimizers, weights
 from training.processes import Machine
 
@@ -74,10 +74,24 @@ def build_network(
             source = f"--pretrained {settings.pretrained}: "
         raise Problem(f"{source}{error}", 2) from None
 
+    if model.is_timm(settings.model) and not checkpoint:
+        refuse_unexportable(network, settings, channels)
     if settings.batch_size == 1 and has_batch_norm(network):
         reason = f"{settings.model} has batch norm, which needs --batch-size 2 or more"
         raise Problem(reason, 2)
     return network, mean, std
+
+
+def refuse_unexportable(network: nn.Module, settings: argparse.Namespace, channels: int) -> None:
+    """Raise Problem for a network that step2 could not export: better now than after training."""
+    example = torch.zeros(2, channels, *settings.image_size)  # [batch, channels, H, W]
+    free_batch = {0: torch.export.Dim.DYNAMIC}
+    try:
+        torch.export.export(network.eval(), (example,), dynamic_shapes=(free_batch,))
+    except Exception as error:  # each architecture fails in its own way
+        reason = f"{settings.model} cannot be exported ({one_line(error)})"
+        raise Problem(f"{reason}: choose another --model", 2) from None
+    network.train()
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -70,21 +70,27 @@ class CannotWrite(Problem):
 def name_of(settings: argparse.Namespace) -> str:
     """The default name of a run: <dataset>-<model>; of own images, <directory or file>-<model>.
 
-    A long name is cut, after saying so.
+    Of timm/NAME, the model is NAME. A long name is cut, after saying so.
     """
+    network = file_name_of(settings.model)
     name = settings.dataset
     if name in OWN_IMAGES:
         stem = os.path.basename(os.path.abspath(settings.data_dir)).removesuffix(".csv")
         name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name  # what any file system takes
 
-    if RESERVED.match(f"{name}-{settings.model}"):
+    if RESERVED.match(f"{name}-{network}"):
         name = f"data-{name}"
 
-    room = LONGEST_NAME - len(f"-{settings.model}-{MOST_NAMES}")
+    room = LONGEST_NAME - len(f"-{network}-{MOST_NAMES}")
     cut = name.encode()[:room].decode(errors="ignore").rstrip("-.")
     if cut != name:
         note(f"the name of the run is cut, as its directory's would be too long: --name {cut!r}")
-    return f"{cut}-{settings.model}"
+    return f"{cut}-{network}"
+
+
+def file_name_of(network: str) -> str:
+    """A network's name as a part of file names, which hold no slash."""
+    return network.rpartition("/")[2]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Weights to start from: torchvision's, or a file's, adapted to other classes and channels."""
+"""Weights to start from, published ones or a file's, adapted to other classes and channels."""
 
 import argparse
 import contextlib
@@ -12,6 +12,7 @@ from torch import nn
 import model
 from data.files import InputSizes
 from inference.errors import Problem, problems
+from training import timm_weights
 from training.weight_files import read_weights
 
 LEAST_SIDE = 96  # pixels of an image for torchvision's networks; inception_v3 needs 75
@@ -34,6 +35,8 @@ def load_into(
 
     names = network.state_dict().keys()
     state, mean, std = pretrained(settings.model, settings.pretrained, channels, names)
+    if model.is_timm(settings.model) and not fits(network, state):
+        state = timm_weights.converted(settings.model, state, channels, settings.image_size)
     load_pretrained(network, state)
     return mean, std
 
@@ -58,38 +61,48 @@ def pretrained(
 ) -> tuple[dict, list | None, list | None]:
     """The state_dict to start a network from, and the mean and std it was trained with.
 
-    source: "default" for torchvision's default weights, else the path of a state_dict or
-    checkpoint. names: of the network's own state_dict. mean, std: [channels], or None if they are
-    not known. Raises ValueError, or Problem if a download fails.
+    source: "default" for torchvision's or timm's default weights, else the path of a file of
+    weights. names: of the network's own state_dict. mean, std: [channels], or None if they are not
+    known. Raises ValueError, or Problem if a download fails.
+    """
+    if source != "default":
+        state, spec = read_weights(source, names)
+        if len(spec.get("mean", ())) == channels:
+            return state, spec["mean"], spec["std"]
+    elif model.is_timm(name):
+        state, _ = read_weights(timm_weights.download(name), names)
+    else:
+        state = download(name)
+    return state, *usual_statistics(name, channels)
+
+
+def usual_statistics(name: str, channels: int) -> tuple[list | None, list | None]:
+    """The mean and std that a network's published weights expect, [channels] each.
+
+    Where there are not three channels, each gets the average. None twice for a network of ours.
+    """
+    if model.is_timm(name):
+        mean, std = timm_weights.usual_statistics(name)
+    else:
+        weights = torchvision_weights(name)
+        if weights is None:
+            return None, None
+        mean, std = weights.transforms().mean, weights.transforms().std
+
+    if channels == 3:
+        return list(mean), list(std)
+    return [sum(mean) / 3] * channels, [sum(std) / 3] * channels
+
+
+def download(name: str) -> dict:
+    """torchvision's weights, downloaded unless torch has them.
+
+    Raises ValueError if there are none, Problem if the download fails.
     """
     weights = torchvision_weights(name)
-    if source == "default":
-        if weights is None:
-            reason = f"{name} has no default weights; --pretrained FILE takes a local state_dict"
-            raise ValueError(reason)
-        return download(name, weights), *usual_statistics(weights, channels)
-
-    state, spec = read_weights(source, names)
-    if len(spec.get("mean", ())) == channels:
-        return state, spec["mean"], spec["std"]
     if weights is None:
-        return state, None, None
-    return state, *usual_statistics(weights, channels)
-
-
-def usual_statistics(weights, channels: int) -> tuple[list[float], list[float]]:
-    """The mean and std that torchvision's weights expect, [channels] each.
-
-    Where there are not three channels, each gets the average.
-    """
-    usual = weights.transforms()
-    if channels == 3:
-        return list(usual.mean), list(usual.std)
-    return [sum(usual.mean) / 3] * channels, [sum(usual.std) / 3] * channels
-
-
-def download(name: str, weights) -> dict:
-    """torchvision's weights, downloaded unless torch has them. Raises Problem."""
+        reason = f"{name} has no default weights; --pretrained FILE takes a local state_dict"
+        raise ValueError(reason)
     try:
         # torch reports downloads on standard output, where only the result belongs.
         with contextlib.redirect_stdout(sys.stderr):
@@ -103,6 +116,15 @@ def download(name: str, weights) -> dict:
 
 
 # ----------------------------------------------------------------------- other classes and channels
+def fits(network: nn.Module, state: dict) -> bool:
+    """Has a state_dict the network's names and shapes, but for its head?"""
+    own = network.state_dict()
+    if own.keys() != state.keys():
+        return False
+    backbone = own.keys() - set(head_keys(network))
+    return all(own[key].shape == state[key].shape for key in backbone)
+
+
 def load_pretrained(network: nn.Module, state: dict) -> None:
     """Load a state_dict that was trained on other classes or channels.
 
@@ -113,7 +135,7 @@ def load_pretrained(network: nn.Module, state: dict) -> None:
     own = network.state_dict()
     head = set(head_keys(network))
     state = without_auxiliary_heads(state, own)
-    adapt_first_convolution(state, own)
+    adapt_first_convolution(network, state)
 
     # Keys that only one of them has, and those of other shapes: only the head may differ.
     wrong = []
@@ -147,14 +169,15 @@ def without_auxiliary_heads(state: dict, own: dict) -> dict:
     return kept
 
 
-def adapt_first_convolution(state: dict, own: dict) -> None:
-    """Change the first convolution of a state_dict to the number of channels of `own`, in place."""
-    # Weights of convolutions are [out, in, height, width], and the first one is the input's.
-    first = next((key for key, value in own.items() if value.ndim == 4), None)
+def adapt_first_convolution(network: nn.Module, state: dict) -> None:
+    """Change the first convolution of a state_dict to the network's channels, in place."""
+    convolutions = (item for item in network.named_modules() if isinstance(item[1], nn.Conv2d))
+    name, layer = next(convolutions, ("", None))
+    first = f"{name}.weight"
     if first not in state or state[first].ndim != 4:
         return
 
-    wanted = own[first].shape[1]
+    wanted = layer.weight.shape[1]
     given = state[first].shape[1]
     if given != wanted:
         mean = state[first].mean(1, keepdim=True)  # [out, 1, height, width]
@@ -172,13 +195,21 @@ def torchvision_weights(name: str):
 
 
 def input_sizes(name: str) -> InputSizes:
-    """The sizes of images that a network takes: the usual side is 64 pixels for our networks, and
-    torchvision's own for its networks.
+    """The sizes of images that a network takes: the usual side is 64 pixels for our networks, else
+    that of the published weights.
 
     Raises ValueError for an unknown name.
     """
     model.options_of(name)  # raises ValueError
     traits = model.traits(name)
+    if model.is_timm(name):
+        return InputSizes(
+            usual=timm_weights.usual_size(name),
+            multiple=traits.side_multiple,
+            least=LEAST_SIDE,
+            squares_only=model.timm_config(name).fixed_input_size,
+        )
+
     weights = torchvision_weights(name)
     if weights is None:
         return InputSizes(multiple=traits.side_multiple, least=traits.min_size)
@@ -192,12 +223,26 @@ def input_sizes(name: str) -> InputSizes:
 
 
 def head_keys(network: nn.Module) -> list[str]:
-    """The state_dict keys of the last linear or convolutional layer and its norm."""
+    """The state_dict keys of the classifier; of its last layer and norm, if nothing names it."""
+    keys = list(network.state_dict())
+    heads = heads_of_timm(network)
+    if heads:
+        return [key for key in keys if key.startswith(tuple(f"{head}." for head in heads))]
+
     last = ""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             last = name
 
     # Its norm, if it has one, follows it.
-    keys = list(network.state_dict())
     return keys[keys.index(f"{last}.weight") :]
+
+
+def heads_of_timm(network: nn.Module) -> list[str]:
+    """The names of the classifiers of a network of timm, which may have two; none of others."""
+    if not hasattr(network, "get_classifier"):
+        return []
+    classifiers = network.get_classifier()
+    if not isinstance(classifiers, tuple | list):
+        classifiers = [classifiers]
+    return [name for name, module in network.named_modules() if module in classifiers]
