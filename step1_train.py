@@ -140,6 +140,19 @@ def add_own_image_options(parser: Parser) -> None:
         metavar="NAME",
         help="column of the labels (default: label, class or target)",
     )
+    add(
+        "--group-column",
+        metavar="NAME",
+        help="column that says which images belong together, on one side of every split (default: "
+        "group, if there is one)",
+    )
+    add(
+        "--group-by",
+        type=command_line.group_by,
+        metavar="REGEX",
+        help="the same by the paths: the first bracket names the group; none: no groups (default: "
+        "the folders inside class folders, or --group-column)",
+    )
 
 
 def add_network_options(parser: Parser) -> None:
@@ -639,7 +652,8 @@ def train_twin(
     settings = argparse.Namespace(**{**vars(settings), "epochs": epochs})
 
     deployable = build_deployable(settings, dataset, checkpoint, machine)
-    splits = calibration.splits_of_twin(trainee.splits["train"], settings.seed)
+    train_split = trainee.splits["train"]
+    splits = calibration.splits_of_twin(train_split, settings.seed, dataset.classes)
     twin = trainee.with_network(deployable, splits)
     if not checkpoint:
         with machine.processes.first_of_each_machine_first():

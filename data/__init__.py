@@ -25,6 +25,8 @@ from inference.task import REGRESSION, task_of
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
+NO_GROUPS = "none"  # what --group-by takes to leave every image alone
+
 # What augment.gather applies.
 AUGMENTATIONS = ("flip", "translate", "crop", "rotate", "blur", "color", "noise", "cutout")
 
@@ -37,6 +39,8 @@ OPTIONS = (
     "test_csv",
     "image_column",
     "label_column",
+    "group_column",
+    "group_by",
     "seed",
 )
 
@@ -131,6 +135,8 @@ def load_for(spec: dict, data_dir: str | None) -> Dataset:
     # Specs of earlier versions lack the options that came later.
     options = {name: arguments.get(name) for name in OPTIONS}
     options["cache_dir"] = usable_cache_dir(arguments.get("cache_dir"))
+    # Runs of earlier versions have split their images without regard to groups.
+    options["group_by"] = arguments.get("group_by", NO_GROUPS)
 
     if task_of(spec).has_images:
         options["image_size"] = tuple(spec["image_size"])

@@ -38,6 +38,8 @@ class Dataset:
     unseen: float | None = None  # the part of the average image that was cut away, if it is known
     fingerprint: dict = field(default_factory=dict)  # see `differences`
     paths: dict[str, list[str]] = field(default_factory=dict)  # of the files, if any, by split
+    # The number of each image's group by split, int64 [n], if there are groups; see groups.py.
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
     findings: object = None  # doctor.Findings, once the doctor has examined the dataset
 
     @property

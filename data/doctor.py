@@ -28,6 +28,7 @@ class Findings:
     """
 
     same: np.ndarray  # int64 [rows]: the first row with the same pixels, mostly the row itself
+    alike: np.ndarray  # int64 [n, 2]: pairs of rows that are copies or nearly the same
     leaked: np.ndarray  # bool [test images]: is it, or nearly the same, in the training split?
     pairs: list[tuple]
     mirrored: Mirrored | None = None
@@ -79,6 +80,7 @@ def examined(dataset: Dataset, flips: bool = False) -> Dataset:
     shown = pairs[worst_first[:MOST_SHOWN]]
     findings = Findings(
         same=copies.same,
+        alike=pairs,
         leaked=copies.leaked[-len(dataset.test_images) :],
         pairs=[describe_pair(images, pair) for pair in shown],
         mirrored=mirrored,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,30 +53,43 @@ class Options:
     test_csv: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    group_column: str | None = None
+    group_by: str | None = None
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one split: paths, most of them below `root`, and labels, int64 [n]."""
+    """The files of one split: paths, most of them below `root`, and labels, int64 [n].
+
+    groups: the name of the group of each file, see groups.py; None if no files belong together.
+    """
 
     root: str
     paths: list[str]
     labels: np.ndarray
+    groups: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def part(self, chosen: np.ndarray) -> "Files":
         """The files that bool [n] chooses."""
-        paths = [self.paths[number] for number in np.flatnonzero(chosen)]
-        return Files(root=self.root, paths=paths, labels=self.labels[chosen])
+        numbers = np.flatnonzero(chosen)
+        paths = [self.paths[number] for number in numbers]
+        groups = None
+        if self.groups is not None:
+            groups = [self.groups[number] for number in numbers]
+        return replace(self, paths=paths, labels=self.labels[chosen], groups=groups)
 
     def fingerprint(self, sizes: np.ndarray) -> dict:
         """{"images": count, "hash": of names, sizes, labels and the content of some files}.
 
         sizes: of the files in bytes, int64 [n]. Raises Problem if a file can no longer be read.
         """
-        contents = [self.relative_names(), sizes.tobytes(), self.labels.tobytes()]
+        names = "\n".join(self.relative_paths())
+        contents = [encoded(names), sizes.tobytes(), self.labels.tobytes()]
+        if self.groups is not None:
+            contents.append(encoded("\n".join(self.groups)))
 
         for path in self.paths[:: sampling_step(len(self.paths))]:
             with problems(f"{path} can no longer be read", OSError), open(path, "rb") as file:
@@ -84,11 +97,15 @@ class Files:
 
         return {"images": len(self), "hash": digest(*contents)}
 
-    def relative_names(self) -> bytes:
-        """The paths below `root`, a line each, the same on every system."""
+    def relative_paths(self) -> list[str]:
+        """The paths below `root`, with / on every system."""
         root = os.path.join(self.root, "")  # with a separator at its end
-        names = "\n".join(path.removeprefix(root) for path in self.paths)
-        return names.replace(os.sep, "/").encode("utf-8", "surrogateescape")
+        return [path.removeprefix(root).replace(os.sep, "/") for path in self.paths]
+
+
+def encoded(text: str) -> bytes:
+    """The bytes of a text that may hold file names that are no UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def split_called(name: str) -> str | None:

@@ -22,7 +22,12 @@ class ClassFolders:
     classes: list[str]  # sorted
     paths: list[str]  # of the images, class by class
     labels: np.ndarray  # int64 [images], index into `classes`
+    groups: list[str]  # of each image, the first folder below its class, or empty
     skipped: list[str]  # the other files
+
+    def files(self, root: str, labels: np.ndarray) -> Files:
+        """The images as the files of a split of the data in `root`, with the labels it has."""
+        return Files(root=root, paths=self.paths, labels=labels, groups=self.groups)
 
 
 def list_folder(directory: str) -> tuple[list[str], dict[str, Files]]:
@@ -35,14 +40,14 @@ def list_folder(directory: str) -> tuple[list[str], dict[str, Files]]:
 
     folders = find_splits(directory)
     train = list_classes(folders.get("train", directory), least=2)
-    splits = {"train": Files(root=directory, paths=train.paths, labels=train.labels)}
+    splits = {"train": train.files(directory, train.labels)}
     skipped = list(train.skipped)
 
     for split in ("val", "test"):
         if split in folders:
             found = list_classes(folders[split], least=1)
             labels = labels_of_training(found, train, folders[split], folders["train"])
-            splits[split] = Files(root=directory, paths=found.paths, labels=labels)
+            splits[split] = found.files(directory, labels)
             skipped += found.skipped
 
     if skipped:
@@ -121,6 +126,7 @@ def list_classes(directory: str, least: int) -> ClassFolders:
     note_loose_images(directory)
 
     paths = []
+    groups = []
     counts = []
     skipped = []
 
@@ -131,11 +137,18 @@ def list_classes(directory: str, least: int) -> ClassFolders:
             hint = plugin_hint(others)
             raise Problem(f"class folder {folder} has no images{hint}: fill it or remove it")
         paths += images
+        groups += [folder_below(folder, path) for path in images]
         counts.append(len(images))
         skipped += others
 
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return ClassFolders(classes=classes, paths=paths, labels=labels, skipped=skipped)
+    return ClassFolders(classes=classes, paths=paths, labels=labels, groups=groups, skipped=skipped)
+
+
+def folder_below(folder: str, path: str) -> str:
+    """The name of the first folder on the way from a folder to a file in it; empty if none is."""
+    way = path.removeprefix(os.path.join(folder, "")).split(os.sep)
+    return way[0] if len(way) > 1 else ""
 
 
 def check_classes(directory: str, classes: list[str], least: int) -> None:

@@ -1,15 +1,20 @@
-"""Which images are held out of the training split: a part of each class, copies together."""
+"""Which images are held out of the training split: a part of each class, copies and groups
+together."""
 
 import contextlib
 import hashlib
 import os
+from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 
 from data.files import Files
+from data.groups import join, numbered, pairs_of
 from inference.errors import Problem
 
 TEST_FRACTION = 0.2  # held out if the data comes without a test split
+MOST_OVERSHOOT = 1.25  # what groups may hold of a class, if there is a choice, times what is wanted
 TEST_SEED = 0  # the test split is the same in every run, whatever --seed is
 
 
@@ -17,7 +22,11 @@ def hold_out_test(splits: dict[str, Files], source: str) -> dict[str, Files]:
     """Turn a part of each class of the training split into the test split. Raises Problem."""
     train = splits["train"]
     same = first_copies(train.paths)
-    held_out = stratified(train.labels, TEST_FRACTION, TEST_SEED, same)
+    if train.groups is None:
+        held_out = stratified(train.labels, TEST_FRACTION, TEST_SEED, same)
+    else:
+        groups = join(numbered({"train": train})["train"], pairs_of(same))
+        held_out = stratified_groups(train.labels, TEST_FRACTION, TEST_SEED, groups)
 
     if not held_out.any():
         raise Problem(
@@ -84,6 +93,96 @@ def choose_with_copies(
             chosen[members] = one_by_one[members]
 
     return chosen
+
+
+def stratified_groups(
+    labels: np.ndarray, fraction: float, seed: int, groups: np.ndarray
+) -> np.ndarray:
+    """Choose whole groups at random until about `fraction` of every class is chosen: bool [n].
+
+    groups: int64 [n], equal for what belongs together, whatever its labels are. At least one member
+    of every class is chosen and at least one is not; the only member of a class is not. A class for
+    which whole groups cannot do that is torn apart, member by member.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    draw = GroupDraw(labels, group, fraction)
+    order = np.random.default_rng(seed).permutation(len(draw.counts)).tolist()
+
+    for number in order:
+        if draw.cost(number) < 0 and draw.fits(number):
+            draw.choose(number)
+
+    # Where every group is too large, the one that exceeds least. The rarest classes have the fewest
+    # groups, and so are served first.
+    for label in draw.without_chosen():
+        able = [number for number in order if draw.can_serve(number, label)]
+        if able:
+            draw.choose(min(able, key=draw.cost))
+
+    # Tearing a class apart is better than having none of it to train on or to test on.
+    chosen = draw.is_chosen[group]
+    one_by_one = choose(labels, fraction, seed)
+    for label in draw.without_chosen():
+        members = labels == label
+        chosen[members] = one_by_one[members]
+    return chosen
+
+
+class GroupDraw:
+    """Groups that are being chosen, and how many members of each class they hold.
+
+    labels, group: int64 [n], the class and the group of each member, the groups numbered from 0.
+    """
+
+    def __init__(self, labels: np.ndarray, group: np.ndarray, fraction: float):
+        self.total = Counter(labels.tolist())  # members by class
+        self.chosen = Counter()
+        self.wanted = {}
+        for label, total in self.total.items():
+            self.wanted[label] = min(max(round(total * fraction), 1), total - 1)
+
+        self.is_chosen = np.zeros(group.max() + 1, dtype=bool)
+        self.counts = [Counter() for _ in self.is_chosen]  # of each group, members by class
+        for number, label in zip(group.tolist(), labels.tolist(), strict=True):
+            self.counts[number][label] += 1
+
+    def cost(self, number: int) -> float:
+        """How much farther from what is wanted a group brings its classes, as parts of the classes.
+
+        Below 0 if it brings them closer.
+        """
+        cost = 0.0
+        for label, count in self.counts[number].items():
+            before = abs(self.chosen[label] - self.wanted[label])
+            after = abs(self.chosen[label] + count - self.wanted[label])
+            cost += (after - before) / self.total[label]
+        return cost
+
+    def fits(self, number: int) -> bool:
+        """Would what is chosen exceed what is wanted of no class by much, and leave some of all?"""
+        for label, count in self.counts[number].items():
+            after = self.chosen[label] + count
+            if after > MOST_OVERSHOOT * self.wanted[label] or after == self.total[label]:
+                return False
+        return True
+
+    def can_serve(self, number: int, label: int) -> bool:
+        """Does a group hold some of a class, and would choosing it leave some of all classes?"""
+        counts = self.counts[number]
+        if label not in counts:
+            return False
+        return all(self.chosen[each] + counts[each] < self.total[each] for each in counts)
+
+    def choose(self, number: int) -> None:
+        """Choose a group."""
+        self.chosen.update(self.counts[number])
+        self.is_chosen[number] = True
+
+    def without_chosen(self) -> Iterator[int]:
+        """The classes of two or more members of which none is chosen yet, the smallest first."""
+        for label in sorted(self.total, key=lambda label: (self.total[label], label)):
+            if self.total[label] > 1 and self.chosen[label] == 0:
+                yield label
 
 
 def first_copies(paths: list[str]) -> np.ndarray:

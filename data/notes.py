@@ -14,6 +14,15 @@ def note(message: str) -> None:
         say(f"note: {message}")
 
 
+def warn(message: str) -> None:
+    """Print one `warning:` line to standard error, unless notes are silenced.
+
+    It says that a result is not what it seems to be.
+    """
+    if not silent:
+        say(f"warning: {message}")
+
+
 @contextlib.contextmanager
 def silenced(quiet: bool) -> Iterator[None]:
     """Print no notes within the block if `quiet`."""

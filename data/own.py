@@ -6,8 +6,10 @@ from data.cache import load_images
 from data.dataset import Dataset
 from data.files import Files, Options, name_some
 from data.folders import list_folder
+from data.groups import note_groups, note_parts, numbered, warn_shared, with_groups
 from data.holdout import TEST_FRACTION, hold_out_test
 from data.notes import note
+from data.stems import suggest_groups
 from data.tables import list_csv
 from inference.errors import Problem
 
@@ -20,6 +22,9 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
         classes, listed = list_folder(data_dir)
     else:
         classes, listed = list_csv(data_dir, options)
+
+    listed = with_groups(listed, options.group_by)
+    say_groups(name, listed, options)
 
     holds_out_test = "test" not in listed
     if holds_out_test:
@@ -48,8 +53,12 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
         first_image += len(readable)
 
     check_splits(data_dir, classes, listed, splits)
+    groups = numbered(splits)
     if holds_out_test:
         note_held_out(data_dir, splits)
+        if groups:
+            parts = {split: (splits[split].labels, groups[split]) for split in ("train", "test")}
+            note_parts(parts, classes, TEST_FRACTION)
     note_small_classes(classes, splits)
 
     return Dataset(
@@ -60,8 +69,29 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
         unseen=decoded.target.unseen,
         fingerprint=fingerprint,
         paths={split: files.paths for split, files in splits.items()},
+        groups=groups,
         **arrays,
     )
+
+
+def say_groups(name: str, listed: dict[str, Files], options: Options) -> None:
+    """Say which images belong together, or may do so; warn of those in more than one split."""
+    if listed["train"].groups is None:
+        if options.group_by is None:
+            suggest_groups(listed)
+        return
+
+    if options.group_by is not None:
+        source = "--group-by"
+    elif name == "csv":
+        source = "by the column of groups"
+    else:
+        source = "the folders inside class folders; --group-by none undoes this"
+    note_groups(listed, source)
+
+    # Folders of one name in train/ and test/ may be called "batch1", and mean nothing.
+    if name == "csv" or options.group_by is not None:
+        warn_shared(listed)
 
 
 def check_splits(
@@ -100,9 +130,10 @@ def note_held_out(data_dir: str, splits: dict[str, Files]) -> None:
 
     held_out = len(splits["test"])
     total = held_out + len(splits["train"])
+    how = "in whole groups" if splits["train"].groups else "at least one"
     note(
         f"{reason}: {held_out:,} of {total:,} training images held out for testing, "
-        f"{TEST_FRACTION:.0%} of each class (at least one)"
+        f"{TEST_FRACTION:.0%} of each class ({how})"
     )
 
 

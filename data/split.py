@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from data.augment import gather
-from data.holdout import stratified
+from data.groups import join, note_parts
+from data.holdout import stratified, stratified_groups
 from inference.errors import Problem
 from model import resize
 
@@ -33,7 +34,8 @@ class Split:
     images: uint8 [N, H, W, C], or float32 features [N, n]. labels: int64 [N], or float32 targets
     [N, 1]. members: int64 [n], the rows of both that belong to the split, on the CPU. source: the
     array that `images` were made from; where it is a memory map of the right size, `images` is that
-    map. same: int64 [N], equal for rows with equal pixels.
+    map. same: int64 [N], equal for rows with equal pixels. groups: int64 [N], equal for rows that
+    belong together, if the data says so.
     """
 
     images: torch.Tensor
@@ -41,6 +43,7 @@ class Split:
     members: torch.Tensor
     source: np.ndarray
     same: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -48,6 +51,10 @@ class Split:
     def part(self, chosen: np.ndarray) -> "Split":
         """The split of the members that bool [n] chooses."""
         return replace(self, members=self.members[torch.as_tensor(chosen)])
+
+    def labels_of_members(self) -> np.ndarray:
+        """The labels or targets of the members: [n], or [n, 1]."""
+        return self.labels.cpu().numpy()[self.members]
 
     def class_shares(self, classes: int) -> torch.Tensor:
         """The share of each class: float32 [classes]."""
@@ -163,6 +170,8 @@ def make_splits(dataset, settings, device: torch.device) -> dict[str, Split]:
     train = make("train")
     if dataset.findings:
         train.same = dataset.findings.same[: len(train)]
+    if dataset.groups:
+        train.groups = groups_with_copies(dataset)
     splits = {"train": train}
 
     if dataset.val_images is not None:
@@ -173,22 +182,39 @@ def make_splits(dataset, settings, device: torch.device) -> dict[str, Split]:
             raise Problem(
                 f"--val-fraction {settings.val_fraction:g} leaves a split empty: too few images", 2
             )
+        note_groups_of(splits, dataset.classes, settings.val_fraction)
     elif settings.calibration == "held-out":
         fraction = min(LARGEST_PART, MOST_HELD_OUT / len(train))
         splits["train"], splits["held-out"] = hold_out(train, fraction, settings.seed)
+        note_groups_of(splits, dataset.classes, fraction)
 
     splits["test"] = make("test")
     return splits
 
 
+def groups_with_copies(dataset) -> np.ndarray:
+    """The groups of the training images, those with copies in common being one: int64 [n]."""
+    groups = dataset.groups["train"]
+    if not dataset.findings:
+        return groups
+
+    pairs = dataset.findings.alike
+    within = (pairs < len(groups)).all(1)
+    return join(groups, pairs[within])
+
+
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Two parts of a split, the second with `fraction` of each class, of a regression that of all.
 
-    Copies of an image go to the same part.
+    Copies of an image go to the same part, and so do all images of a group.
     """
-    labels = split.labels.cpu().numpy()[split.members]
+    labels = split.labels_of_members()
     if labels.ndim > 1:  # targets, [n, 1]
         labels = np.zeros(len(labels))
+
+    if split.groups is not None:
+        chosen = stratified_groups(labels, fraction, seed, split.groups[split.members])
+        return split.part(~chosen), split.part(chosen)
 
     same = None
     if split.same is not None:
@@ -196,6 +222,16 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
     chosen = stratified(labels, fraction, seed, same)
     return split.part(~chosen), split.part(chosen)
+
+
+def note_groups_of(splits: dict[str, Split], classes: list[str], fraction: float) -> None:
+    """Note the groups of what is left of a split and of what `hold_out` took, if there are any."""
+    parts = {}
+    for name, split in splits.items():
+        if split.groups is None:
+            return
+        parts[name] = (split.labels_of_members(), split.groups[split.members])
+    note_parts(parts, classes, fraction)
 
 
 def make_split(

@@ -15,17 +15,19 @@ from inference.spec import MAX_NAME
 # The names of columns that are taken without --image-column and --label-column, the first found.
 IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
 LABEL_COLUMNS = ("label", "class", "target")
+GROUP_COLUMNS = ("group",)
 SPLIT_COLUMN = "split"
 LONGEST_NUMBER = 20  # characters of a label that is still sorted as a number
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where in a row the image, the label and, if the file has it, the split are."""
+    """Where in a row the image and the label are, and the split and the group if there are any."""
 
     image: int
     label: int
     split: int | None
+    group: int | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Row:
     path: str
     label: str
     split: str
+    group: str = ""
 
 
 def list_csv(file: str, options: Options) -> tuple[list[str], dict[str, Files]]:
@@ -90,6 +93,7 @@ def to_files(rows: list[Row], classes: list[str], source: str, options: Options)
 
     paths = []
     labels = []
+    groups = []
     for row in rows:
         if len(row.label) > MAX_NAME:
             shown = repr(row.label[:MAX_NAME])
@@ -98,9 +102,10 @@ def to_files(rows: list[Row], classes: list[str], source: str, options: Options)
             raise Problem(f"{source} has a label {row.label!r} that no training image has")
         paths.append(row.path)
         labels.append(numbers[row.label])
+        groups.append(row.group)
 
     root = options.image_root or os.path.dirname(source)
-    return Files(root=root, paths=paths, labels=np.array(labels, np.int64))
+    return Files(root=root, paths=paths, labels=np.array(labels, np.int64), groups=groups)
 
 
 def read_images(file: str, options: Options, default: str) -> dict[str, list[Row]]:
@@ -160,7 +165,8 @@ def read_row(
         if split is None:
             raise Problem(f"{place}: {SPLIT_COLUMN} {name!r} is none of train, val and test")
 
-    return Row(path=find_image(root, image), label=label, split=split)
+    group = "" if columns.group is None else cells[columns.group].strip()
+    return Row(path=find_image(root, image), label=label, split=split, group=group)
 
 
 def find_image(root: str, image: str) -> str:
@@ -247,7 +253,18 @@ def find_columns(file: str, header: list[str], options: Options) -> Columns:
         if is_split and split is None:
             split = number
 
-    return Columns(image=image, label=label, split=split)
+    # A list of test images needs no groups: only --data-dir's images are split.
+    is_test = file == options.test_csv
+    group = find_group(file, header, None if is_test else options.group_column)
+    return Columns(image=image, label=label, split=split, group=group)
+
+
+def find_group(file: str, header: list[str], given: str | None) -> int | None:
+    """Where the column of the groups is, if any. Raises Problem if the given one is missing."""
+    lower_case = [name.lower() for name in header]
+    if given is None and not set(GROUP_COLUMNS) & set(lower_case):
+        return None
+    return find_column(file, header, "--group-column", given, GROUP_COLUMNS)
 
 
 def find_column(

@@ -14,7 +14,8 @@ import torch
 
 import model
 from data.augment import change_colours
-from data.split import Split, hold_out, seeded
+from data.holdout import stratified_groups
+from data.split import Split, hold_out, note_groups_of, seeded
 from training.features import Trainee
 
 GAUSSIAN_IMAGES = 5000  # of the training split, at most, that describe what is familiar
@@ -26,6 +27,7 @@ SHRINKAGE = 0.2  # of the correlations of their statistics, towards none
 TWIN_PART = 0.2
 TWIN_EPOCHS = 0.5
 FEWEST_EPOCHS = 10
+HALVES_SEED = 0
 TABLE = 1000  # scores in a file: the steps of `known`
 HALVINGS = 49  # of the interval in which the temperature is searched
 
@@ -94,11 +96,11 @@ def calibrate_by_twin(trainee: Trainee, twin: Trainee, images: Split) -> Calibra
     own = trainee.describe(evenly_spread(trainee.splits["train"]), layers)
 
     reference = evenly_spread(images)
-    reference = reference.part(np.arange(len(reference)) % 2 == 0)
-    relit = relit_statistics(trainee.deployable, reference, layers)
+    first = first_half(reference)
+    relit = relit_statistics(trainee.deployable, reference.part(first), layers)
 
-    gaussian = fit_gaussian(torch.cat([own.statistics[::2], relit]))
-    distance = log_distance(gaussian, own.statistics[1::2])
+    gaussian = fit_gaussian(torch.cat([own.statistics[first], relit]))
+    distance = log_distance(gaussian, own.statistics[~first])
     temperature = fit_temperature(new.logits, new.labels)
     return Calibration(
         temperature=temperature,
@@ -112,9 +114,13 @@ def calibrate_by_twin(trainee: Trainee, twin: Trainee, images: Split) -> Calibra
     )
 
 
-def splits_of_twin(train: Split, seed: int) -> dict[str, Split]:
-    """The parts of a training split that a twin is trained on, "train", and tested on, "test"."""
+def splits_of_twin(train: Split, seed: int, classes: list[str]) -> dict[str, Split]:
+    """The parts of a training split that a twin is trained on, "train", and tested on, "test".
+
+    Notes the groups of both.
+    """
     part, held_out = hold_out(train, TWIN_PART, seed)
+    note_groups_of({"twin": part, "calibration": held_out}, classes, TWIN_PART)
     return {"train": part, "test": held_out}
 
 
@@ -134,6 +140,17 @@ def evenly_spread(split: Split) -> Split:
     """At most GAUSSIAN_IMAGES of the images, evenly spread."""
     stride = -(-len(split) // GAUSSIAN_IMAGES)
     return split.part(np.arange(len(split)) % stride == 0)
+
+
+def first_half(split: Split) -> np.ndarray:
+    """Which members are in the first of two halves, neither of which tells of the other: bool [n].
+
+    Images that belong together are in one half.
+    """
+    if split.groups is None:
+        return np.arange(len(split)) % 2 == 0
+    groups = split.groups[split.members]
+    return stratified_groups(split.labels_of_members(), 0.5, HALVES_SEED, groups)
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 import argparse
 import re
 
+from data import NO_GROUPS
+
 LARGEST_SIDE = 4096  # pixels
 
 
@@ -31,3 +33,19 @@ def checkpoint_interval(text: str) -> int | str:
 
     message = f"{text!r} is neither a number of steps such as 500 nor of minutes such as 10m"
     raise argparse.ArgumentTypeError(message)
+
+
+def group_by(text: str) -> str:
+    """An argparse type: a regular expression whose first bracket names a group, or 'none'."""
+    if text == NO_GROUPS:
+        return text
+    try:
+        pattern = re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        message = f"{text!r} is not a regular expression ({error})"
+        raise argparse.ArgumentTypeError(message) from None
+
+    if pattern.groups == 0:
+        message = f"{text!r} has no bracket: the first one names the group, as in '(scene[0-9]+)_'"
+        raise argparse.ArgumentTypeError(message)
+    return text

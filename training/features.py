@@ -266,6 +266,7 @@ def feature_split(split: Split, table: np.ndarray, size: int) -> FeatureSplit:
         members=split.members,
         source=table,
         same=split.same,
+        groups=split.groups,
         statistics=on_device[:, size:],
     )
 

@@ -113,6 +113,10 @@ def reads_csv(settings: argparse.Namespace) -> bool:
     return settings.dataset == "csv"
 
 
+def reads_group_column(settings: argparse.Namespace) -> bool:
+    return reads_csv(settings) and settings.group_by is None
+
+
 def writes_cache(settings: argparse.Namespace) -> bool:
     return bool(settings.pretrained) or has_own_images(settings)
 
@@ -144,6 +148,8 @@ APPLIES_TO = {
     "image_root": ("--dataset csv", reads_csv),
     "image_column": ("--dataset csv", reads_csv),
     "label_column": ("--dataset csv", reads_csv),
+    "group_column": ("--dataset csv without --group-by", reads_group_column),
+    "group_by": ("--dataset folder or csv", has_own_images),
     "image_size": ("images, and linear has features", has_images),
     "fit": ("images, and linear has features", has_images),
     "class_weights": ("classes, and linear is a regression", has_images),
@@ -402,7 +408,8 @@ def resolve_resumed(
         raise Problem(f"{run_dir} is finished; --epochs above {epochs} trains it further", 2)
 
     defaults = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    defaults |= {"fit": "stretch", "calibration": "none"}  # before there was a choice
+    # Before there was a choice.
+    defaults |= {"fit": "stretch", "calibration": "none", "group_by": data.NO_GROUPS}
     recorded = {name: arguments.get(name, default) for name, default in defaults.items()}
     if "cache_dir" not in asked:
         recorded["cache_dir"] = data.usable_cache_dir(recorded["cache_dir"])

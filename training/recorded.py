@@ -4,6 +4,8 @@ be damaged, or a stranger's.
 A new option of step1 is a line in ARGUMENTS. Each check raises ValueError with the reason.
 """
 
+import argparse
+import contextlib
 import math
 import re
 import sys
@@ -12,6 +14,7 @@ import torch
 
 import data
 from inference.spec import MAX_NAME, MAX_SIDE, Rule, is_number, is_whole
+from training.command_line import group_by
 from training.progress import Progress, columns_of
 from training.recipes import CALIBRATIONS, MOST_WIDTH, OPTIMIZERS, SCHEDULES
 
@@ -59,6 +62,13 @@ def is_interval(value) -> bool:
     return is_count(value) or (isinstance(value, str) and bool(INTERVAL.fullmatch(value)))
 
 
+def is_group_by(value) -> bool:
+    """Is it what --group-by takes?"""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return is_text(value) and group_by(value) == value
+    return False
+
+
 def one_of(names) -> Rule:
     names = list(names)
     return (lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
@@ -97,6 +107,8 @@ ARGUMENTS: dict[str, Rule] = {
     "image_root": maybe(TEXT),
     "image_column": maybe(TEXT),
     "label_column": maybe(TEXT),
+    "group_column": maybe(TEXT),
+    "group_by": maybe((is_group_by, "a regular expression with a bracket")),
     "model": TEXT,
     "width": maybe(between(1e-6, MOST_WIDTH)),
     "hidden": maybe((are_layers, "a list of whole numbers")),
