@@ -142,8 +142,11 @@ def load_for(spec: dict, data_dir: str | None) -> Dataset:
         options["image_size"] = tuple(spec["image_size"])
     options["channels"] = spec["channels"]
 
-    # Specs of earlier versions lack these two, and were trained with these values.
+    from data.files import NO_GROUND
+
+    # Specs of earlier versions lack these three, and were trained with these values.
     options["white"] = spec.get("white", 65535)
+    options["ground"] = spec.get("ground") or NO_GROUND
     options["fit"] = spec.get("fit") or "stretch"
 
     recorded = None if data_dir else arguments["data_dir"]

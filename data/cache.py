@@ -134,7 +134,8 @@ def state_of(paths: list[str]) -> tuple[str, np.ndarray]:
 
 def key_for(source: str, target: Target, options: Options) -> str:
     """A hash of what a cache is made of, besides the state of the files."""
-    parts = [source, target.image_size, target.channels, target.white, target.fit, PIL.__version__]
+    pixels = [target.image_size, target.channels, target.white, target.ground, target.fit]
+    parts = [source, *pixels, PIL.__version__]
     if options.max_pixels:  # which files can be read depends on it
         parts.append(options.max_pixels)
     return digest(json.dumps(parts).encode())

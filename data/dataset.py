@@ -32,6 +32,7 @@ class Dataset:
     val_images: np.ndarray | None = None
     val_labels: np.ndarray | None = None
     white: int = 65535  # the level of 16-bit pixels that became 255
+    ground: str | None = None  # what transparent pixels were laid on, of files only
     fit: str = (
         "stretch"  # how images got their size, and others get it, unless another is asked for
     )

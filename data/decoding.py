@@ -54,7 +54,7 @@ def decode_to(path: str, target: Target, max_pixels: int) -> np.ndarray:
 
 def decode_and_resize(path: str, target: Target, max_pixels: int) -> np.ndarray:
     """What `decode_to` returns; raises Problem, and TooLarge for more than `max_pixels`."""
-    image = decode_image(path, target.channels, target.white, max_pixels)
+    image = decode_image(path, target.channels, target.white, max_pixels, target.ground)
     if image.shape[:2] == target.image_size:
         return image
     return resize_as_graph(image, target.image_size, target.fit)

@@ -16,6 +16,7 @@ SPELLINGS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+NO_GROUND = "none"  # transparency is dropped, as before there was a ground
 NAMES_SHOWN = 3  # how many of many files or classes a message names
 HASHED_BYTES = 1 << 16  # of a sampled file, the part whose content enters the fingerprint
 
@@ -37,13 +38,15 @@ class Options:
     """How `folder` and `csv` are read; most fields are command line options of the same name.
 
     image_size (height, width), fit, channels and white (the level of 16-bit pixels that becomes
-    255) are derived from the images if None; input_sizes are those that the network takes.
-    max_pixels is of one file, by default inference.limits.MAX_PIXELS.
+    255) are derived from the images if None; input_sizes are those that the network takes. ground
+    is what transparent pixels are laid on, "white" or "black", derived if None; NO_GROUND drops the
+    transparency. max_pixels is of one file, by default inference.limits.MAX_PIXELS.
     """
 
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     white: int | None = None
+    ground: str | None = None
     fit: str | None = None
     input_sizes: InputSizes = ANY_SIZE
     strict: bool = False

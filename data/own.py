@@ -65,6 +65,7 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
         name=name,
         classes=classes,
         white=decoded.target.white,
+        ground=decoded.target.ground,
         fit=decoded.target.fit,
         unseen=decoded.target.unseen,
         fingerprint=fingerprint,

@@ -13,31 +13,35 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data import parallel, shape
-from data.files import InputSizes, Options, count_of, name_some
+from data import shape
+from data.contents import WHITES, Contents, choose_ground, contents_of, has_more, smallest_white
+from data.files import NO_GROUND, InputSizes, Options, count_of, name_some
 from data.json_files import read_json, write_json
 from data.notes import note
 from data.parallel import run_parallel
 from inference.formats import open_image
-from inference.images import bands
 from inference.limits import MAX_PIXELS, allow_pixels, check_size
 from inference.orientation import orientation_of
+from inference.transparency import GROUNDS
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 LARGEST_OWN_SIZE = 64  # images that all have one size up to this keep it
 FAR_SMALLER = 16  # an image of less than the median area divided by this is named
-WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 TRAINING, ALL = 1, 2  # places of the counts in Probed.aspects
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
 FIRST_SIDEWAYS = 5  # the EXIF orientations from here on exchange width and height
 
 
 class Target(NamedTuple):
-    """What every file is decoded to: uint8 [*image_size, channels], 16-bit `white` becoming 255."""
+    """What every file is decoded to: uint8 [*image_size, channels], 16-bit `white` becoming 255.
+
+    ground: what transparent pixels are laid on, "white" or "black"; None drops the transparency.
+    """
 
     image_size: tuple[int, int]  # height, width
     channels: int
     white: int
+    ground: str | None
     fit: str  # how an image gets that size
     unseen: float | None = None  # the part of the average image that is cut away, if it is known
 
@@ -53,7 +57,8 @@ class Header(NamedTuple):
     number: int  # of the file
     size: tuple[int, int]  # height, width
     mode: str  # Pillow's
-    brightest: int  # of 16-bit pixels, else 0
+    has_pages: bool  # more than one
+    contents: Contents
 
     def area(self) -> int:
         return math.prod(self.size)
@@ -72,6 +77,9 @@ class Probed(NamedTuple):
     largest: tuple[int, int]
     channels: int
     white: int  # the level of 16-bit pixels that becomes 255
+    ground: str  # what transparent pixels are laid on
+    transparent: int  # how many files have some
+    paged: int  # how many files have more than one page
     small: list[int]  # the numbers of the files that are far smaller than the rest
     aspects: list[tuple[float, int, int]]  # width / height; training images of it, and all images
 
@@ -88,8 +96,15 @@ def choose_target(paths: list[str], train: int, probe_file: str, options: Option
     train: how many of the files, the first ones, are for training. probe_file: where the result of
     reading all headers is kept for later runs.
     """
-    if None not in (options.image_size, options.fit, options.channels, options.white):
-        return Target(tuple(options.image_size), options.channels, options.white, options.fit)
+    given = (options.image_size, options.channels, options.white, options.ground, options.fit)
+    if None not in given:
+        return Target(
+            image_size=tuple(options.image_size),
+            channels=options.channels,
+            white=options.white,
+            ground=ground_of(options),
+            fit=options.fit,
+        )
 
     probed = read_probed(probe_file)
     if probed is None:
@@ -100,22 +115,30 @@ def choose_target(paths: list[str], train: int, probe_file: str, options: Option
     if options.white is None and probed.white != WHITES[-1]:
         bits = probed.white.bit_length()
         note(f"the 16-bit images use {bits} bits only: {probed.white} is taken as white")
+    note_unused(probed, options)
 
     size, fit, unseen = choose_size_and_fit(probed, options)
     return Target(
         image_size=size,
         channels=options.channels or probed.channels,
         white=options.white or probed.white,
+        ground=ground_of(options) if options.ground else probed.ground,
         fit=fit,
         unseen=unseen,
     )
+
+
+def ground_of(options: Options) -> str | None:
+    """The ground that the options give, None if they drop transparency."""
+    return None if options.ground == NO_GROUND else options.ground
 
 
 def read_probed(path: str) -> Probed | None:
     """What an earlier run found in the headers; None if there is nothing or it makes no sense."""
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         probed = Probed(**read_json(path))
-        if probed.channels in (1, 3) and probed.white in WHITES:
+        is_sane = probed.channels in (1, 3) and probed.white in WHITES
+        if is_sane and probed.ground in GROUNDS:
             return probed
     return None
 
@@ -128,6 +151,16 @@ def note_small_images(paths: list[str], probed: Probed) -> None:
     names = name_some(paths[number] for number in probed.small)
     limit = f"less than 1/{FAR_SMALLER} of the median area"
     note(f"far smaller than the others, {limit}: {count}, {names}")
+
+
+def note_unused(probed: Probed, options: Options) -> None:
+    """Note how many images hold more than their pixels show, or than is used of them."""
+    if probed.transparent and options.ground is None:
+        images = count_of(probed.transparent, "image")
+        note(f"{images} with transparency, laid on {probed.ground}")
+    if probed.paged:
+        images = count_of(probed.paged, "image")
+        note(f"{images} of several pages, of which the first is used")
 
 
 def choose_size_and_fit(probed: Probed, options: Options) -> tuple[tuple[int, int], str, float]:
@@ -175,13 +208,13 @@ def as_text(size: tuple[int, int]) -> str:
 
 # ----------------------------------------------------------------------------------------- probing
 def probe(paths: list[str], train: int, max_pixels: int = MAX_PIXELS) -> Probed:
-    """Read the headers of all files.
+    """Read the headers of all files, and the pixels of those with 16 bits or transparency.
 
     The images are grey (1 channel) if all files are. The white level is the smallest of WHITES that
-    holds the pixels of the 16-bit files, of which only those of the training split count, the first
-    `train` files.
+    holds the pixels of the 16-bit files; choose_ground() gets the transparent ones. Of both, only
+    those of the training split count, the first `train` files.
     """
-    probe_these = functools.partial(probe_chunk, train=train, max_pixels=max_pixels)
+    probe_these = functools.partial(probe_chunk, max_pixels=max_pixels)
     headers = list(run_parallel(probe_these, paths, "reading headers"))
     if not headers:  # decoding says why
         return Probed(
@@ -190,6 +223,9 @@ def probe(paths: list[str], train: int, max_pixels: int = MAX_PIXELS) -> Probed:
             largest=(0, 0),
             channels=3,
             white=WHITES[-1],
+            ground="white",
+            transparent=0,
+            paged=0,
             small=[],
             aspects=[],
         )
@@ -200,9 +236,10 @@ def probe(paths: list[str], train: int, max_pixels: int = MAX_PIXELS) -> Probed:
     modes = {header.mode for header in headers}
     channels = 1 if modes <= GREY_MODES else 3
 
+    contents = [header.contents for header in headers if header.number < train]
     # Without a 16-bit file all are 0, and the level does not matter.
-    brightest = max(header.brightest for header in headers) or WHITES[-1]
-    white = min(white for white in WHITES if white >= brightest)
+    brightest = max((part.brightest for part in contents), default=0) or WHITES[-1]
+    white_shares = [part.white_share for part in contents if part.white_share is not None]
 
     median_area = np.median([header.area() for header in headers])
     small = [header.number for header in headers if header.area() < median_area / FAR_SMALLER]
@@ -212,7 +249,10 @@ def probe(paths: list[str], train: int, max_pixels: int = MAX_PIXELS) -> Probed:
         smallest=by_area[0],
         largest=by_area[-1],
         channels=channels,
-        white=white,
+        white=smallest_white(brightest),
+        ground=choose_ground(white_shares),
+        transparent=sum(header.contents.transparent for header in headers),
+        paged=sum(header.has_pages for header in headers),
         small=small,
         aspects=count_aspects(headers, train),
     )
@@ -225,9 +265,7 @@ def count_aspects(headers: list[Header], train: int) -> list[tuple[float, int, i
     return [(aspect, trained[aspect], count) for aspect, count in sorted(everywhere.items())]
 
 
-def probe_chunk(
-    paths: list[str], start: int, train: int, max_pixels: int = MAX_PIXELS
-) -> list[Header]:
+def probe_chunk(paths: list[str], start: int, max_pixels: int = MAX_PIXELS) -> list[Header]:
     """The headers of files from number `start` on.
 
     Files that cannot be read, or are too large, are left out: decoding reports them.
@@ -241,13 +279,20 @@ def probe_chunk(
         # Pillow's plugins raise any exception on broken files.
         with contextlib.suppress(Exception), open_image(path) as image:
             check_size(image.size, max_pixels)
-            size = size_as_shown(image)
-            mode = image.mode
-            headers.append(Header(number=number, size=size, mode=mode, brightest=0))
+            holds_more = has_more(path, image)  # asked first: the size may need the pixels
+            header = Header(
+                number=number,
+                size=size_as_shown(image),
+                mode=image.mode,
+                has_pages=image.format == "TIFF" and image.is_animated,
+                contents=Contents(),
+            )
+            headers.append(header)
 
-            if mode.startswith("I") and number < train:
-                brightest = brightest_pixel(image)
-                headers[-1] = Header(number=number, size=size, mode=mode, brightest=brightest)
+            if holds_more:
+                contents = contents_of(path)
+                mode = "LA" if contents.grey else header.mode
+                headers[-1] = header._replace(mode=mode, contents=contents)
     return headers
 
 
@@ -267,15 +312,3 @@ def size_as_shown(image: Image.Image) -> tuple[int, int]:
     if (orientation_of(image) or 1) >= FIRST_SIDEWAYS:
         return width, height
     return height, width
-
-
-def brightest_pixel(image: Image.Image) -> int:
-    """The highest level of an image with 16 bits; 0 if its pixels do not fit into 16 bits."""
-    brightest = 0
-    with parallel.one_at_a_time(image.size):
-        for _, _, band in bands(image):
-            pixels = np.asarray(band)
-            if pixels.min() < 0 or pixels.max() > WHITES[-1]:
-                return 0
-            brightest = max(brightest, int(pixels.max()))
-    return brightest

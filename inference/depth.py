@@ -209,10 +209,7 @@ def scale_to_8_bits(
 
     result = None
     for top, samples in sample_bands(image, low, depth):
-        count = samples.shape[2]
-        alpha = samples[..., 3:] if count == 4 else samples[..., 1:2] if count == 2 else None
-        colours = samples if alpha is None else samples[..., :-1]
-
+        colours, alpha = split_alpha(samples)
         if depth.premultiplied:
             colours = divided_by_alpha(colours, alpha)
         if depth.top != TOP:
@@ -231,6 +228,13 @@ def scale_to_8_bits(
             result = Image.new(MODES[channels], image.size)
         result.paste(Image.fromarray(pixels[..., 0] if channels == 1 else pixels), (0, top))
     return result
+
+
+def split_alpha(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples [..., 1 to 4] as colours or grey, and alpha [..., 1], None of 1 or 3 channels."""
+    if samples.shape[2] in (1, 3):
+        return samples, None
+    return samples[..., :-1], samples[..., -1:]
 
 
 def divided_by_alpha(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from inference.depth import TOP, bands, depth_of, load_all_bits, scale_to_8_bits
 from inference.errors import Problem, one_line
 from inference.formats import HEIF_HINT, can_read_heif, first_bytes, is_heif, open_image
 from inference.limits import MAX_PIXELS, TooLarge, check_rows, check_scans, check_size
-from inference.orientation import turn_upright
-from inference.transparency import GROUNDS, composite, mend_key
+from inference.orientation import orientation_of, turn_upright
+from inference.transparency import GROUNDS, as_rgba, composite, mend_key
 
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
 
@@ -103,7 +103,9 @@ def read_pixels(
     """Read an image as uint8 [height, width, channels]; decode_image() explains the errors."""
     with open_image(source) as image:
         has_pages = image.format == "TIFF" and image.is_animated
-        turned = turn_upright(load_8_bits(source, image, white, max_pixels), image)
+        loaded = load_8_bits(source, image, white, max_pixels)
+        turned = turn_upright(loaded, orientation_of(image))
+        del loaded  # a photo in memory once more
         pixels, is_transparent = to_array(turned, channels, ground)
 
     seen.add(transparent=is_transparent, paged=has_pages)
@@ -146,8 +148,6 @@ def to_array(image: Image.Image, channels: int, ground: str | None) -> tuple[np.
     at once takes twice the time and memory.
     """
     mode = "L" if channels == 1 else "RGB"
-    if image.mode == "La":  # multiplied by its alpha; Pillow converts it to this mode only
-        image = image.convert("LA")
     has_alpha = image.has_transparency_data
     is_transparent = False
 
@@ -155,10 +155,12 @@ def to_array(image: Image.Image, channels: int, ground: str | None) -> tuple[np.
     pixels = np.empty((height, width, channels), np.uint8)
     for top, bottom, band in bands(image):
         if has_alpha:
-            rgba = band.convert("RGBA")
+            rgba = as_rgba(band)
             is_transparent = is_transparent or rgba.getextrema()[3][0] < 255
             if ground is not None:
                 band = composite(rgba, GROUNDS[ground])
+            elif image.mode == "La":
+                band = rgba
         pixels[top:bottom] = np.asarray(band.convert(mode)).reshape(-1, width, channels)
     return pixels, is_transparent
 

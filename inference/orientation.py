@@ -18,17 +18,14 @@ TRANSPOSED = {
 }
 
 
-def turn_upright(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """The image as the EXIF orientation of the file shows it, whatever else the EXIF holds.
-
-    opened: the file's image, already loaded, of which `image` has the pixels.
-    """
-    method = TRANSPOSED.get(orientation_of(opened))
+def turn_upright(image: Image.Image, orientation: int | None) -> Image.Image:
+    """The image as its EXIF orientation shows it."""
+    method = TRANSPOSED.get(orientation)
     return image if method is None else image.transpose(method)
 
 
 def orientation_of(opened: Image.Image) -> int | None:
-    """The EXIF orientation of a file's image; None if there is none.
+    """The EXIF orientation of a file's image, whatever else the EXIF holds; None if there is none.
 
     Of a PNG that has no EXIF before its pixels, this decodes the pixels.
     """

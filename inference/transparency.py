@@ -23,6 +23,13 @@ def mend_key(image: Image.Image) -> None:
         image.info["transparency"] = tuple(level & 255 for level in key)
 
 
+def as_rgba(image: Image.Image) -> Image.Image:
+    """An image with transparency in mode RGBA."""
+    if image.mode == "La":  # multiplied by its alpha; Pillow converts it to LA only
+        image = image.convert("LA")
+    return image.convert("RGBA")
+
+
 def composite(image: Image.Image, ground: int) -> Image.Image:
     """An image of mode RGBA on a ground of one level, 0 to 255: mode RGB."""
     pixels = np.asarray(image).astype(np.uint16)  # [height, width, 4]

@@ -253,7 +253,9 @@ def test_large_images_are_decoded_one_at_a_time(folder, monkeypatch):
     monkeypatch.setattr(decoding, "decode_and_resize", decode)
     monkeypatch.setattr(decoding, "LARGE_PIXELS", 63)
     monkeypatch.setattr(parallel, "large_image", Lock())
-    target = data.target.Target(image_size=(8, 8), channels=1, white=65535, fit="stretch")
+    target = data.target.Target(
+        image_size=(8, 8), channels=1, white=65535, ground=None, fit="stretch"
+    )
     image = decoding.decode_to(str(folder / "a" / "0.png"), target, 64)
     assert image.shape == (8, 8, 1) and seen == [(63, 0), (64, 1)]
     with pytest.raises(Problem, match="more than --max-pixels 62"):

@@ -283,9 +283,9 @@ def test_probe_decodes_only_16_bit_files(tmp_path, monkeypatch):
     from data.target import probe_chunk
 
     paths = sorted(map(str, tmp_path.glob("*/*.png")))
-    found = probe_chunk(paths, 0, len(paths))
+    found = probe_chunk(paths, 0)
     assert {os.path.basename(path) for path in decoded} == {"deep.png"}
-    assert max(header.brightest for header in found) == 700
+    assert max(header.contents.brightest for header in found) == 700
     assert len(found) == 11 and {header.size for header in found} == {(90, 80)}
 
 

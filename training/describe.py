@@ -51,6 +51,7 @@ def describe_run(
         "arguments": vars(settings),
         "versions": versions,
         "white": dataset.white,  # the level of 16-bit pixels that becomes 255
+        "ground": dataset.ground,  # what transparent pixels lie on
         "temperature": None,
         "calibration": None,
         "known": None,

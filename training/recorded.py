@@ -19,6 +19,7 @@ from training.progress import Progress, columns_of
 from training.recipes import CALIBRATIONS, MOST_WIDTH, OPTIMIZERS, SCHEDULES
 
 FITS = ("stretch", "crop", "letterbox")
+GROUNDS = ("white", "black")
 MAX_COUNT = 1 << 31  # of epochs, images and the like
 MAX_TEXT = 4096  # characters of a path or a name
 MAX_LAYERS = 1024
@@ -315,6 +316,7 @@ SPEC: dict[str, Rule] = {
 SPEC_LATER: dict[str, Rule] = {
     "created": TEXT,
     "white": (lambda value: is_whole(value, 1, 65535), "a whole number from 1 to 65535"),
+    "ground": maybe(one_of(GROUNDS)),
     "fit": maybe(one_of(FITS)),
     "unseen": maybe(between(0, 1)),
     "temperature": maybe(POSITIVE),
