@@ -173,6 +173,8 @@ def sample_bands(
     """
     for top, bottom, band in bands(image):
         pixels = np.asarray(band)
+        if image.mode == "RGBX":  # of older versions of Pillow
+            pixels = pixels[..., :3]
         if depth.in_pairs:
             pairs = pixels.astype(np.uint16)  # [rows, width, high and low of grey and of alpha]
             yield top, pairs[..., ::2] << 8 | pairs[..., 1::2]
@@ -181,7 +183,8 @@ def sample_bands(
             yield top, planes.astype(np.uint16) * 257
         elif low is not None:
             low_band = low.crop((0, top, image.width, bottom))
-            yield top, pixels.astype(np.uint16) << 8 | np.asarray(low_band)
+            low_pixels = np.asarray(low_band)[..., : pixels.shape[2]]
+            yield top, pixels.astype(np.uint16) << 8 | low_pixels
         else:
             if pixels.min() < 0 or pixels.max() > TOP:
                 raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
@@ -240,11 +243,11 @@ def split_alpha(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 def divided_by_alpha(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Colours that were multiplied by the alpha, uint16 [..., 3], as they were before."""
     alpha = np.maximum(alpha, 1).astype(np.uint32)
-    divided = (colours * np.uint32(TOP) + alpha // 2) // alpha
+    divided = (colours.astype(np.uint32) * TOP + alpha // 2) // alpha
     return np.minimum(divided, TOP).astype(np.uint16)
 
 
 def stretched(samples: np.ndarray, top: int) -> np.ndarray:
     """Samples of 0 to `top` as samples of 0 to 65535."""
-    scaled = (np.minimum(samples, top) * np.uint32(TOP) + np.uint32(top // 2)) // np.uint32(top)
-    return scaled.astype(np.uint16)
+    samples = np.minimum(samples, top).astype(np.uint32)
+    return ((samples * TOP + top // 2) // top).astype(np.uint16)

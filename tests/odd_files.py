@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import OPEN_INFO
 
 try:
     import cv2
@@ -279,7 +280,7 @@ def pillow_files() -> Iterator[OddFile]:
 
     for bits in (10, 12, 16):
         grey = picture(1, DEPTHS[bits])
-        for file_format, end in (("PNG", "png"), ("TIFF", "tif"), ("PPM", "pgm")):
+        for file_format, end in (("PNG", "png"), ("TIFF", "tif")):
             content = stored(Image.fromarray(grey), file_format)
             white = DEPTHS[bits]
             yield odd(f"pillow-I16-{bits}.{end}", content, grey, white, white=white)
@@ -523,7 +524,8 @@ def tiff_alphas() -> Iterator[OddFile]:
     for kind, first in (("assocalpha", product), ("unassalpha", both[..., :1])):
         pixels = np.concatenate([first, both[..., 1:]], axis=2)
         content = tiff(pixels, photometric="minisblack", planarconfig="contig", extrasamples=[kind])
-        yield odd(f"grey-alpha-{kind}.tif", content, both)
+        if kind == "unassalpha" or ("La", "La") in OPEN_INFO.values():  # of newer Pillows
+            yield odd(f"grey-alpha-{kind}.tif", content, both)
 
 
 # ------------------------------------------------------------------------------------------- OpenCV
