@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ from inference.spec import MAX_NAME
 IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
 LABEL_COLUMNS = ("label", "class", "target")
 GROUP_COLUMNS = ("group",)
+# With one of these words, a column's name begins that probably tells which images belong together.
+GROUP_WORDS = ("patient", "subject", "participant", "scene", "clip", "video", "session", "lesion")
 SPLIT_COLUMN = "split"
 LONGEST_NUMBER = 20  # characters of a label that is still sorted as a number
 
@@ -255,7 +259,9 @@ def find_columns(file: str, header: list[str], options: Options) -> Columns:
 
     # A list of test images needs no groups: only --data-dir's images are split.
     is_test = file == options.test_csv
-    group = find_group(file, header, None if is_test else options.group_column)
+    group = None
+    if options.group_by is None:
+        group = find_group(file, header, None if is_test else options.group_column)
     return Columns(image=image, label=label, split=split, group=group)
 
 
@@ -263,8 +269,21 @@ def find_group(file: str, header: list[str], given: str | None) -> int | None:
     """Where the column of the groups is, if any. Raises Problem if the given one is missing."""
     lower_case = [name.lower() for name in header]
     if given is None and not set(GROUP_COLUMNS) & set(lower_case):
+        note_possible_groups(file, header)
         return None
     return find_column(file, header, "--group-column", given, GROUP_COLUMNS)
+
+
+def note_possible_groups(file: str, header: list[str]) -> None:
+    """Note a column whose name says that it may tell which images belong together."""
+    for name in header:
+        words = re.split(r"[\W_]+", name.lower())
+        if words[0].rstrip("s") in GROUP_WORDS:
+            note(
+                f"{file} has a column {name!r}: if its images belong together, add "
+                f"--group-column {shlex.quote(name)}"
+            )
+            return
 
 
 def find_column(

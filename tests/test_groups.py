@@ -175,12 +175,15 @@ def test_a_wrong_option_is_refused_at_once(call, here, arguments, words):
     call(step1_train.main, *arguments).error(2, words)
 
 
-def test_another_column_may_say_it_and_must_be_there(scenes, tmp_path):
+def test_another_column_may_say_it_and_must_be_there(scenes, tmp_path, capsys):
     text = (scenes / "list.csv").read_text().replace("group", "Patient", 1)
     file = tmp_path / "list.csv"
     file.write_text(text)
     options = {"image_root": str(scenes)}
     assert data.load("csv", str(file), **options).groups == {}
+    assert "column 'Patient': if its images belong together, add --group-column Patient" in (
+        capsys.readouterr().err
+    )
     assert data.load("csv", str(file), group_column="patient", **options).groups
     with pytest.raises(Problem, match="no column 'clip'"):
         data.load("csv", str(file), group_column="clip", **options)
