@@ -103,7 +103,8 @@ def build_parser() -> Parser:
         "--max-drop",
         type=number(float, 0, 100),
         metavar="X",
-        help=f"points of accuracy that int8 may lose (default: {defaults['max_drop']:g})",
+        help="points of accuracy that int8 may lose "
+        f"(default: {formats.MAX_DROP:g}, and what chance explains)",
     )
     add(
         "--fixed",
@@ -288,7 +289,7 @@ def write_and_prove(chosen: Format, file: str, job: Job) -> dict:
         spec=describe_file(chosen, job),
         opset=job.args.opset,
         dataset=job.dataset,
-        max_drop=job.args.max_drop,
+        max_drop=formats.MAX_DROP if job.args.max_drop is None else job.args.max_drop,
         threads=job.trained.threads,
     )
     try:

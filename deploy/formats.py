@@ -34,7 +34,8 @@ class Format:
 
 
 # The options of single formats, with their defaults.
-DEFAULTS = {"opset": 18, "tolerance": 1e-4, "max_drop": 0.5, "fixed": None, "input": "uint8"}
+DEFAULTS = {"opset": 18, "tolerance": 1e-4, "max_drop": None, "fixed": None, "input": "uint8"}
+MAX_DROP = 0.5  # points of accuracy that int8 may lose without --max-drop, besides chance
 
 TABLE = (
     Format(

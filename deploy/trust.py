@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from deploy.comparing import Outputs
+from deploy.formats import MAX_DROP
 from inference import metrics
 from inference.metrics import KEPT
 
@@ -18,6 +19,7 @@ KNOWN_BINS = 20  # of histograms of `known`
 DEVIATIONS = 3  # a figure of a sample may be off by so many standard deviations
 MARGIN = 0.005  # and a share by this much more
 MUCH_UNSEEN = 0.1  # of the average image: what step1 does not cut away by itself
+LOSS_DEVIATIONS = 2  # the same for the accuracy that int8 loses: a loss is looked for, not excused
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
 HINT = (
     "the test split differs from the training images; --uncalibrated exports without both outputs"
@@ -32,11 +34,8 @@ def classifier_figures(
     got, expected: the outputs of the file and of the trained network on the test split.
     """
     labels = dataset.test_labels
-    # By name, as a user reads the answers: a wrong order of the names costs accuracy here.
-    answers = np.array(file_spec["classes"])[got.main.argmax(1)]
-    truths = np.array(dataset.classes)[labels]
     figures = {
-        "accuracy": float((answers == truths).mean()),
+        "accuracy": float(right_answers(file_spec, got, dataset).mean()),
         "accuracy_trained": float((expected.main.argmax(1) == labels).mean()),
     }
     if not np.isfinite(got.main).all():  # compare_outputs() has found this fault
@@ -58,6 +57,16 @@ def check_fit(spec: dict) -> list[str]:
         return []
     part = f"{unseen:.0%} of the average image is cut away by --fit {spec['fit']}"
     return [f"{part}, and the network does not see it: step1 has --fit letterbox"]
+
+
+def right_answers(spec: dict, outputs: Outputs, dataset) -> np.ndarray:
+    """Which images of the test split are classified correctly, bool [n].
+
+    By name, as a user reads the answers: a wrong order of the names costs accuracy here.
+    """
+    answers = np.array(spec["classes"])[outputs.main.argmax(1)]
+    truths = np.array(dataset.classes)[dataset.test_labels]
+    return answers == truths
 
 
 def check_promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, list[str]]:
@@ -101,7 +110,7 @@ def compare_thresholds(expected: np.ndarray | None, got: np.ndarray | None) -> l
     """Do thresholds of an int8 file's `known` [n] keep what those of the network keep?
 
     int8 moves the scores, and the file has a table of its own for them: here a difference is a
-    fault. Returns failures in words.
+    fault, unless so few images cannot show it. Returns failures in words.
     """
     if expected is None or got is None:
         return []
@@ -110,12 +119,44 @@ def compare_thresholds(expected: np.ndarray | None, got: np.ndarray | None) -> l
     for keep in KEPT:
         wanted = kept_share(expected, keep)
         share = kept_share(got, keep)
-        deviation = math.sqrt(keep * (1 - keep) / len(got))
-        if not abs(share - wanted) <= DEVIATIONS * deviation + MARGIN:
+        # A shifted test split has more images near the threshold than the share to keep says.
+        variance = max(keep * (1 - keep), wanted * (1 - wanted)) / len(got)
+        if not abs(share - wanted) <= DEVIATIONS * math.sqrt(variance) + MARGIN:
             failures.append(
                 f"--reject {keep:g} keeps {share:.1%} of the test split, the network's {wanted:.1%}"
             )
     return failures
+
+
+def check_drop(
+    before: np.ndarray, after: np.ndarray, max_drop: float | None
+) -> tuple[float, list[str], list[str]]:
+    """How much accuracy does an int8 file lose, and is that too much?
+
+    before, after: bool [n], which images of the test split the network and the file classify
+    correctly. max_drop: the user's own limit in points; for None it is MAX_DROP, and what chance
+    explains on so many images. Returns the points lost, and failures and warnings in words.
+    """
+    count = len(before)
+    lost = int((before & ~after).sum())
+    won = int((~before & after).sum())
+    drop = round(100 * (lost - won) / count, 3)
+    limit = MAX_DROP if max_drop is None else max_drop
+    if drop <= limit:
+        return drop, [], []
+
+    loses = f"it loses {drop:.2f} points of accuracy ({lost - won:,} of {count:,} images)"
+    # If a changed answer were as likely a gain as a loss, this would be the standard deviation.
+    deviation = 100 * math.sqrt(lost + won) / count
+    if max_drop is None and drop - LOSS_DEVIATIONS * deviation <= limit:
+        return (
+            drop,
+            [],
+            [f"{loses}, more than {limit:g}, but so few images may lose that by chance"],
+        )
+
+    enough = math.ceil(100 * drop) / 100
+    return drop, [f"{loses}, --max-drop allows {limit:g}: --max-drop {enough:g} accepts it"], []
 
 
 def check_temperature(

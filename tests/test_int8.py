@@ -12,7 +12,7 @@ from test_step2 import parity_of
 import data
 import step2_export
 import step3_infer
-from deploy import exporters, gate, int8, speed
+from deploy import exporters, gate, int8, speed, trust
 from deploy.exporters import Source, export_onnx
 from deploy.reference import reference
 from inference.predict import Model
@@ -182,10 +182,37 @@ def test_a_file_that_loses_more_than_max_drop_is_refused(
     run = step2_export.read_run(str(trained.run))
     expected = reference(run, digits.test_images)
     _, failures = gate.prove_int8(run, file, digits, expected, max_drop=0.5)
-    lost = re.search(r"it loses ([\d.]+) points of accuracy, --max-drop allows 0.5", failures[0])
+    lost = re.search(
+        r"it loses ([\d.]+) points of accuracy .* --max-drop allows 0.5: --max-drop \d", failures[0]
+    )
     assert float(lost[1]) > 0.5
     _, failures = gate.prove_int8(run, file, digits, expected, max_drop=100)
     assert not [words for words in failures if "loses" in words]
+
+
+@pytest.mark.parametrize(
+    ("images", "lost", "won", "limit", "said"),
+    [
+        (50, 1, 0, None, "warning"),  # 2 points, but one image
+        (54, 3, 1, None, "warning"),
+        (50, 12, 0, None, "failure"),
+        (10_000, 90, 5, None, "failure"),  # 0.85 points, and no chance
+        (10_000, 60, 20, None, "nothing"),
+        (50, 1, 0, 0.5, "failure"),  # the user's own limit
+        (50, 1, 0, 2, "nothing"),
+    ],
+)
+def test_a_loss_that_chance_explains_is_no_fault(images, lost, won, limit, said):
+    before = np.ones(images, bool)
+    before[lost : lost + won] = False
+    after = np.ones(images, bool)
+    after[:lost] = False
+    drop, failures, warnings = trust.check_drop(before, after, limit)
+    assert drop == pytest.approx(100 * (lost - won) / images, abs=1e-3)
+    assert (len(failures), len(warnings)) == (said == "failure", said == "warning")
+    if failures and limit:  # the way out that it names works
+        enough = float(re.search(r"--max-drop ([\d.]+) accepts", failures[0])[1])
+        assert not trust.check_drop(before, after, enough)[1]
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ def test_option_without_effect_on_the_formats(call, here, options, needed):
 
 def test_options_have_their_defaults():
     arguments = step2_export.parse([])
-    assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (18, 1e-4, 0.5)
+    assert (arguments.opset, arguments.tolerance, arguments.max_drop) == (18, 1e-4, None)
     arguments = step2_export.parse(
         ["--format", "onnx", "onnx-int8", "--max-drop", "0", "--opset", "20"]
     )
