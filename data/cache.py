@@ -7,14 +7,18 @@ old one is removed. Only files with names of our own kind are ever removed.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
 import re
 import stat
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import PIL
@@ -26,10 +30,14 @@ from data.json_files import read_json, write_json
 from data.notes import note
 from data.parallel import run_parallel
 from data.target import Target, choose_target
-from inference.errors import Problem, problems
+from inference.errors import Problem, one_line
 from inference.limits import MAX_PIXELS
 
 BESIDE = ".threestep"  # the folder beside the data
+IN_USER_CACHE = "threestep"  # the folder in the user's cache directory
+LONGEST_STEM = 60  # of the name of the data in that folder
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+Result = TypeVar("Result")
 IN_CACHE_DIR = "threestep-cache"  # the folder in --cache-dir, which may hold files of others
 STALE_SECONDS = 24 * 3600  # after which the temporary file of a killed build is removed
 
@@ -58,29 +66,34 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
     file.
     """
     source = os.path.abspath(source)
-    directory = directory_for(source, options.cache_dir)
 
-    failure = f"cannot keep the image cache in {directory}"
-    with problems(failure, OSError, form="{}: {}; step1 takes another with --cache-dir"):
-        os.makedirs(directory, exist_ok=True)
+    def load(directory: str) -> Decoded:
+        return load_from(directory, paths, train, source, options)
 
-        state, sizes = state_of(paths)
-        of_limit = f"-{options.max_pixels}" if options.max_pixels else ""
-        probe_file = os.path.join(directory, f"probe-{state}-{train}{of_limit}.json")
-        target = choose_target(paths, train, probe_file, options)
+    return in_writable_place(load, source, options.cache_dir, "the image cache")
 
-        key = key_for(source, target, options)
-        base = os.path.join(directory, f"{key}-{state}")
-        if not is_whole(base):
-            remove_outdated(directory, key, os.path.basename(base))
-            build_cache(paths, base, target, options)
 
-        description = read_json(base + ".json")
-        unreadable = description["unreadable"]
-        report_unreadable(paths, unreadable, options.strict)
+def load_from(
+    directory: str, paths: list[str], train: int, source: str, options: Options
+) -> Decoded:
+    """Decode every file, or reuse the cache in this directory. Raises Problem or OSError."""
+    state, sizes = state_of(paths)
+    of_limit = f"-{options.max_pixels}" if options.max_pixels else ""
+    probe_file = os.path.join(directory, f"probe-{state}-{train}{of_limit}.json")
+    target = choose_target(paths, train, probe_file, options)
 
-        # Copy on write: nothing that is done to the images reaches the cache.
-        pixels = np.memmap(base + ".u8", np.uint8, mode="c", shape=tuple(description["shape"]))
+    key = key_for(source, target, options)
+    base = os.path.join(directory, f"{key}-{state}")
+    if not is_whole(base):
+        remove_outdated(directory, key, os.path.basename(base))
+        build_cache(paths, base, target, options)
+
+    description = read_json(base + ".json")
+    unreadable = description["unreadable"]
+    report_unreadable(paths, unreadable, options.strict)
+
+    # Copy on write: nothing that is done to the images reaches the cache.
+    pixels = np.memmap(base + ".u8", np.uint8, mode="c", shape=tuple(description["shape"]))
 
     readable = np.ones(len(paths), dtype=bool)
     for number, _ in unreadable:
@@ -88,15 +101,58 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
     return Decoded(readable=readable, pixels=pixels, sizes=sizes[readable], target=target)
 
 
-def directory_for(source: str, cache_dir: str | None) -> str:
-    """Where to keep what is computed of a directory or a file: in --cache-dir, or beside it.
+# ------------------------------------------------------------------------------------------- places
+def in_writable_place(
+    work: Callable[[str], Result], source: str, cache_dir: str | None, what: str
+) -> Result:
+    """work(directory) in the first directory that can be written.
 
-    Either way it is a folder of our own.
+    source: the directory or the file that something is computed of. cache_dir: --cache-dir. what is
+    kept, in words. Raises Problem.
+    """
+    places = places_for(os.path.abspath(source), cache_dir)
+    tried = []
+    for place in places:
+        tried.append(place)
+        try:
+            os.makedirs(place, exist_ok=True)
+            return work(place)
+        except OSError as error:
+            if len(tried) == len(places) or error.errno not in READ_ONLY:
+                failure = f"cannot keep {what} in {' or '.join(tried)}: {one_line(error)}"
+                raise Problem(f"{failure}; step1 takes another with --cache-dir") from None
+        note(f"{place} cannot be written: {what} is kept in {places[len(tried)]}")
+    raise AssertionError("there is at least one place")
+
+
+def places_for(source: str, cache_dir: str | None) -> list[str]:
+    """Where what is computed of a directory or a file may be kept, each a folder of our own.
+
+    In --cache-dir; else beside the data, or if that is read-only in the user's cache directory.
     """
     if cache_dir:
-        return os.path.join(cache_dir, IN_CACHE_DIR)
+        return [os.path.join(cache_dir, IN_CACHE_DIR)]
+
     beside = source if os.path.isdir(source) else os.path.dirname(source)
-    return os.path.join(beside, BESIDE)
+    places = [os.path.join(beside, BESIDE)]
+    user_cache = user_cache_dir()
+    if user_cache:
+        name = re.sub(r"[^\w.-]+", "-", os.path.basename(source))[:LONGEST_STEM]
+        name = f"{name}-{digest(os.fsencode(source))}"
+        places.append(os.path.join(user_cache, IN_USER_CACHE, name))
+    return places
+
+
+def user_cache_dir() -> str | None:
+    """Where this system keeps caches of a user; None for a user without a home."""
+    home = os.path.expanduser("~")
+    if sys.platform == "win32":
+        place = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
+    elif sys.platform == "darwin":
+        place = os.path.join(home, "Library", "Caches")
+    else:
+        place = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    return place if os.path.isabs(place) else None
 
 
 def is_own_cache(cache_dir: str) -> bool:

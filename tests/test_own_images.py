@@ -2,8 +2,11 @@
 scripts."""
 
 import csv
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import data
 import step1_train
 import step2_export
 import step3_infer
-from data import folders, holdout
+from data import cache, folders, holdout
 from data.files import InputSizes
 from inference.metrics import per_class
 
@@ -318,6 +321,64 @@ def test_cache_dir_that_cannot_be_written(call, here, folder, tmp_path):
     place = tmp_path / "file" / "cache"
     arguments = ["--dataset", "folder", "--data-dir", folder, "--cache-dir", place, *QUICK]
     call(step1_train.main, *arguments).error(1, place, "--cache-dir")
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """read_only(*folders): nothing can be made in them, also not by root."""
+    makedirs = os.makedirs
+
+    def read_only(*folders):
+        def refuse(path, *args, **options):
+            if Path(path).parent in folders:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            makedirs(path, *args, **options)
+
+        monkeypatch.setattr(os, "makedirs", refuse)
+
+    return read_only
+
+
+def test_read_only_images_are_cached_for_the_user(call, here, folder, read_only, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "home"))
+    read_only(folder)
+    arguments = ["--dataset", "folder", "--data-dir", folder, *QUICK]
+    said = call(step1_train.main, *arguments).done().err
+    (place,) = (here / "home" / "threestep").iterdir()
+    assert f"{folder / '.threestep'} cannot be written" in said and str(place) in said
+    assert "decoded" in said and len(list(place.glob("*.u8"))) == 1
+
+    assert "decoded" not in call(step1_train.main, *arguments).done().err
+    call(step2_export.main, "--format", "torchscript").done()
+    assert len(list(place.glob("*.u8"))) == 1  # the same one
+    call(step1_train.main, *arguments, "--cache-dir", here / "own").done()
+    assert len(list((here / "own" / "threestep-cache").glob("*.u8"))) == 1
+
+
+def test_no_place_for_the_cache_is_one_error(call, here, folder, read_only, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "home"))
+    read_only(folder, here / "home" / "threestep")
+    arguments = ["--dataset", "folder", "--data-dir", folder, *QUICK]
+    call(step1_train.main, *arguments).error(1, folder, here / "home", "--cache-dir")
+
+
+@pytest.mark.parametrize(
+    ("system", "variable", "expected"),
+    [
+        ("linux", "XDG_CACHE_HOME", "set"),
+        ("linux", None, ".cache"),
+        ("darwin", None, "Library/Caches"),
+        ("win32", "LOCALAPPDATA", "set"),
+    ],
+)
+def test_where_a_system_keeps_caches(here, monkeypatch, system, variable, expected):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(here))
+    if variable:
+        monkeypatch.setenv(variable, str(here / "set"))
+    monkeypatch.setattr(cache.sys, "platform", system)
+    assert cache.user_cache_dir() == str(here / expected)
 
 
 def test_full_disk_while_caching(call, here, folder, monkeypatch):

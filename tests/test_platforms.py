@@ -243,7 +243,8 @@ def test_cache_that_is_published_at_the_same_moment_is_used(folder, monkeypatch)
     assert len(data.load("folder", str(folder)).train_images) == 36
 
 
-def test_cache_that_cannot_be_replaced_is_one_error(folder, monkeypatch):  # noqa: F811
+def test_cache_that_cannot_be_replaced_is_one_error(folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(os, "replace", as_windows(os.replace, lambda *_: None))
     with pytest.raises(Problem, match="--cache-dir"):
         data.load("folder", str(folder))

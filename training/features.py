@@ -23,9 +23,8 @@ from tqdm import tqdm
 import data
 import model
 from data import notes
-from data.cache import directory_for
+from data.cache import in_writable_place
 from data.split import Split, evaluation_batch_size
-from inference.errors import problems
 from inference.files import replacing
 from training.runs import file_name_of
 from training.weights import head_keys
@@ -275,17 +274,18 @@ def cached_features(
     extractor: Extractor, images: torch.Tensor, settings: argparse.Namespace
 ) -> np.ndarray:
     """A map [N, d + s]: the features and the statistics of images [N, H, W, C]. Raises Problem."""
-    directory = directory_for(settings.data_dir or data.HERE, settings.cache_dir)
     name = f"features-{file_name_of(settings.model)}-{extractor.fingerprint(images)}.npy"
-    path = os.path.join(directory, name)
 
-    with problems(f"cannot keep features in {directory} (--cache-dir takes another)", OSError):
-        os.makedirs(directory, exist_ok=True)
+    def load(directory: str) -> np.ndarray:
+        path = os.path.join(directory, name)
         # A ValueError is a file that is not whole, and made again.
         with contextlib.suppress(FileNotFoundError, ValueError):
             return np.load(path, mmap_mode="c")
         write_features(path, extractor, images)
         return np.load(path, mmap_mode="c")
+
+    source = settings.data_dir or data.HERE
+    return in_writable_place(load, source, settings.cache_dir, "the features")
 
 
 def write_features(path: str, extractor: Extractor, images: torch.Tensor) -> None:
