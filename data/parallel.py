@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import notes
 from inference.cpus import usable_cpus
-from inference.errors import problems
+from inference.errors import problems, silence_pillow
 from inference.limits import LARGE_PIXELS
 
 CHUNK = 256  # files that a worker takes at a time
@@ -81,6 +81,7 @@ def begin_worker(lock) -> None:
     """Prepare a worker. lock: of multiprocessing, shared by all workers."""
     global large_image
     large_image = lock
+    silence_pillow()  # a worker that is spawned does not know that its parent has
 
     # Ctrl-C reaches all processes, and the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

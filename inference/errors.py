@@ -92,9 +92,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
 
 def prepare_output() -> None:
     """Make printing safe: no name can fail to be encoded, and a closed stderr cannot break us."""
-    # decode_image reports what matters about an image; Pillow would warn and log besides.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    silence_pillow()
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -103,6 +101,12 @@ def prepare_output() -> None:
 
     if sys.stderr is None:  # closed by `2>&-`; progress bars and runtimes write to it all the same
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open until the end
+
+
+def silence_pillow() -> None:
+    """Print nothing of what Pillow warns of and logs: decode_image reports what matters."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def flush_output() -> None:

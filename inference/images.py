@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import threading
 
 import numpy as np
@@ -60,8 +61,8 @@ def decode_image(
         reason = why_unidentified(source)
     except FileNotFoundError:
         reason = "no such file"
-    except Image.DecompressionBombError:  # Pillow's own limit comes first
-        raise TooLarge(f"has more pixels than --max-pixels {max_pixels:,}") from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit comes first
+        raise TooLarge(beyond(max_pixels, str(error))) from None
     except MemoryError:
         reason = "is too large for this machine's memory"
     except Problem:
@@ -69,6 +70,13 @@ def decode_image(
     except Exception as error:  # Pillow's plugins raise any exception on broken files
         reason = f"cannot be read: {one_line(error)}"
     raise Problem(reason)
+
+
+def beyond(max_pixels: int, bomb: str) -> str:
+    """What to say of an image that Pillow calls a bomb, with the number of its pixels."""
+    count = re.search(r"\d+", bomb)
+    has = f"{int(count[0]):,} pixels" if count else "many pixels"
+    return f"has {has}, more than --max-pixels {max_pixels:,}"
 
 
 def prepared(source):

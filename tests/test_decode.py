@@ -115,7 +115,7 @@ def test_32_bit_pixels_are_refused_where_they_do_not_fit():
 
 def test_decompression_bomb(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(Problem, match="more pixels than --max-pixels"):
+    with pytest.raises(Problem, match="pixels, more than --max-pixels"):
         decode_image(stored(Image.fromarray(COLOUR)), 3)
 
 

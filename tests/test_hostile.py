@@ -81,8 +81,8 @@ def test_no_image_runs_a_program(content, monkeypatch):
     [
         ((20_000_000, 1), "has a side of 20,000,000 pixels"),
         ((1, 70_000), "has a side of 70,000 pixels"),
-        ((13_000, 13_900), "more pixels than --max-pixels 178,956,970"),
-        ((20_000, 20_000), "more pixels than --max-pixels 178,956,970"),
+        ((13_000, 13_900), "pixels, more than --max-pixels 178,956,970"),
+        ((20_000, 20_000), "pixels, more than --max-pixels 178,956,970"),
     ],
 )
 def test_images_that_would_fill_the_memory(size, words):
