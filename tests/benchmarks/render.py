@@ -576,6 +576,35 @@ def bench_doctor(results: Results) -> list[str]:
     return [*copies_table(figures), "", told, *full_source(result)]
 
 
+def bench_honest(results: Results) -> list[str]:
+    result = results.get("honest")
+    if result is None:
+        return []
+    figures = result["figures"]
+    rows = []
+    for kind, row in figures["kinds"].items():
+        warned = ", ".join(f"{name}: {count}" for name, count in sorted(row["warned"].items()))
+        rows.append([kind, f"{row['sets']}", f"{row['refused']}", warned or "none"])
+
+    fewest, most = figures["images"]
+    told = (
+        f"{figures['sets']} sets of {fewest:,} to {most:,} images, "
+        f"{figures['int8']} of them exported as int8 as well. "
+        "Faults planted into some of the exports:"
+    )
+    faults = []
+    for name, row in figures["faults"].items():
+        faults.append([name, f"{row['planted']}", f"{row['caught']}"])
+    return [
+        *table(["sets", "number", "refused", "sets with a warning, by what it is about"], rows),
+        "",
+        told,
+        "",
+        *table(["fault", "planted", "caught"], faults, right_from=1),
+        *full_source(result),
+    ]
+
+
 def bench_fuzz(results: Results) -> list[str]:
     result = results.get("fuzz")
     if result is None:
@@ -631,6 +660,7 @@ TABLES = {
     "bench-robustness": bench_robustness,
     "bench-unknown": bench_unknown,
     "bench-doctor": bench_doctor,
+    "bench-honest": bench_honest,
     "bench-fuzz": bench_fuzz,
     "bench-arm64": bench_arm64,
 }
