@@ -18,8 +18,8 @@ from inference.metrics import KEPT
 KNOWN_BINS = 20  # of histograms of `known`
 DEVIATIONS = 3  # a figure of a sample may be off by so many standard deviations
 MARGIN = 0.005  # and a share by this much more
+LOSS_DEVIATIONS = 2  # of the accuracy that int8 loses: here a loss is looked for
 MUCH_UNSEEN = 0.1  # of the average image: what step1 does not cut away by itself
-LOSS_DEVIATIONS = 2  # the same for the accuracy that int8 loses: a loss is looked for, not excused
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
 HINT = (
     "the test split differs from the training images; --uncalibrated exports without both outputs"
