@@ -143,6 +143,9 @@ def quantize(
     if quantization.calibration != "MinMax":
         pixels = images.shape[1] * images.shape[2]
         images = images[: max(BATCH_SIZE, HISTOGRAM_PIXELS // pixels)]
+        # onnxruntime joins the activations of all batches, which must be of one size for that.
+        size = (fixed and fixed["batch"]) or BATCH_SIZE
+        images = images[: max(len(images) // size, 1) * size]
     feeds = ({"image": batch} for batch in batches(images, fixed and fixed["batch"]))
     reader = SimpleNamespace(get_next=lambda: next(feeds, None))  # all that is used of a reader
 
