@@ -42,7 +42,7 @@ PLANTED = 8  # faults are planted into one of so many exports
 WARNINGS = {
     "temperature": "the temperature worsens",
     "threshold": "--reject",
-    "int8 accuracy": "points of accuracy",
+    "int8 accuracy": "it loses",
     "int8 speed": "not faster than float32",
 }
 
@@ -124,7 +124,8 @@ def kind_of(line: str) -> str:
     for kind, words in WARNINGS.items():
         if words in line:
             return kind
-    return re.sub(r"[\d.]+", "N", line.removeprefix("warning: "))[:60]
+    *_, words = line.split(": ", 2)  # after the path
+    return re.sub(r"[\d.]+", "N", words)[:60]
 
 
 def plant(place: Path) -> dict[str, list[str]]:
