@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.dataset import Dataset
+from data.groups import join
 from data.mirrored import Mirrored, harm_of_flip
 from data.near_copies import find_near
 from data.notes import note
@@ -111,14 +112,14 @@ def find_copies(images: AllImages, hashes: np.ndarray, thumbnails: np.ndarray) -
 def look_in_a_mirror(images: AllImages, thumbnails: np.ndarray, copies: Copies) -> Mirrored | None:
     """Do the training images, mirrored, look like images of other classes? See `harm_of_flip`."""
     trained = len(images.dataset.train_images)
-    like = copies.same.copy()
-    for first, second in copies.near:
-        like[like == like[second]] = like[first]
+    pairs = copies.pairs()
+    within = (pairs < trained).all(1)
+    groups = images.dataset.groups.get("train", np.arange(trained))
     return harm_of_flip(
         thumbnails[:trained],
         thumbnail_shape(images.dataset.train_images),
         images.dataset.train_labels,
-        like[:trained],
+        join(groups, pairs[within]),
     )
 
 

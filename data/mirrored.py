@@ -28,23 +28,23 @@ class Mirrored(NamedTuple):
 
 
 def harm_of_flip(
-    thumbnails: np.ndarray, shape: tuple[int, int], labels: np.ndarray, same: np.ndarray
+    thumbnails: np.ndarray, shape: tuple[int, int], labels: np.ndarray, groups: np.ndarray
 ) -> Mirrored | None:
     """What mirroring does to images of different classes, if it significantly makes them look like
     others; None if it does not.
 
-    thumbnails: of the training images, float32 [N, h * w]; shape: (h, w); labels: int64 [N]; same:
-    int64 [N], equal for images that are copies of each other.
+    thumbnails: of the training images, float32 [N, h * w]; shape: (h, w); labels: int64 [N];
+    groups: int64 [N], equal for images that are copies of each other or belong together.
     """
     chosen = np.arange(0, len(labels), -(-len(labels) // MOST_IMAGES))
     planes = thumbnails[chosen].reshape(-1, *shape)  # [n, h, w]
     labels = labels[chosen]
-    same = same[chosen]
+    groups = groups[chosen]
 
     # What lies anywhere in the image is compared in its middle, as well.
     for views in (planes, centred(planes)):
-        plain = finds_own_class(views, views, labels, same)
-        mirrored = finds_own_class(views[:, :, ::-1], views, labels, same)
+        plain = finds_own_class(views, views, labels, groups)
+        mirrored = finds_own_class(views[:, :, ::-1], views, labels, groups)
         lost = int((plain & ~mirrored).sum())
         won = int((mirrored & ~plain).sum())
         if chance_of(lost, lost + won) < LEVEL:
@@ -53,12 +53,12 @@ def harm_of_flip(
 
 
 def finds_own_class(
-    views: np.ndarray, planes: np.ndarray, labels: np.ndarray, same: np.ndarray
+    views: np.ndarray, planes: np.ndarray, labels: np.ndarray, groups: np.ndarray
 ) -> np.ndarray:
-    """bool [n]: is the plane most like each view of an image, copies of it left out, of its class?
+    """bool [n]: is the plane most like each view of an image, but not of its group, of its class?
 
     A plane is as like as its negative: letters may be darker or lighter than their ground. views:
-    [n, h, w], made from planes [n, h, w]; labels, same: [n].
+    [n, h, w], made from planes [n, h, w]; labels, groups: [n].
     """
     queries = unit(views.reshape(len(views), -1))
     vectors = unit(planes.reshape(len(planes), -1))
@@ -67,7 +67,7 @@ def finds_own_class(
     for start in range(0, len(queries), AT_A_TIME):
         part = slice(start, start + AT_A_TIME)
         likeness = np.abs(queries[part] @ vectors.T)  # [part, n]
-        likeness[same[part, None] == same] = -1  # of itself and its copies
+        likeness[groups[part, None] == groups] = -1  # of itself and those of its group
         found[part] = labels[likeness.argmax(1)] == labels[part]
     return found
 

@@ -43,12 +43,12 @@ def disc_or_square(drawing, x, y, label, colour):
     drawing.ellipse(place, colour) if label else drawing.rectangle(place, colour)
 
 
-def found_in(images, labels=None, same=None):
+def found_in(images, labels=None, groups=None):
     count = len(images)
     labels = np.arange(count) % 2 if labels is None else labels
-    same = np.arange(count) if same is None else same
+    groups = np.arange(count) if groups is None else groups
     thumbnails = shrink(images, 8).reshape(count, -1)
-    return harm_of_flip(thumbnails, thumbnail_shape(images), labels, same)
+    return harm_of_flip(thumbnails, thumbnail_shape(images), labels, groups)
 
 
 @pytest.mark.parametrize("draw", [arrow, letter])
