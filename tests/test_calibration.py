@@ -390,7 +390,7 @@ def test_int8_has_a_table_of_its_own(all_formats):
         tables += [array for array in arrays if array.shape == (1000,)]
     assert len(tables) == 2 and not np.array_equal(*tables) and (np.diff(tables[1]) >= 0).all()
     quantized = Model(all_formats / "model.int8.onnx")
-    assert (quantized.run(noise(8))[1] == 0).all()
+    assert (quantized.run(noise(8))[1] < trust.known_threshold(0.99)).all()
 
 
 def test_a_shifted_test_split_is_exported_with_a_warning(
