@@ -6,7 +6,7 @@ from PIL import Image
 
 EXIF_HEADER = b"Exif\0\0"
 ORIENTATION = 0x0112  # the EXIF tag
-WHOLE_TYPES = {1: "B", 3: "H", 4: "I"}  # of EXIF, in struct's letters
+WHOLE_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # of EXIF, in struct's letters
 TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -244,6 +244,39 @@ def test_it_decodes_the_pixels_that_step3_decodes(compare, tiny, pictures, chann
     assert by_name["turned1.png"] != by_name["turned6.png"]  # a lost orientation would be noticed
 
 
+@pytest.mark.parametrize("fit", ["stretch", "crop", "letterbox"])
+def test_a_network_of_any_shape_gets_images_of_any_shape(compare, suffix, tmp_path, fit):
+    network = model.build("linear", channels=3, classes=len(CLASSES), image_size=(6, 13))
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.2)
+    deployable = model.Deployable(network, (6, 13), [0.5] * 3, [0.2] * 3, fit=fit).eval()
+    spec = {"schema": 1, "task": "classification", "classes": CLASSES}
+    spec |= {"channels": 3, "image_size": [6, 13], "fit": fit}
+    file = export(deployable, spec, tmp_path / f"wide{suffix}")
+
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for height, width in ((6, 13), (40, 9), (9, 40), (25, 25)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{height}x{width}.png")
+    ours, _ = compare(file, tmp_path / "photos")
+    assert len(ours.done().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("ground", ["white", "black", None])
+def test_transparent_pixels_lie_on_the_ground_of_the_spec(compare, tiny, tmp_path, ground):
+    (tmp_path / "photos").mkdir()
+    rgba = np.random.default_rng(0).integers(0, 256, (9, 8, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "photos" / "rgba.png")
+    Image.fromarray(rgba).convert("LA").save(tmp_path / "photos" / "la.png")
+
+    for channels in (1, 3):
+        file = with_spec(tiny[channels], tmp_path / f"{channels}", ground=ground)
+        ours, theirs = compare(file, tmp_path / "photos")
+        plain, _ = compare(tiny[channels], tmp_path / "photos")
+        assert (ours.done().out == plain.done().out) == (ground is None)
+        assert ours.err == theirs.err and "note: 2 images with transparency" in ours.err
+
+
 @pytest.mark.parametrize("white", [1023, 4095, 40000])
 def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(
     program, compare, tiny, tmp_path, white
@@ -373,9 +406,15 @@ def test_directories_and_globs(compare, tiny, pictures, here):
     for name in ("b/x.png", "b/Y.PNG", "b/a/z.bmp", "b/note.txt", "c/d/e.png"):
         os.makedirs(os.path.dirname(name), exist_ok=True)
         shutil.copy(pictures / "colour.bmp", name)
+    Path("b/read.me").write_text("BMP files are images")
+    shutil.copy(pictures / "colour.bmp", "c/.hidden.bmp")
+    shutil.copy(pictures / "turned1.png", "c/scan.001")
     os.symlink("..", "b/a/up")
-    ours, _ = compare(tiny[3], "c", "b/", "b/*.png", "*")
-    assert len(ours.done().out.splitlines()) == 1 + 3 + 1 + 4
+    os.symlink("../c", "b/link")
+    ours, theirs = compare(tiny[3], "c", "b/", "b/*.png", "*")
+    assert len(ours.done().out.splitlines()) == 2 + 6 + 1 + 8
+    assert "note: skipped 2 files that are no images: b/read.me, b/read.me" in ours.err
+    assert "note: skipped 2 files" in theirs.err
 
 
 @pytest.fixture

@@ -9,17 +9,15 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "formats.h"
 #include "problem.h"
 
 namespace fs = std::filesystem;
 using std::string;
-
-// As in step3_infer.py: a file of a kind that stb_image cannot read is an error, it is not skipped.
-inline const string IMAGE_SUFFIXES =
-    ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .pgm .ppm .pbm .avif .jp2";
 
 // The suffix of a file's name, in small letters.
 inline string suffix_of(const fs::path& path) {
@@ -46,32 +44,71 @@ inline string read_file(const string& path) {
   return bytes;
 }
 
+// Whether a file is an image, by its suffix or, if that is not one of an image, by its content.
+// Only formats whose first bytes nothing else has count then: a camera's raw photo begins as a
+// TIFF, and a text may begin with the letters of a BMP, though not with its zeros.
 inline bool is_image(const fs::path& path) {
   const string suffix = suffix_of(path);
-  return !suffix.empty() && (IMAGE_SUFFIXES + " ").find(suffix + " ") != string::npos;
+  if (!suffix.empty() && (IMAGE_SUFFIXES + " ").find(suffix + " ") != string::npos) return true;
+
+  std::error_code error;
+  if (!fs::is_regular_file(path, error)) return false;  // to open a named pipe would wait
+  string start(16, '\0');
+  std::ifstream(path, std::ios::binary).read(start.data(), start.size());
+  const string format = format_of(start);
+  if (format == "BMP") return starts_with(start, string(4, '\0'), 6);
+  return format == "PNG" || format == "JPEG" || format == "GIF" || format == "WebP";
 }
 
-// Adds the images below a directory in name order, its own before those of its subdirectories. A
-// directory that cannot be read is added itself, so that read_file reports it.
-inline void walk(const fs::path& directory, std::vector<string>& found) {
+// Whether a name is neither hidden, like .DS_Store, nor a file of the system.
+inline bool is_visible(string name) {
+  for (char& c : name) c = std::tolower(static_cast<unsigned char>(c));
+  const std::set<string> of_system = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"};
+  return name[0] != '.' && of_system.count(name) == 0;
+}
+
+// Whether to go on with a folder below `place`: links are followed, though nowhere twice, nor up.
+inline bool enter(const fs::path& place, const fs::path& folder, std::set<fs::path>& entered) {
+  std::error_code error;
+  const fs::path real = fs::canonical(folder, error);
+  if (error) return false;
+
+  const fs::path above = fs::canonical(place, error);
+  const auto [end, _] = std::mismatch(real.begin(), real.end(), above.begin(), above.end());
+  const bool leads_up = fs::is_symlink(folder, error) && end == real.end() && real != above;
+  return !leads_up && entered.insert(real).second;
+}
+
+// What is below a directory.
+struct Below {
+  std::vector<string> images;
+  std::vector<string> others;  // files that are no images
+  std::set<fs::path> entered;  // folders, without links
+};
+
+// Adds the files below a directory in name order, its own before those of its subdirectories. A
+// directory that cannot be read counts as an image, so that read_file reports it.
+inline void walk(const fs::path& directory, Below& below) {
   std::vector<fs::path> files;
-  std::vector<fs::path> subdirectories;
+  std::vector<fs::path> folders;
   std::error_code error;
   fs::directory_iterator entry(directory, error);
   for (const fs::directory_iterator end; entry != end; entry.increment(error)) {
     std::error_code ignored;  // for example of a dangling link
-    if (!entry->is_directory(ignored)) {
-      if (is_image(entry->path())) files.push_back(entry->path());
-    } else if (!entry->is_symlink(ignored)) {  // a link may lead back up
-      subdirectories.push_back(entry->path());
-    }
+    if (!is_visible(entry->path().filename().string())) continue;
+    (entry->is_directory(ignored) ? folders : files).push_back(entry->path());
   }
-  if (error) found.push_back(directory.string());
+  if (error) below.images.push_back(directory.string());
 
   std::sort(files.begin(), files.end());
-  std::sort(subdirectories.begin(), subdirectories.end());
-  for (const auto& file : files) found.push_back(file.string());
-  for (const auto& subdirectory : subdirectories) walk(subdirectory, found);
+  for (const auto& file : files)
+    (is_image(file) ? below.images : below.others).push_back(file.string());
+
+  std::sort(folders.begin(), folders.end());
+  std::vector<fs::path> entered;
+  for (const auto& folder : folders)
+    if (enter(directory, folder, below.entered)) entered.push_back(folder);
+  for (const auto& folder : entered) walk(folder, below);
 }
 
 // What a pattern such as *.png matches, in name order.
@@ -84,8 +121,8 @@ inline std::vector<string> expand(const string& pattern) {
 }
 
 // The images that `path` stands for: a file as given, those below a directory, or what a glob
-// matches. Throws Problem.
-inline std::vector<string> find_images(const string& path) {
+// matches. Files in directories that are not images are added to `others`. Throws Problem.
+inline std::vector<string> find_images(const string& path, std::vector<string>& others) {
   std::error_code error;
   const bool is_there = fs::exists(fs::symlink_status(path, error));
   const bool is_glob = !is_there && path.find_first_of("*?[") != string::npos;
@@ -98,8 +135,13 @@ inline std::vector<string> find_images(const string& path) {
   if (found.empty() && directories.empty()) throw Problem("matches no file");
   if (!found.empty()) return found;
 
-  for (const auto& directory : directories) walk(directory, found);
-  if (found.empty())
-    throw Problem("no images in this directory (looked for " + IMAGE_SUFFIXES + ")");
+  for (const auto& directory : directories) {
+    Below below;
+    below.entered.insert(fs::canonical(directory, error));
+    walk(directory, below);
+    found.insert(found.end(), below.images.begin(), below.images.end());
+    others.insert(others.end(), below.others.begin(), below.others.end());
+  }
+  if (found.empty()) throw Problem("no images in this directory");
   return found;
 }

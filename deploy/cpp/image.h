@@ -7,9 +7,12 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "exif.h"
+#include "formats.h"
 #include "problem.h"
 #include "text.h"
 
@@ -96,6 +99,7 @@ struct Image {
   int height;
   int width;
   std::vector<uint8_t> pixels;  // [height, width, channels]
+  bool is_transparent = false;  // whether the file has pixels that are not opaque
 };
 
 // What stb_image reads from. It reads zeros beyond the end, so `ended` records whether it read that
@@ -123,61 +127,6 @@ inline const stbi_io_callbacks READER = {
       return int(source.at == source.bytes.size());
     }};
 
-// Reads whole numbers of an image file; beyond its end there are zeros.
-struct Numbers {
-  const string& bytes;
-
-  // `count` bytes at i, the highest first, or the lowest first.
-  size_t operator()(size_t i, int count, bool lowest_first = false) const {
-    size_t value = 0;
-    for (int k = 0; k < count; k++) {
-      const size_t at = lowest_first ? i + count - 1 - k : i + k;
-      const uint8_t byte = at < bytes.size() ? bytes[at] : 0;
-      value = value << 8 | byte;
-    }
-    return value;
-  }
-};
-
-// Where the EXIF block of a JPEG or PNG starts; 0 if it has none.
-inline size_t find_exif(const string& bytes) {
-  const Numbers number{bytes};
-
-  if (number(0, 2) == 0xFFD8) {  // JPEG: marker, length, content; the pixels start at marker FFDA
-    size_t i = 2;
-    while (number(i, 1) == 0xFF && number(i, 2) != 0xFFDA) {
-      const bool is_exif = number(i, 2) == 0xFFE1 && number(i + 4, 6) == 0x457869660000;  // "Exif"
-      if (is_exif) return i + 10;
-      i += 2 + number(i + 2, 2);
-    }
-  }
-
-  if (number(0, 4) == 0x89504E47) {  // PNG: length, name, content, checksum
-    for (size_t i = 8; i < bytes.size(); i += 12 + number(i, 4))
-      if (number(i + 4, 4) == 0x65584966) return i + 8;  // "eXIf"
-  }
-  return 0;
-}
-
-// The EXIF orientation of a JPEG or PNG, from 1 (upright) to 8.
-inline int exif_orientation(const string& bytes) {
-  const size_t exif = find_exif(bytes);
-  if (!exif) return 1;
-
-  const Numbers number{bytes};
-  const bool lowest_first = number(exif, 1) == 'I';
-  const size_t directory = exif + number(exif + 4, 4, lowest_first);
-  const size_t count = number(directory, 2, lowest_first);
-  for (size_t k = 0; k < count; k++) {
-    const size_t entry = directory + 2 + 12 * k;
-    if (number(entry, 2, lowest_first) != 0x0112) continue;
-
-    const size_t value = number(entry + 8, 2, lowest_first);
-    return value >= 1 && value <= 8 ? int(value) : 1;
-  }
-  return 1;
-}
-
 // Pixels of `components` bytes (grey, grey + alpha, RGB, RGB + alpha) -> upright Image of 1 or 3
 // channels; orientation: that of EXIF.
 inline Image upright(const uint8_t* pixels, int height, int width, int components, int channels,
@@ -188,7 +137,9 @@ inline Image upright(const uint8_t* pixels, int height, int width, int component
   const bool from_right =
       orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
 
-  Image image{swap ? width : height, swap ? height : width, {}};
+  Image image;
+  image.height = swap ? width : height;
+  image.width = swap ? height : width;
   image.pixels.resize(size_t(height) * width * channels);
   uint8_t* out = image.pixels.data();
   const int step = components < 3 ? 0 : 1;  // red, green and blue of a grey pixel are the same byte
@@ -240,11 +191,21 @@ inline string failure() {
   return string("is corrupt or truncated: ") + stbi_failure_reason();
 }
 
+// Why stb_image does not know the header of a file.
+inline string unknown_header(const string& bytes) {
+  const string format = format_of(bytes);
+  if (format.empty()) return "is not a PNG, JPEG, BMP or GIF image";
+  if (format == "PNG" || format == "JPEG" || format == "BMP" || format == "GIF")
+    return "is a damaged " + format + " file, or one of a kind that stb_image cannot read (" +
+           stbi_failure_reason() + "): save it as an ordinary PNG";
+  return "is a file in the format " + format + ", which this program cannot read: save it as PNG";
+}
+
 // What the first bytes of an image file say.
 struct Header {
   int width = 0;
   int height = 0;
-  bool is_wide = false;  // whether it has greys of 16 bits
+  bool is_wide = false;  // whether it has 16 bits for each colour
 };
 
 // Throws Problem for what stb_image cannot read, or what is over the limits.
@@ -256,42 +217,72 @@ inline Header read_header(const string& bytes, int64_t max_pixels) {
   Source source{bytes};
   const bool is_known = stbi_info_from_callbacks(&READER, &source, &header.width, &header.height,
                                                  &components);
-  if (!is_known || header.width < 1 || header.height < 1)
-    throw Problem("is damaged, too large or not a PNG, JPEG, BMP or GIF image"
-                  " that stb_image can read");
+  if (!is_known || header.width < 1 || header.height < 1) throw Problem(unknown_header(bytes));
   check_limits(bytes, header.width, header.height, max_pixels);
 
   Source again{bytes};
-  header.is_wide = components == 1 && stbi_is_16_bit_from_callbacks(&READER, &again);
+  header.is_wide = stbi_is_16_bit_from_callbacks(&READER, &again);
   return header;
 }
 
-// Scales greys of 16 bits in place to 8 bits, so that `white` becomes 255.
-inline void scale_to_8_bits(void* pixels, size_t count, uint32_t white) {
+// Scales `count` pixels of 16 bits in place to 8 bits: `white` of a colour becomes 255, and 65535
+// of the alpha, which is the last of 2 or 4 components.
+inline void scale_to_8_bits(void* pixels, size_t count, int components, uint32_t white) {
   const auto* wide = static_cast<const uint16_t*>(pixels);
   auto* scaled = static_cast<uint8_t*>(pixels);
-  for (size_t k = 0; k < count; k++)
-    scaled[k] = (std::min<uint32_t>(wide[k], white) * 255 + white / 2) / white;
+  const size_t alpha = components % 2 ? components : components - 1;
+  for (size_t k = 0; k < count * components; k++) {
+    const uint32_t full = k % components == alpha ? 65535 : white;
+    scaled[k] = (std::min<uint32_t>(wide[k], full) * 255 + full / 2) / full;
+  }
 }
 
-// The bytes of an image file -> Image; channels is 1 (grey) or 3 (RGB), alpha is dropped. white:
-// the level of 16-bit greys that becomes 255. Throws Problem with the reason (the caller knows the
-// name), std::bad_alloc.
-inline Image decode(const string& bytes, int channels, uint32_t white, int64_t max_pixels) {
+// Whether the alpha that stb_image gives is transparency. That of a BMP is a byte without a meaning
+// unless its header says where the alpha is.
+inline bool has_transparency(const string& bytes, int components) {
+  if (components % 2) return false;
+  if (format_of(bytes) != "BMP") return true;
+
+  const Numbers number{bytes};
+  const size_t bits = number(28, 2, true);
+  const size_t compression = number(30, 4, true);
+  return bits == 32 && compression == 3;  // BI_BITFIELDS
+}
+
+// Whether one of `count` pixels is not opaque; their alpha is the last of 2 or 4 components.
+inline bool is_any_transparent(const uint8_t* pixels, size_t count, int components) {
+  for (size_t k = 1; k <= count; k++)
+    if (pixels[k * components - 1] < 255) return true;
+  return false;
+}
+
+// Lays `count` pixels over a ground of this grey level, in place; their alpha is the last of 2 or 4
+// components.
+inline void composite(uint8_t* pixels, size_t count, int components, int ground) {
+  const int colours = components - 1;
+  for (uint8_t* p = pixels; p < pixels + count * components; p += components) {
+    const int alpha = p[colours];
+    for (int k = 0; k < colours; k++) p[k] = (p[k] * alpha + ground * (255 - alpha) + 127) / 255;
+  }
+}
+
+// The bytes of an image file -> Image; channels is 1 (grey) or 3 (RGB). white: the level of 16-bit
+// pixels that becomes 255. ground: the grey level under transparent pixels; without one, the alpha
+// is dropped. Throws Problem with the reason (the caller knows the name), std::bad_alloc.
+inline Image decode(const string& bytes, int channels, uint32_t white, std::optional<int> ground,
+                    int64_t max_pixels) {
   if (bytes.empty()) throw Problem("is empty");
   const Header header = read_header(bytes, max_pixels);
   const size_t count = size_t(header.width) * header.height;
   budget.start(BYTES_PER_IMAGE + BYTES_PER_PIXEL * count);
 
-  // As with Pillow and step3: 16-bit greys are scaled, and 16-bit colours are reduced to their high
-  // byte.
   Source source{bytes};
   int width = 0;
   int height = 0;
   int components = 0;
   void* pixels = nullptr;
   if (header.is_wide)
-    pixels = stbi_load_16_from_callbacks(&READER, &source, &width, &height, &components, 1);
+    pixels = stbi_load_16_from_callbacks(&READER, &source, &width, &height, &components, 0);
   else
     pixels = stbi_load_from_callbacks(&READER, &source, &width, &height, &components, 0);
 
@@ -301,7 +292,13 @@ inline Image decode(const string& bytes, int channels, uint32_t white, int64_t m
   if (width != header.width || height != header.height)
     throw Problem("is corrupt: it has two sizes");
 
-  if (header.is_wide) scale_to_8_bits(pixels, count, white);
-  const auto* bytes_of_pixels = static_cast<const uint8_t*>(pixels);
-  return upright(bytes_of_pixels, height, width, components, channels, exif_orientation(bytes));
+  if (header.is_wide) scale_to_8_bits(pixels, count, components, white);
+  auto* narrow = static_cast<uint8_t*>(pixels);
+  const bool is_transparent =
+      has_transparency(bytes, components) && is_any_transparent(narrow, count, components);
+  if (is_transparent && ground) composite(narrow, count, components, *ground);
+
+  Image image = upright(narrow, height, width, components, channels, orientation_of(bytes));
+  image.is_transparent = is_transparent;
+  return image;
 }

@@ -100,6 +100,8 @@ inline string quoted(const string& text) {
       out += {'\\', char(point)};
     else if (point >= ' ' && point < 0x7F)
       out += char(point);
+    else if (point >= 0xDC00 && point <= 0xDFFF)  // no UTF-8, which JSON cannot hold: as printed
+      out += "\\" + hex("\\u", 4, point);
     else if (point < 0x10000)
       out += hex("\\u", 4, point);
     else  // a surrogate pair

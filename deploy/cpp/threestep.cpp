@@ -77,6 +77,7 @@ struct Model {
   string path;
   Network network;
   Spec spec;
+  size_t transparent = 0;  // images with pixels that were not opaque
 };
 
 struct Answer {
@@ -175,7 +176,8 @@ struct Differences {
 // Runs one golden sample, and raises what it exceeds of `largest`.
 void compare(const json& sample, Model& model, Differences& largest) {
   const string file = base64_bytes(sample.at("image"));
-  Image image = decode(file, model.spec.channels, model.spec.white, MAX_PIXELS);
+  const Spec& spec = model.spec;
+  Image image = decode(file, spec.channels, spec.white, spec.ground, MAX_PIXELS);
   const Answer answer = predict(model, image);
 
   const std::vector<double> expected = sample.at("probabilities");
@@ -281,7 +283,9 @@ bool predict_file(const string& path, Model& model, const Options& options) {
   Answer answer;
   try {
     const Spec& spec = model.spec;
-    Image image = decode(read_file(path), spec.channels, spec.white, options.max_pixels);
+    const string file = read_file(path);
+    Image image = decode(file, spec.channels, spec.white, spec.ground, options.max_pixels);
+    model.transparent += image.is_transparent;
     answer = predict(model, image);
     check_shares(answer);
   } catch (const Problem& problem) {
@@ -294,11 +298,13 @@ bool predict_file(const string& path, Model& model, const Options& options) {
   return true;
 }
 
-// Predicts what a PATH stands for; -> whether all of it could be used.
-bool predict_path(const string& given, Model& model, const Options& options) {
+// Predicts what a PATH stands for; -> whether all of it could be used. Files in directories that
+// are not images are added to `others`.
+bool predict_path(const string& given, Model& model, const Options& options,
+                  std::vector<string>& others) {
   std::vector<string> found;
   try {
-    found = find_images(given);
+    found = find_images(given, others);
   } catch (const Problem& problem) {
     return report_error(given, problem.what(), options);
   }
@@ -310,6 +316,31 @@ bool predict_path(const string& given, Model& model, const Options& options) {
     if (!std::cout) throw Problem("cannot write to standard output");
   }
   return complete;
+}
+
+// Notes how many images had transparent pixels, and what became of these.
+void note_transparent(const Model& model) {
+  if (model.transparent == 0) return;
+
+  const std::optional<int> ground = model.spec.ground;
+  string ending = "which the model file drops, as its training did";
+  if (ground)
+    ending = string("laid on ") + (*ground ? "white" : "black") + ", as the model's images were";
+  const string images = model.transparent == 1 ? " image" : " images";
+  say("note: " + grouped(model.transparent) + images + " with transparency, " + ending);
+}
+
+// Notes how many files were not taken for images, and the first names.
+void note_skipped(const std::vector<string>& others) {
+  if (others.empty()) return;
+
+  const size_t named = std::min<size_t>(others.size(), 3);
+  string names = others[0];
+  for (size_t k = 1; k < named; k++) names += ", " + others[k];
+  if (named < others.size()) names += ", ...";
+  const bool is_one = others.size() == 1;
+  const string kind = is_one ? " file that is no image: " : " files that are no images: ";
+  say("note: skipped " + grouped(others.size()) + kind + names);
 }
 
 // --------------------------------------------------------------------------------- command line
@@ -428,8 +459,11 @@ int run(const std::vector<string>& arguments) {
   if (options.min_probability) model.spec.min_probability = options.min_probability;
 
   bool complete = true;
+  std::vector<string> others;
   for (const string& given : options.paths)
-    complete = predict_path(given, model, options) && complete;
+    complete = predict_path(given, model, options, others) && complete;
+  note_transparent(model);
+  note_skipped(others);
   return complete ? 0 : 1;
 }
 
