@@ -16,6 +16,7 @@ from inference.depth import (
     split_alpha,
 )
 from inference.formats import open_image
+from inference.orientation import forget_odd_xmp
 from inference.transparency import as_rgba, mend_key
 
 WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
@@ -45,6 +46,7 @@ def contents_of(path: str) -> Contents:
 def read_contents(path: str, image: Image.Image) -> Contents:
     """What contents_of() returns, of an opened image, which is loaded."""
     mend_key(image)
+    forget_odd_xmp(image)
     depth = depth_of(path, image)
 
     with parallel.one_at_a_time(image.size):

@@ -30,7 +30,7 @@ PHOTOMETRIC = 262
 PLANAR = 284
 
 CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000, then its sizes
-OFFSET_OF_BITS = 40  # of the first channel, from there
+OFFSET_OF_BITS = 42  # of the first channel, from there
 
 
 class Depth(NamedTuple):
@@ -46,11 +46,18 @@ class Depth(NamedTuple):
 
 
 def depth_of(source, image: Image.Image) -> Depth | None:
-    """How to read an image that is opened and not loaded; None if 8 bits a channel are enough."""
+    """How to read an image that is opened and not loaded; None if 8 bits a channel are enough.
+
+    Raises Problem for a file of more that cannot be read right.
+    """
     if image.mode.startswith("I"):  # "I;16" in either byte order, or "I" if Pillow has widened it
         return Depth(inverted=is_inverted(image))
     if image.format == "JPEG2000":
-        return Depth(is_cut=True) if jpeg2000_bits(source) == 16 else None
+        bits = jpeg2000_bits(source)
+        if bits > 8:  # Pillow rounds up without a limit
+            fault = "whose brightest pixels Pillow turns black"
+            raise Problem(f"is a JPEG 2000 of {bits} bits a channel, {fault}: save it as PNG")
+        return None
     if not image.tile:
         return None
 

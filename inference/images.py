@@ -13,9 +13,10 @@ from inference.depth import TOP, bands, depth_of, load_all_bits, scale_to_8_bits
 from inference.errors import Problem, one_line
 from inference.formats import HEIF_HINT, can_read_heif, first_bytes, is_heif, open_image
 from inference.limits import MAX_PIXELS, TooLarge, check_rows, check_scans, check_size
-from inference.orientation import orientation_of, turn_upright
+from inference.orientation import forget_odd_xmp, orientation_of, turn_upright
 from inference.transparency import GROUNDS, as_rgba, composite, mend_key
 
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
 
 
@@ -95,6 +96,8 @@ def why_unidentified(source) -> str:
         return "is empty"
     if is_heif(first_bytes(source)) and not can_read_heif():
         return f"is a HEIC photo: {HEIF_HINT} to read it"
+    if first_bytes(source).startswith(TIFF_SIGNATURES):
+        return "is a kind of TIFF that Pillow cannot read: save it as PNG, or with 8 bits a channel"
     return "is not an image that Pillow can read"
 
 
@@ -131,6 +134,7 @@ def load_8_bits(source, image: Image.Image, white: int, max_pixels: int) -> Imag
         check_scans(source)
 
     mend_key(image)
+    forget_odd_xmp(image)
     depth = depth_of(source, image)
     low = None
     if depth is None:

@@ -36,6 +36,12 @@ def orientation_of(opened: Image.Image) -> int | None:
     return orientation if isinstance(orientation, int) else None
 
 
+def forget_odd_xmp(opened: Image.Image) -> None:
+    """Drop XMP that is no text, from a TIFF with a tag of an odd type: Pillow stumbles over it."""
+    if not isinstance(opened.info.get("xmp", b""), (bytes, str)):
+        del opened.info["xmp"]
+
+
 def orientation_in(exif: bytes) -> int | None:
     """The orientation in EXIF; None if there is none, or if the EXIF is cut off before it.
 

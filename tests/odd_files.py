@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 from PIL.TiffImagePlugin import OPEN_INFO
 
 try:
@@ -544,3 +544,20 @@ def opencv_files() -> Iterator[OddFile]:
                 if done:
                     name = f"opencv-{channels}-{bits}{end}"
                     yield odd(name, content.tobytes(), pixels, top, white=white)
+
+    for bits in (8, 10, 12):
+        yield from avif_of(bits)
+
+
+def avif_of(bits: int) -> Iterator[OddFile]:
+    """AVIF says how many bits it has, so that 10 bits never look like 16."""
+    pixels = smooth(3, DEPTHS[bits])
+    best = [cv2.IMWRITE_AVIF_QUALITY, 100, cv2.IMWRITE_AVIF_DEPTH, bits]
+    done = features.check("avif")
+    if done:
+        try:
+            done, content = cv2.imencode(".avif", swapped(pixels), best)
+        except cv2.error:  # built without it
+            done = False
+    if done:
+        yield odd(f"opencv-{bits}.avif", content.tobytes(), pixels, DEPTHS[bits])

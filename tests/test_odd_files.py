@@ -194,3 +194,40 @@ def test_an_exif_header_that_is_there_twice():
     found = decode_image(io.BytesIO(twice), 3)
     assert np.array_equal(found, decode_image(io.BytesIO(once), 3))
     assert found.shape == (WIDTH, HEIGHT, 3)
+
+
+def tiff_with(tag: int, kind: int) -> bytes:
+    """A TIFF of HEIGHT x WIDTH pixels with orientation 6 and one tag of any type."""
+    pixels = picture(3).tobytes()
+    values = {256: WIDTH, 257: HEIGHT, 258: 8, 259: 1, 262: 2, 273: 8, 274: 6, 277: 3, 278: HEIGHT}
+    entries = [(number, 3, value) for number, value in values.items()]
+    entries += [(279, 4, len(pixels)), (tag, kind, 42)]
+    table = b"".join(struct.pack("<HHII", n, k, 1, value) for n, k, value in sorted(entries))
+    start = struct.pack("<I", 8 + len(pixels))
+    return b"II*\0" + start + pixels + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("tag", [271, 282, 306, 315, 700, 33432, 34377])
+def test_no_other_tag_of_a_tiff_loses_the_photo(tag):
+    for kind in range(1, 14):
+        found = decode_image(io.BytesIO(tiff_with(tag, kind)), 3)
+        assert np.array_equal(found, np.rot90(picture(3), -1)), kind
+
+
+# ------------------------------------------------------------------------------------------ refused
+def test_colours_that_pillow_gets_wrong_are_refused():
+    content = bytearray(stored(Image.fromarray(picture(3)), "JPEG2000", irreversible=False))
+    bits = content.index(b"\xff\x4f\xff\x51") + 42
+    assert content[bits] == 7  # 8 bits
+    content[bits] = 11
+    with pytest.raises(Problem, match=r"JPEG 2000 of 12 bits a channel.*save it as PNG"):
+        decode_image(io.BytesIO(content), 3)
+
+
+def test_kinds_of_tiff_that_pillow_does_not_know_are_named():
+    of_8_bits = struct.pack("<HHII", 258, 3, 1, 8)
+    of_64_bits = struct.pack("<HHII", 258, 3, 1, 64)
+    content = tiff_with(700, 7).replace(of_8_bits, of_64_bits)
+    with pytest.raises(Problem, match="a kind of TIFF that Pillow cannot read: save it as PNG"):
+        decode_image(io.BytesIO(content), 3)
