@@ -8,6 +8,7 @@ or where .ci/run keeps them. `sh deploy/web/get-ort.sh` fetches them.
 import base64
 import functools
 import http.server
+import io
 import json
 import os
 import re
@@ -23,15 +24,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import ROOT, onnx_with, same_threads
+from odd_files import odd_files
 from PIL import Image
 from specs import HONEST, REFUSED, TAKEN, changed_text
+from turned_files import turned_files
 
+import model
 import step1_train
 import step2_export
 from deploy import bundle
-from inference.images import decode_image
-from inference.predict import Model, predict
+from deploy.exporters import Source, export_onnx
+from inference.predict import Model, decode_for, predict
 from inference.self_test import self_test
 
 WEB = ROOT / "deploy" / "web"
@@ -170,8 +175,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def copy_page(folder):
     """Copy the page into a new folder, and link its runtime there."""
     (folder / "ort").mkdir(parents=True)
-    for name in ("index.html", "page.css", "page.js", "engine.js", "spec.js"):
-        shutil.copy(WEB / name, folder)
+    for file in WEB.iterdir():
+        if file.suffix in (".html", ".css", ".js"):
+            shutil.copy(file, folder)
     for name in RUNTIME:
         (folder / "ort" / name).symlink_to((ORT / name).resolve())
 
@@ -299,7 +305,7 @@ def set_limit(browser, name, text):
 def assert_as_step3(browser, file, paths):
     model = Model(str(file))
     for path, card, known in zip(paths, cards(browser), known_shares(browser), strict=True):
-        image = decode_image(path, model.spec["channels"])[None]
+        image = decode_for(model, path, model.max_pixels)[None]
         (expected,), shares = model.run(image)
         share = (
             None if shares is None else pytest.approx(shares[0], rel=0, abs=known_tolerance(path))
@@ -334,6 +340,39 @@ def test_predictions_are_those_of_step3(browser, site, pictures, samples, name):
     assert len(times) == len(chosen)
     assert not [text for text in times if not re.search(r"\d pixels · \d+(\.\d)? ms$", text)]
     assert "passed" in browser.text("#selftest")[0]
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop", "letterbox"])
+def test_a_network_of_any_shape_gets_images_of_any_shape(browser, site, pictures, fit):
+    network = model.build("linear", channels=3, classes=3, image_size=(6, 13))
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.2)
+    deployable = model.Deployable(network, (6, 13), [0.5] * 3, [0.2] * 3, fit=fit).eval()
+    spec = {**HONEST, "channels": 3, "classes": ["a", "b", "c"], "image_size": [6, 13]}
+    folder, address = site
+    file = folder / f"wide-{fit}.onnx"
+    export_onnx(Source(deployable, {**spec, "fit": fit, "known": None}), file)
+
+    browser.open(f"{address}/web/?model=../{file.name}")
+    browser.choose(*pictures)
+    assert_as_step3(browser, file, pictures)
+    assert "resized to 6 \u00d7 13" in " ".join(browser.text("#about dd"))
+
+
+@pytest.mark.parametrize("ground", ["white", "black", None])
+def test_transparent_pixels_lie_on_the_ground_of_the_spec(browser, site, pictures, ground):
+    folder, address = site
+    file = onnx_with(folder / "colour.onnx", folder / f"on-{ground}.onnx", ground=ground)
+    browser.open(f"{address}/web/?model=../{file.name}")
+    browser.choose(*pictures)
+    assert_as_step3(browser, file, pictures)
+
+    said = f"transparent pixels, laid on {ground}" if ground else "whose alpha the model drops"
+    told = [
+        path.name
+        for path, text in zip(pictures, browser.text("article"), strict=True)
+        if said in text
+    ]
+    assert told == ["alpha.png"]
 
 
 @pytest.fixture(scope="module")
@@ -421,10 +460,119 @@ def test_thresholds_have_names_for_screen_readers(browser, site):
         assert words in browser.ask(f"/element/{element}/computedlabel", "GET")
 
 
-def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(browser, site, samples, tmp_path):
-    """The browser gives 8 bits of them, so the page can scale them only roughly, and says so."""
+# Decodes files of the server -> [height, width, pixels] or the text of the problem of each.
+PIXELS = """return (async () => {
+    const found = [];
+    for (const [address, channels, white, ground] of arguments[0]) {
+        const file = new File([await (await fetch(address)).blob()], "file");
+        try {
+            const image = await decode(file, white);
+            const { pixels } = readPixels(image, channels, ground);
+            const { width, height } = image.bitmap;
+            const place = placement(image.orientation, width, height);
+            image.bitmap.close();
+            found.push([place.height, place.width, Array.from(pixels)]);
+        } catch (error) {
+            found.push(error instanceof Problem ? error.message : error.stack);
+        }
+    }
+    return found;
+})()"""
+# What Chromium decodes of the odd files, by suffix.
+DECODED = (".png", ".jpg", ".webp", ".bmp", ".gif", ".avif", ".ico")
+
+
+def pixels_in(browser, site, files, channels):
+    """What the page decodes of files [(name, content, white, ground)]: for each the pixels, uint8
+    [height, width, channels], or the text of the problem."""
     folder, address = site
-    onnx_with(folder / "model.onnx", folder / "twelve.onnx", white=4095)
+    (folder / "files").mkdir(exist_ok=True)
+    asked = []
+    for name, content, white, ground in files:
+        (folder / "files" / name).write_bytes(content)
+        asked.append((f"../files/{name}", channels, white, ground))
+
+    browser.open(f"{address}/web/")
+    results = []
+    for found in browser.run(PIXELS, asked):
+        if isinstance(found, list):
+            height, width, pixels = found
+            found = np.array(pixels, np.uint8).reshape(height, width, channels)
+        results.append(found)
+    return results
+
+
+def farthest(found, expected):
+    """The largest difference of two images in levels; infinite for other sizes and problems."""
+    if isinstance(found, str) or found.shape != expected.shape:
+        return np.inf
+    return np.abs(found.astype(int) - expected).max()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_odd_files_have_the_pixels_that_they_hold(browser, site, channels):
+    files = list(odd_files())
+    asked = [(file.name, file.content, file.white, file.ground) for file in files]
+
+    wrong = {}
+    for file, found in zip(files, pixels_in(browser, site, asked, channels), strict=True):
+        expected = file.rgb if channels == 3 else file.grey[..., None]
+        if Path(file.name).suffix in DECODED:
+            is_right = farthest(found, expected) <= 1
+        else:
+            is_right = isinstance(found, str) and "which this page cannot decode" in found
+        if not is_right:
+            wrong[file.name] = found if isinstance(found, str) else farthest(found, expected)
+    assert not wrong
+
+
+def test_exif_turns_images_by_its_orientation_alone(browser, site):
+    """As in Python: see turned_files.py for what else the EXIF holds."""
+    files = list(turned_files())
+    asked = [(name, content, 65535, None) for name, content, _ in files]
+    wrong = {}
+    for (name, _, expected), found in zip(files, pixels_in(browser, site, asked, 3), strict=True):
+        if farthest(found, expected) > 1:
+            wrong[name] = found if isinstance(found, str) else farthest(found, expected)
+    assert not wrong
+
+
+def test_thumbnails_are_upright(browser, site, tmp_path):
+    expected = {}
+    for name, content, pixels in turned_files():
+        if name.startswith("turned-") and name.endswith(".png"):
+            (tmp_path / name).write_bytes(content)
+            expected[name] = pixels
+
+    browser.open(f"{site[1]}/web/")
+    browser.choose(*(tmp_path / name for name in expected))
+    script = """return Array.from(document.querySelectorAll("article canvas"), (canvas) => {
+        const { width, height } = canvas;
+        const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+        return [height, width, Array.from(data)];
+    })"""
+    for found, pixels in zip(browser.run(script), expected.values(), strict=True):
+        height, width, data = found
+        rgba = np.array(data, np.uint8).reshape(height, width, 4)
+        assert farthest(rgba[..., :3], pixels) == 0
+
+
+def test_every_alpha_of_every_level_is_composited(browser, site):
+    levels = np.arange(256, dtype=np.uint8)
+    rgba = np.stack([*np.meshgrid(levels, levels[::-1]), *np.meshgrid(levels, levels)[::-1]], 2)
+    content = io.BytesIO()
+    Image.fromarray(rgba).save(content, "PNG")
+    alpha = rgba[..., 3:].astype(int)
+    for ground, level in (("white", 255), ("black", 0)):
+        expected = (rgba[..., :3] * alpha + level * (255 - alpha) + 127) // 255
+        asked = [("alphas.png", content.getvalue(), 65535, ground)]
+        (found,) = pixels_in(browser, site, asked, 3)
+        assert farthest(found, expected) <= 1
+
+
+def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(browser, site, samples, tmp_path):
+    folder, address = site
+    file = onnx_with(folder / "model.onnx", folder / "twelve.onnx", white=4095)
     paths = []
     for path in samples[:4]:
         grey = np.asarray(Image.open(path).convert("L"))
@@ -432,13 +580,7 @@ def test_sixteen_bit_greys_are_scaled_by_the_white_of_the_spec(browser, site, sa
         Image.fromarray((grey.astype(np.uint16) * 4095 + 127) // 255).save(paths[-1])
     assert browser.open(f"{address}/web/?model=../twelve.onnx") == ""
     browser.choose(*paths, samples[0])
-    told = ["approximate" in text for text in browser.text("article")]
-    assert told == [True] * 4 + [False]
-    model = Model(str(folder / "twelve.onnx"))
-    for path, card in zip([*paths, samples[0]], cards(browser), strict=True):
-        expected = predict(path, model)
-        assert next(iter(card)) == expected["label"]
-        assert next(iter(card.values())) == pytest.approx(expected["probability"], abs=0.1)
+    assert_as_step3(browser, file, [*paths, samples[0]])
 
 
 def test_photo_of_twelve_megapixels(browser, site, tmp_path):

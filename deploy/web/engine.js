@@ -1,14 +1,9 @@
-// An exported model.onnx in a browser: this file decodes images as step3_infer.py does, predicts
-// and runs the self-test, with the spec that spec.js reads. It does not touch the page: page.js
-// does, with the globals of both files.
+// An exported model.onnx in a browser: this file predicts and runs the self-test, with the spec
+// that spec.js reads and the pixels that images.js decodes. It does not touch the page: page.js
+// does, with the globals of these files.
 "use strict";
 
 const RUNTIME = ["ort/ort.wasm.bundle.min.js", "ort/ort-wasm-simd-threaded.wasm"];
-// Pixels read from a canvas at once: phones limit the size of a canvas, not of an image.
-const TILE = 512;
-const WHITE = 65535; // of 16-bit greys, what browsers make 255
-const MAX_SIDE = 65_535; // pixels, as in step3_infer.py
-const MAX_PIXELS = 178_956_970;
 const TOLERATED = 1e-3; // beyond 0..1, of a probability of an int8 file
 
 let ort = null; // the runtime's module
@@ -114,164 +109,28 @@ function verdict(probabilities, known, { reject, probability }) {
   return null;
 }
 
-// ------------------------------------------------------------------------------------------ images
+// ------------------------------------------------------------------------------------- predictions
 
-// Throws Problem for an image of so many pixels that its memory would be a burden.
-function checkSize(width, height) {
-  const text = (number) => number.toLocaleString("en");
-  const side = Math.max(width, height);
-  if (side > MAX_SIDE) {
-    throw new Problem(`has a side of ${text(side)} pixels, more than ${text(MAX_SIDE)}`);
-  }
-  if (width * height > MAX_PIXELS) {
-    const size = `${text(width)} x ${text(height)} pixels`;
-    throw new Problem(`has ${size}, more than ${text(MAX_PIXELS)}`);
-  }
-}
-
-// Check the size of an image file before it is decoded: an <img> that is not drawn reads only what
-// the file says. A file that it cannot read has no size. Throws Problem.
-async function checkFile(file) {
-  const image = new Image();
-  image.src = URL.createObjectURL(file);
-  await new Promise((resolve) => {
-    image.onload = resolve;
-    image.onerror = resolve;
-  });
-  const { naturalWidth, naturalHeight } = image;
-  URL.revokeObjectURL(image.src);
-  image.src = "";
-  checkSize(naturalWidth, naturalHeight);
-}
-
-// An image file -> ImageBitmap, EXIF orientation applied, colours as stored. Throws Problem.
-async function decode(file) {
-  if (file.size === 0) throw new Problem("empty file");
-  await checkFile(file);
-
-  const asStored = { premultiplyAlpha: "none", colorSpaceConversion: "none" };
-  const older = (error) => (error instanceof TypeError ? createImageBitmap(file) : null);
-  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image", ...asStored })
-    .catch(older) // a browser that does not know the options
-    .catch(() => null);
-  if (!bitmap) throw new Problem("not an image that this browser can decode");
-
-  try {
-    checkSize(bitmap.width, bitmap.height); // an <img> believes the EXIF block, which may lie
-  } catch (error) {
-    bitmap.close();
-    throw error;
-  }
-  return bitmap;
-}
-
-// Copy the RGBA bytes from..end to `pixels` at `to` without alpha; 1 channel is Pillow's
-// convert("L"). Returns whether all of them are opaque.
-function pack(rgba, from, end, pixels, to, channels) {
-  let alpha = 255;
-  for (let at = from; at < end; at += 4) {
-    const red = rgba[at];
-    const green = rgba[at + 1];
-    const blue = rgba[at + 2];
-    alpha &= rgba[at + 3];
-    if (channels === 1) {
-      pixels[to++] = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16;
-    } else {
-      pixels[to++] = red;
-      pixels[to++] = green;
-      pixels[to++] = blue;
-    }
-  }
-  return alpha === 255;
-}
-
-// ImageBitmap -> {pixels: uint8 [height x width x channels], exact: whether all colours are as
-// stored}.
-function readPixels(bitmap, channels) {
-  const { width, height } = bitmap;
-  const pixels = new Uint8Array(width * height * channels);
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.min(width, TILE);
-  canvas.height = Math.min(height, TILE);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.globalCompositeOperation = "copy";
-
-  let opaque = true;
-  for (let top = 0; top < height; top += TILE) {
-    for (let left = 0; left < width; left += TILE) {
-      const w = Math.min(TILE, width - left);
-      const h = Math.min(TILE, height - top);
-      context.drawImage(bitmap, left, top, w, h, 0, 0, w, h);
-      const { data } = context.getImageData(0, 0, w, h);
-      for (let row = 0; row < h; row++) {
-        const to = ((top + row) * width + left) * channels;
-        opaque = pack(data, row * w * 4, (row + 1) * w * 4, pixels, to, channels) && opaque;
-      }
-    }
-  }
-
-  const rgba = opaque ? null : readUnderAlpha(bitmap);
-  if (rgba) pack(rgba, 0, rgba.length, pixels, 0, channels);
-  return { pixels, exact: opaque || rgba !== null };
-}
-
-// ImageBitmap -> its RGBA bytes as stored, or null if this device cannot read them. A 2D canvas
-// multiplies colours by alpha and so loses those of transparent pixels, which Pillow keeps, and so
-// does a WebGL texture.
-function readUnderAlpha(bitmap) {
-  const { width, height } = bitmap;
-  const gl = document.createElement("canvas").getContext("webgl");
-  if (!gl || Math.max(width, height) > gl.getParameter(gl.MAX_TEXTURE_SIZE)) return null;
-
-  const rgba = new Uint8Array(width * height * 4);
-  const texture = gl.createTexture();
-  gl.bindTexture(gl.TEXTURE_2D, texture);
-  gl.pixelStorei(gl.UNPACK_COLORSPACE_CONVERSION_WEBGL, gl.NONE);
-  gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
-  gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
-  gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, texture, 0);
-  gl.readPixels(0, 0, width, height, gl.RGBA, gl.UNSIGNED_BYTE, rgba);
-
-  const failed = gl.getError() !== gl.NO_ERROR;
-  gl.getExtension("WEBGL_lose_context")?.loseContext(); // a browser keeps only a few
-  return failed ? null : rgba;
-}
-
-// Whether a file is a PNG of 16-bit greys, by its header: the only 16-bit greys that browsers
-// decode.
-async function hasWideGreys(file) {
-  const header = new Uint8Array(await file.slice(0, 26).arrayBuffer());
-  const isPng = header[1] === 0x50 && header[2] === 0x4e;
-  return isPng && header[24] === 16 && header[25] === 0; // bits, and the kind of colour
-}
-
-// Stretch 8-bit pixels, which the browser made from 16 bits, as if `white` had become 255. Levels
-// between the 8-bit ones are lost.
-function stretch(pixels, white) {
-  for (let at = 0; at < pixels.length; at++) {
-    pixels[at] = Math.min(255, Math.round((pixels[at] * WHITE) / white));
-  }
-}
-
-// An image file -> {bitmap (to be closed), probabilities, known, exact, stretched (whether 16-bit
-// greys are approximate), decoding and network in milliseconds}. Throws Problem.
+// An image file -> {bitmap (to be closed), orientation (in which it is stored), probabilities,
+// known, transparent, exact, decoding and network in milliseconds}. Throws Problem.
 async function predict(file) {
-  const { channels, white } = model.spec;
+  const { channels, white, ground } = model.spec;
   const start = performance.now();
-  const bitmap = await decode(file);
+  const image = await decode(file, white);
+  const { bitmap, orientation } = image;
   try {
-    const { pixels, exact } = readPixels(bitmap, channels);
-    const stretched = white !== WHITE && (await hasWideGreys(file));
-    if (stretched) stretch(pixels, white);
+    const { pixels, transparent, exact } = readPixels(image, channels, ground);
+    const { width, height } = placement(orientation, bitmap.width, bitmap.height);
 
     const decoded = performance.now();
-    const shape = [1, bitmap.height, bitmap.width, channels];
+    const shape = [1, height, width, channels];
     const [probabilities, known] = await run(new ort.Tensor("uint8", pixels, shape));
     checkShares([...probabilities, known ?? 0]);
 
     const decoding = decoded - start;
     const network = performance.now() - decoded;
-    return { bitmap, probabilities, known, exact, stretched, decoding, network };
+    const times = { decoding, network };
+    return { bitmap, orientation, probabilities, known, transparent, exact, ...times };
   } catch (error) {
     bitmap.close();
     if (error instanceof Problem) throw error;

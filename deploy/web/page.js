@@ -236,9 +236,9 @@ async function classify(files) {
 
 // Fill a card; -> the prediction in words.
 function fillCard(card, name, result) {
-  const { bitmap, probabilities, known, decoding, network } = result;
-  const { width, height } = bitmap;
-  card.append(thumbnail(bitmap, name));
+  const { bitmap, orientation, probabilities, known, decoding, network } = result;
+  const { width, height } = placement(orientation, bitmap.width, bitmap.height);
+  card.append(thumbnail(bitmap, orientation, name));
   bitmap.close();
 
   const text = add(card, "div");
@@ -262,13 +262,11 @@ function fillCard(card, name, result) {
   }
   add(text, "p", "quiet", `${width} × ${height} pixels · ${milliseconds(decoding + network)}`);
   add(text, "p", "quiet", `decoding ${milliseconds(decoding)}, network ${milliseconds(network)}`);
-  if (!result.exact) {
-    const caveat = "whose exact colours this browser does not expose";
-    add(text, "p", "quiet", `The image has transparent pixels, ${caveat}.`);
-  }
-  if (result.stretched) {
-    const cause = "this browser reduces the image's 16-bit greys to 8 bits";
-    add(text, "p", "quiet", `The prediction is approximate: ${cause}.`);
+  if (result.transparent) {
+    const { ground } = model.spec;
+    let said = ground ? `laid on ${ground}` : "whose alpha the model drops";
+    if (!result.exact) said = "whose exact colours this browser does not expose";
+    add(text, "p", "quiet", `The image has transparent pixels, ${said}.`);
   }
 
   card.prediction = { model, probabilities, known };
@@ -278,19 +276,24 @@ function fillCard(card, name, result) {
   return `${isolate(name)}: ${answer ? `${answer}; best guess ${said}` : said}`;
 }
 
-// A canvas with the image: small images keep their pixels, which the page enlarges; others are
-// shrunk.
-function thumbnail(bitmap, name) {
+// A canvas with the upright image on the ground of the model: small images keep their pixels, which
+// the page enlarges; others are shrunk.
+function thumbnail(bitmap, orientation, name) {
   const canvas = document.createElement("canvas");
-  const scale = Math.min(1, THUMBNAIL / Math.max(bitmap.width, bitmap.height));
-  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
-  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  const { width, height } = placement(orientation, bitmap.width, bitmap.height);
+  const scale = Math.min(1, THUMBNAIL / Math.max(width, height));
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
   canvas.className = canvas.width * canvas.height < 64 * 64 ? "pixels" : "";
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", name);
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  context.fillStyle = model.spec.ground ?? "transparent";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.scale(canvas.width / width, canvas.height / height);
+  context.transform(...turning(orientation, bitmap.width, bitmap.height));
+  context.drawImage(bitmap, 0, 0);
   return canvas;
 }
 
