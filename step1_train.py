@@ -203,6 +203,12 @@ def add_training_options(parser: Parser) -> None:
     title = "training (defaults: a recipe for the network and the dataset)"
     add = parser.add_argument_group(title).add_argument
     add("--epochs", type=number(int, 1), metavar="N", help="passes over the training split")
+    add(
+        "--minutes",
+        type=number(float, 0, above=True),
+        metavar="N",
+        help="take about so long, all in all: the epochs, and the width of airbench, follow",
+    )
     add("--batch-size", type=number(int, 1), metavar="N", help="images per step")
     add(
         "--optimizer",
@@ -228,6 +234,19 @@ def add_training_options(parser: Parser) -> None:
         choices=recipes.SCHEDULES,
         metavar="NAME",
         help=f"course of the learning rate: {', '.join(recipes.SCHEDULES)}",
+    )
+    add(
+        "--layer-decay",
+        type=number(float, 0, 1, above=True),
+        metavar="X",
+        help="learning rate of the first layer, as a part of the last one's; those between follow "
+        "(default: 0.1 with --pretrained, else 1)",
+    )
+    add(
+        "--batch-norm",
+        choices=recipes.BATCH_NORMS,
+        help="normalise by the statistics of each batch, or by those that came with the weights "
+        "(default: frozen with --pretrained, else trained)",
     )
     add(
         "--label-smoothing",
@@ -343,6 +362,7 @@ from training import (
     calibration,
     console,
     cpu,
+    minutes,
     optimizers,
     processes,
     runs,
@@ -387,7 +407,9 @@ def train(
     watched = "val" if "val" in trainee.splits else "test"
     network = processes.parallel(trainee.network, machine, settings.sync_batchnorm)
     steps = steps_per_epoch(trainee, settings, machine)
-    momentum = batch_norm.lagging_momentum(trainee.deployable.network, settings.epochs * steps)
+    momentum = batch_norm.lagging_momentum(
+        trainee.deployable.network, settings.batch_norm, settings.epochs * steps
+    )
     evaluated = None
 
     if progress.epoch <= settings.epochs:
@@ -431,7 +453,7 @@ def train_epoch(
     Raises Problem, and Stopped after a signal.
     """
     cpu.give_back_memory()  # what the last epoch left in holes of the heap
-    optimizers.train_mode(trainee.deployable.network)
+    optimizers.train_mode(trainee.deployable.network, settings.batch_norm)
 
     split = trainee.splits["train"]
     steps = steps_per_epoch(trainee, settings, machine)
@@ -749,6 +771,7 @@ def augmented_samples(train: Split, settings: argparse.Namespace) -> tuple[np.nd
 # --------------------------------------------------------------------------------------------- main
 def train_and_report(args: argparse.Namespace, given: dict) -> int:
     """Step 1 in this process, or in each of torchrun's. Returns the exit code; raises Problem."""
+    deadline = time.perf_counter() + 60 * (args.minutes or 0)  # what --minutes asks for
     cpu.keep_freed_memory()
     with processes.joined() as group, contextlib.ExitStack() as stack:
         if args.resume is None:
@@ -778,21 +801,47 @@ def train_and_report(args: argparse.Namespace, given: dict) -> int:
             settings = recipes.heed_mirror(settings, given, dataset)
 
         machine = processes.choose_machine(settings, group, traits.bf16)
-        deployable = build_deployable(settings, dataset, checkpoint, machine)
-        splits = make_splits(dataset, settings, machine.device)
+        trainee, splits = put_together(settings, dataset, checkpoint, machine, deadline)
 
         if run_dir is None:
             run_dir = group.from_first(lambda: stack.enter_context(runs.claimed(settings)))
         stack.enter_context(runs.removed_if_empty(run_dir, group.rank))
-        with group.first_of_each_machine_first():
-            trainee = choose_trainee(splits, deployable, settings, len(dataset.classes))
-            if not checkpoint:
-                start_head(trainee, settings)
-
         if group.rank == 0:
             write_config(run_dir, settings, machine)
         console.print_settings(settings, dataset, trainee, machine, run_dir, threads_reason)
         return complete(trainee, splits, dataset, settings, machine, run_dir, checkpoint)
+
+
+def put_together(
+    settings: argparse.Namespace,
+    dataset: data.Dataset,
+    checkpoint: dict | None,
+    machine: Machine,
+    deadline: float,
+) -> tuple[Trainee, dict[str, Split]]:
+    """The network and the data, ready to be trained; the splits of images, by name.
+
+    deadline: by time.perf_counter(), if --minutes was given; the width of the network and the
+    epochs that follow from it are put into the settings. Raises Problem.
+    """
+    group = machine.processes
+    splits = make_splits(dataset, settings, machine.device)
+    if not checkpoint:
+        settings.width = group.from_first(
+            lambda: minutes.choose_width(deadline, dataset, splits, settings, machine)
+        )
+
+    deployable = build_deployable(settings, dataset, checkpoint, machine)
+    with group.first_of_each_machine_first():
+        trainee = choose_trainee(splits, deployable, settings, len(dataset.classes))
+        if not checkpoint:
+            start_head(trainee, settings)
+
+    if not checkpoint:
+        settings.epochs = group.from_first(
+            lambda: minutes.choose_epochs(deadline, trainee, settings, machine)
+        )
+    return trainee, splits
 
 
 def complete(

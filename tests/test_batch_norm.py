@@ -13,7 +13,7 @@ from training.processes import Machine, Processes
 from training.progress import Progress
 
 MACHINE = Machine(device=torch.device("cpu"), dtype=None, processes=Processes())
-SETTINGS = argparse.Namespace(batch_size=8, augment=[], seed=0)
+SETTINGS = argparse.Namespace(batch_norm="trained", batch_size=8, augment=[], seed=0)
 
 
 class Student:
@@ -71,12 +71,12 @@ def test_a_frozen_layer_keeps_what_came_with_its_weights():
 )
 def test_steps_may_be_too_few_for_a_momentum(momentum, steps, lagging):
     network = nn.Sequential(nn.BatchNorm1d(3, momentum=0.5), nn.BatchNorm1d(3, momentum=momentum))
-    assert batch_norm.lagging_momentum(network, steps) == lagging
+    assert batch_norm.lagging_momentum(network, "trained", steps) == lagging
 
     for parameter in network.parameters():
         parameter.requires_grad = False
-    assert batch_norm.lagging_momentum(network, steps) is None
-    assert batch_norm.lagging_momentum(nn.Linear(3, 3), steps) is None
+    assert batch_norm.lagging_momentum(network, "trained", steps) is None
+    assert batch_norm.lagging_momentum(nn.Linear(3, 3), "trained", steps) is None
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The small functions of training: augmentation, optimizers, schedules, recipes."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -166,7 +167,13 @@ def test_alternating_flip_shows_each_image_both_ways(call, here, monkeypatch):
 def settings(optimizer, **more):
     """Settings of one optimizer, at a rate at which it learns in a few steps."""
     lr = 0.1 if optimizer in ("sgd", "muon") else 0.01
-    defaults = {"optimizer": optimizer, "lr": lr, "momentum": 0.9, "weight_decay": 0.1}
+    defaults = {
+        "optimizer": optimizer,
+        "lr": lr,
+        "momentum": 0.9,
+        "weight_decay": 0.1,
+        "layer_decay": 1.0,
+    }
     return SimpleNamespace(**{**defaults, **more})
 
 
@@ -305,7 +312,12 @@ def test_a_busy_process_is_seen():
 
 # ------------------------------------------------------------------------------------------ recipes
 
-COMMON = {"epochs": 10, "label_smoothing": 0.0}
+COMMON = {
+    "epochs": 10,
+    "label_smoothing": 0.0,
+    "batch_norm": "trained",
+    "layer_decay": 1.0,
+}
 SGD = {
     "optimizer": "sgd",
     "lr": 0.05,
@@ -355,16 +367,27 @@ DIFFERENT = {
     ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
 }
-PRETRAINED = {**COMMON, **SGD, "batch_size": 64, "lr": 0.01}
+FROZEN = {**COMMON, **SGD, "batch_size": 64, "lr": 0.01}
+PRETRAINED = {
+    **COMMON,
+    "optimizer": "adamw",
+    "batch_size": 32,
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+    "schedule": "onecycle",
+    "batch_norm": "frozen",
+    "layer_decay": 0.1,
+}
 
 
 @pytest.mark.parametrize("dataset", data.DATASETS)
 @pytest.mark.parametrize("network", EXPECTED)
 def test_recipe_of_every_network_and_dataset(network, dataset):
     different = DIFFERENT.get((network, dataset), {})
-    assert recipes.recipe(network, dataset, pretrained=False) == {**EXPECTED[network], **different}
+    assert recipes.recipe(network, dataset, start=None) == {**EXPECTED[network], **different}
     width = {key: value for key, value in different.items() if key == "width"}
-    assert recipes.recipe(network, dataset, pretrained=True) == {**PRETRAINED, **width}
+    assert recipes.recipe(network, dataset, start="pretrained") == {**PRETRAINED, **width}
+    assert recipes.recipe(network, dataset, start="frozen") == {**FROZEN, **width}
 
 
 def test_every_network_has_a_recipe_pinned_here():
@@ -374,12 +397,43 @@ def test_every_network_has_a_recipe_pinned_here():
         "*",
         "torchvision",
         "pretrained",
+        "frozen",
     }
 
 
 def test_another_optimizer_brings_its_own_rate_and_schedule():
-    adam = recipes.recipe("airbench", "digits", pretrained=False, optimizer="adam")
+    adam = recipes.recipe("airbench", "digits", start=None, optimizer="adam")
     assert adam["width"] == 0.25 and adam["momentum"] is None
     assert {key: adam[key] for key in ADAM} == ADAM
-    sgd = recipes.recipe("mlp", "cifar10", pretrained=True, optimizer="sgd")
+    sgd = recipes.recipe("mlp", "cifar10", start="frozen", optimizer="sgd")
     assert sgd["lr"] == 0.01  # the recipe's own optimizer keeps the recipe's rate
+    gentle = recipes.recipe("resnet18", "folder", start="pretrained", optimizer="sgd")
+    assert (gentle["lr"], gentle["momentum"], gentle["batch_norm"]) == (0.002, 0.9, "frozen")
+
+
+def test_layers_nearer_to_the_input_learn_more_slowly():
+    network = model.build("resnet18", channels=3, classes=2, image_size=(32, 32))
+    settings_of_run = settings("adamw", layer_decay=0.1)
+    groups = optimizers.make_optimizer(network, settings_of_run).param_groups
+
+    rates = {}
+    for group in groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["lr"] / settings_of_run.lr
+    in_order = [rates[id(parameter)] for parameter in network.parameters()]
+    assert in_order == sorted(in_order)
+    assert in_order[0] == pytest.approx(0.1) and in_order[-1] == 1
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale():
+    network = model.build("resnet18", channels=3, classes=2, image_size=(32, 32))
+    optimizer = optimizers.make_optimizer(network, settings("adamw"))
+    optimizers.train_mode(network, "frozen")
+    before = copy.deepcopy(network.bn1.state_dict())
+
+    network(torch.randn(4, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    after = network.bn1.state_dict()
+    assert torch.equal(before["running_mean"], after["running_mean"])
+    assert not torch.equal(before["weight"], after["weight"])
+    assert network.fc.training and not network.bn1.training

@@ -26,11 +26,12 @@ ENOUGH = 20
 MOST_IMAGES = 2000  # that statistics are estimated from, about
 
 
-def trained_layers(network: nn.Module) -> list[nn.Module]:
+def trained_layers(network: nn.Module, norm: str) -> list[nn.Module]:
     """The layers of batch norm with running statistics that training changes; a frozen one keeps
-    those that came with its weights. The network is in training mode afterwards.
+    those that came with its weights. The network is in training mode afterwards. norm: see
+    optimizers.train_mode.
     """
-    optimizers.train_mode(network)
+    optimizers.train_mode(network, norm)
     layers = []
     for module in network.modules():
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -39,10 +40,10 @@ def trained_layers(network: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def lagging_momentum(network: nn.Module, steps: int) -> float | None:
+def lagging_momentum(network: nn.Module, norm: str, steps: int) -> float | None:
     """The smallest momentum of its batch norm, if so many steps are too few for it; else None."""
     momenta = []
-    for layer in trained_layers(network):
+    for layer in trained_layers(network, norm):
         momenta.append(layer.momentum or 0.0)  # None: the mean over all steps
 
     smallest = min(momenta, default=math.inf)
@@ -60,7 +61,7 @@ def estimate_anew(
     batch like the others.
     """
     started = time.perf_counter()
-    layers = trained_layers(trainee.deployable.network)
+    layers = trained_layers(trainee.deployable.network, settings.batch_norm)
     momenta = [layer.momentum for layer in layers]
     batches = trainee.splits["train"].shuffled(
         settings.batch_size,

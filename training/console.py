@@ -57,6 +57,8 @@ def print_settings(
     threads_reason: why there are fewer threads than usual, if there are.
     """
     epochs = f"{count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}"
+    if settings.minutes:
+        epochs = f"{settings.minutes:g} minutes are {epochs}"
     rate = f"lr {settings.lr:g} {settings.schedule}"
     decay = f"weight decay {settings.weight_decay:g}"
     augment = " ".join(settings.augment) or "none"

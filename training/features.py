@@ -30,7 +30,7 @@ from training.runs import file_name_of
 from training.weights import head_keys
 
 HEAD_STEPS = 100  # of L-BFGS, to fit a head
-HEAD_DECAY = 1e-2  # its L2 penalty
+HEAD_DECAY = 3e-2  # its L2 penalty
 LEAST_DEVIATION = 1e-4  # of features that say something
 
 

@@ -5,12 +5,14 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from training import cpu
 from training.weights import head_keys
 
 WARM_UP = 0.3  # the part of onecycle's steps in which the rate rises
 FIRST_OF_ONECYCLE = 1 / 25  # of the highest rate
+DEPTHS = 10  # groups of layers that have a rate of their own
 
 
 # -------------------------------------------------------------------------------- the learning rate
@@ -61,12 +63,18 @@ def freeze_backbone(network: nn.Module) -> None:
         parameter.requires_grad = key in head
 
 
-def train_mode(network: nn.Module) -> None:
-    """Training mode, but eval mode for layers that are frozen, such as a backbone's batch norm."""
+def train_mode(network: nn.Module, norm: str) -> None:
+    """Training mode, but eval mode for layers that are frozen, such as a backbone's batch norm.
+
+    norm: "frozen" lets batch norm use the statistics that came with the weights, "trained" those of
+    each batch. In eval mode its scale and shift are still trained.
+    """
     network.train()
     for module in network.modules():
         parameters = list(module.parameters(recurse=False))
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
+        is_frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        keeps_statistics = norm == "frozen" and isinstance(module, _BatchNorm)
+        if is_frozen or keeps_statistics:
             module.eval()
 
 
@@ -91,7 +99,10 @@ def make_optimizer(network: nn.Module, settings: argparse.Namespace) -> torch.op
 
 
 def parameter_groups(network: nn.Module, settings: argparse.Namespace) -> list[dict]:
-    """The parameters that are trained, in groups of one rate and one weight decay."""
+    """The parameters that are trained, in groups of one rate and one weight decay.
+
+    With a layer_decay below 1 the rate falls from the last layer to the first: see `by_depth`.
+    """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     weights = [parameter for parameter in trained if parameter.ndim > 1]
     others = [parameter for parameter in trained if parameter.ndim <= 1]
@@ -109,11 +120,33 @@ def parameter_groups(network: nn.Module, settings: argparse.Namespace) -> list[d
 
     filled = []
     for group in groups:
-        if group["params"]:
+        for part, parameters in by_depth(group["params"], trained, settings.layer_decay):
             group = {"lr": settings.lr, "weight_decay": settings.weight_decay, **group}
-            group["highest_lr"] = group["lr"]  # set_rate takes its part of this
-            filled.append(group)
+            rate = part * group["lr"]
+            # set_rate takes its part of the highest rate.
+            filled.append({**group, "params": parameters, "lr": rate, "highest_lr": rate})
     return filled
+
+
+def by_depth(
+    parameters: list[nn.Parameter], trained: list[nn.Parameter], layer_decay: float
+) -> list[tuple[float, list[nn.Parameter]]]:
+    """Parameters in groups of one rate, each with its part of the last layer's: layer_decay for the
+    first layer, and from there on geometrically up to 1.
+
+    trained: all parameters, from the first layer to the last. The first layers of a pretrained
+    network know what suits all pictures, and should move least (Howard and Ruder 2018).
+    """
+    depths = {}
+    for number, parameter in enumerate(trained):
+        depths[id(parameter)] = DEPTHS * number // len(trained)
+
+    groups = {}
+    for parameter in parameters:
+        level = depths[id(parameter)]
+        part = layer_decay ** (1 - level / (DEPTHS - 1))
+        groups.setdefault(part, []).append(parameter)
+    return list(groups.items())
 
 
 def ids_of_first_and_last_layer(network: nn.Module) -> set[int]:

@@ -16,6 +16,7 @@ from inference.command_line import say
 from inference.errors import Problem
 
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")  # see optimizers.rate
+BATCH_NORMS = ("trained", "frozen")  # see optimizers.train_mode
 OPTIMIZERS = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
     "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
@@ -25,7 +26,14 @@ OPTIMIZERS = {
 }
 # By network, or by network and dataset; see `recipe`.
 RECIPES = {
-    "*": {"epochs": 10, "batch_size": 128, "optimizer": "sgd", "label_smoothing": 0.0},
+    "*": {
+        "epochs": 10,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "label_smoothing": 0.0,
+        "batch_norm": "trained",
+        "layer_decay": 1.0,
+    },
     "torchvision": {"batch_size": 64},
     "mlp": {"optimizer": "adam", "batch_size": 32},
     "mynet": {"optimizer": "muon", "batch_size": 256, "lr": 0.14},
@@ -53,7 +61,19 @@ RECIPES = {
     "mlp digits": {"epochs": 50},
     "mynet digits": {"epochs": 50, "batch_size": 32, "lr": 0.04},
     "resblock digits": {"epochs": 50, "batch_size": 64, "lr": 0.1},
-    "pretrained": {"batch_size": 64, "lr": 0.01, "weight_decay": 1e-4, "schedule": "onecycle"},
+    # The last layer alone, on features.
+    "frozen": {"batch_size": 64, "lr": 0.01, "weight_decay": 1e-4, "schedule": "onecycle"},
+    # All of a network with weights from elsewhere; tests/benchmarks/NOTES.md has what was tried.
+    "pretrained": {
+        "optimizer": "adamw",
+        "batch_size": 32,
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "schedule": "onecycle",
+        "batch_norm": "frozen",
+        "layer_decay": 0.1,
+    },
+    "pretrained sgd": {"lr": 0.002},
 }
 
 # Which images calibrate the probabilities, see training/calibration.py.
@@ -137,6 +157,14 @@ def is_pretrained(settings: argparse.Namespace) -> bool:
     return bool(settings.pretrained)
 
 
+def trains_whole(settings: argparse.Namespace) -> bool:
+    return not settings.freeze_backbone
+
+
+def may_freeze_norm(settings: argparse.Namespace) -> bool:
+    return bool(settings.pretrained) and not settings.freeze_backbone
+
+
 # Options that have an effect under a condition only: what they apply to in words, and the
 # condition.
 APPLIES_TO = {
@@ -159,6 +187,9 @@ APPLIES_TO = {
     "augment": ("images, not linear's features, and to networks trained whole", augments),
     "momentum": ("--optimizer sgd or muon", has_momentum),
     "freeze_backbone": ("--pretrained: it trains the last layer only", is_pretrained),
+    "minutes": ("images, and to networks trained whole", augments),
+    "layer_decay": ("networks trained whole", trains_whole),
+    "batch_norm": ("networks with --pretrained, trained whole", may_freeze_norm),
 }
 
 
@@ -194,15 +225,26 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
 
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= {"dataset": dataset, "model": network}
-    for name, value in recipe(network, dataset, bool(args.pretrained), args.optimizer).items():
+    start = start_of(args)
+    for name, value in recipe(network, dataset, start, args.optimizer).items():
         if settings[name] is None:
             settings[name] = value
 
     settings = argparse.Namespace(**settings)
+    if settings.minutes and "width" not in given:
+        settings.width = None
     refuse_without_effect(settings, given)
+    if settings.minutes and "epochs" in given:
+        raise Problem("--minutes chooses the epochs: leave out --epochs, or --minutes", 2)
     if settings.name is not None:
         check_name(settings.name)
     return settings
+
+
+def chooses_width(settings: argparse.Namespace) -> bool:
+    """Does the width of the network follow from --minutes?"""
+    is_open = settings.model == "airbench" and settings.width is None
+    return bool(settings.minutes) and is_open and not settings.pretrained
 
 
 def check_name(name: str) -> None:
@@ -217,20 +259,29 @@ def check_name(name: str) -> None:
         raise Problem(f"--name {name!r} is reserved by Windows for a device: choose another", 2)
 
 
-def recipe(network: str, dataset: str, pretrained: bool, optimizer: str | None = None) -> dict:
+def start_of(args: argparse.Namespace) -> str | None:
+    """What a run begins with, a key of RECIPES: None for nothing but random weights."""
+    if not args.pretrained:
+        return None
+    return "frozen" if args.freeze_backbone else "pretrained"
+
+
+def recipe(network: str, dataset: str, start: str | None, optimizer: str | None = None) -> dict:
     """The defaults for a network on a dataset, by the name of the option.
 
-    Each of RECIPES that applies overrides those before it. optimizer: the one asked for, if any;
-    another than the recipe's brings its own rate, momentum, decay and schedule.
+    Each of RECIPES that applies overrides those before it. start: see `start_of`. optimizer: the
+    one asked for, if any; another than the recipe's brings its own rate, momentum, decay and
+    schedule.
     """
     kind = network if network in RECIPES else "torchvision"
     chosen = {**RECIPES["*"], **RECIPES[kind], **RECIPES.get(f"{kind} {dataset}", {})}
-    if pretrained:
-        chosen |= {**RECIPES["*"], **RECIPES["pretrained"]}
+    if start:
+        chosen |= {**RECIPES["*"], **RECIPES[start]}
 
     if optimizer in (None, chosen["optimizer"]):
         return {**OPTIMIZERS[chosen["optimizer"]], **chosen}
-    return {**chosen, "momentum": None, **OPTIMIZERS[optimizer], "optimizer": optimizer}
+    own = {**OPTIMIZERS[optimizer], **RECIPES.get(f"{start} {optimizer}", {})}
+    return {**chosen, "momentum": None, **own, "optimizer": optimizer}
 
 
 # ---------------------------------------------------------------------------------- from the images
@@ -409,7 +460,13 @@ def resolve_resumed(
 
     defaults = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     # Before there was a choice.
-    defaults |= {"fit": "stretch", "calibration": "none", "group_by": data.NO_GROUPS}
+    defaults |= {
+        "fit": "stretch",
+        "calibration": "none",
+        "group_by": data.NO_GROUPS,
+        "batch_norm": "trained",
+        "layer_decay": 1.0,
+    }
     recorded = {name: arguments.get(name, default) for name, default in defaults.items()}
     if "cache_dir" not in asked:
         recorded["cache_dir"] = data.usable_cache_dir(recorded["cache_dir"])

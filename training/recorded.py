@@ -16,7 +16,7 @@ import data
 from inference.spec import MAX_NAME, MAX_SIDE, Rule, is_number, is_whole
 from training.command_line import group_by
 from training.progress import Progress, columns_of
-from training.recipes import CALIBRATIONS, MOST_WIDTH, OPTIMIZERS, SCHEDULES
+from training.recipes import BATCH_NORMS, CALIBRATIONS, MOST_WIDTH, OPTIMIZERS, SCHEDULES
 
 FITS = ("stretch", "crop", "letterbox")
 GROUNDS = ("white", "black")
@@ -117,12 +117,15 @@ ARGUMENTS: dict[str, Rule] = {
     "pretrained": maybe(TEXT),
     "freeze_backbone": SWITCH,
     "epochs": COUNT,
+    "minutes": maybe(POSITIVE),
     "batch_size": COUNT,
     "optimizer": one_of(OPTIMIZERS),
     "lr": POSITIVE,
     "momentum": maybe(between(0, 0.9999)),
     "weight_decay": AT_LEAST_ZERO,
     "schedule": one_of(SCHEDULES),
+    "layer_decay": between(1e-6, 1),
+    "batch_norm": one_of(BATCH_NORMS),
     "label_smoothing": between(0, 0.99),
     "calibration": one_of(CALIBRATIONS),
     "precision": one_of(("auto", "fp32", "bf16")),
