@@ -465,17 +465,24 @@ def load_data(
     Raises Problem if one of `splits` is not what the run was trained with.
     """
     name = trained.spec["dataset"]
-    if data_dir is not None and name in ("digits", "linear"):
+    is_built_in = name in ("digits", "linear")
+    if data_dir is not None and is_built_in:
         raise Problem(
             "--data-dir only applies to datasets that are read from files; "
             f"{trained.path} was trained on {name}",
             2,
         )
 
-    with silenced(True):  # step1 has said it
-        dataset = data.load_for(trained.spec, data_dir)
-    if trained.fingerprint is not None:
-        data.refuse_changes(trained.path, trained.fingerprint, dataset.fingerprint, splits)
+    try:
+        with silenced(True):  # step1 has said it
+            dataset = data.load_for(trained.spec, data_dir)
+        if trained.fingerprint is not None:
+            data.refuse_changes(trained.path, trained.fingerprint, dataset.fingerprint, splits)
+    except Problem as problem:
+        if data_dir is not None or is_built_in:
+            raise
+        way_out = f"--data-dir says where the data of {trained.path} is now"
+        raise Problem(f"{problem}; {way_out}", problem.code) from None
     return dataset
 
 

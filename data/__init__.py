@@ -135,6 +135,9 @@ def load_for(spec: dict, data_dir: str | None) -> Dataset:
     # Specs of earlier versions lack the options that came later.
     options = {name: arguments.get(name) for name in OPTIONS}
     options["cache_dir"] = usable_cache_dir(arguments.get("cache_dir"))
+    if data_dir:
+        for name in ("image_root", "test_csv"):
+            options[name] = moved(options[name], arguments["data_dir"], data_dir)
     # Runs of earlier versions have split their images without regard to groups.
     options["group_by"] = arguments.get("group_by", NO_GROUPS)
 
@@ -153,6 +156,15 @@ def load_for(spec: dict, data_dir: str | None) -> Dataset:
     say_what_is_read(recorded, options)
     download = recorded is None
     return load(spec["dataset"], data_dir or recorded, download=download, **options)
+
+
+def moved(path: str | None, old_data: str, new_data: str) -> str | None:
+    """A recorded path of the data; where it is beside the moved data, if it is gone."""
+    if path is None or os.path.exists(path):
+        return path
+    relative = os.path.relpath(path, os.path.dirname(old_data))
+    beside = os.path.join(os.path.dirname(new_data), relative)
+    return beside if os.path.exists(beside) else path
 
 
 def usable_cache_dir(cache_dir: str | None) -> str | None:

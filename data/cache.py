@@ -291,7 +291,7 @@ def way_out_of_missing(path: str) -> str:
     """What to do about a file that cannot be read, if it does not exist; else empty."""
     if os.path.lexists(path):
         return ""
-    return "; --image-root says what the paths of a CSV file are relative to"
+    return "; step1's --image-root says what the paths of a CSV file are relative to"
 
 
 def close_gaps(file, count: int, row_bytes: int, gaps: list[int]) -> None:

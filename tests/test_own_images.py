@@ -189,6 +189,22 @@ def test_csv_whose_paths_are_relative_to_another_directory(call, here, folder, l
     call(step1_train.main, *arguments, "--image-root", folder).done()
 
 
+def test_step2_names_data_dir_where_the_data_has_moved(call, here, folder, in_process):
+    (here / "old").mkdir()
+    photos = shutil.move(folder, here / "old" / "photos")
+    rows = [(path.name, path.parent.name) for path in sorted(Path(photos, "train").glob("*/*"))]
+    rows = [(f"{label}/{name}", label) for name, label in rows]
+    write_csv(here / "old" / "list.csv", rows)
+    root = here / "old" / "photos" / "train"
+    arguments = ["--data-dir", here / "old" / "list.csv", "--image-root", root, *QUICK]
+    call(step1_train.main, *arguments).done()
+
+    shutil.move(here / "old", here / "new")
+    export = [step2_export.main, "--format", "torchscript"]
+    call(*export).error(2, "list.csv", "--data-dir says where the data of runs/list-mlp is now")
+    call(*export, "--data-dir", here / "new" / "list.csv").done()
+
+
 def test_stops_when_more_than_half_are_unreadable(call, here, folder):
     for path in sorted(folder.glob("*/*/*.png"))[:25]:
         path.write_bytes(b"")
