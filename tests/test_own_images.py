@@ -170,8 +170,7 @@ def test_12_bit_images_are_predicted_as_evaluated(call, here, tmp_path, in_proce
         all(row["label"] == path.split("/")[-2] for path, row in answers.items())
         and len(answers) == 40
     )
-    splits = holdout.hold_out_test(folders.list_folder(str(folder))[1], str(folder))
-    exported = [answers[path]["probability"] for path in splits["test"].paths]
+    exported = [answers[path]["probability"] for path in dataset.paths["test"]]
     assert exported == pytest.approx(expected.tolist(), abs=1e-4)
 
 
