@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from data import parallel
+from inference.bands import bands
 from inference.depth import (
     Depth,
-    bands,
     depth_of,
     load_all_bits,
     sample_bands,

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from inference.bands import bands
 from inference.errors import Problem
 from inference.formats import open_image
-from inference.limits import content_of
+from inference.limits import check_rows, content_of
 
 TOP = 65535  # the highest level of 16 bits
-BAND_PIXELS = 1 << 18  # converted at a time: they fit the processor's cache
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 RAW_COLOURS = re.compile("(?:RGB|RGBX|RGBA|RGBa);16([BLN])")  # Pillow's raw modes
@@ -162,15 +162,6 @@ def load_all_bits(source, image: Image.Image, depth: Depth) -> Image.Image | Non
         return second
 
 
-def bands(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield (top, bottom, these rows) of an image, which together fit the processor's cache."""
-    width, height = image.size
-    rows = max(1, BAND_PIXELS // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        yield top, bottom, image.crop((0, top, width, bottom))
-
-
 def sample_bands(
     image: Image.Image, low: Image.Image | None, depth: Depth
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -199,6 +190,30 @@ def sample_bands(
 
 
 # ------------------------------------------------------------------------------------------ scaling
+def load_as_8_bits(source, image: Image.Image, white: int) -> Image.Image:
+    """Load an opened image; return it with 8 bits a channel, `white` of its 16 bits being 255.
+
+    Raises Problem, also for bits that are out of reach.
+    """
+    depth = depth_of(source, image)
+    low = None
+    if depth is None:
+        image.load()
+    else:
+        low = load_all_bits(source, image, depth)
+    if image.format == "PNG":
+        check_rows(source, image)
+
+    if depth is None:
+        return image
+    if not depth.is_cut:
+        return scale_to_8_bits(image, low, depth, white)
+    if white == TOP:  # the high byte is right to a level then
+        return image
+    reason = "has 16 bits a channel in a form of which Pillow keeps only 8"
+    raise Problem(f"{reason}, and white is {white}: save it as PNG")
+
+
 def scaling_table(white: int) -> np.ndarray:
     """What each level of 16 bits becomes, so that `white` becomes 255: uint8 [65536]."""
     levels = np.arange(TOP + 1)

@@ -8,14 +8,15 @@ import threading
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from inference.bands import bands
 from inference.command_line import say
-from inference.depth import TOP, bands, depth_of, load_all_bits, scale_to_8_bits
 from inference.errors import Problem, one_line
 from inference.formats import HEIF_HINT, can_read_heif, first_bytes, is_heif, open_image
-from inference.limits import MAX_PIXELS, TooLarge, check_rows, check_scans, check_size
+from inference.limits import MAX_PIXELS, TooLarge, check_scans, check_size
 from inference.orientation import forget_odd_xmp, orientation_of, turn_upright
 from inference.transparency import GROUNDS, as_rgba, composite, mend_key
 
+DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000", "SGI")  # that may have 16 bits a channel
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_STREAM_BYTES = 256 << 20  # read from a pipe at most: nobody's image file is larger
 
@@ -42,7 +43,7 @@ class Seen:
 def decode_image(
     source,
     channels: int,
-    white: int = TOP,
+    white: int = 65535,
     max_pixels: int = MAX_PIXELS,
     ground: str | None = None,
     seen: Seen | None = None,
@@ -135,22 +136,12 @@ def load_8_bits(source, image: Image.Image, white: int, max_pixels: int) -> Imag
 
     mend_key(image)
     forget_odd_xmp(image)
-    depth = depth_of(source, image)
-    low = None
-    if depth is None:
-        image.load()
-    else:
-        low = load_all_bits(source, image, depth)
-    if image.format == "PNG":
-        check_rows(source, image)
+    if image.format in DEEP_FORMATS:
+        from inference.depth import load_as_8_bits  # later: a JPEG starts faster without it
 
-    if depth is None or depth.is_cut:
-        # The high byte alone is right to a level, unless less than all levels are used.
-        if depth is not None and white != TOP:
-            reason = "has 16 bits a channel in a form of which Pillow keeps only 8"
-            raise Problem(f"{reason}, and white is {white}: save it as PNG")
-        return image
-    return scale_to_8_bits(image, low, depth, white)
+        return load_as_8_bits(source, image, white)
+    image.load()
+    return image
 
 
 def to_array(image: Image.Image, channels: int, ground: str | None) -> tuple[np.ndarray, bool]:
