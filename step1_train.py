@@ -65,7 +65,8 @@ def add_data_options(parser: Parser) -> None:
     add(
         "--data-dir",
         metavar="PATH",
-        help="directory of the files or for downloads (default: data/); for csv, the file",
+        help="your images: a directory of class folders or a CSV file; with --dataset, where its "
+        "files are or go (default: data/)",
     )
     add(
         "--image-size",
@@ -133,12 +134,12 @@ def add_own_image_options(parser: Parser) -> None:
     add(
         "--image-column",
         metavar="NAME",
-        help="column of the paths (default: filepath, filename, path or image)",
+        help="column of the paths (default: filepath, filename, path, image, ...)",
     )
     add(
         "--label-column",
         metavar="NAME",
-        help="column of the labels (default: label, class or target)",
+        help="column of the labels (default: label, class, target, ...)",
     )
     add(
         "--group-column",
@@ -600,8 +601,11 @@ def accuracy_to_compare(trainee: Trainee, evaluated: Evaluation) -> float | None
 
 
 # --------------------------------------------------------------------------------- data and network
-def load_dataset(settings: argparse.Namespace) -> data.Dataset:
-    """Load the dataset of the settings. Raises Problem, also for an unknown network."""
+def load_dataset(settings: argparse.Namespace, checkpoint: dict | None) -> data.Dataset:
+    """Load the dataset of the settings. Raises Problem, also for an unknown network.
+
+    checkpoint: of the run that goes on, whose classes keep their order.
+    """
     try:
         input_sizes = weights.input_sizes(settings.model)
     except ValueError as error:
@@ -614,6 +618,7 @@ def load_dataset(settings: argparse.Namespace) -> data.Dataset:
         image_size=settings.image_size,
         fit=settings.fit,
         input_sizes=input_sizes,
+        classes=checkpoint["training"]["data"]["classes"] if checkpoint else None,
         **options,
     )
 
@@ -785,7 +790,7 @@ def train_and_report(args: argparse.Namespace, given: dict) -> int:
         if args.resume is None:
             announce_dataset(settings, args, group)
         with group.first_of_each_machine_first():
-            dataset = load_dataset(settings)
+            dataset = load_dataset(settings, checkpoint)
         if checkpoint:
             data.refuse_changes(run_dir, checkpoint["training"]["data"], dataset.fingerprint)
         if run_dir is not None:

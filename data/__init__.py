@@ -53,7 +53,7 @@ DATASETS = {
     "cifar10": "CIFAR-10 photos, 32x32 colour, 10 classes, 50,000 + 10,000",
     "cifar100": "CIFAR-100 photos, 32x32 colour, 100 classes, 50,000 + 10,000",
     "folder": "your images: --data-dir DIR with DIR/[train|val|test/]<class>/*",
-    "csv": "your images: --data-dir FILE.csv, a path and a label a row",
+    "csv": "your images: --data-dir FILE.csv (or .tsv, .txt, .jsonl), a path and a label a row",
     "linear": "the tensor tutorial's regression, 5 features, 20 + 20 rows",
 }
 
@@ -109,20 +109,15 @@ def unknown_dataset(name: str) -> Problem:
     return Problem(f"unknown dataset {name!r}; {hint} (--list-datasets shows all)", 2)
 
 
-def guess(data_dir: str) -> str | None:
-    """The dataset that --data-dir alone implies.
+def guess(data_dir: str) -> str:
+    """The dataset that --data-dir alone implies: "csv" for a file, "folder" for a directory.
 
-    "csv" for a CSV file, "folder" for a directory of class folders, otherwise None.
+    Raises Problem if there is neither.
     """
-    if os.path.isfile(data_dir):
-        is_csv = data_dir.lower().endswith((".csv", ".tsv"))
-        return "csv" if is_csv else None
+    from data.files import refuse_missing
 
-    from data.folders import has_classes
-
-    if os.path.isdir(data_dir) and has_classes(data_dir):
-        return "folder"
-    return None
+    refuse_missing(data_dir)
+    return "csv" if os.path.isfile(data_dir) else "folder"
 
 
 def load_for(spec: dict, data_dir: str | None) -> Dataset:
@@ -151,6 +146,8 @@ def load_for(spec: dict, data_dir: str | None) -> Dataset:
     options["white"] = spec.get("white", 65535)
     options["ground"] = spec.get("ground") or NO_GROUND
     options["fit"] = spec.get("fit") or "stretch"
+    # They were once sorted in another way, which the order of the network's outputs keeps.
+    options["classes"] = spec.get("classes")
 
     recorded = None if data_dir else arguments["data_dir"]
     say_what_is_read(recorded, options)

@@ -25,7 +25,7 @@ import PIL
 
 from data.dataset import digest
 from data.decoding import decode_chunk
-from data.files import Options
+from data.files import Options, nearest_name
 from data.json_files import read_json, write_json
 from data.notes import note
 from data.parallel import run_parallel
@@ -39,6 +39,7 @@ LONGEST_STEM = 60  # of the name of the data in that folder
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 Result = TypeVar("Result")
 IN_CACHE_DIR = "threestep-cache"  # the folder in --cache-dir, which may hold files of others
+MOST_COMPARED = 10_000  # files of a folder whose names are compared with a missing one
 STALE_SECONDS = 24 * 3600  # after which the temporary file of a killed build is removed
 
 # The temporary files of build_cache() and of files.replacing(), which cuts long names.
@@ -277,7 +278,7 @@ def decode_all(
         )
         unreadable = list(run_parallel(decode, paths, "decoding"))
         if len(unreadable) > len(paths) / 2:  # the list is wrong then, not the files
-            refuse(paths, unreadable, way_out_of_missing(paths[unreadable[0][0]]))
+            refuse(paths, unreadable, way_out_of_missing(paths[unreadable[0][0]], options))
 
         if unreadable:
             close_gaps(file, len(paths), row_bytes, [number for number, _ in unreadable])
@@ -287,10 +288,18 @@ def decode_all(
     return unreadable
 
 
-def way_out_of_missing(path: str) -> str:
+def way_out_of_missing(path: str, options: Options) -> str:
     """What to do about a file that cannot be read, if it does not exist; else empty."""
     if os.path.lexists(path):
         return ""
+
+    folder, name = os.path.split(path)
+    if os.path.isdir(folder):
+        nearest = nearest_name(name, os.listdir(folder)[:MOST_COMPARED])
+        if nearest is not None:
+            return f"; the nearest file there is {nearest}"
+    if options.image_root is not None:
+        return f"; the paths are relative to step1's --image-root {options.image_root}"
     return "; step1's --image-root says what the paths of a CSV file are relative to"
 
 

@@ -1,5 +1,7 @@
 """The image files of a dataset by split, whichever list they come from, and how to read them."""
 
+import contextlib
+import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.dataset import digest, sampling_step
-from inference.errors import problems
+from inference.errors import Problem, problems
 
 # The names of each split's folder, or in a split column, in lower case.
 SPELLINGS = {
@@ -40,7 +42,8 @@ class Options:
     image_size (height, width), fit, channels and white (the level of 16-bit pixels that becomes
     255) are derived from the images if None; input_sizes are those that the network takes. ground
     is what transparent pixels are laid on, "white" or "black", derived if None; NO_GROUND drops the
-    transparency. max_pixels is of one file, by default inference.limits.MAX_PIXELS.
+    transparency. max_pixels is of one file, by default inference.limits.MAX_PIXELS. classes:
+    those of an earlier run in its order, which is kept.
     """
 
     image_size: tuple[int, int] | None = None
@@ -58,6 +61,7 @@ class Options:
     label_column: str | None = None
     group_column: str | None = None
     group_by: str | None = None
+    classes: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,3 +138,30 @@ def count_of(count: int, noun: str) -> str:
     """The count and the noun, which gets an "s" unless there is just one: "1 file", "2 files"."""
     plural = "" if count == 1 else "s"
     return f"{count:,} {noun}{plural}"
+
+
+def refuse_missing(path: str) -> None:
+    """Raise Problem if there is no such file or directory, with the nearest name that there is."""
+    if os.path.exists(path):
+        return
+
+    missing = os.path.normpath(path)
+    while not os.path.isdir(os.path.dirname(missing) or "."):
+        missing = os.path.dirname(missing)
+    folder, name = os.path.split(missing)
+
+    hint = "--data-dir takes a directory of class folders, or a CSV file"
+    names = []
+    with contextlib.suppress(OSError):
+        names = [entry for entry in os.listdir(folder or ".") if not entry.startswith(".")]
+    nearest = nearest_name(name, names)
+    if nearest is not None:
+        hint = f"did you mean {os.path.join(folder, nearest)}?"
+    raise Problem(f"no file or directory {path}: {hint}", 2)
+
+
+def nearest_name(name: str, names: list[str]) -> str | None:
+    """The name that is most like another, whatever their case; None if none is like it."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(names)}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[nearest[0]] if nearest else None

@@ -1,25 +1,39 @@
 """Class folders: DIR/<class>/*, or such folders below DIR/train, DIR/val and DIR/test."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.files import Files, count_of, name_some, split_called
+from data.files import Files, Options, count_of, name_some, refuse_missing, split_called
+from data.layouts import list_annotated, list_annotations
 from data.notes import note
+from data.tables import sort_classes, to_files
+from data.texts import LIST_SUFFIXES
 from inference.errors import Problem, problems
 from inference.finding import is_image, is_visible, walk
-from inference.formats import HEIF_HINT, SUFFIXES
+from inference.formats import HEIF_HINT, IMAGE_SUFFIXES, SUFFIXES
 
 SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
+# The only folder in a split folder whose images have no labels.
+UNLABELLED = (["images"], ["test"], ["unknown"], ["unlabeled"], ["unlabelled"])
+# The folders of torchvision's datasets, and their names here.
+TORCHVISION = {
+    "MNIST": "mnist",
+    "FashionMNIST": "fashion-mnist",
+    "KMNIST": "kmnist",
+    "cifar-10-batches-py": "cifar10",
+    "cifar-100-python": "cifar100",
+}
 
 
 @dataclass(frozen=True)
 class ClassFolders:
     """What the class folders of one directory hold."""
 
-    classes: list[str]  # sorted
+    classes: list[str]  # in order
     paths: list[str]  # of the images, class by class
     labels: np.ndarray  # int64 [images], index into `classes`
     groups: list[str]  # of each image, the first folder below its class, or empty
@@ -30,29 +44,83 @@ class ClassFolders:
         return Files(root=root, paths=self.paths, labels=labels, groups=self.groups)
 
 
-def list_folder(directory: str) -> tuple[list[str], dict[str, Files]]:
+def list_folder(
+    directory: str, options: Options | None = None
+) -> tuple[list[str], dict[str, Files]]:
     """The classes and the splits of DIR/<class>/*, or of DIR/train/<class>/* and so on.
+
+    A list inside the directory may tell the labels instead: see data/layouts.py. Raises Problem.
+    """
+    options = options or Options()
+    refuse_missing(directory)
+    if not os.path.isdir(directory):
+        raise Problem(f"{directory} is a file: --dataset csv reads a list of images", 2)
+
+    directory = without_extra_folder(directory)
+    folders = {}
+    for split, folder in find_splits(directory).items():
+        folders[split] = without_extra_folder(folder)
+
+    has_class_folders = has_classes(folders.get("train", directory))
+    annotated = list_annotated(directory, folders, options, has_class_folders)
+    if annotated is not None:
+        return annotated
+
+    for option, name in (("image", options.image_column), ("label", options.label_column)):
+        if name is not None:
+            raise Problem(f"{directory} has no list: leave out --{option}-column", 2)
+    return list_class_folders(directory, folders, options)
+
+
+def list_class_folders(
+    directory: str, folders: dict[str, str], options: Options
+) -> tuple[list[str], dict[str, Files]]:
+    """The classes and the splits of class folders; `folders` are those of the splits, if any.
 
     Raises Problem.
     """
-    if not os.path.isdir(directory):
-        raise Problem(f"no directory {directory}: --dataset folder reads DIR/[train/]<class>/*", 2)
-
-    folders = find_splits(directory)
-    train = list_classes(folders.get("train", directory), least=2)
+    train = list_classes(folders.get("train", directory), least=2, known=options.classes)
     splits = {"train": train.files(directory, train.labels)}
     skipped = list(train.skipped)
 
     for split in ("val", "test"):
-        if split in folders:
-            found = list_classes(folders[split], least=1)
-            labels = labels_of_training(found, train, folders[split], folders["train"])
+        if split not in folders:
+            continue
+        folder = folders[split]
+        rows = list_annotations(folder)
+        if rows is not None:
+            splits[split] = to_files(rows, train.classes, folder, directory)
+        elif is_unlabelled(folder):
+            count = count_of(sum(1 for _ in files_below(folder)), "file")
+            note(f"{folder} ({count}) has no class folders, and so no labels: it is not used")
+        else:
+            found = list_classes(folder, least=1)
+            labels = labels_of_training(found, train, folder, folders["train"])
             splits[split] = found.files(directory, labels)
             skipped += found.skipped
 
     if skipped:
         note_skipped(directory, skipped)
     return train.classes, splits
+
+
+def without_extra_folder(directory: str) -> str:
+    """The directory, or that in it which has the same name and is all there is: a zip's."""
+    name = os.path.basename(os.path.abspath(directory))
+    with problems(f"cannot read {directory}", OSError):
+        entries = [entry for entry in os.listdir(directory) if is_visible(entry)]
+    inner = os.path.join(directory, entries[0]) if len(entries) == 1 else ""
+    if not os.path.isdir(inner) or entries[0].lower() != name.lower():
+        return directory
+
+    note(f"reading {inner}, which is all that {directory} holds")
+    return without_extra_folder(inner)
+
+
+def is_unlabelled(folder: str) -> bool:
+    """Has a split folder images, but no folders that tell their classes?"""
+    names = subfolders(folder)
+    return not names or [name.lower() for name in names] in UNLABELLED
 
 
 def find_splits(directory: str) -> dict[str, str]:
@@ -119,9 +187,12 @@ def labels_of_training(
     return np.array(numbers, dtype=np.int64)[held_out.labels]
 
 
-def list_classes(directory: str, least: int) -> ClassFolders:
-    """What the class folders of a directory hold, `least` classes or more. Raises Problem."""
-    classes = subfolders(directory)
+def list_classes(directory: str, least: int, known: list[str] | None = None) -> ClassFolders:
+    """What the class folders of a directory hold, `least` classes or more.
+
+    known: the classes of an earlier run, in its order. Raises Problem.
+    """
+    classes = sort_classes(set(subfolders(directory)), known)
     check_classes(directory, classes, least)
     note_loose_images(directory)
 
@@ -141,6 +212,10 @@ def list_classes(directory: str, least: int) -> ClassFolders:
         counts.append(len(images))
         skipped += others
 
+    # One folder in each class, such as images/, holds all there is, and groups nothing.
+    if len(set(groups)) == 1:
+        groups = [""] * len(paths)
+
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     return ClassFolders(classes=classes, paths=paths, labels=labels, groups=groups, skipped=skipped)
 
@@ -153,24 +228,75 @@ def folder_below(folder: str, path: str) -> str:
 
 def check_classes(directory: str, classes: list[str], least: int) -> None:
     """Raise Problem if there are too few class folders, or if an exported file cannot name them."""
+    refuse_torchvision(directory, classes)
     if not classes:
         raise Problem(
             f"{directory} has no class folders: put the images of each class into a folder "
-            "named after the class"
+            f"named after the class{way_out_by_list(directory)}"
         )
 
     if len(classes) < least:
-        way_out = "classification needs at least two"
-        inner = os.path.join(directory, classes[0])
-        if has_classes(inner):
+        way_out = f"classification needs at least two{way_out_by_list(directory)}"
+        inner = find_below(os.path.join(directory, classes[0]))
+        if inner is not None:
             way_out = f"give --data-dir {inner}"
         raise Problem(f"{directory} has only one class folder, {classes[0]!r}: {way_out}")
 
+    refuse_renamed_splits(directory, classes)
     for name in classes:
         # Bytes of a name that are no UTF-8 arrive as surrogates, which no exported file can hold.
         if name != name.encode(errors="ignore").decode():
             folder = os.path.join(directory, name)
             raise Problem(f"the name of the class folder {folder} is not UTF-8: rename it")
+
+
+def refuse_torchvision(directory: str, names: list[str]) -> None:
+    """Raise Problem if a directory holds one of torchvision's datasets, and no class folders."""
+    for folder, dataset in TORCHVISION.items():
+        if folder in names and not has_classes(directory):
+            raise Problem(f"{directory} holds {folder}/ of torchvision: add --dataset {dataset}", 2)
+
+
+def refuse_renamed_splits(directory: str, classes: list[str]) -> None:
+    """Raise Problem if the class folders are splits by other names, such as seg_train/ and
+    seg_test/, which have class folders of their own."""
+    splits = {}
+    for name in classes:
+        for word in re.split(r"[\W_]+", name):
+            if split_called(word) and subfolders(os.path.join(directory, name)):
+                splits.setdefault(split_called(word), name)
+
+    if "train" in splits and len(splits) > 1:
+        renamed = " and ".join(f"{name}/ {split}/" for split, name in splits.items())
+        raise Problem(f"the folders of {directory} look like splits, not classes: call {renamed}")
+
+
+def way_out_by_list(directory: str) -> str:
+    """What to type if a directory without class folders has lists; empty if it has none."""
+    lists = {}
+    for name in sorted(os.listdir(directory)):
+        stem, suffix = os.path.splitext(name.lower())
+        if suffix in LIST_SUFFIXES and is_visible(name):
+            words = re.split(r"[\W_]+", stem)
+            splits = [split_called(word) for word in words if split_called(word)]
+            lists.setdefault(splits[0] if splits else "any", os.path.join(directory, name))
+
+    train = lists.get("train", lists.get("any"))
+    if train is None:
+        return ""
+    test = lists.get("test", lists.get("val")) if "train" in lists else None
+    more = f", with --test-csv {test} if that has labels" if test else ""
+    return f"; or, if it lists them, give --data-dir {train}{more}"
+
+
+def find_below(folder: str) -> str | None:
+    """The folder that holds a dataset, below folders that each hold only the next; or None."""
+    while not has_classes(folder):
+        names = subfolders(folder)
+        if len(names) != 1:
+            return None
+        folder = os.path.join(folder, names[0])
+    return folder
 
 
 def note_loose_images(directory: str) -> None:
@@ -206,7 +332,10 @@ def sort_out(folder: str) -> tuple[list[str], list[str]]:
 
 
 def has_classes(directory: str) -> bool:
-    """Are there two or more class folders with images in them, perhaps in a training folder?"""
+    """Are there two or more class folders with images in them, perhaps in a training folder?
+
+    Only names are read, for speed.
+    """
     for name in subfolders(directory):
         if split_called(name) == "train":
             directory = os.path.join(directory, name)
@@ -222,12 +351,8 @@ def has_classes(directory: str) -> bool:
 
 
 def has_image_name(folder: str) -> bool:
-    """Is there a file with an image's suffix in a folder? Only names are read, for speed."""
-    for path in files_below(folder):
-        suffix = os.path.splitext(path)[1]
-        if suffix and is_image(path):  # without a suffix, is_image would open the file
-            return True
-    return False
+    """Is there a file with an image's suffix in a folder?"""
+    return any(path.lower().endswith(IMAGE_SUFFIXES) for path in files_below(folder))
 
 
 def subfolders(directory: str) -> list[str]:

@@ -8,6 +8,7 @@ from data.files import Files, Options, name_some
 from data.folders import list_folder
 from data.groups import note_groups, note_parts, numbered, warn_shared, with_groups
 from data.holdout import TEST_FRACTION, hold_out_test
+from data.lookup import spelling
 from data.notes import note
 from data.stems import suggest_groups
 from data.tables import list_csv
@@ -19,10 +20,11 @@ FEW_TRAINING_IMAGES = 5  # a class with fewer is named in a note
 def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     """Load `folder` or `csv`. Raises Problem."""
     if name == "folder":
-        classes, listed = list_folder(data_dir)
+        classes, listed = list_folder(data_dir, options)
     else:
         classes, listed = list_csv(data_dir, options)
 
+    note_alike(classes)
     listed = with_groups(listed, options.group_by)
     say_groups(name, listed, options)
 
@@ -120,6 +122,21 @@ def check_splits(
             raise Problem(
                 f"the {split} split of {data_dir} has no readable image left, of {total} listed"
             )
+
+
+def note_alike(classes: list[str]) -> None:
+    """Note classes whose names differ in case or spaces only, or end with a space: mistypes."""
+    by_spelling = {}
+    for name in classes:
+        by_spelling.setdefault(spelling(" ".join(name.split())), []).append(name)
+
+    odd = []
+    for names in by_spelling.values():
+        if len(names) > 1 or names[0] != names[0].strip():
+            odd += names
+    if odd:
+        shown = ", ".join(map(repr, odd))
+        note(f"class names that may be mistyped, each a class of its own: {shown}")
 
 
 def note_held_out(data_dir: str, splits: dict[str, Files]) -> None:

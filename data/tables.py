@@ -1,42 +1,26 @@
-"""CSV lists: the path of an image, its label, and perhaps its split in each row."""
+"""Lists of images: the path of an image, its label, and perhaps its split in each row."""
 
-import csv
 import os
-import re
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from data.columns import FLAGS, ONE_HOT, Columns, find_columns
 from data.dataset import SPLITS
-from data.files import Files, Options, count_of, split_called
+from data.files import Files, Options, count_of, name_some, split_called
+from data.lookup import Lookup
 from data.notes import note
-from inference.errors import Problem, problems
+from data.texts import Table, read_table
+from inference.errors import Problem
 from inference.spec import MAX_NAME
 
-# The names of columns that are taken without --image-column and --label-column, the first found.
-IMAGE_COLUMNS = ("filepath", "filename", "path", "image")
-LABEL_COLUMNS = ("label", "class", "target")
-GROUP_COLUMNS = ("group",)
-# With one of these words, a column's name begins that probably tells which images belong together.
-GROUP_WORDS = ("patient", "subject", "participant", "scene", "clip", "video", "session", "lesion")
-SPLIT_COLUMN = "split"
 LONGEST_NUMBER = 20  # characters of a label that is still sorted as a number
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where in a row the image and the label are, and the split and the group if there are any."""
-
-    image: int
-    label: int
-    split: int | None
-    group: int | None
+NOT_A_NUMBER = "nan"  # what programs write for a label that is missing
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of a CSV file says."""
+    """What one row of a list says."""
 
     path: str
     label: str
@@ -45,53 +29,105 @@ class Row:
 
 
 def list_csv(file: str, options: Options) -> tuple[list[str], dict[str, Files]]:
-    """The classes and the splits of a CSV file and of --test-csv; rows are for training by default.
+    """The classes and the splits of a list and of --test-csv; rows are for training by default.
 
     Raises Problem.
     """
     rows = read_images(file, options, default="train")
     if "train" not in rows:
-        raise Problem(f"{file} has no row whose {SPLIT_COLUMN} is train")
+        raise Problem(f"{file} has no row whose split is train")
     sources = dict.fromkeys(rows, file)
 
     if options.test_csv is not None:
         if "test" in rows:
-            raise Problem(f"{file} has rows whose {SPLIT_COLUMN} is test: leave out --test-csv", 2)
+            raise Problem(f"{file} has rows whose split is test: leave out --test-csv", 2)
         rows["test"] = read_test_images(options)
         sources["test"] = options.test_csv
 
-    classes = sort_classes({row.label for row in rows["train"]})
+    roots = {split: root_of(source, options) for split, source in sources.items()}
+    return list_rows(rows, sources, roots, options)
+
+
+def list_rows(
+    rows: dict[str, list[Row]],
+    sources: dict[str, str],
+    roots: dict[str, str],
+    options: Options,
+) -> tuple[list[str], dict[str, Files]]:
+    """The classes and the splits of rows by split; sources: the list that each split is from.
+
+    roots: the folder that the paths of each split are below. Raises Problem.
+    """
+    rows = with_whole_numbers(rows, options.classes)
+    classes = sort_classes({row.label for row in rows["train"]}, options.classes)
     if len(classes) < 2:
-        raise Problem(f"{file} has only one class, {classes[0]!r}: classification needs two")
+        source = sources["train"]
+        raise Problem(f"{source} has only one class, {classes[0]!r}: classification needs two")
 
     splits = {}
     for split in SPLITS:
         if split in rows:
-            splits[split] = to_files(rows[split], classes, sources[split], options)
+            splits[split] = to_files(rows[split], classes, sources[split], roots[split])
     return classes, splits
+
+
+def root_of(file: str, options: Options) -> str:
+    """The folder that the paths in a list are relative to."""
+    return options.image_root or os.path.dirname(file)
 
 
 def read_test_images(options: Options) -> list[Row]:
     """The rows of --test-csv. Raises Problem if one of them is for another split."""
     rows = read_images(options.test_csv, options, default="test")
     if set(rows) != {"test"}:
-        raise Problem(f"{options.test_csv} has rows whose {SPLIT_COLUMN} is not test", 2)
+        raise Problem(f"{options.test_csv} has rows whose split is not test", 2)
     return rows["test"]
 
 
-def sort_classes(names: set[str]) -> list[str]:
-    """The classes in order: by value if all are whole numbers, otherwise as text."""
+# ------------------------------------------------------------------------------------------ classes
+def sort_classes(names: set[str], known: list[str] | None = None) -> list[str]:
+    """The classes in order: by value if all are whole numbers, otherwise as text.
+
+    known: the classes of an earlier run, whose order is kept if they are the same.
+    """
+    if known is not None and len(known) == len(names) and set(known) == names:
+        return list(known)
 
     # isdecimal() also holds for digits of other scripts, which int() reads.
-    def is_number(name: str) -> bool:
+    def is_whole(name: str) -> bool:
         return name.removeprefix("-").isdecimal() and len(name) < LONGEST_NUMBER
 
-    if all(is_number(name) for name in names):
-        return sorted(names, key=int)
+    if all(map(is_whole, names)):
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 
 
-def to_files(rows: list[Row], classes: list[str], source: str, options: Options) -> Files:
+def with_whole_numbers(rows: dict[str, list[Row]], known: list[str] | None) -> dict[str, list[Row]]:
+    """The rows with labels such as 2.0 as 2, if all labels are whole numbers.
+
+    A table gets such labels where one of them was missing. known: the classes of an earlier run,
+    which may have kept them.
+    """
+    labels = {row.label for split in rows.values() for row in split}
+    if known is not None and labels <= set(known):
+        return rows
+
+    whole = {}
+    for label in labels:
+        number, point, zeros = label.partition(".")
+        if not number.removeprefix("-").isdecimal() or zeros.strip("0") or (point and not zeros):
+            return rows
+        whole[label] = number
+    if all(label == number for label, number in whole.items()):
+        return rows
+
+    tidied = {}
+    for split, listed in rows.items():
+        tidied[split] = [replace(row, label=whole[row.label]) for row in listed]
+    return tidied
+
+
+def to_files(rows: list[Row], classes: list[str], source: str, root: str) -> Files:
     """The files of one split, which `source` lists. Raises Problem for an unknown label."""
     numbers = {name: number for number, name in enumerate(classes)}
 
@@ -108,79 +144,146 @@ def to_files(rows: list[Row], classes: list[str], source: str, options: Options)
         labels.append(numbers[row.label])
         groups.append(row.group)
 
-    root = options.image_root or os.path.dirname(source)
     return Files(root=root, paths=paths, labels=np.array(labels, np.int64), groups=groups)
 
 
-def read_images(file: str, options: Options, default: str) -> dict[str, list[Row]]:
-    """The rows by split, all `default` if the file does not say. Raises Problem."""
-    lines = read_lines(file)
-    header = [name.strip() for name in lines[0]]
-    columns = find_columns(file, header, options)
-    root = options.image_root or os.path.dirname(file)
+# ------------------------------------------------------------------------------------------- rows
+def read_images(
+    file: str, options: Options, default: str, root: str | None = None
+) -> dict[str, list[Row]]:
+    """The rows of a list by split, all `default` if it does not say.
 
-    rows = {}
+    root: the folder that paths are relative to, if not the usual one. Raises Problem.
+    """
+    root = root or root_of(file, options)
+    table = read_table(file, root)
+    columns = find_columns(table, options)
+    if columns.one_hot:
+        refuse_several_classes(table, columns)
+
+    listed = []
     incomplete = []
-    for number, cells in enumerate(lines[1:], start=2):
+    for number, cells in table.rows:
         if not any(cells):  # spreadsheets like to end with empty rows
             continue
         place = f"{file}, row {number}"
-        if len(cells) != len(header):
-            raise Problem(f"{place}: expected {len(header)} fields, got {cells}")
+        check_length(table, cells, place)
 
-        row = read_row(cells, columns, root, default, place)
+        row = read_row(table, cells, columns, default, place, options.classes)
         if row is None:
             incomplete.append(number)
         else:
-            rows.setdefault(row.split, []).append(row)
+            listed.append(row)
 
     if incomplete:
         report_incomplete(file, incomplete, options.strict)
-    note_outside(file, root, rows)
-    if not rows:
+    if not listed:
         raise Problem(f"{file} lists no images below its first line")
+
+    rows = with_places(file, listed, root, options)
+    note_outside(file, root, rows)
     if columns.split is not None:
-        note_splits(file, header[columns.split], rows)
+        note_splits(file, table.header[columns.split], rows)
     return rows
 
 
+def with_places(file: str, listed: list[Row], root: str, options: Options) -> dict[str, list[Row]]:
+    """The rows by split, with the paths of their files instead of what the list says."""
+    texts = [row.path for row in listed]
+    paths = Lookup(root, options).find_all(file, texts)
+
+    rows = {}
+    for row, path in zip(listed, paths, strict=True):
+        rows.setdefault(row.split, []).append(replace(row, path=path))
+    return rows
+
+
+def check_length(table: Table, cells: list[str], place: str) -> None:
+    """Raise Problem if a row has not as many cells as there are columns; empty ones may follow."""
+    expected = len(table.header or table.rows[0][1])
+    if len(cells) < expected or any(cells[expected:]):
+        raise Problem(f"{place}: expected {expected} fields, got {cells}")
+
+
 def read_row(
+    table: Table,
     cells: list[str],
     columns: Columns,
-    root: str,
     default: str,
     place: str,
+    known: list[str] | None,
 ) -> Row | None:
     """What a row says; None if its image, its label or its split is empty.
 
-    place: of the row, for messages. Raises Problem for a split of an unknown name.
+    place: of the row, for messages. known: the classes of an earlier run, one of which may be
+    called "nan". Raises Problem for a split of an unknown name.
     """
     image = cells[columns.image].strip()
-    label = cells[columns.label].strip()
+    label = label_of(table, cells, columns)
+    if label.startswith(("[", "{")) and table.is_json():
+        raise Problem(f"{place}: the label is {label}, and an image has one class here")
+    if label.lower() == NOT_A_NUMBER and label not in (known or ()):
+        label = ""
     if not image or not label:
         return None
 
     split = default
     if columns.split is not None:
-        name = cells[columns.split].strip()
-        if not name:
-            return None
-        split = split_called(name)
+        split = split_of(cells[columns.split].strip(), columns, place)
         if split is None:
-            raise Problem(f"{place}: {SPLIT_COLUMN} {name!r} is none of train, val and test")
+            return None
 
     group = "" if columns.group is None else cells[columns.group].strip()
-    return Row(path=find_image(root, image), label=label, split=split, group=group)
+    return Row(path=image, label=label, split=split, group=group)
 
 
-def find_image(root: str, image: str) -> str:
-    """The path of an image below `root`, where a list from Windows separates folders by \\."""
-    path = os.path.join(root, image)
-    if "\\" in image and not os.path.lexists(path):
-        return os.path.join(root, image.replace("\\", "/"))
-    return path
+def label_of(table: Table, cells: list[str], columns: Columns) -> str:
+    """The label of a row; empty if it has none."""
+    if not columns.one_hot:
+        return cells[columns.label].strip()
+    marked = marked_classes(cells, columns)
+    return table.header[marked[0]] if marked else ""
 
 
+def split_of(name: str, columns: Columns, place: str) -> str | None:
+    """The split that a cell tells; None if it is empty. Raises Problem for an unknown name."""
+    if not name:
+        return None
+    if columns.flag is not None:
+        return columns.flag if FLAGS[name.lower()] else "train"
+
+    split = split_called(name)
+    if split is None:
+        raise Problem(f"{place}: split {name!r} is none of train, val and test")
+    return split
+
+
+def marked_classes(cells: list[str], columns: Columns) -> list[int]:
+    """The columns of the classes that a row of zeros and ones marks."""
+    return [column for column in columns.one_hot if ONE_HOT[cells[column].strip().lower()]]
+
+
+def refuse_several_classes(table: Table, columns: Columns) -> None:
+    """Raise Problem if a row of zeros and ones marks more than one class."""
+    several = []
+    for number, cells in table.rows:
+        if len(cells) >= len(table.header):
+            marked = marked_classes(cells, columns)
+            if len(marked) > 1:
+                several.append((number, marked))
+    if not several:
+        return
+
+    number, marked = several[0]
+    names = name_some(table.header[column] for column in marked)
+    raise Problem(
+        f"{count_of(len(several), 'row')} of {table.file} of {len(table.rows):,} have more than "
+        f"one class, the first: row {number} ({names}). An image has one class here: remove these "
+        "rows, or write a column label yourself"
+    )
+
+
+# ------------------------------------------------------------------------------------------- notes
 def note_outside(file: str, root: str, rows: dict[str, list[Row]]) -> None:
     """Note the paths that lead out of `root` by their text: they may be what nobody expects."""
     folder = os.path.join(os.path.abspath(root), "")
@@ -211,98 +314,3 @@ def note_splits(file: str, column: str, rows: dict[str, list[Row]]) -> None:
         if split in rows:
             counts.append(f"{len(rows[split]):,} {split}")
     note(f"the column {column!r} of {file} says which split a row is in: {', '.join(counts)}")
-
-
-def read_lines(file: str) -> list[list[str]]:
-    """The lines of a UTF-8 file separated by commas, semicolons or tabs; at least one.
-
-    Raises Problem.
-    """
-    unreadable = problems(
-        f"cannot read {file}",
-        OSError,
-        code=2,
-        form="{}: {}; --dataset csv takes --data-dir FILE.csv",
-    )
-    malformed = problems(f"{file} is not a CSV file", csv.Error)
-
-    try:
-        with unreadable, malformed, open(file, newline="", encoding="utf-8-sig") as stream:
-            # The first line only names columns, so the separator is the commonest one in it.
-            first_line = stream.readline()
-            delimiter = max(",;\t", key=first_line.count)
-            stream.seek(0)
-            lines = list(csv.reader(stream, delimiter=delimiter, strict=True))
-    except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise Problem(f"{file} is not UTF-8 text ({reason}): save it as CSV UTF-8") from None
-
-    if not lines:
-        raise Problem(f"{file} is empty: its first line must name the columns, path and label")
-    return lines
-
-
-def find_columns(file: str, header: list[str], options: Options) -> Columns:
-    """Which columns of a file to read. Raises Problem."""
-    for name in header:
-        if header.count(name) > 1:
-            raise Problem(f"{file} names the column {name!r} twice in its first line")
-
-    image = find_column(file, header, "--image-column", options.image_column, IMAGE_COLUMNS)
-    label = find_column(file, header, "--label-column", options.label_column, LABEL_COLUMNS)
-
-    split = None
-    for number, name in enumerate(header):
-        is_split = name.lower() == SPLIT_COLUMN and number not in (image, label)
-        if is_split and split is None:
-            split = number
-
-    # A list of test images needs no groups: only --data-dir's images are split.
-    is_test = file == options.test_csv
-    group = None
-    if options.group_by is None:
-        group = find_group(file, header, None if is_test else options.group_column)
-    return Columns(image=image, label=label, split=split, group=group)
-
-
-def find_group(file: str, header: list[str], given: str | None) -> int | None:
-    """Where the column of the groups is, if any. Raises Problem if the given one is missing."""
-    lower_case = [name.lower() for name in header]
-    if given is None and not set(GROUP_COLUMNS) & set(lower_case):
-        note_possible_groups(file, header)
-        return None
-    return find_column(file, header, "--group-column", given, GROUP_COLUMNS)
-
-
-def note_possible_groups(file: str, header: list[str]) -> None:
-    """Note a column whose name says that it may tell which images belong together."""
-    for name in header:
-        words = re.split(r"[\W_]+", name.lower())
-        if words[0].rstrip("s") in GROUP_WORDS:
-            note(
-                f"{file} has a column {name!r}: if its images belong together, add "
-                f"--group-column {shlex.quote(name)}"
-            )
-            return
-
-
-def find_column(
-    file: str,
-    header: list[str],
-    option: str,
-    given: str | None,
-    usual: tuple[str, ...],
-) -> int:
-    """Where the column is that the user has named with `option`, else the first of the usual ones.
-
-    Case does not matter. Raises Problem.
-    """
-    lower_case = [name.lower() for name in header]
-    wanted = (given.lower(),) if given else usual
-    for name in wanted:
-        if name in lower_case:
-            return lower_case.index(name)
-
-    missing = repr(given) if given else " or ".join(usual)
-    present = ", ".join(header) or "none"
-    raise Problem(f"{file} has no column {missing}, it has {present}; name one with {option}")

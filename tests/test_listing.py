@@ -486,17 +486,6 @@ def test_fingerprint_of_arrays(mnist):
     assert change.startswith("the test split")
 
 
-# ----------------------------------------------------------------------------- what --data-dir says
-
-
-def test_guess(images, mnist, cifar10, here):
-    file = write_csv(images / "list.CSV", ("path", "label"), *listed(images))
-    assert data.guess(str(file)) == "csv" and data.guess(str(images)) == "folder"
-    assert data.guess(str(split_folders(here / "split", "Training", "testing"))) == "folder"
-    for other in (mnist, cifar10, here, here / "absent", images / "a", images / "a" / "0.png"):
-        assert data.guess(str(other)) is None
-
-
 # ---------------------------------------------------------------------------------------- odd names
 
 

@@ -468,7 +468,10 @@ def test_csv_with_numbers_a_root_and_named_columns(call, here, folder, in_proces
     ("change", "words"),
     [
         (
-            lambda rows: [("path", "name"), *rows[1:]],
+            lambda rows: [
+                ("path", "name", "place"),
+                *((path, label, label) for path, label in rows[1:]),
+            ],
             ["label or class or target", "--label-column"],
         ),
         (lambda rows: [("path", "path"), *rows[1:]], ["'path'", "twice"]),
@@ -479,7 +482,7 @@ def test_csv_with_numbers_a_root_and_named_columns(call, here, folder, in_proces
         ),
         (lambda rows: [*rows[:3], ("only one field",)], ["row 4", "2 fields"]),
         (lambda rows: rows[:1], ["no images"]),
-        (lambda rows: [], ["no column"]),
+        (lambda rows: [], ["is empty"]),
     ],
     ids=[
         "no-label-column",

@@ -308,9 +308,9 @@ def test_quiet_prints_the_result_alone(call, here):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--data-dir photos", ["--data-dir", "digits"]),
+        ("--dataset digits --data-dir photos", ["--data-dir", "digits"]),
         ("--test-csv list.csv", ["--test-csv", "--dataset csv"]),
-        ("--label-column kind", ["--label-column", "--dataset csv"]),
+        ("--label-column kind", ["--label-column", "--dataset folder or csv"]),
         ("--dataset folder --data-dir photos --image-root x", ["--image-root", "--dataset csv"]),
         ("--dataset mnist --strict", ["--strict", "folder or csv"]),
         ("--cache-dir x", ["--cache-dir", "your own images", "--pretrained"]),

@@ -174,8 +174,8 @@ APPLIES_TO = {
     "cache_dir": ("your own images and --pretrained", writes_cache),
     "test_csv": ("--dataset csv", reads_csv),
     "image_root": ("--dataset csv", reads_csv),
-    "image_column": ("--dataset csv", reads_csv),
-    "label_column": ("--dataset csv", reads_csv),
+    "image_column": ("--dataset folder or csv", has_own_images),
+    "label_column": ("--dataset folder or csv", has_own_images),
     "group_column": ("--dataset csv without --group-by", reads_group_column),
     "group_by": ("--dataset folder or csv", has_own_images),
     "image_size": ("images, and linear has features", has_images),
@@ -215,7 +215,7 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     """
     dataset = args.dataset
     if args.data_dir and "dataset" not in given:
-        dataset = data.guess(args.data_dir) or dataset
+        dataset = data.guess(args.data_dir)
 
     network = args.model
     if network is None:

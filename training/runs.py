@@ -75,7 +75,9 @@ def name_of(settings: argparse.Namespace) -> str:
     network = file_name_of(settings.model)
     name = settings.dataset
     if name in OWN_IMAGES:
-        stem = os.path.basename(os.path.abspath(settings.data_dir)).removesuffix(".csv")
+        stem = os.path.basename(os.path.abspath(settings.data_dir))
+        if name == "csv":
+            stem = os.path.splitext(stem)[0]
         name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or name  # what any file system takes
 
     if RESERVED.match(f"{name}-{network}"):
