@@ -293,7 +293,7 @@ def way_out_of_missing(path: str, options: Options) -> str:
     if os.path.lexists(path):
         return ""
 
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(os.path.abspath(path))
     if os.path.isdir(folder):
         nearest = nearest_name(name, os.listdir(folder)[:MOST_COMPARED])
         if nearest is not None:

@@ -34,7 +34,7 @@ class Folders:
         self.names[folder] = {}
         self.stems[folder] = {}
         with contextlib.suppress(OSError, ValueError):
-            for name in sorted(os.listdir(folder)):
+            for name in sorted(os.listdir(folder or ".")):
                 stem, suffix = os.path.splitext(name)
                 self.names[folder].setdefault(spelling(name), []).append(name)
                 if suffix.lower() in IMAGE_SUFFIXES and is_visible(name):

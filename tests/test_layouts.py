@@ -385,6 +385,12 @@ def test_paths_that_fit_one_file_are_read_and_said(photos, capsys, spelled, word
     assert f"6 paths of {file} {words}" in capsys.readouterr().err
 
 
+def test_a_list_in_the_working_directory(photos, monkeypatch):
+    listed(photos, "id,label\n", lambda path, number: f"{path[:-4]},{path[0]}", "list.csv")
+    monkeypatch.chdir(photos)
+    assert sizes(loaded("list.csv")) == {"train": 4, "test": 2}
+
+
 def test_paths_in_another_unicode_form(tmp_path):
     name = "grün"
     fill(tmp_path / unicodedata.normalize("NFD", name), 3)
