@@ -570,7 +570,7 @@ def middle_layers(
 
     blocks = []
     for path, module in network.named_modules():
-        if isinstance(module, nn.Sequential) or module is network:
+        if isinstance(module, nn.Sequential | nn.ModuleList) or module is network:
             for name, _ in module.named_children():
                 blocks.append(f"{path}.{name}" if path else name)
 
