@@ -63,16 +63,17 @@ def list_models(pattern: str) -> None:
         print("\n--pretrained: the name of timm's weights")
         return
 
-    rows = rows_of_our_networks(pattern or "*") + rows_of_torchvision(pattern or "*")
+    ours = rows_of_our_networks(pattern or "*")
+    rows = ours + rows_of_torchvision(pattern or "*")
     if not rows:
         reason = f"no network of Threestep or torchvision matches {pattern!r}"
         raise Problem(f"{reason}; those of timm begin with timm/, as in 'timm/*lite*'", 2)
     print_rows(rows)
 
-    print("\n--pretrained: top-1 on ImageNet of torchvision's weights. Threestep's own:")
-    for name, about in NETWORKS.items():
-        if fnmatch.fnmatchcase(name, pattern or "*"):
-            print(f"{name:10} {about}")
+    print("\n--pretrained: top-1 on ImageNet of torchvision's weights.", end="")
+    print(" Threestep's own:" if ours else "")
+    for row in ours:
+        print(f"{row.name:10} {NETWORKS[row.name]}")
     if not pattern:
         print("\ntimm has some 1,300 networks more: --list-models 'timm/*lite*' lists by pattern")
 
