@@ -37,6 +37,7 @@ from benchmarks.results import add_results_option, command_line, write_result  #
 
 SETS = 200
 SIZE = "28"  # the least that all these networks take
+STOPPED = (130, 143)  # the exit codes after a signal
 PLANTED = 8  # faults are planted into one of so many exports
 # The kinds of warnings of step2, by a part of their words.
 WARNINGS = {
@@ -111,6 +112,8 @@ def call(main, arguments: list[str]) -> tuple[int, str]:
         except Exception:
             traceback.print_exc(file=output)
             code = 1
+    if code in STOPPED:
+        raise KeyboardInterrupt  # no refusal: nothing of this set is kept
     return code, output.getvalue()
 
 
