@@ -372,7 +372,13 @@ from training import (
 )
 from training.checkpoints import Saver, restore
 from training.describe import describe_run, with_result
-from training.features import Trainee, choose_trainee, is_regression, start_head
+from training.features import (
+    Trainee,
+    choose_trainee,
+    fits_head_first,
+    is_regression,
+    start_head,
+)
 from training.network import build_deployable
 from training.processes import Machine, Processes, Signals, Stopped
 from training.progress import (
@@ -380,6 +386,7 @@ from training.progress import (
     Metrics,
     Progress,
     Tally,
+    is_kept_head,
     is_out_of_patience,
     keep_best,
     record_epoch,
@@ -388,6 +395,8 @@ from training.result import Outcome, find_warnings, summarise, summarise_classes
 from training.suspects import find_suspects
 
 SAMPLES = 25  # augmented images in the report
+# The split that a network was not trained on, by --calibration; of a twin, its test split.
+UNSEEN = {"validation": "val", "held-out": "held-out", "twin": "test"}
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -633,23 +642,66 @@ def with_best_epoch(trainee: Trainee, progress: Progress) -> Trainee:
     return trainee.with_network(deployable, trainee.splits)
 
 
-def calibrate(
-    trainee: Trainee,
-    images: Split,
+def with_fitted_head(
+    trainee: Trainee, dataset: data.Dataset, settings: argparse.Namespace, machine: Machine
+) -> Trainee:
+    """A pretrained network as its training began: with nothing fitted but its head.
+
+    Raises Problem if the features cannot be kept.
+    """
+    deployable = build_deployable(settings, dataset, None, machine)
+    start = trainee.with_network(deployable, trainee.splits)
+    with machine.processes.first_of_each_machine_first():
+        start_head(start, settings)
+    return start
+
+
+def better_of_head_and_training(
+    final: Trainee,
+    twin: Trainee | None,
+    progress: Progress,
     dataset: data.Dataset,
     settings: argparse.Namespace,
     machine: Machine,
-    run_dir: str,
+) -> tuple[Trainee, Trainee | None]:
+    """What a run ends with, and its twin: as trained, or with the fitted head alone if that does
+    better on images that neither was trained on. Without such images, as trained.
+
+    A network that goes back to its head counts as kept from epoch 0. Raises Problem.
+    """
+    if settings.calibration == "none" or not fits_head_first(settings):
+        return final, twin
+
+    judged = twin or final
+    split = judged.splits[UNSEEN[settings.calibration]]
+    head = with_fitted_head(judged, dataset, settings, machine)
+    with_head = evaluate(head, split, machine).accuracy
+    trained = evaluate(judged, split, machine).accuracy
+    if trained >= with_head:
+        return final, twin
+
+    images = f"{len(split):,} images that were not trained on"
+    note(
+        f"training did harm: of {images}, {trained:.1%} are right, and {with_head:.1%} with the "
+        "pretrained layers as they were and the new head alone, which is kept"
+    )
+    start = with_fitted_head(final, dataset, settings, machine) if twin else head
+    state = start.deployable.network.state_dict()
+    progress.best = {"score": [with_head, 0.0], "epoch": 0, "state_dict": state}
+    return start, head if twin else None
+
+
+def calibrate(
+    trainee: Trainee,
+    twin: Trainee | None,
+    images: Split,
+    settings: argparse.Namespace,
+    machine: Machine,
 ) -> calibration.Calibration | None:
     """Calibrate the network that a run ends with, as its settings want it, in the first process.
 
-    images: of the training split, whatever is trained. Raises Problem, and Stopped after a signal
-    while the twin is trained.
+    twin: if the settings want one. images: of the training split, whatever is trained.
     """
-    twin = None
-    if settings.calibration == "twin":
-        twin = train_twin(trainee, dataset, settings, machine, run_dir)
-
     if machine.processes.rank > 0 or settings.calibration == "none":
         return None
     if twin:
@@ -864,15 +916,7 @@ def complete(
     """
     group = machine.processes
     network = trainee.deployable.network
-    optimizer = optimizers.make_optimizer(network, settings)
-    progress = restore(checkpoint, optimizer, group.rank)
-    if checkpoint:
-        rate = optimizers.rate_at(
-            settings, progress.epoch, progress.steps, steps_per_epoch(trainee, settings, machine)
-        )
-        epochs_before = checkpoint["arguments"]["epochs"]
-        console.print_resumed(progress, settings, epochs_before, settings.lr * rate)
-
+    optimizer, progress = go_on(trainee, settings, machine, checkpoint)
     signals = Signals()
     saver = Saver(
         run_dir=run_dir,
@@ -886,16 +930,20 @@ def complete(
         with signals:
             evaluated = train(trainee, optimizer, settings, machine, progress, saver)
         final = with_best_epoch(trainee, progress)
-        if evaluated is None:
+        twin = None
+        if settings.calibration == "twin":
+            twin = train_twin(trainee, dataset, settings, machine, run_dir)
+        final, twin = better_of_head_and_training(final, twin, progress, dataset, settings, machine)
+        if evaluated is None or is_kept_head(progress):
             evaluated = evaluate(final, final.splits["test"], machine)
-        calibrated = calibrate(final, splits["train"], dataset, settings, machine, run_dir)
+        calibrated = calibrate(final, twin, splits["train"], settings, machine)
     except Stopped as stop:
         if group.rank == 0:
             console.print_how_to_resume(progress, run_dir)
         group.wait()  # torchrun ends all processes as soon as one has ended
         return 128 + stop.signal
 
-    if progress.best:
+    if progress.best and not is_kept_head(progress):
         best = progress.best["epoch"]
         console.show(f"epoch {best} did best on the validation split and is kept")
     if calibrated:
@@ -907,6 +955,28 @@ def complete(
         outcome = Outcome(final.deployable, evaluated, calibrated)
         write_result(outcome, dataset, splits, settings, progress, saver)
     return 0
+
+
+def go_on(
+    trainee: Trainee, settings: argparse.Namespace, machine: Machine, checkpoint: dict | None
+) -> tuple[torch.optim.Optimizer, Progress]:
+    """The optimizer and the progress of the checkpoint, after saying where it goes on, or new ones.
+
+    Raises Problem.
+    """
+    optimizer = optimizers.make_optimizer(trainee.deployable.network, settings)
+    progress = restore(checkpoint, optimizer, machine.processes.rank)
+    if not checkpoint:
+        return optimizer, progress
+
+    if is_kept_head(progress):
+        progress.best = None  # to be compared anew with what follows
+    rate = optimizers.rate_at(
+        settings, progress.epoch, progress.steps, steps_per_epoch(trainee, settings, machine)
+    )
+    epochs_before = checkpoint["arguments"]["epochs"]
+    console.print_resumed(progress, settings, epochs_before, settings.lr * rate)
+    return optimizer, progress
 
 
 def resume(

@@ -97,6 +97,22 @@ def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):
     assert float(row[2]) > 0.8  # training accuracy of the first epoch
 
 
+def test_training_that_does_harm_is_not_kept(call, here, photos, weights):
+    start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop", "--calibration", "twin")
+    asked = command(photos, *start, "--lr", 10, "--optimizer", "adam")
+    trained = call(step1_train.main, *asked, "--name", "harmed").done()
+    assert "training did harm" in trained.err and "which is kept" in trained.err
+
+    summary = json.loads((here / "runs/harmed/summary.json").read_text())
+    checkpoint = torch.load(here / "runs/harmed/checkpoint.pt", weights_only=True)
+    given = torch.load(weights, weights_only=True)
+    assert summary["epoch_kept"] == checkpoint["epoch"] == 0
+    assert torch.equal(checkpoint["state_dict"]["groups.0.0.weight"], given["groups.0.0.weight"])
+    assert summary["test_accuracy"] > 0.8
+    command_line = "--run", "harmed", "--format", "torchscript"
+    call(step2_export.main, *command_line).done()
+
+
 def test_photos_are_told_the_better_start_once(call, here, photos, weights):
     asked = ("--data-dir", photos, "--epochs", 1, "--image-size", 64, "--model", "mynet")
     said = call(step1_train.main, *asked).done().err

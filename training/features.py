@@ -157,12 +157,17 @@ def choose_trainee(
     return last_layer_of(whole, list(splits), settings) or whole
 
 
+def fits_head_first(settings: argparse.Namespace) -> bool:
+    """Is this a pretrained network that will be trained whole?"""
+    return bool(settings.pretrained) and not settings.freeze_backbone
+
+
 def start_head(trainee: Trainee, settings: argparse.Namespace) -> None:
     """Fit the head of a pretrained network that will be trained whole, before its first step.
 
     Raises Problem if the features cannot be kept.
     """
-    if not settings.pretrained or settings.freeze_backbone:
+    if not fits_head_first(settings):
         return
     if is_regression(trainee.splits["train"]):
         return

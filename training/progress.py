@@ -21,7 +21,7 @@ class Progress:
 
     sums: of loss, correct predictions and images over the current epoch's steps. rows: those of
     metrics.csv. best: with a validation split the `score`, `epoch` and `state_dict` of the best
-    epoch.
+    epoch; of epoch 0 where training did harm to a pretrained network.
     """
 
     epoch: int = 1  # the current one
@@ -142,6 +142,11 @@ def keep_best(progress: Progress, network: nn.Module, accuracy: float | None, lo
     if progress.best is None or score > progress.best["score"]:
         state = copy.deepcopy(network.state_dict())
         progress.best = {"score": score, "epoch": progress.epoch, "state_dict": state}
+
+
+def is_kept_head(progress: Progress) -> bool:
+    """Does the run end with what it began with, a pretrained network with a fitted head?"""
+    return progress.best is not None and progress.best["epoch"] == 0
 
 
 def is_out_of_patience(progress: Progress, patience: int | None) -> bool:

@@ -246,7 +246,7 @@ def check_best(best) -> None:
     score = best["score"]
     if not isinstance(score, list) or len(score) != 2 or not all(map(is_finite, score)):
         raise ValueError("the score of its best epoch must be two numbers")
-    check("epoch", best["epoch"], COUNT)
+    check("epoch", best["epoch"], (lambda value: is_whole(value, 0), "a whole number from 0"))
     check_state_dict(best["state_dict"])
 
 
