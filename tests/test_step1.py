@@ -352,7 +352,7 @@ def test_networks_see_what_cameras_do_by_default_but_the_tutorials_do_not(name, 
     args, given = step1_train.parse(["--model", name])
     images = np.zeros((50, 32, 32, channels), np.uint8)
     dataset = SimpleNamespace(
-        has_images=True, train_images=images, train_labels=np.zeros(50), val_images=None
+        has_images=True, fit=None, train_images=images, train_labels=np.zeros(50), val_images=None
     )
     fitted = recipes.adapt_to_images(
         recipes.resolve(args, given), given, dataset, model.traits(name)
