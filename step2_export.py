@@ -422,7 +422,7 @@ def read_run(path: str) -> TrainedRun:
         trained = rebuild(path, checkpoint)
         epoch = checkpoint.get("epoch", 0)
         epochs = trained.spec["arguments"]["epochs"]
-        is_unfinished = epoch < epochs and not runs.is_finished(path)
+        trained.is_unfinished = epoch < epochs and not runs.is_finished(path)
     except Problem:
         raise
     except Exception as error:  # torch.load fails in a dozen ways on a truncated or foreign file
@@ -431,7 +431,7 @@ def read_run(path: str) -> TrainedRun:
         ) from None
 
     trained.spec["checkpoint_sha256"] = hashlib.sha256(content).hexdigest()
-    if is_unfinished:
+    if trained.is_unfinished:
         say(f"note: {path} stopped after epoch {epoch} of {epochs}: this is not its final result")
     return trained
 

@@ -17,7 +17,7 @@ from inference.depth import (
 )
 from inference.formats import open_image
 from inference.orientation import forget_odd_xmp
-from inference.transparency import as_rgba, mend_key
+from inference.transparency import as_rgba, mend_key, without_empty_alpha
 
 WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 NEARLY_WHITE = 224  # of 255, the least of red, green and blue
@@ -54,6 +54,7 @@ def read_contents(path: str, image: Image.Image) -> Contents:
         brightest = 0
         if depth is None:
             image.load()
+            image = without_empty_alpha(image)
         else:
             low = load_all_bits(path, image, depth)
             brightest = brightest_level(image, low, depth)

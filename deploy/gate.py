@@ -22,7 +22,8 @@ from inference.task import task_of
 
 KNOWN_TOLERANCE, INT8_KNOWN_TOLERANCE = 5e-3, 5e-2
 ACCURACY_TOLERANCE = 0.005
-TIE = 0.05  # probabilities this close may swap, as training may evaluate in bfloat16
+TIE = 1e-3  # probabilities this close may swap on another machine or in another batch size
+TIE_IN_BF16 = 0.05  # the same, if training has evaluated in bfloat16, as it does before its end
 SUM_TOLERANCE = 1e-3  # of the probabilities of an int8 file
 SELF_TEST_TOLERANCE, INT8_SELF_TEST_TOLERANCE = 1e-4, 2e-2
 ISOLATED_SAMPLES = 16
@@ -68,7 +69,8 @@ def check_reference(trained: TrainedRun, dataset, expected: np.ndarray) -> None:
 
     accuracy = (expected.argmax(1) == dataset.test_labels).mean()
     ranked = np.sort(expected, axis=1)  # [N, classes], the most probable last
-    ties = (ranked[:, -1] - ranked[:, -2] < TIE).mean()
+    tie = TIE_IN_BF16 if trained.is_unfinished else TIE
+    ties = (ranked[:, -1] - ranked[:, -2] < tie).mean()
     if abs(accuracy - reported) > ACCURACY_TOLERANCE + ties:
         raise Problem(
             f"the network of {trained.path} has {accuracy:.2%} on this test split, "

@@ -27,7 +27,8 @@ class TrainedRun:
     """A trained run: its spec, and its network in eval mode on the CPU.
 
     familiarity: the tensors of model.Familiarity. fingerprint: of the data that it was trained
-    with, see data.dataset.differences. threads: that exported files are run with.
+    with, see data.dataset.differences. threads: that exported files are run with. is_unfinished:
+    the run stopped before its last epoch.
     """
 
     path: str
@@ -36,6 +37,7 @@ class TrainedRun:
     familiarity: dict | None = None
     fingerprint: dict | None = None
     threads: int | None = None
+    is_unfinished: bool = False
 
     @property
     def task(self) -> Task:

@@ -14,7 +14,7 @@ from inference.errors import Problem, one_line
 from inference.formats import HEIF_HINT, can_read_heif, first_bytes, is_heif, open_image
 from inference.limits import MAX_PIXELS, TooLarge, check_scans, check_size
 from inference.orientation import forget_odd_xmp, orientation_of, turn_upright
-from inference.transparency import GROUNDS, as_rgba, composite, mend_key
+from inference.transparency import GROUNDS, as_rgba, composite, mend_key, without_empty_alpha
 
 DEEP_FORMATS = ("PNG", "TIFF", "PPM", "JPEG2000", "SGI")  # that may have 16 bits a channel
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -141,7 +141,7 @@ def load_8_bits(source, image: Image.Image, white: int, max_pixels: int) -> Imag
 
         return load_as_8_bits(source, image, white)
     image.load()
-    return image
+    return without_empty_alpha(image)
 
 
 def to_array(image: Image.Image, channels: int, ground: str | None) -> tuple[np.ndarray, bool]:

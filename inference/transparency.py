@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+MAY_BE_EMPTY = ("BMP", "DIB", "TGA")  # formats of which many files have an alpha that says nothing
 GROUNDS = {"white": 255, "black": 0}
 RAW_BITS = {"L;2": 2, "L;4": 4}  # of greys, by Pillow's raw mode
 
@@ -28,6 +29,17 @@ def as_rgba(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # multiplied by its alpha; Pillow converts it to LA only
         image = image.convert("LA")
     return image.convert("RGBA")
+
+
+def without_empty_alpha(image: Image.Image) -> Image.Image:
+    """A loaded BMP or TGA without its alpha channel if that is 0 everywhere.
+
+    Many programs write 32 bits a pixel and leave the last 8 at 0; the picture is meant to be seen.
+    """
+    if image.format not in MAY_BE_EMPTY or image.mode not in ("RGBA", "LA"):
+        return image
+    _, most = image.getchannel("A").getextrema()
+    return image if most else image.convert(image.mode[:-1])
 
 
 def composite(image: Image.Image, ground: int) -> Image.Image:

@@ -373,6 +373,9 @@ def handmade_files() -> Iterator[OddFile]:
     rgb = picture(3)
     yield odd("hand.qoi", qoi(rgb), rgb)
 
+    empty = np.concatenate([rgb, np.zeros_like(rgb[..., :1])], axis=2)
+    yield odd("empty-alpha.bmp", bmp_with_masks(empty), rgb, ground="white")
+
 
 def bmp_with_masks(rgba: np.ndarray) -> bytes:
     """A BMP of 32 bits a pixel whose header has masks, that of the alpha included."""

@@ -365,7 +365,7 @@ def resumed(call, here, few_digits, monkeypatch):
         return 0
 
     monkeypatch.setattr(step1_train, "complete", complete)
-    monkeypatch.setattr(step1_train.doctor, "examined", lambda dataset: dataset)
+    monkeypatch.setattr(step1_train.doctor, "examined", lambda dataset, flips: dataset)
     monkeypatch.setattr(step1_train.cpu, "set_threads", lambda *_: (1, ""))
     return lambda name: call(step1_train.main, "--resume", name, "--device", "cpu", "--quiet")
 

@@ -169,7 +169,7 @@ def test_run_names_that_only_resemble_them_are_taken(here, name):
     [
         ("aux", "aux-mlp"),
         ("aux.photos", "data-aux.photos-mlp"),
-        ("nul.csv", "nul-mlp"),
+        ("nul.csv", "data-nul.csv-mlp"),
         ("aux.", "aux-mlp"),
         ("a:b", "a-b-mlp"),
         ("my photos ", "my-photos-mlp"),

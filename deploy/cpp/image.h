@@ -256,6 +256,13 @@ inline bool is_any_transparent(const uint8_t* pixels, size_t count, int componen
   return false;
 }
 
+// Whether the alpha of all of `count` pixels is 0, as in a BMP of a program that leaves it unused.
+inline bool is_alpha_empty(const uint8_t* pixels, size_t count, int components) {
+  for (size_t k = 1; k <= count; k++)
+    if (pixels[k * components - 1] > 0) return false;
+  return true;
+}
+
 // Lays `count` pixels over a ground of this grey level, in place; their alpha is the last of 2 or 4
 // components.
 inline void composite(uint8_t* pixels, size_t count, int components, int ground) {
@@ -294,8 +301,10 @@ inline Image decode(const string& bytes, int channels, uint32_t white, std::opti
 
   if (header.is_wide) scale_to_8_bits(pixels, count, components, white);
   auto* narrow = static_cast<uint8_t*>(pixels);
-  const bool is_transparent =
+  bool is_transparent =
       has_transparency(bytes, components) && is_any_transparent(narrow, count, components);
+  if (is_transparent && format_of(bytes) == "BMP")
+    is_transparent = !is_alpha_empty(narrow, count, components);
   if (is_transparent && ground) composite(narrow, count, components, *ground);
 
   Image image = upright(narrow, height, width, components, channels, orientation_of(bytes));
