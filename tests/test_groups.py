@@ -297,6 +297,7 @@ def test_random_labels_cannot_be_learned_and_the_export_knows_it(call, here, sce
     call(step2_export.main, "--run", "runs/honest", "--format", "torchscript").done()
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_were_groups_is_exported(call, here, scenes):
     """Its spec does not know the option, and its test split was drawn image by image."""
     options = ["--data-dir", scenes / "deep", "--calibration", "none", *QUICK, "--epochs", "1"]

@@ -48,7 +48,8 @@ def weights_file(path, name, classes=5, channels=3, image_size=(32, 32)):
 @pytest.mark.parametrize(
     ("name", "formats"),
     [
-        ("test_efficientnet", ["onnx"]),
+        ("test_resnet", ["torchscript"]),
+        pytest.param("test_efficientnet", ["onnx"], marks=pytest.mark.slow),
         pytest.param("test_vit", ["onnx", "torchscript"], marks=pytest.mark.slow),
     ],
 )

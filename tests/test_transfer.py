@@ -109,8 +109,6 @@ def test_training_that_does_harm_is_not_kept(call, here, photos, weights):
     assert summary["epoch_kept"] == checkpoint["epoch"] == 0
     assert torch.equal(checkpoint["state_dict"]["groups.0.0.weight"], given["groups.0.0.weight"])
     assert summary["test_accuracy"] > 0.8
-    command_line = "--run", "harmed", "--format", "torchscript"
-    call(step2_export.main, *command_line).done()
 
 
 def test_photos_are_told_the_better_start_once(call, here, photos, weights):
