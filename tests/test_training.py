@@ -411,6 +411,20 @@ def test_another_optimizer_brings_its_own_rate_and_schedule():
     assert (gentle["lr"], gentle["momentum"], gentle["batch_norm"]) == (0.002, 0.9, "frozen")
 
 
+def test_weights_from_elsewhere_choose_a_network_and_fewer_epochs():
+    assert recipes.default_network("folder", None) == "airbench"
+    assert recipes.default_network("folder", "default") == recipes.START
+    assert (
+        recipes.default_network("folder", "weights.pth") == "airbench"
+    )  # as it was without --model
+
+    fresh = SimpleNamespace(pretrained=None, freeze_backbone=False)
+    tuned = SimpleNamespace(pretrained="default", freeze_backbone=False)
+    counts = (100, 2000, 10_000, 60_000)
+    assert [recipes.usual_epochs(fresh, count) for count in counts] == [50, 50, 20, 10]
+    assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 8, 4, 4]
+
+
 def test_layers_nearer_to_the_input_learn_more_slowly():
     network = model.build("resnet18", channels=3, classes=2, image_size=(32, 32))
     settings_of_run = settings("adamw", layer_decay=0.1)

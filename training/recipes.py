@@ -95,6 +95,7 @@ TUTORIALS = ("linear", "mlp", "mynet", "resblock")
 SMALLEST_BATCH = 16  # that a large batch is halved down to
 STEPS_PER_EPOCH = 16  # at least, where few images allow it
 IMAGES_SEEN = 200_000  # by default of your own images, over all epochs: few images want more passes
+IMAGES_SEEN_AGAIN = 16_000  # the same by a network that has learned on others before
 
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
@@ -217,9 +218,7 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     if args.data_dir and "dataset" not in given:
         dataset = data.guess(args.data_dir)
 
-    network = args.model
-    if network is None:
-        network = "linear" if dataset == "linear" else "airbench"
+    network = args.model or default_network(dataset, args.pretrained)
     if dataset == "linear" and network not in ("linear", "mlp"):
         raise Problem(f"--dataset {dataset} has features, not images: --model linear or mlp", 2)
 
@@ -241,6 +240,13 @@ def resolve(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     return settings
 
 
+def default_network(dataset: str, pretrained: str | None) -> str:
+    """The network without --model. pretrained: "default" for the weights that come with one."""
+    if dataset == "linear":
+        return "linear"
+    return START if pretrained == "default" else "airbench"
+
+
 def chooses_width(settings: argparse.Namespace) -> bool:
     """Does the width of the network follow from --minutes?"""
     is_open = settings.model == "airbench" and settings.width is None
@@ -259,11 +265,11 @@ def check_name(name: str) -> None:
         raise Problem(f"--name {name!r} is reserved by Windows for a device: choose another", 2)
 
 
-def start_of(args: argparse.Namespace) -> str | None:
+def start_of(settings: argparse.Namespace) -> str | None:
     """What a run begins with, a key of RECIPES: None for nothing but random weights."""
-    if not args.pretrained:
+    if not settings.pretrained:
         return None
-    return "frozen" if args.freeze_backbone else "pretrained"
+    return "frozen" if settings.freeze_backbone else "pretrained"
 
 
 def recipe(network: str, dataset: str, start: str | None, optimizer: str | None = None) -> dict:
@@ -316,7 +322,7 @@ def adapt_to_images(
     if is_own and max(height, width) >= PHOTO:
         suggest_pretrained(settings, count)
     if is_own and "epochs" not in given:
-        settings.epochs = min(max(IMAGES_SEEN // count, 10), 50)
+        settings.epochs = usual_epochs(settings, count)
     if "batch_size" not in given:
         # The recipes of the named datasets were made for the number of their images.
         images = count if is_own else None
@@ -326,6 +332,13 @@ def adapt_to_images(
             settings.lr /= 2 ** (halvings / 2)
     settings.batch_size = min(settings.batch_size, count)
     return settings
+
+
+def usual_epochs(settings: argparse.Namespace, count: int) -> int:
+    """How often to see so many images of one's own."""
+    if start_of(settings) == "pretrained":
+        return min(max(IMAGES_SEEN_AGAIN // count, 4), 30)
+    return min(max(IMAGES_SEEN // count, 10), 50)
 
 
 def augmentations(settings: argparse.Namespace, channels: int) -> list[str]:
