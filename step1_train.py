@@ -727,7 +727,7 @@ def train_twin(
     Raises Problem, and Stopped after a signal.
     """
     twin_dir, checkpoint = machine.processes.from_first(lambda: runs.begin_twin(run_dir))
-    epochs = calibration.epochs_of_twin(settings.epochs)
+    epochs = calibration.epochs_of_twin(settings)
     settings = argparse.Namespace(**{**vars(settings), "epochs": epochs})
 
     deployable = build_deployable(settings, dataset, checkpoint, machine)

@@ -7,6 +7,7 @@ small sets lose most by that, the part that a twin, another network trained on t
 seen.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ SHRINKAGE = 0.2  # of the correlations of their statistics, towards none
 TWIN_PART = 0.2
 TWIN_EPOCHS = 0.5
 FEWEST_EPOCHS = 10
+FEWEST_WITH_WEIGHTS = 3  # for a network that starts from weights of another
 HALVES_SEED = 0
 TABLE = 1000  # scores in a file: the steps of `known`
 HALVINGS = 49  # of the interval in which the temperature is searched
@@ -124,9 +126,10 @@ def splits_of_twin(train: Split, seed: int, classes: list[str]) -> dict[str, Spl
     return {"train": part, "test": held_out}
 
 
-def epochs_of_twin(epochs: int) -> int:
-    """How long to train the twin of a network that was trained for so many epochs."""
-    return min(epochs, max(FEWEST_EPOCHS, round(epochs * TWIN_EPOCHS)))
+def epochs_of_twin(settings: argparse.Namespace) -> int:
+    """How long to train the twin of a network that was trained for as long as the settings say."""
+    fewest = FEWEST_WITH_WEIGHTS if settings.pretrained else FEWEST_EPOCHS
+    return min(settings.epochs, max(fewest, round(settings.epochs * TWIN_EPOCHS)))
 
 
 def layers_to_look_at(trainee: Trainee) -> tuple[str, ...]:

@@ -147,7 +147,8 @@ def seconds_of(
     if settings.calibration == "twin":
         held_out = TWIN_PART * len(splits["train"])
         epoch = (1 - TWIN_PART) * steps * pace.step + held_out * pace.image
-        seconds += epochs_of_twin(epochs) * epoch + held_out * pace.image
+        of_run = argparse.Namespace(**{**vars(settings), "epochs": epochs})
+        seconds += epochs_of_twin(of_run) * epoch + held_out * pace.image
     return seconds + REPORT_SECONDS
 
 
