@@ -82,12 +82,19 @@ def open_image(source) -> Image.Image:
 
     First the format of the file's suffix alone: to load all plugins takes 30 ms of CPU time.
     """
+    image = None
     expected = load_plugin_of(source)
     if expected:
         with contextlib.suppress(UnidentifiedImageError):
-            return Image.open(source, formats=(expected,))
+            image = Image.open(source, formats=(expected,))
+    if image is None:
+        image = Image.open(source, formats=load_plugins())
 
-    return Image.open(source, formats=load_plugins())
+    if image.format == "TIFF":
+        # Pillow maps an uncompressed file that has a name into memory, newer versions with the
+        # width and height of the wrong way up, which gives stripes. So the file has no name.
+        image.filename = ""
+    return image
 
 
 def load_plugin_of(source) -> str | None:

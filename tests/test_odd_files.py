@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from odd_files import HEIGHT, WIDTH, odd_files, picture, png, stored, with_alpha
 from PIL import Image
+from turned_files import UPRIGHT
 
 import data
 import step3_infer
@@ -231,3 +232,36 @@ def test_kinds_of_tiff_that_pillow_does_not_know_are_named():
     content = tiff_with(700, 7).replace(of_8_bits, of_64_bits)
     with pytest.raises(Problem, match="a kind of TIFF that Pillow cannot read: save it as PNG"):
         decode_image(io.BytesIO(content), 3)
+
+
+# ------------------------------------------------------------------------------ TIFFs that lie down
+COMPRESSIONS = (None, "tiff_adobe_deflate", "tiff_lzw")
+
+
+def image_of(mode: str) -> Image.Image:
+    """Noise of a mode, larger across than down."""
+    if mode == "1":
+        return Image.fromarray(picture(1)[:9] > 100)
+    if mode == "I;16":
+        return Image.fromarray(picture(1, 65535)[:9])
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    image = Image.fromarray(picture(channels)[:9], mode)
+    if mode == "P":
+        image.putpalette(np.random.default_rng(1).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    return image
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA", "LA", "1", "P", "CMYK"])
+def test_a_tiff_that_lies_on_its_side_is_turned_whatever_it_holds(tmp_path, mode):
+    image = image_of(mode)
+    path = tmp_path / "turned.tif"
+    upright = decode_image(io.BytesIO(stored(image, "TIFF")), 3, ground="white")
+    for compression in COMPRESSIONS:
+        for turn, turned in UPRIGHT.items():
+            image.save(path, compression=compression, tiffinfo={274: turn})
+            wanted = turned(upright)
+            content = io.BytesIO(path.read_bytes())
+            for source in (path, content):
+                found = decode_image(source, 3, ground="white")
+                assert np.array_equal(found, wanted), (compression, turn, source)
+            assert tuple(probe([str(path)], 1).smallest) == wanted.shape[:2]
