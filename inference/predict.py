@@ -23,6 +23,14 @@ TOLERATED = 1e-3  # beyond 0..1, of a probability in float16 or int8
 DECIMALS = 6  # of probabilities and of `known`, in results and in comparisons with thresholds
 
 
+def model_in(directory: str) -> str:
+    """What to do with a directory that was given as a model, in words."""
+    for name in sorted(os.listdir(directory)):
+        if os.path.splitext(name)[1].lower() in LOADERS:
+            return f"give the file {os.path.join(directory, name)}"
+    return "there is no model file in it; python step2_export.py writes one"
+
+
 class Model:
     """An exported file, ready to be run by several threads at once.
 
@@ -40,6 +48,8 @@ class Model:
         runtime computes. once: prefer a fast load over fast runs.
         """
         path = os.fspath(path)
+        if os.path.isdir(path):
+            raise Problem(f"{path} is a directory: {model_in(path)}")
         if not os.path.isfile(path):
             raise Problem(f"no model file {path}; python step2_export.py writes one")
 

@@ -23,7 +23,7 @@ LABELS = np.arange(120) % 3
 def test_a_test_accuracy_at_chance_is_said_with_both_figures():
     guesses = np.arange(120) // 40  # a third is right
     (warning,) = warned(0.99, LABELS, guesses)
-    assert "99.0% of the training images" in warning and "35.0% of the test images" in warning
+    assert "99.0% of the training images" in warning and "35.0% of the 120 test images" in warning
     assert warned(0.4, LABELS, guesses) == []  # nor has it learned the training images
 
 
@@ -37,7 +37,7 @@ def test_chance_is_the_share_of_the_most_frequent_class():
     labels = np.array([0] * 90 + [1] * 10)
     blind = np.array([0] * 85 + [1] * 5 + [0] * 9 + [1])  # 86 % right
     (warning,) = warned(0.99, labels, blind)
-    assert "always answering 'cat' (90.0%)" in warning
+    assert "always answering 'cat' gets 90.0%" in warning
     balanced = np.array([0] * 77 + [1] * 13 + [1] * 10)  # 87 % right, all of the rare class
     assert warned(0.99, labels, balanced) == []
     assert warned(1.0, [0, 0, 0], [0, 0, 0]) == []  # one class: nothing to tell apart

@@ -26,6 +26,7 @@ from training.processes import Machine
 FIRST_STEPS = 2  # not timed: they prepare kernels and memory
 FEWEST_STEPS = 3
 LEAST_SECONDS = 2.0  # timed at least, so that other work on the machine evens out
+LEAST_PART = 0.02  # of --minutes, where that is less
 REPORT_SECONDS = 5.0  # what summary, pictures and report take
 
 MANY_EPOCHS = 50  # after which a small dataset has been seen often enough
@@ -107,8 +108,8 @@ def choose_epochs(
     expected = seconds_of(epochs, trainee.splits, settings, machine, pace)
     if expected > 1.1 * seconds:
         note(
-            f"one epoch and what follows it take about {expected / 60:.1f} minutes, "
-            f"and --minutes {settings.minutes:g} leaves {seconds / 60:.1f}"
+            f"an epoch, calibration and report take about {expected:.0f} s, "
+            f"and of --minutes {settings.minutes:g} there are {seconds:.0f} s left"
         )
     return epochs
 
@@ -175,7 +176,8 @@ def measure(trainee: Trainee, settings: argparse.Namespace, machine: Machine) ->
             settings.batch_size, settings.augment, epoch=1, seed=settings.seed, share=share
         )
 
-    seconds_of_step = time_each(step, batches, machine)
+    least = min(LEAST_SECONDS, LEAST_PART * 60 * settings.minutes)
+    seconds_of_step = time_each(step, batches, least, machine)
 
     @torch.inference_mode()
     def evaluate(batch: tuple) -> None:
@@ -184,17 +186,17 @@ def measure(trainee: Trainee, settings: argparse.Namespace, machine: Machine) ->
             trainee.network(trainee.normalise(images))
 
     deployable.network.eval()
-    seconds_of_batch = time_each(evaluate, train.in_order, machine)
+    seconds_of_batch = time_each(evaluate, train.in_order, least, machine)
     images_of_batch = len(next(train.in_order())[0])
     return Pace(step=seconds_of_step, image=seconds_of_batch / images_of_batch)
 
 
 def time_each(
-    work: Callable, make_batches: Callable[[], Iterable[tuple]], machine: Machine
+    work: Callable, make_batches: Callable[[], Iterable[tuple]], least: float, machine: Machine
 ) -> float:
     """The mean seconds that a batch takes, its making included.
 
-    make_batches: gives an epoch's batches each time it is called.
+    make_batches: gives an epoch's batches each time it is called. least: seconds to measure.
     """
     done = -FIRST_STEPS
     started = 0.0
@@ -207,5 +209,5 @@ def time_each(
                 torch.cuda.synchronize(machine.device)
             done += 1
             seconds = time.perf_counter() - started
-            if done >= FEWEST_STEPS and seconds >= LEAST_SECONDS:
+            if done >= FEWEST_STEPS and seconds >= least:
                 return seconds / done

@@ -185,11 +185,11 @@ APPLIES_TO = {
     "label_smoothing": ("classes, and linear is a regression", has_images),
     "calibration": ("classes, and linear is a regression", has_images),
     "patience": ("runs with a validation split: add --val-fraction", may_validate),
-    "augment": ("images, not linear's features, and to networks trained whole", augments),
+    "augment": ("images, and to networks trained whole, without --freeze-backbone", augments),
     "momentum": ("--optimizer sgd or muon", has_momentum),
     "freeze_backbone": ("--pretrained: it trains the last layer only", is_pretrained),
-    "minutes": ("images, and to networks trained whole", augments),
-    "layer_decay": ("networks trained whole", trains_whole),
+    "minutes": ("images, and to networks trained whole, without --freeze-backbone", augments),
+    "layer_decay": ("networks trained whole, without --freeze-backbone", trains_whole),
     "batch_norm": ("networks with --pretrained, trained whole", may_freeze_norm),
 }
 

@@ -112,9 +112,9 @@ def find_warnings(dataset: Dataset, outcome: Outcome, train_accuracy: float) -> 
         accuracy = float((predicted == labels).mean())
         warnings.append(
             f"{train_accuracy:.1%} of the training images are answered right, but only "
-            f"{accuracy:.1%} of the test images, no better than always answering {frequent!r} "
-            f"({chance:.1%}): what was learned does not hold for new images; check that both "
-            "splits are labelled alike, and train on more images"
+            f"{accuracy:.1%} of the {len(labels):,} test images, which may be chance (always "
+            f"answering {frequent!r} gets {chance:.1%}): what was learned does not hold for new "
+            "images; check that both splits are labelled alike, and train on more images"
         )
 
     answers = np.unique(predicted)

@@ -1,0 +1,90 @@
+"""--minutes: how long a run takes, and what follows from that."""
+
+import argparse
+import json
+import time
+
+import pytest
+
+import step1_train
+from training import minutes
+from training.minutes import Pace
+from training.processes import Processes
+
+SETTINGS = argparse.Namespace(batch_size=10, calibration="none", epochs=1, pretrained=None)
+
+
+class Images:
+    """A split of so many images."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def count_batches(self, batch_size, processes):
+        return self.count // batch_size
+
+
+SPLITS = {"train": Images(100), "test": Images(50)}
+MACHINE = argparse.Namespace(processes=Processes(rank=0, count=1, local_rank=0))
+
+
+def seconds(epochs, **changed):
+    settings = argparse.Namespace(**{**vars(SETTINGS), **changed})
+    pace = Pace(step=0.5, image=0.01)
+    return minutes.seconds_of(epochs, SPLITS, settings, MACHINE, pace) - minutes.REPORT_SECONDS
+
+
+def test_everything_that_takes_time_is_counted():
+    assert seconds(1) == pytest.approx(10 * 0.5 + 50 * 0.01)
+    assert seconds(20) == pytest.approx(20 * seconds(1))
+    described = 100 * 0.01
+    assert seconds(1, calibration="held-out") == pytest.approx(seconds(1) + described)
+    epoch_of_twin = 0.8 * 10 * 0.5 + 20 * 0.01
+    twin = 10 * epoch_of_twin + 20 * 0.01
+    assert seconds(20, calibration="twin") == pytest.approx(seconds(20) + described + twin)
+
+
+@pytest.mark.parametrize(("budget", "epochs"), [(0, 1), (16.2, 2), (60.2, 10)])
+def test_epochs_fill_the_time(budget, epochs):
+    pace = Pace(step=0.5, image=0.01)
+    assert minutes.epochs_in(budget, SPLITS, SETTINGS, MACHINE, pace) == epochs
+
+
+def test_a_run_takes_about_so_long_and_goes_on_with_what_was_derived(call, here):
+    asked = ["--model", "mlp", "--hidden", "512", "--calibration", "none", "--threads", 1]
+    started = time.perf_counter()
+    run = call(step1_train.main, *asked, "--minutes", 0.12, "--name", "timed").done()
+    took = time.perf_counter() - started
+    config = json.loads((here / "runs/timed/config.json").read_text())
+    assert f"0.12 minutes are {config['epochs']} epoch" in run.out
+    assert took < 40  # 7 s were asked for; the machine may be busy
+
+    resumed = call(step1_train.main, "--resume", "timed", "--epochs", config["epochs"] + 1).done()
+    assert f"a course of {config['epochs'] + 1} epochs" in resumed.err
+
+
+def test_minutes_that_cannot_be(call, here):
+    call(step1_train.main, "--minutes", 1, "--epochs", 2).error(2, "--minutes", "--epochs")
+    call(step1_train.main, "--minutes", 0).error(2, "--minutes")
+    call(step1_train.main, "--dataset", "linear", "--minutes", 1).error(2, "--minutes")
+
+
+def test_the_width_follows_from_the_time(monkeypatch):
+    monkeypatch.setattr(minutes, "build_deployable", lambda *_: None)
+    monkeypatch.setattr(minutes, "measure", lambda *_: Pace(step=0.05, image=0.0001))
+    dataset = argparse.Namespace(classes=["a", "b"])
+    settings = argparse.Namespace(
+        **{**vars(SETTINGS), "minutes": 1, "model": "airbench", "width": None}
+    )
+    splits = {"train": Images(50_000), "test": Images(10_000)}
+
+    def width_after(budget):
+        deadline = time.perf_counter() + budget
+        return minutes.choose_width(deadline, dataset, splits, settings, MACHINE)
+
+    assert [width_after(60), width_after(700), width_after(5000)] == [0.25, 0.5, 1.0]
+    settings.width = 0.75
+    assert width_after(60) == 0.75
