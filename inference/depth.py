@@ -28,6 +28,10 @@ OTHER = {"L": "B", "B": "L"}
 BITS_PER_SAMPLE = 258
 PHOTOMETRIC = 262
 PLANAR = 284
+SAMPLE_FORMAT = 339
+
+SIGNED_SAMPLES = 2  # of SAMPLE_FORMAT
+SIGNED = "has signed pixels, which have no fixed black: save it unsigned"
 
 CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000, then its sizes
 OFFSET_OF_BITS = 42  # of the first channel, from there
@@ -52,6 +56,8 @@ def depth_of(source, image: Image.Image) -> Depth | None:
     """
     if image.mode.startswith("I"):  # "I;16" in either byte order, or "I" if Pillow has widened it
         return Depth(inverted=is_inverted(image))
+    if is_signed(image):  # of 8 bits: Pillow takes -128 for 128
+        raise Problem(SIGNED)
     if image.format == "JPEG2000":
         bits = jpeg2000_bits(source)
         if bits > 8:  # Pillow rounds up without a limit
@@ -111,6 +117,11 @@ def is_inverted(image: Image.Image) -> bool:
     return image.tag_v2.get(PHOTOMETRIC) == 0 and raw_mode_of(image.tile[0]) in plain
 
 
+def is_signed(image: Image.Image) -> bool:
+    """Is this a TIFF whose pixels may be below 0?"""
+    return image.format == "TIFF" and SIGNED_SAMPLES in image.tag_v2.get(SAMPLE_FORMAT, ())
+
+
 def jpeg2000_bits(source) -> int:
     """The bits of the first channel of a JPEG 2000 file, 0 if they are not found."""
     content = content_of(source)
@@ -167,7 +178,8 @@ def sample_bands(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (top row, uint16 [rows, width, channels]) of what load_all_bits() has loaded.
 
-    The samples are those of the file, 0 to `depth.top`. Raises Problem for more than 16 bits.
+    The samples are those of the file, 0 to `depth.top`. Raises Problem for more than 16 bits,
+    and below 0.
     """
     for top, bottom, band in bands(image):
         pixels = np.asarray(band)
@@ -184,6 +196,8 @@ def sample_bands(
             low_pixels = np.asarray(low_band)[..., : pixels.shape[2]]
             yield top, pixels.astype(np.uint16) << 8 | low_pixels
         else:
+            if pixels.min() < 0 and is_signed(image):
+                raise Problem(SIGNED)
             if pixels.min() < 0 or pixels.max() > TOP:
                 raise Problem("has integer pixels of more than 16 bits: save it with 8 or 16 bits")
             yield top, pixels.astype(np.uint16)[..., None]

@@ -265,3 +265,17 @@ def test_a_tiff_that_lies_on_its_side_is_turned_whatever_it_holds(tmp_path, mode
                 found = decode_image(source, 3, ground="white")
                 assert np.array_equal(found, wanted), (compression, turn, source)
             assert tuple(probe([str(path)], 1).smallest) == wanted.shape[:2]
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_signed_pixels_are_refused_by_name(tmp_path, bits):
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "signed.tif"
+    pixels = picture(1, 100).astype(f"int{bits}")
+    tifffile.imwrite(path, pixels - 20)
+    with pytest.raises(Problem, match="has signed pixels"):
+        decode_image(path, 1)
+
+    if bits > 8:  # Pillow writes such files itself, with nothing below 0
+        tifffile.imwrite(path, pixels)
+        assert np.array_equal(decode_image(path, 1, white=255)[..., 0], pixels)
