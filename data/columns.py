@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass, replace
 
 from data.files import Options, name_some, split_called
-from data.notes import note
+from data.notes import note, warn
 from data.texts import Table
 from inference.errors import Problem
 
@@ -19,8 +19,18 @@ LABEL_COLUMNS = ("label", "class", "target", "labels", "class_name", "label_name
 SPLIT_COLUMN = "split"
 # Columns that tell the split as well, if all of their values do.
 SPLIT_COLUMNS = ("subset", "set", "data_set", "dataset", "partition")
-FLAG_COLUMNS = {"is_valid": "val", "is_val": "val", "is_validation": "val", "is_test": "test"}
-FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+# Of columns of yes and no, the split of the rows with yes and that of the others.
+FLAG_COLUMNS = {
+    "is_valid": ("val", "train"),
+    "is_val": ("val", "train"),
+    "is_validation": ("val", "train"),
+    "is_test": ("test", "train"),
+    "is_train": ("train", "test"),
+}
+FLAGS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0", "0.0"), False),
+}
 ONE_HOT = {
     "0": False,
     "1": True,
@@ -41,14 +51,14 @@ class Columns:
     """Where in a row the image and the label are, and the split and the group if there are any.
 
     one_hot: the columns of a list that has one for each class, in which 1 marks the class of a row;
-    `label` is None then. flag: the split of the rows whose `split` is true, for a column such as
-    is_valid; None for a column that holds the names of splits.
+    `label` is None then. flag: the split of the rows whose `split` is true, and that of the others,
+    for a column such as is_valid; None for a column that holds the names of splits.
     """
 
     image: int
     label: int | None
     split: int | None = None
-    flag: str | None = None
+    flag: tuple[str, str] | None = None
     group: int | None = None
     one_hot: tuple[int, ...] = ()
 
@@ -58,8 +68,15 @@ def find_columns(table: Table, options: Options) -> Columns:
     if table.header is None:
         return columns_without_names(table, options)
 
-    names = [plain(name) for name in table.header]
     check_names(table)
+    names = [plain(name) for name in table.header]
+    found = columns_by_name(table, names, options)
+    warn_of_unread_splits(table, names, found)
+    return found
+
+
+def columns_by_name(table: Table, names: list[str], options: Options) -> Columns:
+    """Which columns of a table to read, whose names are `names`. Raises Problem."""
     image = find_image_column(table, names, options)
     label = None
     if options.label_column:
@@ -222,8 +239,8 @@ def missing_column(table: Table, option: str, wanted: str) -> Problem:
 # ------------------------------------------------------------------------------------------- split
 def find_split_column(
     table: Table, names: list[str], taken: tuple[int | None, ...]
-) -> tuple[int | None, str | None]:
-    """The column that tells the split, and the split of the rows where it is true.
+) -> tuple[int | None, tuple[str, str] | None]:
+    """The column that tells the split, and the splits of the rows where it is true and false.
 
     The second is None for a column of names. Both are None if there is no such column.
     """
@@ -237,13 +254,40 @@ def find_split_column(
             if column not in taken and values and all(map(split_called, values)):
                 return column, None
 
-    for name, split in FLAG_COLUMNS.items():
+    for name, flag in FLAG_COLUMNS.items():
         if name in names:
             column = names.index(name)
             values = {value.lower() for value in values_of(table, column)}
             if column not in taken and values and values <= set(FLAGS):
-                return column, split
+                return column, flag
     return None, None
+
+
+def warn_of_unread_splits(table: Table, names: list[str], found: Columns) -> None:
+    """Warn of columns that may tell the split and are not read: their test rows are trained on."""
+    read = (found.image, found.label, found.split, found.group, *found.one_hot)
+    for name in (*SPLIT_COLUMNS, *FLAG_COLUMNS):
+        if name not in names or names.index(name) in read:
+            continue
+        column = names.index(name)
+        values = values_of(table, column)
+        if not values:
+            continue
+
+        shown = f"the column {table.header[column]!r} of {table.file} is not read"
+        if found.split is not None:
+            chosen = table.header[found.split]
+            warn(
+                f"{shown}, as {chosen!r} tells the split: if both do, write one column split "
+                "with train, val and test"
+            )
+            continue
+
+        known = "yes and no" if name in FLAG_COLUMNS else "train, val and test"
+        warn(
+            f"{shown} as the split: its values are {name_some(sorted(values))}, and only {known} "
+            "are known; if it tells the split, call it split and write train, val and test"
+        )
 
 
 def find_group_column(table: Table, names: list[str], options: Options) -> int | None:

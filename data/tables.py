@@ -250,7 +250,8 @@ def split_of(name: str, columns: Columns, place: str) -> str | None:
     if not name:
         return None
     if columns.flag is not None:
-        return columns.flag if FLAGS[name.lower()] else "train"
+        if_true, if_false = columns.flag
+        return if_true if FLAGS[name.lower()] else if_false
 
     split = split_called(name)
     if split is None:

@@ -262,16 +262,48 @@ def test_the_only_other_column_holds_the_labels(photos, capsys):
     [
         ("is_valid", ("True", "False", "False"), {"train": 2, "val": 2, "test": 2}),
         ("is_valid", ("1", "0", "0"), {"train": 2, "val": 2, "test": 2}),
+        ("is_valid", ("yes", "no", "No"), {"train": 2, "val": 2, "test": 2}),
+        ("is_test", ("Y", "N", "N"), {"train": 4, "test": 2}),
+        ("is_test", ("t", "F", "f"), {"train": 4, "test": 2}),
+        ("is_train", ("0", "1", "1"), {"train": 4, "test": 2}),
         ("subset", ("test", "train", "train"), {"train": 4, "test": 2}),
         ("data set", ("test", "train", "valid"), {"train": 2, "val": 2, "test": 2}),
-        ("subset", ("A", "B", "C"), {"train": 4, "test": 2}),
     ],
 )
 def test_other_columns_that_tell_the_split(photos, capsys, column, values, expected):
     header = f"{column},path,label\n"
     file = listed(photos, header, lambda path, number: f"{values[number % 3]},{path},{path[0]}")
     assert sizes(loaded(file)) == expected
-    assert (f"the column {column!r}" in capsys.readouterr().err) == (values[0] != "A")
+    said = capsys.readouterr().err
+    assert f"the column {column!r} of {file} says which split" in said
+    assert "not read" not in said
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("subset", ("train", "holdout", "train"), "its values are holdout, train, and only train"),
+        ("set", ("A", "B", "C"), "its values are A, B, C, and only train, val and test are known"),
+        ("is_test", ("0", "2", "0"), "its values are 0, 2, and only yes and no are known"),
+    ],
+)
+def test_split_columns_that_are_not_understood_are_said(photos, capsys, column, values, words):
+    header = f"{column},path,label\n"
+    file = listed(photos, header, lambda path, number: f"{values[number % 3]},{path},{path[0]}")
+    loaded(file)
+    said = capsys.readouterr().err
+    assert f"warning: the column {column!r} of {file} is not read as the split: {words}" in said
+
+
+def test_a_second_column_that_tells_the_split_is_said(photos, capsys):
+    header = "is_valid,is_test,path,label\n"
+    file = listed(photos, header, lambda path, n: f"{n == 0},{n == 1},{path},{path[0]}")
+    loaded(file)
+    assert "the column 'is_test'" in capsys.readouterr().err
+    # A column of labels is no split, whatever its name.
+    file = listed(photos, "set,path\n", lambda path, n: f"{path[0]},{path}")
+    assert loaded(file).classes == ["a", "b"]
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_names_are_taken_and_not_their_numbers(photos, capsys):
