@@ -22,6 +22,7 @@ AREA_WEIGHT = 0.1  # of a size's area, beside what it cuts away
 # instead take less than that much of the input, which costs little; and what decides may be there.
 MOST_UNSEEN = 0.1
 MUCH = 0.25  # of an image, cut away: such images are counted
+MOSTLY_BARS = 0.5  # of the input: it is worth saying
 LEAST_SAID = 0.001  # of the average image: less comes from rounding
 
 
@@ -88,10 +89,11 @@ def rectangles(aspect: float, sizes: InputSizes) -> Iterator[tuple[int, int]]:
 
 
 def note_resized(have: str, size: tuple[int, int], fit: str) -> None:
-    """Note how images are resized. have: what sizes they have, in words."""
+    """Note how images are resized. have: what sizes they have, in words, width first."""
     height, width = size
-    resized = f"{width}x{height} (--image-size {height}x{width})"
-    note(f"the images have {have}; they are resized to {resized} by --fit {fit}")
+    images = f"the images have {have} (width x height)"
+    option = f"--image-size {height}x{width} (height x width)"
+    note(f"{images}; they are resized to {width}x{height} by --fit {fit} and {option}")
 
 
 def note_unseen(aspects: np.ndarray, size: tuple[int, int], fit: str) -> float:
@@ -116,6 +118,28 @@ def note_unseen(aspects: np.ndarray, size: tuple[int, int], fit: str) -> float:
     return unseen
 
 
+def note_bars(aspects: np.ndarray, size: tuple[int, int], fit: str) -> None:
+    """Note that most of the input is black bars, and if its sides may have been mixed up.
+
+    aspects: of all images, [n].
+    """
+    if fit != "letterbox" or len(aspects) == 0:
+        return
+
+    # Bars fill as much of the input as a crop to it would cut away of the image.
+    bars = unseen_shares(aspects, size).mean()
+    if bars <= MOSTLY_BARS:
+        return
+
+    height, width = size
+    way_out = ""
+    bars_of_turned = unseen_shares(aspects, (width, height)).mean()
+    if bars_of_turned < bars:
+        turned = f"--image-size {width}x{height} (height x width)"
+        way_out = f"; with {turned} it is {as_percent(bars_of_turned)}"
+    note(f"{as_percent(bars)} of the network's input is black bars by --fit letterbox{way_out}")
+
+
 def with_unseen(dataset: Dataset, size: tuple[int, int], fit: str) -> Dataset:
     """The dataset with the part of its average image that is not seen, noted, if it was not known.
 
@@ -128,7 +152,9 @@ def with_unseen(dataset: Dataset, size: tuple[int, int], fit: str) -> Dataset:
 
 
 def as_percent(share: float) -> str:
-    """A share above 0 in percent, as people say it."""
+    """A share in percent, as people say it."""
+    if share == 0:
+        return "nothing"
     if share < 0.01:
         return "less than 1 %"
     return f"{share:.0%}".replace("%", " %")

@@ -167,7 +167,7 @@ def choose_size_and_fit(probed: Probed, options: Options) -> tuple[tuple[int, in
     """The size (height, width), as given or as suits the images; how they get it; and the part of
     the average image that is cut away.
 
-    Notes that images are resized, unless the size was given, and what is cut away.
+    Notes that images are resized, what is cut away, and if the most of the input is bars.
     """
     trained = probed.of_each(TRAINING)
     size = options.image_size or choose_size(probed, trained, options.input_sizes)
@@ -175,7 +175,7 @@ def choose_size_and_fit(probed: Probed, options: Options) -> tuple[tuple[int, in
 
     smallest = tuple(probed.smallest)
     have_that_size = smallest == tuple(probed.largest) == tuple(size)
-    if probed.sizes and not options.image_size and not have_that_size:
+    if probed.sizes and not have_that_size:
         have = f"{as_text(smallest)} pixels"
         if probed.sizes > 1:
             have = (
@@ -183,7 +183,9 @@ def choose_size_and_fit(probed: Probed, options: Options) -> tuple[tuple[int, in
             )
         shape.note_resized(have, size, fit)
 
-    unseen = shape.note_unseen(probed.of_each(ALL), size, fit)
+    everywhere = probed.of_each(ALL)
+    shape.note_bars(everywhere, size, fit)
+    unseen = shape.note_unseen(everywhere, size, fit)
     return tuple(size), fit, unseen
 
 

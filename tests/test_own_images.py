@@ -236,18 +236,19 @@ def test_derived_size_that_is_not_that_of_the_images_is_said(capsys, folder):
     assert note_of_sizes(capsys, folder) is None  # all are 16x16, and stay so
     for path in folder.glob("*/*/*.png"):
         Image.new("RGB", (90, 60)).save(path)
-    end = "they are resized to 72x48 (--image-size 48x72) by --fit crop"
+    option = "--image-size 48x72 (height x width)"
+    end = f"(width x height); they are resized to 72x48 by --fit crop and {option}"
     for _ in range(2):  # the second time from the cache
-        assert note_of_sizes(capsys, folder) == f"note: the images have 90x60 pixels; {end}"
+        assert note_of_sizes(capsys, folder) == f"note: the images have 90x60 pixels {end}"
     Image.new("RGB", (10, 20)).save(folder / "train" / "a" / "0.png")
     Image.new("RGB", (400, 300)).save(folder / "train" / "a" / "1.png")
     assert (
         note_of_sizes(capsys, folder)
-        == f"note: the images have 3 sizes, 10x20 to 400x300 pixels; {end}"
+        == f"note: the images have 3 sizes, 10x20 to 400x300 pixels {end}"
     )
     large = InputSizes(usual=224, multiple=32)
     assert "resized to 288x192" in note_of_sizes(capsys, folder, input_sizes=large)
-    assert note_of_sizes(capsys, folder, image_size=(32, 32)) is None
+    assert "resized to 32x32" in note_of_sizes(capsys, folder, image_size=(32, 32))
 
 
 def test_photos_of_the_usual_size_are_not_said_to_be_resized(capsys, folder):

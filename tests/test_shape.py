@@ -141,18 +141,32 @@ def test_what_is_not_seen_is_said(capsys, make_folder):
     dataset, notes = notes_of(capsys, folder)
     assert dataset.train_images.shape[1:3] == (32, 128) and dataset.fit == "crop"
     assert dataset.unseen == 0
-    resized = "they are resized to 128x32 (--image-size 32x128) by --fit crop"
-    assert notes == [f"note: the images have 200x50 pixels; {resized}"]
+    have = "note: the images have 200x50 pixels (width x height); they are resized to"
+    option = "--image-size 32x128 (height x width)"
+    assert notes == [f"{have} 128x32 by --fit crop and {option}"]
 
     dataset, notes = notes_of(capsys, folder, image_size=(48, 48), fit="crop")
     assert dataset.train_images.shape[1:3] == (48, 48) and dataset.unseen == 0.75
     ways = "--fit crop cuts it away, --fit letterbox keeps it"
-    assert notes == [f"note: 75 % of the average picture is not seen: {ways}"]
+    assert notes[0].startswith(f"{have} 48x48 by --fit crop")
+    assert notes[1:] == [f"note: 75 % of the average picture is not seen: {ways}"]
 
     for fit in (None, "letterbox", "stretch"):
         dataset, notes = notes_of(capsys, folder, image_size=(48, 48), fit=fit)
         assert dataset.fit == (fit or "letterbox")
-        assert not notes and dataset.unseen == 0
+        assert len(notes) == 1 and dataset.unseen == 0
+
+
+def test_an_input_of_mostly_bars_is_said_and_that_its_sides_are_mixed_up(capsys, make_folder):
+    folder = str(make_folder((200, 40)))
+    data.load("folder", folder, image_size=(96, 32))
+    printed = capsys.readouterr().err
+    assert "200x40 pixels (width x height); they are resized to 32x96" in printed
+    assert "93 % of the network's input is black bars" in printed
+    assert "with --image-size 32x96 (height x width) it is 40 %" in printed
+
+    data.load("folder", folder, image_size=(32, 96))
+    assert "black bars" not in capsys.readouterr().err
 
 
 def test_images_that_lose_much_are_counted(capsys, make_folder):
