@@ -9,6 +9,7 @@ import numpy as np
 
 from data.files import Files, Options, count_of, name_some, refuse_missing, split_called
 from data.layouts import list_annotated, list_annotations
+from data.links import note_dead_links, warn_of_shared_folders
 from data.notes import note
 from data.tables import sort_classes, to_files
 from data.texts import LIST_SUFFIXES
@@ -19,6 +20,8 @@ from inference.formats import HEIF_HINT, IMAGE_SUFFIXES, SUFFIXES
 SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
 # The only folder in a split folder whose images have no labels.
 UNLABELLED = (["images"], ["test"], ["unknown"], ["unlabeled"], ["unlabelled"])
+# The least class folders beside train/ that make it one, too: a single one may be anything.
+CLASSES_BESIDE_TRAIN = 2
 # The folders of torchvision's datasets, and their names here.
 TORCHVISION = {
     "MNIST": "mnist",
@@ -57,9 +60,11 @@ def list_folder(
         raise Problem(f"{directory} is a file: --dataset csv reads a list of images", 2)
 
     directory = without_extra_folder(directory)
+    note_dead_links(directory)
     folders = {}
     for split, folder in find_splits(directory).items():
         folders[split] = without_extra_folder(folder)
+        note_dead_links(folders[split])
 
     has_class_folders = has_classes(folders.get("train", directory))
     annotated = list_annotated(directory, folders, options, has_class_folders)
@@ -148,10 +153,33 @@ def find_splits(directory: str) -> dict[str, str]:
         refuse_without_training(directory, found, others)
         return {}
 
+    if list(found) == ["train"] and is_class(found["train"], directory, others):
+        name = os.path.basename(found["train"])
+        note(
+            f"{name}/ of {directory} holds images and no folders: it is taken as a class, as are "
+            f"{name_some(f'{other}/' for other in others)}"
+        )
+        return {}
+
     if others:
         used = ", ".join(f"{os.path.basename(path)}/" for path in found.values())
         note(f"{directory} is split into {used}; not used: {name_some(others)}")
     return found
+
+
+def is_class(folder: str, directory: str, others: list[str]) -> bool:
+    """Is a folder called train, the only split folder, a class beside the classes `others`?
+
+    A training split of images only has a list that tells their labels.
+    """
+    if subfolders(folder) or way_out_by_list(directory) or way_out_by_list(folder):
+        return False
+    for name in others:
+        if any(split_called(word) for word in re.split(r"[\W_]+", name)):
+            return False
+
+    filled = [name for name in others if has_image_name(os.path.join(directory, name))]
+    return has_image_name(folder) and len(filled) >= CLASSES_BESIDE_TRAIN
 
 
 def refuse_without_training(directory: str, found: dict[str, str], others: list[str]) -> None:
@@ -217,6 +245,7 @@ def list_classes(directory: str, least: int, known: list[str] | None = None) -> 
         groups = [""] * len(paths)
 
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    warn_of_shared_folders(classes, paths, labels)
     return ClassFolders(classes=classes, paths=paths, labels=labels, groups=groups, skipped=skipped)
 
 

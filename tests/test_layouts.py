@@ -133,6 +133,27 @@ def test_runs_of_an_earlier_order_of_classes_go_on(call, here, tmp_path, monkeyp
     assert resumed.done() and checkpoint["spec"]["classes"] == ["1", "10", "2"]
 
 
+def test_links_between_classes_and_to_nowhere_are_said(photos, capsys):
+    (photos / "c").symlink_to("a")
+    (photos / "lost").symlink_to("/nowhere/lost")
+    assert loaded(photos).classes == ["a", "b", "c"]
+    said = capsys.readouterr().err
+    assert "warning: 3 images in class 'a' and in class 'c', through a link" in said
+    assert f"1 link in {photos} not used, leading nowhere: lost -> /nowhere/lost" in said
+
+
+def test_a_class_called_train(photos, capsys):
+    fill(photos / "train", 3)
+    assert loaded(photos).classes == ["a", "b", "train"]
+    assert "train/ of" in capsys.readouterr().err
+    # Images with a list are a training split, and so are those beside folders of other splits.
+    put(photos / "train.csv", "path,label\n")
+    assert "train has no class folders" in refused("folder", photos)
+    (photos / "train.csv").unlink()
+    (photos / "b").rename(photos / "my_test")
+    assert "train has no class folders" in refused("folder", photos)
+
+
 def test_class_names_that_may_be_mistyped_are_noted(tmp_path, capsys):
     for name in ("Cat", "cat", "Dog ", "bird"):
         fill(tmp_path / name, 3)
