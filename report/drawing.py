@@ -83,6 +83,8 @@ PICTURES = (
     ),
 )
 DUPLICATES = "Images that are in the data twice"
+NEAR_DUPLICATES = "Near-copies: images that are in the data nearly twice"
+MIXED_DUPLICATES = "Images that are in the data twice, and near-copies"
 LOOKED = "Where the network looked: a hint, not a proof"
 
 
@@ -175,11 +177,20 @@ def draw_classifier(result: Result, subtitle: str) -> dict[str, bytes]:
         drawn["suspects.png"] = pictures.suspects(subtitle, names=names, **result.suspects)
     if result.duplicates:
         duplicates = with_printable_text(result.duplicates)
-        drawn["duplicates.png"] = pictures.pairs(DUPLICATES, subtitle, duplicates)
+        title = title_of_duplicates(duplicates)
+        drawn["duplicates.png"] = pictures.pairs(title, subtitle, duplicates)
     if result.looked:
         looked = with_printable_text(result.looked)
         drawn["looked.png"] = pictures.pairs(LOOKED, subtitle, looked)
     return drawn
+
+
+def title_of_duplicates(pairs):
+    """Whether pairs of images are copies or near-copies, which may differ to the eye."""
+    are_equal = [np.array_equal(one, other) for one, other, *_ in pairs]
+    if all(are_equal):
+        return DUPLICATES
+    return MIXED_DUPLICATES if any(are_equal) else NEAR_DUPLICATES
 
 
 def with_printable_text(pairs):

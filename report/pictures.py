@@ -48,6 +48,7 @@ CONFUSIONS_LISTED = 12  # in words, in two columns
 
 IMAGES_PER_ROW = 5
 IMAGES_SHOWN = 25
+TALLEST = 1.9  # inches of an image: taller ones become narrow
 
 
 def as_png(draw: Callable[..., Figure]) -> Callable[..., bytes]:
@@ -408,7 +409,7 @@ def draw_grid(title, subtitle, images, captions, columns=IMAGES_PER_ROW):
 
     cell_width = (WIDTH - 2 * MARGIN + gap) / columns
     ratio = images[0].shape[0] / images[0].shape[1]
-    image_height = (cell_width - gap) * min(ratio, 2)  # very tall images become narrow
+    image_height = min((cell_width - gap) * ratio, TALLEST)
     image_width = image_height / ratio
     row_height = image_height + line_height * len(captions[0]) + 0.16
 

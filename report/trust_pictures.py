@@ -9,6 +9,8 @@ from inference.metrics import KEPT
 from report.pictures import BLUE, GREY, LIGHT_GREY, ORANGE, WIDTH, as_png, new_figure
 from report.text import counted, rounded_down
 
+FEW_ANSWERS = 20  # of fewer, one mistake counts too much for a curve
+LEAST_RANGE = 0.01  # of accuracies that an axis shows
 ROUND_STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 
 
@@ -78,12 +80,18 @@ def plot_reliability(axis, name, probabilities, labels, lowest):
         markersize=3.5,
         clip_on=False,
         zorder=3,
-        label=" to ".join(f"{size:,.0f}" for size in sizes) + " images each",
+        label=f"{images_in_each(sizes)} each",
     )
 
     error = metrics.calibration_error(probabilities, labels)
     axis.set_title(f"{name}\ncalibration error {error:.2%}", size=9, loc="left")
     axis.yaxis.set_major_formatter(percent)
+
+
+def images_in_each(sizes):
+    """How many images are in each bin, in words, given the different numbers in order."""
+    last = counted(round(sizes[-1]), "image")
+    return last if len(sizes) == 1 else f"{sizes[0]:,.0f} to {last}"
 
 
 def plot_confidence(axis, probabilities, lowest):
@@ -101,30 +109,47 @@ def plot_confidence(axis, probabilities, lowest):
 def coverage(subtitle: str, labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     """Accuracy of the most probable answers against their share, of probabilities [N, classes]."""
     accuracy, _ = metrics.coverage_curve(probabilities, labels)  # [N], of the k most probable
-    shares = np.arange(1, len(accuracy) + 1) / len(accuracy)
+    count = len(accuracy)
+    shares = np.arange(1, count + 1) / count
+    start = max(min(FEW_ANSWERS, count // 2), 1) - 1
 
     title = "Accuracy if only the most probable answers are given"
     figure = new_figure(title, subtitle, WIDTH, 4.1)
     axis = figure.subplots()
-    axis.plot(shares, accuracy, color=BLUE, label=f"100% answered: {accuracy[-1]:.2%} right")
+    axis.plot(
+        shares[start:],
+        accuracy[start:],
+        color=BLUE,
+        clip_on=False,
+        label=f"100% answered: {accuracy[-1]:.2%} right",
+    )
 
     for share, found in metrics.accuracy_at_coverage(probabilities, labels).items():
         right = f"{float(share):.0%} answered: {found['accuracy']:.2%} right"
         label = f"{right}, probability {rounded_down(found['probability'])} or more"
-        axis.plot(float(share), found["accuracy"], "o", color=ORANGE, markersize=5, label=label)
+        # Of few images, no number is just that share: the dot lies where the curve has it.
+        answered = max(1, round(float(share) * count)) / count
+        axis.plot(answered, found["accuracy"], "o", color=ORANGE, markersize=5, label=label)
 
-    # Of few answers one mistake counts too much: the limits are those of the right half.
-    low = accuracy[len(accuracy) // 2 :].min()
-    high = accuracy.max()
-    room = 0.08 * max(high - low, 0.01)
     axis.set(xlabel="share of test images answered", xlim=(0, 1.02))
-    axis.set(ylabel="accuracy of these answers", ylim=(low - room, high + room))
-
-    axis.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
+    axis.set_ylabel("accuracy of these answers")
+    limit_shares(axis, accuracy[start:])
     axis.xaxis.set_major_formatter(percent)
-    axis.yaxis.set_major_formatter(percent)
     figure.legend(loc="outside lower center", fontsize=8.5)
     return figure
+
+
+def limit_shares(axis, shares):
+    """Let the y axis show shares, with some room around them but no label below 0 or above 1."""
+    low = max(min(shares.min(), shares.max() - LEAST_RANGE), 0)
+    high = max(shares.max(), low + LEAST_RANGE)
+    room = 0.08 * (high - low)
+    ticks = MaxNLocator(5, steps=ROUND_STEPS).tick_values(low - room, high + room)
+    shown = (ticks >= max(low - room, 0)) & (ticks <= min(high + room, 1))
+
+    axis.set_ylim(low - room, high + room)
+    axis.set_yticks(ticks[shown])
+    axis.yaxis.set_major_formatter(percent)
 
 
 # -------------------------------------------------------------------------------------- familiarity

@@ -3,6 +3,7 @@
 import base64
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -202,6 +203,54 @@ def test_reliability_is_drawn_before_and_after(run, monkeypatch):
     assert before[0] == "Before calibration" and after[0] == "After, temperature 0.50"
     error = calibration_error(arguments[3], arguments[2])
     assert after[1] == f"{error:.2%}" and before[1] != after[1]
+
+
+@pytest.mark.parametrize("right", [0, 5, 12])
+def test_the_curve_of_coverage_stays_in_its_frame(monkeypatch, right):
+    from report import trust_pictures
+
+    axes = []
+    original = trust_pictures.limit_shares
+    monkeypatch.setattr(
+        trust_pictures,
+        "limit_shares",
+        lambda axis, shares: axes.append(axis) or original(axis, shares),
+    )
+    labels = np.arange(12) >= right  # the most probable answers are wrong
+    probabilities = np.stack([np.linspace(0.51, 0.99, 12), np.linspace(0.49, 0.01, 12)], axis=1)
+    trust_pictures.coverage("", labels.astype(int), probabilities)
+
+    (axis,) = axes
+    low, high = axis.get_ylim()
+    curve, *dots = axis.lines
+    points = list(zip(*curve.get_data(), strict=True))
+    assert all(low < y < high for _, y in points)
+    assert all(0 <= tick <= 1 for tick in axis.get_yticks())
+    for dot in dots:
+        x, y = dot.get_data()
+        assert (x[0], y[0]) in points
+
+
+def test_pictures_say_one_image_and_near_copies():
+    from report import trust_pictures
+
+    assert trust_pictures.images_in_each(np.array([1.0])) == "1 image"
+    assert trust_pictures.images_in_each(np.array([1.0, 2.0])) == "1 to 2 images"
+
+    black = np.zeros((4, 4, 3), np.uint8)
+    equal = (black, black, "a", "b")
+    near = (black, black + 1, "a", "b")
+    assert "near-copies" not in drawing.title_of_duplicates([equal])
+    assert drawing.title_of_duplicates([near]).startswith("Near-copies")
+    assert drawing.title_of_duplicates([equal, near]).endswith("and near-copies")
+
+
+def test_a_picture_of_tall_images_is_not_endless():
+    from report import pictures
+
+    tall = np.zeros((200, 40, 3), np.uint8)
+    content = pictures.pairs("", "", [(tall, tall, "a", "b")] * 12)
+    assert Image.open(io.BytesIO(content)).height < 3000
 
 
 FAMILIAR = {
