@@ -17,6 +17,7 @@ from data.summaries import AllImages, first_equal, summaries, thumbnail_shape
 
 MOST_SHOWN = 6  # pairs of images that the report shows
 FEWEST_JUDGED = 20  # images of a class, and of all others, whose light is compared
+LEAST_DARKER = 32  # grey levels of 255: as light as this changes from photo to photo
 TAIL = 0.1  # of a class and of the others, the part that may overlap where one is called darker
 
 
@@ -160,7 +161,9 @@ def note_dark_classes(images: AllImages, light: np.ndarray) -> None:
         if min(len(own), len(others)) < FEWEST_JUDGED:
             continue
 
-        if np.quantile(own, 1 - TAIL) < np.quantile(others, TAIL):
+        difference = others.mean() - own.mean()
+        overlaps = np.quantile(own, 1 - TAIL) >= np.quantile(others, TAIL)
+        if difference >= LEAST_DARKER and not overlaps:
             note(
                 f"class {name!r} is much darker than the others: a network may tell it apart by "
                 f"brightness alone (mean {own.mean():.0f} of 255, others {others.mean():.0f})"

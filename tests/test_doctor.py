@@ -5,6 +5,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,15 @@ def test_a_small_image_and_a_dark_class_are_named(call, photos):
     assert "1 image" in small and "cat/tiny.png" in small
     (dark,) = [kind for kind in said if "much darker" in kind]
     assert "'dog'" in dark
+
+
+@pytest.mark.parametrize(("difference", "is_said"), [(3, False), (60, True)])
+def test_a_class_is_dark_only_by_a_difference_that_shows(capsys, difference, is_said):
+    labels = np.repeat([0, 1], 30)
+    light = np.where(labels == 0, 100 - difference, 100.0)  # the two do not overlap
+    images = SimpleNamespace(dataset=SimpleNamespace(classes=["green", "red"]), labels=labels)
+    doctor.note_dark_classes(images, light)
+    assert ("class 'green' is much darker" in capsys.readouterr().err) == is_said
 
 
 @pytest.mark.parametrize("held", [[], ["--val-fraction", "0.3"], ["--calibration", "held-out"]])
