@@ -28,6 +28,7 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     listed = with_groups(listed, options.group_by)
     say_groups(name, listed, options)
 
+    in_training = listed["train"]
     holds_out_test = "test" not in listed
     if holds_out_test:
         listed = hold_out_test(listed, data_dir)
@@ -54,7 +55,8 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
         first_file += len(files)
         first_image += len(readable)
 
-    check_splits(data_dir, classes, listed, splits)
+    check_classes(data_dir, classes, in_training, splits["train"])
+    check_splits(data_dir, listed, splits)
     groups = numbered(splits)
     if holds_out_test:
         note_held_out(data_dir, splits)
@@ -97,25 +99,26 @@ def say_groups(name: str, listed: dict[str, Files], options: Options) -> None:
         warn_shared(listed)
 
 
-def check_splits(
-    data_dir: str,
-    classes: list[str],
-    listed: dict[str, Files],
-    splits: dict[str, Files],
-) -> None:
-    """Raise Problem if no file of a class, or of a split, can be read.
+def check_classes(data_dir: str, classes: list[str], listed: Files, train: Files) -> None:
+    """Raise Problem if no file of a class can be read.
 
-    listed: all files by split. splits: the readable ones.
+    listed: all files for training, before some were held out. train: the readable ones that remain.
     """
-    counts = count_images(splits["train"], len(classes))
+    counts = count_images(train, len(classes))
     if counts.min() == 0:
         label = counts.argmin()
-        total = (listed["train"].labels == label).sum()
+        total = (listed.labels == label).sum()
         raise Problem(
             f"class {classes[label]!r} of {data_dir} has no readable image left to train on, "
             f"of {total} listed"
         )
 
+
+def check_splits(data_dir: str, listed: dict[str, Files], splits: dict[str, Files]) -> None:
+    """Raise Problem if no file of a split can be read.
+
+    listed: all files by split. splits: the readable ones.
+    """
     for split, files in splits.items():
         if len(files) == 0:
             total = len(listed[split])
