@@ -20,6 +20,7 @@ SPELLINGS = {
 }
 NO_GROUND = "none"  # transparency is dropped, as before there was a ground
 NAMES_SHOWN = 3  # how many of many files or classes a message names
+DATA_DIR_TAKES = "--data-dir takes a directory of class folders, or a CSV file"
 HASHED_BYTES = 1 << 16  # of a sampled file, the part whose content enters the fingerprint
 
 
@@ -140,8 +141,11 @@ def count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{plural}"
 
 
-def refuse_missing(path: str) -> None:
-    """Raise Problem if there is no such file or directory, with the nearest name that there is."""
+def refuse_missing(path: str, hint: str = DATA_DIR_TAKES) -> None:
+    """Raise Problem if there is no such file or directory, with the nearest name that there is.
+
+    hint: what is said where no name is near.
+    """
     if os.path.exists(path):
         return
 
@@ -150,7 +154,6 @@ def refuse_missing(path: str) -> None:
         missing = os.path.dirname(missing)
     folder, name = os.path.split(missing)
 
-    hint = "--data-dir takes a directory of class folders, or a CSV file"
     names = []
     with contextlib.suppress(OSError):
         names = [entry for entry in os.listdir(folder or ".") if not entry.startswith(".")]

@@ -7,7 +7,7 @@ import numpy as np
 
 from data.columns import FLAGS, ONE_HOT, Columns, find_columns
 from data.dataset import SPLITS
-from data.files import Files, Options, count_of, name_some, split_called
+from data.files import Files, Options, count_of, name_some, refuse_missing, split_called
 from data.lookup import Lookup
 from data.notes import note
 from data.texts import Table, read_table
@@ -33,6 +33,9 @@ def list_csv(file: str, options: Options) -> tuple[list[str], dict[str, Files]]:
 
     Raises Problem.
     """
+    if options.test_csv is not None:
+        refuse_missing(options.test_csv, hint="--test-csv takes a list, as a CSV file")
+
     rows = read_images(file, options, default="train")
     if "train" not in rows:
         raise Problem(f"{file} has no row whose split is train")

@@ -1,9 +1,11 @@
 """The text of a list of images as rows of cells: CSV, JSON lines, or a path and a label a line."""
 
+import contextlib
 import csv
 import io
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def read_table(file: str, root: str | None = None) -> Table:
         raise Problem(f"{file} is empty: its first line must name the columns, path and label")
     if file.lower().endswith(JSON_SUFFIXES):
         return table_of_json(file, text)
+    if text.lstrip().startswith(("[", "{")):
+        refuse_json(file, text)
 
     first_row, text = without_excel_line(text)
     has_spaces = is_spaced(text)
@@ -124,10 +128,7 @@ def table_of_json(file: str, text: str) -> Table:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
+        value = parsed(line)
         if not isinstance(value, dict):
             raise Problem(
                 f"{file}, line {number} is not a JSON object such as "
@@ -140,6 +141,32 @@ def table_of_json(file: str, text: str) -> Table:
     for number, value in objects:
         rows.append((number, [text_of(value.get(name)) for name in header]))
     return Table(file=file, header=[name.strip() for name in header], rows=rows)
+
+
+def refuse_json(file: str, text: str) -> None:
+    """Raise Problem if a list is JSON, but not called or not written as JSON lines are."""
+    stem = os.path.splitext(file)[0]
+    lines = "JSON is read as lines, an object each, in a file called .jsonl"
+
+    content = parsed(text)
+    if isinstance(content, list):
+        program = f"import json; [print(json.dumps(row)) for row in json.load(open({file!r}))]"
+        way_out = f'convert it: python -c "{program}" > {shlex.quote(stem + ".jsonl")}'
+        raise Problem(f"{file} is a JSON array, but {lines}; {way_out}")
+    if isinstance(content, dict):
+        way_out = "write one, or a CSV file with the columns path and label"
+        raise Problem(f"{file} is a single JSON object, but {lines}: {way_out}")
+
+    first_line = text.strip().partition("\n")[0]
+    if isinstance(parsed(first_line), dict):
+        raise Problem(f"{file} holds JSON lines, but {lines}: rename it to {stem}.jsonl")
+
+
+def parsed(text: str):
+    """What a text of JSON holds; None if it is no JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
 
 
 def text_of(value) -> str:

@@ -404,6 +404,23 @@ def test_json_lines_that_cannot_be_read(photos):
     assert "an image has one class here" in refused("csv", put(photos / "x.jsonl", several))
 
 
+def test_json_that_is_no_lines_says_how_to_convert_it(photos):
+    rows = [{"image": path, "label": path[0]} for path in ROWS]
+    array = put(photos / "list.json", json.dumps(rows, indent=1))
+    message = refused("csv", array)
+    assert "is a JSON array" in message and 'convert it: python -c "import json;' in message
+    lines = put(photos / "list.json", "\n".join(map(json.dumps, rows)))
+    assert f"rename it to {photos / 'list.jsonl'}" in refused("csv", lines)
+
+
+def test_a_test_list_that_is_missing_names_the_nearest(photos):
+    file = listed(photos, "path,label\n", lambda path, number: f"{path},{path[0]}", "train.csv")
+    put(photos / "test.csv", "path,label\n")
+    message = refused("csv", file, test_csv=str(photos / "tset.csv"))
+    assert f"no file or directory {photos / 'tset.csv'}: did you mean" in message
+    assert "--test-csv takes a list" in refused("csv", file, test_csv="/nowhere/x")
+
+
 def test_an_image_is_no_list(photos):
     assert "is an image" in refused("csv", photos / "a" / "0.png")
 

@@ -173,7 +173,7 @@ APPLIES_TO = {
     "strict": ("--dataset folder or csv", has_own_images),
     "max_pixels": ("--dataset folder or csv", has_own_images),
     "cache_dir": ("your own images and --pretrained", writes_cache),
-    "test_csv": ("--dataset csv", reads_csv),
+    "test_csv": ("--dataset csv: a directory has its test images in a folder test/", reads_csv),
     "image_root": ("--dataset csv", reads_csv),
     "image_column": ("--dataset folder or csv", has_own_images),
     "label_column": ("--dataset folder or csv", has_own_images),
