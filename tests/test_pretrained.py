@@ -201,6 +201,24 @@ def test_a_whole_network_is_refused_with_the_way_out(tmp_path):
         read_weights(str(tmp_path / "whole.pth"), [])
 
 
+def test_a_torchscript_archive_is_refused_by_name_and_without_a_warning(tmp_path, recwarn):
+    path = str(tmp_path / "model.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    recwarn.clear()  # torch warns of torch.jit itself
+    with pytest.raises(ValueError, match="is a TorchScript archive"):
+        read_weights(path, [])
+    assert not recwarn
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    layer = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(layer.bias, value)
+    torch.save(layer.state_dict(), tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match="not finite numbers in 1 of 2 entries, as 'bias'"):
+        read_weights(str(tmp_path / "broken.pth"), ["weight", "bias"])
+
+
 def test_weights_for_colour_start_a_grey_network(weights):
     network = model.build("mobilenet_v3_small", channels=1, classes=5, image_size=(96, 96)).eval()
     colour = model.build("mobilenet_v3_small", channels=3, classes=5, image_size=(96, 96)).eval()

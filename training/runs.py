@@ -340,13 +340,16 @@ def load_plain(source) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file that looks like")
             return torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch.load fails in a dozen ways
         reason = "it is damaged, or holds other things than tensors and plain values"
         named = UNSUPPORTED.search(str(error))
-        if named:
+        if "TorchScript archive" in str(error):
+            reason = "it is a TorchScript archive, which is a program and not weights alone"
+        elif named:
             reason = f"it holds a {named[1]}, which is neither a tensor nor a plain value"
         raise ValueError(reason) from None
 

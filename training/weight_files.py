@@ -90,9 +90,21 @@ def read_weights(path: str, names: Iterable[str]) -> tuple[dict, dict]:
     for name, tensor in tensors.items():
         if name.startswith(prefix):
             state[unwrapped(name.removeprefix(prefix), names)] = tensor
+    check_finite(state)
 
     spec = content.get("spec") if prefix == "state_dict." else None
     return state, spec if isinstance(spec, dict) else {}
+
+
+def check_finite(state: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError for weights from which no training can start, naming the first."""
+    wrong = []
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            wrong.append(name)
+    if wrong:
+        count = f"in {len(wrong)} of {len(state)} entries, as {wrong[0]!r}"
+        raise ValueError(f"holds weights that are not finite numbers {count}: take another file")
 
 
 def read_file(path: str) -> dict:
