@@ -9,10 +9,12 @@ from dataclasses import replace
 
 from data.columns import LABEL_COLUMNS, plain
 from data.dataset import SPLITS
-from data.files import Files, Options, name_some, split_called
+from data.files import Files, Options, count_of, name_some, split_called
 from data.notes import note
 from data.tables import Row, list_rows, note_splits, read_images
 from data.texts import read_table
+from inference.finding import is_visible, walk
+from inference.formats import IMAGE_SUFFIXES
 
 HUGGING_FACE = ("metadata.csv", "metadata.jsonl")
 ROBOFLOW = ("_classes.csv",)
@@ -84,7 +86,27 @@ def list_of_lists(
             sources.setdefault(split, path)
 
     note(f"{directory} is labelled by {', '.join(lists.values())}, not by its folders")
+    note_unlisted(lists, rows)
     return list_rows(rows, sources, dict.fromkeys(rows, directory), options)
+
+
+def note_unlisted(lists: dict[str, str], rows: dict[str, list[Row]]) -> None:
+    """Note the images beside lists that none of the rows names."""
+    listed = set()
+    for split in rows.values():
+        listed.update(os.path.normpath(row.path) for row in split)
+
+    unlisted = {}
+    for file in lists.values():
+        for path, problem in walk(os.path.dirname(file), is_visible, follow=True):
+            is_picture = problem is None and path.lower().endswith(IMAGE_SUFFIXES)
+            if is_picture and os.path.normpath(path) not in listed:
+                unlisted[path] = file
+
+    if unlisted:
+        count = count_of(len(unlisted), "image")
+        files = ", ".join(dict.fromkeys(unlisted.values()))
+        note(f"{count} not used, as {files} does not list them: {name_some(unlisted)}")
 
 
 def by_first_folder(file: str, rows: list[Row]) -> dict[str, list[Row]]:
