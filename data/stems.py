@@ -46,8 +46,12 @@ class Name(NamedTuple):
 def suggest_groups(splits: dict[str, Files]) -> None:
     """Note that images share stems, and the --group-by that would keep them together."""
     names = []
+    seen = set()
     for split, files in splits.items():
         for path, label in zip(files.paths, files.labels.tolist(), strict=True):
+            if path in seen:  # a list may name a file twice
+                continue
+            seen.add(path)
             folder, text = os.path.split(path)
             names.append(Name(text=text, part=(split, label), folder=folder))
 
