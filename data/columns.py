@@ -13,7 +13,18 @@ from inference.errors import Problem
 # Case does not matter, and a space or "-" is as good as "_".
 IMAGE_COLUMNS = (
     *("filepath", "filename", "path", "image", "file_name", "file_path", "image_path", "img_path"),
-    *("filepaths", "image_name", "img_name", "file", "img", "image_id", "img_id", "id_code", "id"),
+    *(
+        "filepaths",
+        "image_name",
+        "img_name",
+        "file",
+        "img",
+        "fname",
+        "image_id",
+        "img_id",
+        "id_code",
+        "id",
+    ),
 )
 LABEL_COLUMNS = ("label", "class", "target", "labels", "class_name", "label_name", "category")
 SPLIT_COLUMN = "split"
@@ -230,10 +241,21 @@ def named_column(table: Table, names: list[str], option: str, given: str) -> int
 def missing_column(table: Table, option: str, wanted: str) -> Problem:
     """The error for a column that is not there."""
     present = ", ".join(table.header) or "none"
-    return Problem(
-        f"{table.file} has no column {wanted}, it has {present}; name one with {option}, or write "
-        "path,label above the first line if that is an image already"
-    )
+    reason = f"{table.file} has no column {wanted}, it has {present}; name one with {option}"
+    if has_data_as_header(table):
+        reason += (
+            ". If its first line is that of an image, and names no columns, insert a line "
+            "path,label before it"
+        )
+    return Problem(reason)
+
+
+def has_data_as_header(table: Table) -> bool:
+    """Is the first line probably one of the images, as a label in it comes again below it?"""
+    for column, name in enumerate(table.header):
+        if name and (is_number(name) or "/" in name or name in values_of(table, column)):
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------- split

@@ -9,7 +9,8 @@ from data.columns import FLAGS, ONE_HOT, Columns, find_columns
 from data.dataset import SPLITS
 from data.files import Files, Options, count_of, name_some, refuse_missing, split_called
 from data.lookup import Lookup
-from data.notes import note
+from data.multilabel import refuse_several_labels
+from data.notes import note, warn
 from data.texts import Table, read_table
 from inference.errors import Problem
 from inference.spec import MAX_NAME
@@ -163,6 +164,7 @@ def read_images(
     columns = find_columns(table, options)
     if columns.one_hot:
         refuse_several_classes(table, columns)
+    refuse_several_labels(table, columns, options)
 
     listed = []
     incomplete = []
@@ -185,6 +187,7 @@ def read_images(
 
     rows = with_places(file, listed, root, options)
     note_outside(file, root, rows)
+    note_repeated(file, rows)
     if columns.split is not None:
         note_splits(file, table.header[columns.split], rows)
     return rows
@@ -300,6 +303,30 @@ def note_outside(file: str, root: str, rows: dict[str, list[Row]]) -> None:
     if outside:
         count = count_of(len(outside), "image")
         note(f"{file} lists {count} outside {folder}, the first: {outside[0]}")
+
+
+def note_repeated(file: str, rows: dict[str, list[Row]]) -> None:
+    """Note the rows whose file an earlier row has, and warn of those with another label."""
+    labels = {}  # by path, of the first row with it
+    repeated = []
+    contradicting = {}  # by path: both labels
+    for split in rows.values():
+        for row in split:
+            if row.path not in labels:
+                labels[row.path] = row.label
+                continue
+
+            repeated.append(row.path)
+            label = labels[row.path]
+            if label != row.label:
+                contradicting.setdefault(row.path, f"{row.path} ({label}, {row.label})")
+
+    if repeated:
+        names = name_some(dict.fromkeys(repeated))
+        note(f"rows of {file} that name a file again: {len(repeated):,} ({names})")
+    if contradicting:
+        count = count_of(len(contradicting), "file")
+        warn(f"{file} gives {count} more than one label: {name_some(contradicting.values())}")
 
 
 def report_incomplete(file: str, incomplete: list[int], strict: bool) -> None:

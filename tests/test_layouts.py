@@ -189,6 +189,14 @@ def test_hugging_face(tmp_path, capsys, name):
     assert f"is labelled by {tmp_path / 'train' / name}" in capsys.readouterr().err
 
 
+def test_images_that_metadata_does_not_list_are_counted(tmp_path, capsys):
+    fill(tmp_path, 8)
+    lines = [f"./{number}.png,{'ab'[number % 2]}\n" for number in range(6)]
+    put(tmp_path / "metadata.csv", "file_name,label\n" + "".join(lines))
+    assert sizes(loaded(tmp_path)) == {"train": 4, "test": 2}
+    assert "2 images not used, as" in capsys.readouterr().err
+
+
 def test_hugging_face_with_one_list_for_all_splits(tmp_path):
     lines = ["file_name,label"]
     for split, count in (("train", 6), ("test", 4)):
@@ -325,6 +333,41 @@ def test_a_second_column_that_tells_the_split_is_said(photos, capsys):
     file = listed(photos, "set,path\n", lambda path, n: f"{path[0]},{path}")
     assert loaded(file).classes == ["a", "b"]
     assert "warning" not in capsys.readouterr().err
+
+
+def test_several_labels_in_a_row_are_refused_with_their_number(photos):
+    values = ("car", "car person", "person")
+    header = "fname,labels,is_valid\n"
+    file = listed(photos, header, lambda path, n: f"{path},{values[n % 3]},{n == 5}")
+    message = refused("csv", file)
+    assert "'labels'" in message and "2 rows of 6, the first: row 3 (car person)" in message
+    assert "Multi-label data is not supported" in message
+    assert loaded(file, label_column="labels").classes == ["car", "car person", "person"]
+
+
+def test_a_label_of_several_words_is_one(photos):
+    values = ("golden retriever", "labrador retriever", "hot dog")
+    file = listed(photos, "fname,labels\n", lambda path, n: f"{path},{values[n % 3]}")
+    assert loaded(file).classes == sorted(values)
+
+
+def test_files_that_a_list_repeats_are_counted(tmp_path, capsys):
+    fill(tmp_path / "x", 10)
+    rows = [f"x/{number}.png,{'ab'[number % 2]}\n" for number in range(10)]
+    more = [*rows[:8], "x/9.png,a\n"]
+    file = put(tmp_path / "list.csv", "path,label\n" + "".join(rows + more))
+    loaded(file)
+    said = capsys.readouterr().err
+    assert f"note: rows of {file} that name a file again: 9 ({tmp_path}/x/0.png" in said
+    assert f"warning: {file} gives 1 file more than one label: {tmp_path}/x/9.png (b, a)" in said
+    assert "share" not in said  # no stems
+
+
+def test_a_line_of_columns_is_wanted_only_where_the_first_line_is_data(photos):
+    file = listed(photos, "x/1,cat\n", lambda path, n: f"{path},{'cat' if n else 'dog'}")
+    assert "insert a line path,label before it" in refused("csv", file)
+    file = listed(photos, "path,label\n", lambda path, number: f"{path},{path[0]}")
+    assert "insert a line" not in refused("csv", file, label_column="lable")
 
 
 def test_names_are_taken_and_not_their_numbers(photos, capsys):
