@@ -83,13 +83,21 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
 
 
 def write_figures(figures: dict, output_format: str, out) -> None:
-    """Write figures as one line of JSON, or as text: a line for each value or row of a list."""
+    """Write figures as one line of JSON, or as text: a line for each value or row of a list.
+
+    Text leaves out what is not known. A tuple is a range of milliseconds.
+    """
     if output_format == "json":
         out.write(json.dumps(encodable(figures)) + "\n")
         return
 
     # A list, such as the images that changed, gets a line for each of its rows.
     for name, value in figures.items():
+        if value is None:
+            continue
+        if isinstance(value, tuple):
+            low, high = value
+            value = f"{low:g} to {high:g} ms"
         rows = value if isinstance(value, list) else [value]
         for row in rows:
             text = str(row)

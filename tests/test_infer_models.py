@@ -2,6 +2,7 @@
 threads."""
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ from inference.cpus import usable_cpus
 from inference.engines import MODEL_NAMES
 from inference.errors import Problem
 from inference.predict import Model
+from inference.results import write_figures
 from inference.self_test import self_test
 from inference.spec import read_spec
 
@@ -435,3 +437,13 @@ def test_a_self_test_that_would_pass_anything_is_capped(small, here):
     huge = {"self_test_tolerance": 1e6}
     model = Model(with_golden_off_by(small, here / "m.onnx", 0.06, **huge))
     assert not self_test(model).passed
+
+
+def test_figures_as_text_have_ranges_with_units_and_nothing_unknown():
+    figures = {"latency_spread": (0.0566, 0.0623), "busy": None, "threads": 1}
+    out = io.StringIO()
+    write_figures(figures, "text", out)
+    assert out.getvalue().splitlines() == [
+        "latency_spread      0.0566 to 0.0623 ms",
+        "threads             1",
+    ]
