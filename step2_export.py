@@ -35,6 +35,7 @@ from inference.command_line import Parser, number, say
 from inference.errors import Problem, guarded, one_line, problems
 
 DEFAULT_FORMATS = ["torchscript", "onnx"]
+LEAST_WIDTH = 36  # characters of the column of paths
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -221,7 +222,8 @@ def export(
 
     earlier = parity.read_earlier(out, spec["checkpoint_sha256"])
     chosen = chosen_formats(args)
-    print(f"{'format':15} {'file':36} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
+    width = width_of_paths(out, chosen, args.bundle)
+    print(f"{'format':15} {'file':{width}} {'size':>8} {'max diff':>9} {'accuracy':>9}", flush=True)
 
     # Files are written and proven in a directory of their own: `out` never holds an unproven one,
     # and an earlier export stays as it is until a new file has passed.
@@ -230,7 +232,7 @@ def export(
         for each in chosen:
             file = os.path.join(workspace, each.file)
             proofs[each.name] = write_and_prove(each, file, job)
-            report_proof(each, file, out, proofs[each.name])
+            report_proof(each, file, out, proofs[each.name], width)
 
         failed = [name for name, proof in proofs.items() if not proof["passed"]]
         if len(failed) == len(chosen) and earlier.has_files():
@@ -241,7 +243,7 @@ def export(
         if args.bundle and failed:
             say("no bundle was written because not every format passed")
         elif args.bundle:
-            publish_bundle(workspace, out, proofs, job)
+            publish_bundle(workspace, out, proofs, job, width)
 
     print(f"one input needs {device_needs(facts.device)}", flush=True)
     print_how_to_ship(published)
@@ -318,8 +320,19 @@ def prove(chosen: Format, file: str, job: Job) -> tuple[dict, list[str]]:
     return gate.prove(job.trained, file, job.dataset, job.expected, job.args.tolerance)
 
 
-def report_proof(chosen: Format, file: str, out: str, proof: dict) -> None:
-    """Print the row of a proven file, or say why a file is not published."""
+def width_of_paths(out: str, chosen: list[Format], has_bundle: bool) -> int:
+    """How wide the column of paths is: no path of a file in `out` is longer."""
+    paths = [os.path.join(out, each.file) for each in chosen]
+    if has_bundle:
+        paths.append(bundle.archive_path(out))
+    return max(LEAST_WIDTH, *(len(path) for path in paths))
+
+
+def report_proof(chosen: Format, file: str, out: str, proof: dict, width: int) -> None:
+    """Print the row of a proven file, or say why a file is not published.
+
+    width: of the column of paths.
+    """
     final = os.path.join(out, chosen.file)
     if not proof["passed"]:
         reason, *more = proof["failures"]
@@ -331,7 +344,7 @@ def report_proof(chosen: Format, file: str, out: str, proof: dict) -> None:
     size = f"{os.path.getsize(file) / 1e6:5.2f} MB"
     accuracy = "-" if proof["accuracy"] is None else f"{proof['accuracy']:.2%}"
     difference = f"{proof['max_abs_diff']:9.1e}"
-    print(f"{chosen.name:15} {final:36} {size} {difference} {accuracy:>9}", flush=True)
+    print(f"{chosen.name:15} {final:{width}} {size} {difference} {accuracy:>9}", flush=True)
     if "speedup" in proof:
         measured = speed.speed_in_words(proof["speedup"])
         how = f"{proof['quantization']}; speed relative to float32: {measured}"
@@ -366,8 +379,11 @@ def publish_files(
     return written
 
 
-def publish_bundle(workspace: str, out: str, proofs: dict[str, dict], job: Job) -> None:
-    """Make the bundle of the proven files in `workspace`. Raises Problem."""
+def publish_bundle(workspace: str, out: str, proofs: dict[str, dict], job: Job, width: int) -> None:
+    """Make the bundle of the proven files in `workspace` and print its row. Raises Problem.
+
+    width: of the column of paths.
+    """
     chosen = [formats.FORMATS[name] for name in proofs]
     # One environment has to run all files of the bundle.
     opset = job.args.opset
@@ -386,7 +402,7 @@ def publish_bundle(workspace: str, out: str, proofs: dict[str, dict], job: Job) 
     )
     with problems(f"cannot write the bundle in {out}", OSError):
         path = bundle.write_bundle(out, workspace, contents)
-    print(f"{'bundle':15} {path:36} {os.path.getsize(path) / 1e6:5.2f} MB", flush=True)
+    print(f"{'bundle':15} {path:{width}} {os.path.getsize(path) / 1e6:5.2f} MB", flush=True)
     print(f"{'':15} SHA-256 {sha256(path)}", flush=True)
 
 

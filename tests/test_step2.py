@@ -477,3 +477,12 @@ def test_a_failed_export_leaves_the_set_of_another_checkpoint_as_it_was(
     result.error(1, "model.onnx is not written")
     assert "stays as it was" in result.err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_the_column_of_paths_is_as_wide_as_the_longest():
+    chosen = [FORMATS["onnx"], FORMATS["onnx-int8"]]
+    assert step2_export.width_of_paths("exports/a", chosen, has_bundle=False) == 36
+    out = "exports/a-run-of-rather-a-long-name"
+    longest = f"{out}/model.int8.onnx"
+    assert step2_export.width_of_paths(out, chosen, has_bundle=False) == len(longest)
+    assert step2_export.width_of_paths(out, chosen, has_bundle=True) > 2 * len(out)
