@@ -21,6 +21,7 @@ from deploy.publish import BUNDLE, EARLIER, swap_in
 from deploy.samples import calibration_images, write_samples
 from inference.command_line import printable
 from inference.files import replacing, sha256
+from inference.spec import data_name
 from inference.task import task_of
 from inference.verify import SUMS
 
@@ -124,7 +125,7 @@ def readme(spec: dict, names: list[str]) -> str:
     else:
         inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."
-    title = f"{markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"
+    title = f"{markdown(spec['model'])}, trained on {markdown(data_name(spec))}"
     text = filled("bundle.md.template", title=title, inputs=inputs, cpp=cpp)
 
     # Rows of files that not every bundle has.

@@ -6,6 +6,7 @@ it, a line in RULES; and a line in deploy/README.md.
 
 import json
 import math
+import os
 from collections.abc import Callable
 from typing import TypedDict
 
@@ -14,6 +15,7 @@ from inference.task import TASKS
 
 SCHEMA = 1  # the newest that this program understands
 KNOWN_TOLERANCE = 5e-3  # of `known` in the self-test, in files that do not say
+OWN_IMAGES = ("folder", "csv")  # of `dataset`: images with a name of their own
 
 # Limits that no file of step2_export.py reaches. The C++ program and the page have the same.
 MAX_BYTES = 32 << 20  # of the spec's text
@@ -286,3 +288,15 @@ IMAGE_RULES: dict[str, Rule] = {
     "channels": (lambda value: is_whole(value, 1) and value in (1, 3), "1 or 3"),
     "image_size": (is_size, f"[height, width], each from 1 to {MAX_SIDE}"),
 }
+
+
+def data_name(spec: dict) -> str:
+    """What people call a model's data: of own images the directory or file, as a run's name."""
+    data_dir = (spec.get("arguments") or {}).get("data_dir")
+    if spec["dataset"] not in OWN_IMAGES or not data_dir:
+        return spec["dataset"]
+
+    name = os.path.basename(os.path.abspath(data_dir))
+    if spec["dataset"] == "csv":
+        name = os.path.splitext(name)[0]
+    return name or spec["dataset"]

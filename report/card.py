@@ -6,6 +6,7 @@ import numpy as np
 
 from inference.engines import MODEL_NAMES
 from inference.metrics import BINS, KEPT
+from inference.spec import data_name
 from report.text import (
     MISSING,
     camera_table,
@@ -41,7 +42,7 @@ def model_card(spec: dict, parity: dict[str, dict]) -> str:
             file = figures.get("file", name)
             passed[file] = figures
 
-    sections = [f"# Model card: {markdown(spec['model'])}, trained on {markdown(spec['dataset'])}"]
+    sections = [f"# Model card: {markdown(spec['model'])}, trained on {markdown(data_name(spec))}"]
     if spec["task"] == "regression":
         sections.append(describe_regression(spec))
     else:
@@ -73,7 +74,7 @@ def describe_classes(spec: dict) -> Iterator[str]:
 
     accuracy = spec.get("test_accuracy")
     if accuracy is not None:
-        dataset = markdown(spec["dataset"])
+        dataset = markdown(data_name(spec))
         yield f"## Accuracy\n\nThe top-1 accuracy on the test split of {dataset} is {accuracy:.2%}."
 
     per_class = spec.get("per_class")
@@ -262,11 +263,15 @@ def provenance_section(spec: dict) -> str:
     for name, version in spec["versions"].items():
         versions.append(f"{markdown(name)} {markdown(version)}")
 
+    dataset = data_name(spec)
+    if dataset != spec["dataset"]:
+        dataset = f"{dataset}, read as {spec['dataset']}"
+
     lines = [
         "## Provenance",
         "",
         f"- Network: {network}",
-        f"- Dataset: {markdown(spec['dataset'])}",
+        f"- Dataset: {markdown(dataset)}",
     ]
     pretrained = spec.get("arguments", {}).get("pretrained")
     if pretrained:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import report
+from deploy import bundle
 from inference.metrics import calibration_error, per_class
 from inference.predict import Model
 from report import card, drawing, page
@@ -580,6 +581,19 @@ def facts(small):
     """The spec and the parity figures of a real export."""
     spec = Model(str(small.export / "model.onnx")).spec
     return spec, json.loads((small.export / "parity.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "data_dir", "name"),
+    [("folder", "/data/flowers/", "flowers"), ("csv", "/data/birds.v2.csv", "birds.v2")],
+)
+def test_model_card_and_readme_call_own_images_by_their_name(facts, kind, data_dir, name):
+    spec, parity = facts
+    spec = {**spec, "dataset": kind, "arguments": {**spec["arguments"], "data_dir": data_dir}}
+    text = card.model_card(spec, parity)
+    assert f"mlp, trained on {name}\n" in text and f"test split of {name} is" in text
+    assert f"- Dataset: {name}, read as {kind}\n" in text
+    assert f"mlp, trained on {name}\n" in bundle.readme(spec, [])
 
 
 def test_model_card_averages_over_the_classes(facts):
