@@ -185,7 +185,10 @@ APPLIES_TO = {
     "label_smoothing": ("classes, and linear is a regression", has_images),
     "calibration": ("classes, and linear is a regression", has_images),
     "patience": ("runs with a validation split: add --val-fraction", may_validate),
-    "augment": ("images, and to networks trained whole, without --freeze-backbone", augments),
+    "augment": (
+        "images, not linear's features, and to networks trained whole, without --freeze-backbone",
+        augments,
+    ),
     "momentum": ("--optimizer sgd or muon", has_momentum),
     "freeze_backbone": ("--pretrained: it trains the last layer only", is_pretrained),
     "minutes": ("images, and to networks trained whole, without --freeze-backbone", augments),
