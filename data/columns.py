@@ -298,6 +298,9 @@ def warn_of_unread_splits(table: Table, names: list[str], found: Columns) -> Non
 
         shown = f"the column {table.header[column]!r} of {table.file} is not read"
         if found.split is not None:
+            # Beside a split, a column "dataset" of other values says where the images are from.
+            if name in SPLIT_COLUMNS and not any(map(split_called, values)):
+                continue
             chosen = table.header[found.split]
             warn(
                 f"{shown}, as {chosen!r} tells the split: if both do, write one column split "

@@ -329,9 +329,11 @@ def test_a_second_column_that_tells_the_split_is_said(photos, capsys):
     file = listed(photos, header, lambda path, n: f"{n == 0},{n == 1},{path},{path[0]}")
     loaded(file)
     assert "the column 'is_test'" in capsys.readouterr().err
-    # A column of labels is no split, whatever its name.
+    # A column of labels is no split, whatever its name, and neither is one of origins.
     file = listed(photos, "set,path\n", lambda path, n: f"{path[0]},{path}")
     assert loaded(file).classes == ["a", "b"]
+    file = listed(photos, "split,dataset,path,label\n", lambda path, n: f"train,x,{path},{path[0]}")
+    loaded(file)
     assert "warning" not in capsys.readouterr().err
 
 
