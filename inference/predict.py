@@ -28,7 +28,7 @@ def model_in(directory: str) -> str:
     for name in sorted(os.listdir(directory)):
         if os.path.splitext(name)[1].lower() in LOADERS:
             return f"give the file {os.path.join(directory, name)}"
-    return "there is no model file in it; python step2_export.py writes one"
+    return "python step2_export.py writes a file"
 
 
 class Model:
@@ -49,7 +49,7 @@ class Model:
         """
         path = os.fspath(path)
         if os.path.isdir(path):
-            raise Problem(f"{path} is a directory: {model_in(path)}")
+            raise Problem(f"no model file {path}: it is a directory; {model_in(path)}")
         if not os.path.isfile(path):
             raise Problem(f"no model file {path}; python step2_export.py writes one")
 

@@ -519,6 +519,7 @@ def test_no_text_is_read_in_the_locale_s_encoding(execute, images):
     assert not own and "decoded 10 files" in result.err
 
 
+@pytest.mark.slow
 def test_workers_start_where_processes_cannot_be_forked(tmp_path, monkeypatch):
     from data import parallel
 

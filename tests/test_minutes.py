@@ -53,6 +53,7 @@ def test_epochs_fill_the_time(budget, epochs):
     assert minutes.epochs_in(budget, SPLITS, SETTINGS, MACHINE, pace) == epochs
 
 
+@pytest.mark.slow
 def test_a_run_takes_about_so_long_and_goes_on_with_what_was_derived(call, here):
     asked = ["--model", "mlp", "--hidden", "512", "--calibration", "none", "--threads", 1]
     started = time.perf_counter()

@@ -118,6 +118,11 @@ def test_missing_model(call, samples, here, name):
     )
 
 
+def test_a_directory_is_answered_with_the_file_in_it(call, trained, samples):
+    (file, *_) = sorted(trained.export.glob("model.onnx"))
+    call(step3_infer.main, "--model", trained.export, samples[0]).error(1, "directory", file)
+
+
 def test_onnx_file_of_someone_else(call, changed, samples):
     call(step3_infer.main, "--model", changed(None), samples[0]).error(
         1, "no spec", "step2_export.py"

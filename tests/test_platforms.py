@@ -47,6 +47,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_all_steps_work_without_what_posix_alone_has(execute, here, samples, folder):  # noqa: F811
     """On a system that also warns wherever text is read or written in the encoding of its

@@ -113,6 +113,7 @@ def test_two_processes_train_as_one_and_either_resumes_the_other(call, here):
     call(step1_train.main, "--resume", "two", "--epochs", 4).done()  # another number of processes
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_with_it_and_the_run_goes_on(call, here):
     process = launch(here, *RUN, "--epochs", 50)
     while not process.stdout.readline().startswith("    1 "):
