@@ -28,7 +28,7 @@ def refuse_several_labels(table: Table, columns: Columns, options: Options) -> N
         if columns.label < len(cells) and cells[columns.label].strip():
             texts[number] = cells[columns.label].strip()
     several = {number: text for number, text in texts.items() if len(parts_of(text)) > 1}
-    if not are_combined(set(texts.values())):
+    if not several or not are_combined(set(texts.values())):
         return
 
     first, text = next(iter(several.items()))

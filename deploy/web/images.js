@@ -81,6 +81,7 @@ async function decode(file, white) {
   if (format === "TIFF") throw undecodable(format);
   await checkFile(file);
 
+  if (format === "BMP") forgetEmptyAlpha(bytes);
   const { orientation, rest } = takeOrientation(bytes, format);
   if (!isWidePng(bytes, format)) {
     return { bitmap: await decodeByBrowser(rest, format), orientation, rgba: null };
@@ -91,6 +92,22 @@ async function decode(file, white) {
   const rgba = await decodeWidePng(bytes, white);
   const bitmap = await createImageBitmap(new ImageData(rgba, width, height));
   return { bitmap, orientation, rgba };
+}
+
+// Take the alpha out of the header of a BMP of 32 bits a pixel if it is 0 everywhere: the program
+// that wrote it left it unused, and the picture is meant to be seen.
+function forgetEmptyAlpha(bytes) {
+  const masks = 54 + 16; // the bytes of a header that has them
+  if (bytes.length < masks) return;
+
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const hasMasks = view.getUint16(28, true) === 32 && view.getUint32(30, true) === 3;
+  if (!hasMasks || view.getUint32(66, true) !== 0xff000000) return;
+
+  for (let at = view.getUint32(10, true) + 3; at < bytes.length; at += 4) {
+    if (bytes[at] > 0) return;
+  }
+  view.setUint32(66, 0, true);
 }
 
 function undecodable(format) {
