@@ -422,7 +422,7 @@ def test_weights_from_elsewhere_choose_a_network_and_fewer_epochs():
     tuned = SimpleNamespace(pretrained="default", freeze_backbone=False)
     counts = (100, 2000, 10_000, 60_000)
     assert [recipes.usual_epochs(fresh, count) for count in counts] == [50, 50, 20, 10]
-    assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 4, 4, 4]
+    assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 8, 4, 4]
 
 
 def test_layers_nearer_to_the_input_learn_more_slowly():

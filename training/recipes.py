@@ -95,7 +95,7 @@ TUTORIALS = ("linear", "mlp", "mynet", "resblock")
 SMALLEST_BATCH = 16  # that a large batch is halved down to
 STEPS_PER_EPOCH = 16  # at least, where few images allow it
 IMAGES_SEEN = 200_000  # by default of your own images, over all epochs: few images want more passes
-IMAGES_SEEN_AGAIN = 8_000  # the same by a network that has learned on others before
+IMAGES_SEEN_AGAIN = 16_000  # the same by a network that has learned on others before
 
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
