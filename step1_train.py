@@ -765,7 +765,10 @@ def write_result(
     summary = summarise(settings, progress, outcome)
     unequal = False
     if dataset.has_images:
-        trained = progress.rows[summary["epoch_kept"] - 1]["train_accuracy"]
+        kept = summary["epoch_kept"]
+        trained = 0.0  # unknown of a fitted head that was kept
+        if kept > 0:
+            trained = progress.rows[kept - 1]["train_accuracy"]
         summary |= summarise_classes(dataset, outcome)
         summary["warnings"] = find_warnings(dataset, outcome, trained)
         unequal = balance.is_unequal(splits["train"], len(dataset.classes))

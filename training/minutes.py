@@ -44,7 +44,8 @@ class Pace(NamedTuple):
 
 class Width(NamedTuple):
     """A width of airbench. time: of a step, as a part of width 1's. images: how many it must see,
-    over all epochs, to beat the next smaller width; tests/benchmarks/NOTES.md has the figures.
+    over all epochs, to beat the next smaller width. Both are rough, from single runs on CIFAR-10:
+    see tests/benchmarks/NOTES.md.
     """
 
     width: float
@@ -144,7 +145,7 @@ def seconds_of(
         seconds += len(splits["test"]) * pace.image
     if settings.calibration != "none":
         described = min(len(splits["train"]), GAUSSIAN_IMAGES)
-        seconds += described * pace.image
+        seconds += 2 * described * pace.image  # as they are, and in other light
     if settings.calibration == "twin":
         held_out = TWIN_PART * len(splits["train"])
         epoch = (1 - TWIN_PART) * steps * pace.step + held_out * pace.image
