@@ -30,6 +30,7 @@ import contextlib
 import itertools
 import os
 import time
+from collections.abc import Callable
 
 IMPORT_STARTED = time.perf_counter()
 try:
@@ -41,48 +42,18 @@ except ImportError as error:  # on a new device: one line instead of a traceback
 from inference.command_line import Parser, number, say  # noqa: E402
 from inference.cpus import usable_cpus  # noqa: E402
 from inference.engines import find_model  # noqa: E402
-from inference.errors import Problem, guarded  # noqa: E402
+from inference.errors import guarded  # noqa: E402
 from inference.files import output_stream  # noqa: E402
 from inference.finding import find_images, note_files  # noqa: E402
 from inference.images import note_seen  # noqa: E402
 from inference.limits import MAX_PIXELS, MAX_SIDE, allow_pixels  # noqa: E402
+from inference.options import check_model, check_options, check_same_classes  # noqa: E402
 from inference.predict import Model, predict, predict_files  # noqa: E402, F401  predict: for others
 from inference.results import write_figures, write_images, write_values  # noqa: E402
-from inference.task import task_of  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 
 BATCH_SIZE, TOP_K = 16, 3  # by default
-
-# What is done, by the first of these that is given, and the options that have an effect on it.
-TAKES = {
-    "--verify": ["--model", "--sums-sha256"],
-    "--self-test": ["--model", "--threads", "--device"],
-    "--benchmark": ["--model", "--threads", "--device", "--batch-size", "--format", "--output"],
-    "--values": ["--model", "--threads", "--device", "--format", "--output"],
-    "--compare": [
-        "PATH",
-        "--threads",
-        "--device",
-        "--batch-size",
-        "--format",
-        "--output",
-        "--max-flips",
-        "--max-pixels",
-    ],
-    "PATH": [
-        "--model",
-        "--threads",
-        "--device",
-        "--batch-size",
-        "--format",
-        "--top-k",
-        "--output",
-        "--reject",
-        "--min-probability",
-        "--max-pixels",
-    ],
-}
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -190,30 +161,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_options(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit with an error if nothing is asked for, or if an option would have no effect."""
-    given = []
-    for name, value in vars(args).items():
-        if value not in (None, False, []):
-            given.append("PATH" if name == "paths" else f"--{name.replace('_', '-')}")
-
-    asked = next((name for name in TAKES if name in given), None)
-    if asked is None or (args.compare and not args.paths):
-        parser.error(
-            "give at least one PATH: an image, a directory or a glob; or --values for a regression"
-        )
-
-    for name in given:
-        if name != asked and name not in TAKES[asked]:
-            takes = " ".join(TAKES[asked])
-            parser.error(f"{name} has no effect on {asked}, which takes only {takes}")
-
-    if (args.benchmark or args.compare) and args.format == "csv":
-        parser.error(f"{asked} writes --format text or json, not csv")
-    if args.compare and "-" in args.paths:
-        parser.error("--compare takes files, not - for standard input")
-
-
 # ---------------------------------------------------------------------------------------- the work
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for and return the exit code. Raises Problem."""
@@ -251,13 +198,25 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
     top_k = min(args.top_k, len(model.spec["classes"]))
     batch_size = batch_size_for(model, args, len(first), workers)
     files = itertools.chain(first, found)
-    results = predict_files(model, files, workers, batch_size, top_k)
-    with output_stream(args.output) as out, contextlib.closing(results):
-        code = write_images(results, args.format, top_k, out)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(output_stream(args.output))
+        rows = predict_files(model, files, workers, batch_size, top_k)
+        stack.enter_context(contextlib.closing(rows))
+
+        # Each stage takes lists of rows, as predict_files() yields them, and yields them on.
+        for stage in stages(model, args):
+            rows = stage(rows)
+            stack.enter_context(contextlib.closing(rows))
+        code = write_images(rows, args.format, top_k, out)
 
     note_seen(model.seen, model.spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
     return code
+
+
+def stages(model: Model, args: argparse.Namespace) -> list[Callable]:
+    """What happens between predicting and writing: generators of lists of rows, from such."""
+    return []
 
 
 def run_values(path: str, args: argparse.Namespace) -> int:
@@ -362,32 +321,6 @@ def batch_size_for(model: Model, args: argparse.Namespace, count: int, workers: 
     if model.batch:
         return model.batch
     return max(1, min(args.batch_size or BATCH_SIZE, count // workers))
-
-
-def check_model(model: Model, path: str, args: argparse.Namespace) -> None:
-    """Raise Problem if a model does not fit the command line."""
-    if model.batch and args.batch_size and args.batch_size > model.batch:
-        raise Problem(f"{path} takes batches of {model.batch}: leave out --batch-size", 2)
-
-    has_images = task_of(model.spec).has_images
-    if has_images and args.values:
-        raise Problem(f"{path} predicts from images: give at least one PATH", 2)
-    if not has_images and not args.values:
-        raise Problem(f"{path} predicts from numbers: it takes --values only", 2)
-
-    if args.reject is not None and not model.spec["known"]:
-        reason = "does not say how familiar an image looks"
-        raise Problem(f"{path} {reason}: --reject cannot be used", 2)
-
-
-def check_same_classes(models: list[Model], paths: list[str]) -> None:
-    """Raise Problem if two models do not have the same classes."""
-    old = set(models[0].spec["classes"])
-    new = set(models[1].spec["classes"])
-    if old != new:
-        only_old = f"only {paths[0]} has {sorted(old - new)[:9]}"
-        only_new = f"only {paths[1]} has {sorted(new - old)[:9]}"
-        raise Problem(f"--compare takes files of the same classes, but {only_old}, {only_new}", 2)
 
 
 def main(argv: list[str] | None = None) -> int:

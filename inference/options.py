@@ -1,0 +1,88 @@
+"""Which options of step3 go together, and which fit a model."""
+
+import argparse
+
+from inference.command_line import Parser
+from inference.errors import Problem
+from inference.predict import Model
+from inference.task import task_of
+
+# What is done, by the first of these that is given, and the options that have an effect on it.
+TAKES = {
+    "--verify": ["--model", "--sums-sha256"],
+    "--self-test": ["--model", "--threads", "--device"],
+    "--benchmark": ["--model", "--threads", "--device", "--batch-size", "--format", "--output"],
+    "--values": ["--model", "--threads", "--device", "--format", "--output"],
+    "--compare": [
+        "PATH",
+        "--threads",
+        "--device",
+        "--batch-size",
+        "--format",
+        "--output",
+        "--max-flips",
+        "--max-pixels",
+    ],
+    "PATH": [
+        "--model",
+        "--threads",
+        "--device",
+        "--batch-size",
+        "--format",
+        "--top-k",
+        "--output",
+        "--reject",
+        "--min-probability",
+        "--max-pixels",
+    ],
+}
+
+
+def check_options(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with an error if nothing is asked for, or if an option would have no effect."""
+    given = []
+    for name, value in vars(args).items():
+        if value not in (None, False, []):
+            given.append("PATH" if name == "paths" else f"--{name.replace('_', '-')}")
+
+    asked = next((name for name in TAKES if name in given), None)
+    if asked is None or (args.compare and not args.paths):
+        parser.error(
+            "give at least one PATH: an image, a directory or a glob; or --values for a regression"
+        )
+
+    for name in given:
+        if name != asked and name not in TAKES[asked]:
+            takes = " ".join(TAKES[asked])
+            parser.error(f"{name} has no effect on {asked}, which takes only {takes}")
+
+    if (args.benchmark or args.compare) and args.format == "csv":
+        parser.error(f"{asked} writes --format text or json, not csv")
+    if args.compare and "-" in args.paths:
+        parser.error("--compare takes files, not - for standard input")
+
+
+def check_model(model: Model, path: str, args: argparse.Namespace) -> None:
+    """Raise Problem if a model does not fit the command line."""
+    if model.batch and args.batch_size and args.batch_size > model.batch:
+        raise Problem(f"{path} takes batches of {model.batch}: leave out --batch-size", 2)
+
+    has_images = task_of(model.spec).has_images
+    if has_images and args.values:
+        raise Problem(f"{path} predicts from images: give at least one PATH", 2)
+    if not has_images and not args.values:
+        raise Problem(f"{path} predicts from numbers: it takes --values only", 2)
+
+    if args.reject is not None and not model.spec["known"]:
+        reason = "does not say how familiar an image looks"
+        raise Problem(f"{path} {reason}: --reject cannot be used", 2)
+
+
+def check_same_classes(models: list[Model], paths: list[str]) -> None:
+    """Raise Problem if two models do not have the same classes."""
+    old = set(models[0].spec["classes"])
+    new = set(models[1].spec["classes"])
+    if old != new:
+        only_old = f"only {paths[0]} has {sorted(old - new)[:9]}"
+        only_new = f"only {paths[1]} has {sorted(new - old)[:9]}"
+        raise Problem(f"--compare takes files of the same classes, but {only_old}, {only_new}", 2)
