@@ -16,7 +16,9 @@ import step1_train
 import step2_export
 import step3_infer
 from data.split import Split
+from data.unseen import unseen_images
 from deploy import camera, comparing, trust, unknown
+from deploy.reference import reference
 from inference import metrics
 from inference.predict import Model, predict
 from training import calibration, recipes
@@ -194,6 +196,14 @@ def test_many_images_are_held_out_for_it(call, here, monkeypatch):
     result = call(step1_train.main, *FAST).done()
     assert "1,367 train, 70 held-out, 360 test" in result.out
     assert checkpoint(here)["spec"]["calibration"]["images"] == 70
+
+    # step2 finds the same images again: among themselves, their ranks are evenly spread.
+    trained = step2_export.read_run(str(here / "runs/digits-mlp"))
+    dataset = step2_export.load_data(trained)
+    unseen = unseen_images(dataset, trained.spec["arguments"])
+    known = reference(trained, unseen.images).known
+    assert np.abs(np.sort(known) - (np.arange(70) + 0.5) / 70).max() < 0.01
+    assert unseen_images(dataset, {"calibration": "twin"}) is None
 
 
 def test_a_validation_split_serves_as_well(call, here):
