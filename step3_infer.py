@@ -30,7 +30,6 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable
 
 IMPORT_STARTED = time.perf_counter()
 try:
@@ -53,7 +52,7 @@ from inference.results import write_figures, write_images, write_values  # noqa:
 
 IMPORT_SECONDS = time.perf_counter() - IMPORT_STARTED
 
-BATCH_SIZE, TOP_K = 16, 3  # by default
+BATCH_SIZE, TOP_K, COLLECTED = 16, 3, 500  # by default
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -123,6 +122,19 @@ def build_parser() -> Parser:
         help="fail if --compare finds a larger share of answers changed",
     )
 
+    add = parser.add_argument_group("in the field").add_argument
+    add(
+        "--collect",
+        metavar="DIR",
+        help="copy the images that are worth a label into DIR/<answer>/: the least certain ones",
+    )
+    add(
+        "--collect-at-most",
+        type=count,
+        metavar="N",
+        help="the best N images of all that were seen (default: 500)",
+    )
+
     group = parser.add_argument_group("instead of predicting")
     add = group.add_mutually_exclusive_group().add_argument
     add("--self-test", action="store_true", help="check the golden samples inside the file")
@@ -155,6 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device = args.device or "cpu"
     args.format = args.format or "text"
     args.top_k = args.top_k or TOP_K
+    args.collect_at_most = args.collect_at_most or COLLECTED
     args.threads = args.threads or usable_cpus()
     args.max_pixels = args.max_pixels or MAX_PIXELS
     allow_pixels(args.max_pixels)
@@ -198,25 +211,37 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
     top_k = min(args.top_k, len(model.spec["classes"]))
     batch_size = batch_size_for(model, args, len(first), workers)
     files = itertools.chain(first, found)
+    watchers = make_watchers(model, args, top_k)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output_stream(args.output))
-        rows = predict_files(model, files, workers, batch_size, top_k)
+        needed = max(top_k, 2) if args.collect else top_k
+        rows = predict_files(model, files, workers, batch_size, needed)
         stack.enter_context(contextlib.closing(rows))
 
-        # Each stage takes lists of rows, as predict_files() yields them, and yields them on.
-        for stage in stages(model, args):
-            rows = stage(rows)
+        for watcher in watchers:
+            rows = watcher.watch(rows)
             stack.enter_context(contextlib.closing(rows))
         code = write_images(rows, args.format, top_k, out)
+    if any(watcher.failed for watcher in watchers):
+        code = 1
 
     note_seen(model.seen, model.spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
     return code
 
 
-def stages(model: Model, args: argparse.Namespace) -> list[Callable]:
-    """What happens between predicting and writing: generators of lists of rows, from such."""
-    return []
+def make_watchers(model: Model, args: argparse.Namespace, top_k: int) -> list:
+    """What looks at the predictions before they are written, by the options. Raises Problem.
+
+    Each has a generator watch(), which takes and yields lists of rows as predict_files() does, and
+    a flag `failed` for work of its own that failed.
+    """
+    watchers = []
+    if args.collect:
+        from inference.collect import Collector
+
+        watchers.append(Collector(args.collect, args.collect_at_most, model, top_k))
+    return watchers
 
 
 def run_values(path: str, args: argparse.Namespace) -> int:

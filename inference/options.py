@@ -1,6 +1,7 @@
 """Which options of step3 go together, and which fit a model."""
 
 import argparse
+import os
 
 from inference.command_line import Parser
 from inference.errors import Problem
@@ -34,6 +35,8 @@ TAKES = {
         "--reject",
         "--min-probability",
         "--max-pixels",
+        "--collect",
+        "--collect-at-most",
     ],
 }
 
@@ -56,10 +59,23 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
             takes = " ".join(TAKES[asked])
             parser.error(f"{name} has no effect on {asked}, which takes only {takes}")
 
+    if args.collect_at_most and not args.collect:
+        parser.error("--collect-at-most needs --collect DIR")
+    if args.collect:
+        refuse_inside(parser, args.collect, args.paths)
+
     if (args.benchmark or args.compare) and args.format == "csv":
         parser.error(f"{asked} writes --format text or json, not csv")
     if args.compare and "-" in args.paths:
         parser.error("--compare takes files, not - for standard input")
+
+
+def refuse_inside(parser: Parser, directory: str, paths: list[str]) -> None:
+    """Exit with an error if images would be collected into a directory that is predicted."""
+    target = os.path.join(os.path.realpath(directory), "")
+    for path in paths:
+        if os.path.isdir(path) and target.startswith(os.path.join(os.path.realpath(path), "")):
+            parser.error(f"--collect {directory} lies in {path}, which is predicted: give another")
 
 
 def check_model(model: Model, path: str, args: argparse.Namespace) -> None:
