@@ -6,27 +6,9 @@ from dataclasses import dataclass, replace
 
 from data.files import Options, name_some, split_called
 from data.notes import note, warn
-from data.texts import Table
 from inference.errors import Problem
+from inference.lists import IMAGE_COLUMNS, LABEL_COLUMNS, Table, plain
 
-# The names of columns that are taken without --image-column and --label-column, the first found.
-# Case does not matter, and a space or "-" is as good as "_".
-IMAGE_COLUMNS = (
-    *("filepath", "filename", "path", "image", "file_name", "file_path", "image_path", "img_path"),
-    *(
-        "filepaths",
-        "image_name",
-        "img_name",
-        "file",
-        "img",
-        "fname",
-        "image_id",
-        "img_id",
-        "id_code",
-        "id",
-    ),
-)
-LABEL_COLUMNS = ("label", "class", "target", "labels", "class_name", "label_name", "category")
 SPLIT_COLUMN = "split"
 # Columns that tell the split as well, if all of their values do.
 SPLIT_COLUMNS = ("subset", "set", "data_set", "dataset", "partition")
@@ -110,11 +92,6 @@ def columns_by_name(table: Table, names: list[str], options: Options) -> Columns
         return replace(found, one_hot=one_hot)
 
     return replace(found, label=find_only_other_column(table, names, taken))
-
-
-def plain(name: str) -> str:
-    """A column's name as it is compared with others."""
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def check_names(table: Table) -> None:

@@ -12,10 +12,10 @@ from data.layouts import list_annotated, list_annotations
 from data.links import note_dead_links, warn_of_shared_folders
 from data.notes import note
 from data.tables import sort_classes, to_files
-from data.texts import LIST_SUFFIXES
 from inference.errors import Problem, problems
 from inference.finding import is_image, is_visible, walk
 from inference.formats import HEIF_HINT, IMAGE_SUFFIXES, SUFFIXES
+from inference.lists import LIST_SUFFIXES
 
 SPLIT_WORDS = {"train": "training", "val": "validation", "test": "test"}
 # The only folder in a split folder whose images have no labels.

@@ -7,7 +7,6 @@ layouts.
 import os
 from dataclasses import replace
 
-from data.columns import LABEL_COLUMNS, plain
 from data.dataset import SPLITS
 from data.files import Files, Options, count_of, name_some, split_called
 from data.notes import note
@@ -15,6 +14,7 @@ from data.tables import Row, list_rows, note_splits, read_images
 from data.texts import read_table
 from inference.finding import is_visible, walk
 from inference.formats import IMAGE_SUFFIXES
+from inference.lists import LABEL_COLUMNS, plain
 
 HUGGING_FACE = ("metadata.csv", "metadata.jsonl")
 ROBOFLOW = ("_classes.csv",)

@@ -2,10 +2,10 @@
 
 import re
 
-from data.columns import Columns, plain
+from data.columns import Columns
 from data.files import Options, count_of
-from data.texts import Table
 from inference.errors import Problem
+from inference.lists import Table, plain
 
 PLURAL = ("labels", "tags")  # columns in which other programs separate labels so:
 SEPARATORS = re.compile(r"[\s,;|]+")

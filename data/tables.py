@@ -11,8 +11,9 @@ from data.files import Files, Options, count_of, name_some, refuse_missing, spli
 from data.lookup import Lookup
 from data.multilabel import refuse_several_labels
 from data.notes import note, warn
-from data.texts import Table, read_table
+from data.texts import read_table
 from inference.errors import Problem
+from inference.lists import Table
 from inference.spec import MAX_NAME
 
 LONGEST_NUMBER = 20  # characters of a label that is still sorted as a number

@@ -1,40 +1,11 @@
-"""The text of a list of images as rows of cells: CSV, JSON lines, or a path and a label a line."""
+"""The lists that `csv` reads, as rows of cells."""
 
-import contextlib
-import csv
-import io
-import json
 import os
-import shlex
-from dataclasses import dataclass
-from pathlib import Path
 
 from data.lookup import Folders, split_path
-from inference.errors import Problem, problems
-from inference.finding import is_image
-from inference.formats import IMAGE_SUFFIXES
+from inference.lists import Table, names_image, read_list
 
-LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".jsonl", ".ndjson")
-JSON_SUFFIXES = (".jsonl", ".ndjson")
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # Excel's "Unicode text" begins with one
-SEPARATORS = ",;\t"
-SPREADSHEET = b"PK\x03\x04"  # how an .xlsx or .ods file begins
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of a list, each with the number of its line or row in the file.
-
-    header: the names of the columns; None if the first row is an image already.
-    """
-
-    file: str
-    header: list[str] | None
-    rows: list[tuple[int, list[str]]]
-
-    def is_json(self) -> bool:
-        """Is the file one of JSON lines?"""
-        return self.file.lower().endswith(JSON_SUFFIXES)
+HINT = "--data-dir takes a directory of class folders, or a list"
 
 
 def read_table(file: str, root: str | None = None) -> Table:
@@ -42,149 +13,12 @@ def read_table(file: str, root: str | None = None) -> Table:
 
     root: the folder that its paths are relative to, if not its own. Raises Problem.
     """
-    text = read_text(file)
-    if not text.strip():
-        raise Problem(f"{file} is empty: its first line must name the columns, path and label")
-    if file.lower().endswith(JSON_SUFFIXES):
-        return table_of_json(file, text)
-    if text.lstrip().startswith(("[", "{")):
-        refuse_json(file, text)
+    root = root or os.path.dirname(file)
 
-    first_row, text = without_excel_line(text)
-    has_spaces = is_spaced(text)
-    lines = rows_of_spaces(text) if has_spaces else rows_of_csv(file, text)
-
-    numbered = list(enumerate(lines, start=first_row))
-    header = [name.strip() for name in lines[0]]
-    # Lists with spaces hardly ever name their columns, and their paths may lack the suffix.
-    if is_data(header, root or os.path.dirname(file), by_stem=has_spaces):
-        return Table(file=file, header=None, rows=numbered)
-    return Table(file=file, header=header, rows=numbered[1:])
-
-
-# ---------------------------------------------------------------------------------------- decoding
-def read_text(file: str) -> str:
-    """The text of a file in UTF-8 or, with a byte order mark, UTF-16. Raises Problem."""
-    form = "{}: {}; --dataset csv takes --data-dir FILE.csv"
-    with problems(f"cannot read {file}", OSError, code=2, form=form):
-        content = Path(file).read_bytes()
-
-    if content.startswith(SPREADSHEET):
-        raise Problem(f"{file} is not text but perhaps a spreadsheet: save it as CSV UTF-8", 2)
-    encoding = "utf-16" if content.startswith(UTF16_MARKS) else "utf-8-sig"
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        if is_image(file):
-            reason = "is an image: --data-dir takes a directory of class folders, or a list"
-            raise Problem(f"{file} {reason}", 2) from None
-        reason = f"{error.reason} at byte {error.start}"
-        raise Problem(f"{file} is not UTF-8 text ({reason}): save it as CSV UTF-8") from None
-
-    if "\0" in text:
-        raise Problem(f"{file} is not UTF-8 text (it has zero bytes): save it as CSV UTF-8")
-    return text
-
-
-def without_excel_line(text: str) -> tuple[int, str]:
-    """The number of the first row, and the text from it on.
-
-    A line such as "sep=;" tells Excel the separator, which shows in the next line as well.
-    """
-    first_line, _, rest = text.partition("\n")
-    if first_line.strip().strip('"').lower().startswith("sep=") and rest.strip():
-        return 2, rest
-    return 1, text
-
-
-# ------------------------------------------------------------------------------------------- forms
-def rows_of_csv(file: str, text: str) -> list[list[str]]:
-    """The rows of text separated by commas, semicolons or tabs. Raises Problem."""
-    # The first line names columns, so the separator is the commonest one in it.
-    first_line = text.lstrip("\r\n").partition("\n")[0]
-    delimiter = max(SEPARATORS, key=first_line.count)
-    with problems(f"{file} is not a CSV file", csv.Error):
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-
-    while not rows[0]:  # empty lines above the first one
-        rows = rows[1:]
-    return rows
-
-
-def is_spaced(text: str) -> bool:
-    """Is this a list in which a space separates path and label, as ImageNet's are?"""
-    first_line = text.strip().partition("\n")[0]
-    return len(first_line.split()) > 1 and not any(mark in first_line for mark in SEPARATORS)
-
-
-def rows_of_spaces(text: str) -> list[list[str]]:
-    """A path and a label a line. A path may hold spaces, the label after it does not."""
-    return [line.strip().rsplit(None, 1) for line in text.strip().splitlines()]
-
-
-def table_of_json(file: str, text: str) -> Table:
-    """The table of JSON lines, an object each, as Hugging Face's metadata.jsonl. Raises Problem."""
-    objects = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        value = parsed(line)
-        if not isinstance(value, dict):
-            raise Problem(
-                f"{file}, line {number} is not a JSON object such as "
-                '{"file_name": "a.jpg", "label": "cat"}'
-            )
-        objects.append((number, value))
-
-    header = list(dict.fromkeys(name for _, value in objects for name in value))
-    rows = []
-    for number, value in objects:
-        rows.append((number, [text_of(value.get(name)) for name in header]))
-    return Table(file=file, header=[name.strip() for name in header], rows=rows)
-
-
-def refuse_json(file: str, text: str) -> None:
-    """Raise Problem if a list is JSON, but not called or not written as JSON lines are."""
-    stem = os.path.splitext(file)[0]
-    lines = "JSON is read as lines, an object each, in a file called .jsonl"
-
-    content = parsed(text)
-    if isinstance(content, list):
-        program = f"import json; [print(json.dumps(row)) for row in json.load(open({file!r}))]"
-        way_out = f'convert it: python -c "{program}" > {shlex.quote(stem + ".jsonl")}'
-        raise Problem(f"{file} is a JSON array, but {lines}; {way_out}")
-    if isinstance(content, dict):
-        way_out = "write one, or a CSV file with the columns path and label"
-        raise Problem(f"{file} is a single JSON object, but {lines}: {way_out}")
-
-    first_line = text.strip().partition("\n")[0]
-    if isinstance(parsed(first_line), dict):
-        raise Problem(f"{file} holds JSON lines, but {lines}: rename it to {stem}.jsonl")
-
-
-def parsed(text: str):
-    """What a text of JSON holds; None if it is no JSON."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return None
-
-
-def text_of(value) -> str:
-    """A value of JSON as a cell; lists and objects as JSON."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def is_data(first_row: list[str], root: str, by_stem: bool) -> bool:
-    """Does the first row of a list name an image, and not the columns?
-
-    by_stem: whether a path without its suffix does so, too.
-    """
-    for cell in first_row:
-        if cell.lower().endswith(IMAGE_SUFFIXES):
+    def is_data(first_row: list[str], has_spaces: bool) -> bool:
+        if names_image(first_row, root):
             return True
-        # A column may well be called like a folder, so only a file tells.
-        if cell and os.path.isfile(os.path.join(root, cell)):
-            return True
-    return by_stem and Folders().find(root, split_path(first_row[0])) is not None
+        # Lists with spaces hardly ever name their columns, and their paths may lack the suffix.
+        return has_spaces and Folders().find(root, split_path(first_row[0])) is not None
+
+    return read_list(file, is_data, HINT)
