@@ -379,7 +379,7 @@ from training.features import (
     is_regression,
     start_head,
 )
-from training.network import build_deployable
+from training.network import build_deployable, with_fitting_precision
 from training.processes import Machine, Processes, Signals, Stopped
 from training.progress import (
     Evaluation,
@@ -860,7 +860,8 @@ def train_and_report(args: argparse.Namespace, given: dict) -> int:
         if run_dir is None:
             settings = recipes.heed_mirror(settings, given, dataset)
 
-        machine = processes.choose_machine(settings, group, traits.bf16)
+        machine = processes.choose_machine(settings, group)
+        machine = with_fitting_precision(machine, settings, dataset)
         trainee, splits = put_together(settings, dataset, checkpoint, machine, deadline)
 
         if run_dir is None:

@@ -83,7 +83,7 @@ def test_the_first_process_says_what_all_find_and_others_name_themselves():
 def test_a_batch_is_too_small_for_its_processes():
     settings = SimpleNamespace(batch_size=3, device="cpu", precision="fp32", sync_batchnorm=False)
     with pytest.raises(Problem, match="--batch-size 3 is too small for 2 processes"):
-        processes.choose_machine(settings, processes.Processes(count=2), bf16_pays=False)
+        processes.choose_machine(settings, processes.Processes(count=2))
 
 
 def test_two_processes_train_as_one_and_either_resumes_the_other(call, here):

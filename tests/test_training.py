@@ -1,5 +1,6 @@
 """The small functions of training: augmentation, optimizers, schedules, recipes."""
 
+import argparse
 import copy
 import itertools
 import os
@@ -8,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,8 @@ import data
 import model
 import step1_train
 from data import augment, split
-from training import cpu, optimizers, recipes
+from training import cpu, optimizers, processes, recipes
+from training import network as networks
 
 
 def gather(images, names, flips=None, seed=0):
@@ -308,6 +311,20 @@ def test_a_busy_process_is_seen():
     finally:
         busy.kill()
         busy.wait()
+
+
+@pytest.mark.parametrize(("name", "gains"), [("mobilenet_v3_small", False), ("resnet18", True)])
+def test_depthwise_convolutions_are_trained_in_fp32_on_a_cpu(name, gains):
+    dataset = SimpleNamespace(train_images=np.zeros((1, 64, 64, 3), np.uint8), classes=["a", "b"])
+    chosen = processes.Machine(torch.device("cpu"), torch.bfloat16, processes.Processes())
+    settings = argparse.Namespace(
+        model=name, precision="auto", image_size=(64, 64), width=None, hidden=None, dropout=None
+    )
+    machine = networks.with_fitting_precision(chosen, settings, dataset)
+    assert machine.dtype == (torch.bfloat16 if gains else None)
+
+    settings.precision = "bf16"
+    assert networks.with_fitting_precision(chosen, settings, dataset) is chosen
 
 
 # ------------------------------------------------------------------------------------------ recipes

@@ -15,6 +15,9 @@ from torch import nn
 
 from inference.cpus import usable_cpus
 
+# Multiply-adds of other layers for each value of a depthwise convolution, from which on bf16 pays:
+# tests/benchmarks/NOTES.md has what was measured.
+DENSE_ENOUGH = 300
 BUSY = 0.5  # CPUs used by other programs, above which a thread less is taken
 
 
@@ -104,6 +107,37 @@ def supports_bf16() -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@torch.no_grad()
+def gains_from_bf16(network: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Does training this network in bf16 take less time here than in fp32?
+
+    Depthwise convolutions take longer in bf16, by how many values they read and write; all other
+    layers take less, by their multiply-adds. Both are counted for one image. shape: of the image,
+    [channels, H, W].
+    """
+    multiply_adds = 0
+    values = 0
+
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal multiply_adds, values
+        if is_depthwise(layer):
+            values += inputs[0].numel() + output.numel()
+        else:
+            multiply_adds += output.numel() * layer.weight[0].numel()
+
+    with contextlib.ExitStack() as stack:
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                stack.enter_context(layer.register_forward_hook(count))
+        network.eval()(torch.zeros(1, *shape))
+    return multiply_adds >= DENSE_ENOUGH * values
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Is this a convolution in which each channel has filters of its own?"""
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
 # --------------------------------------------------------------------------------------------- heap

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -57,16 +58,8 @@ def build_network(
     Raises Problem.
     """
     channels = dataset.train_images.shape[-1]
+    network = random_network(settings, dataset)
     try:
-        network = model.build(
-            settings.model,
-            channels=channels,
-            classes=len(dataset.classes),
-            image_size=settings.image_size,
-            width=settings.width,
-            hidden=settings.hidden,
-            dropout=settings.dropout,
-        )
         mean, std = weights.load_into(network, settings, channels, checkpoint)
     except ValueError as error:
         source = ""
@@ -80,6 +73,42 @@ def build_network(
         reason = f"{settings.model} has batch norm, which needs --batch-size 2 or more"
         raise Problem(reason, 2)
     return network, mean, std
+
+
+def random_network(settings: argparse.Namespace, dataset: data.Dataset) -> nn.Module:
+    """The network of the settings with random weights. Raises Problem."""
+    try:
+        return model.build(
+            settings.model,
+            channels=dataset.train_images.shape[-1],
+            classes=len(dataset.classes),
+            image_size=settings.image_size,
+            width=settings.width,
+            hidden=settings.hidden,
+            dropout=settings.dropout,
+        )
+    except ValueError as error:
+        raise Problem(error, 2) from None
+
+
+def with_fitting_precision(
+    machine: Machine, settings: argparse.Namespace, dataset: data.Dataset
+) -> Machine:
+    """The machine as chosen, but in fp32 where the precision is open and the network gains nothing
+    from bf16.
+
+    Our own networks know it; of others, the layers tell. Raises Problem.
+    """
+    if settings.precision != "auto" or machine.dtype is None:
+        return machine
+
+    gains = model.traits(settings.model).bf16
+    is_ours = settings.model in model.MODELS
+    if not is_ours and machine.device.type == "cpu":
+        network = random_network(settings, dataset)
+        channels = dataset.train_images.shape[-1]
+        gains = cpu.gains_from_bf16(network, (channels, *settings.image_size))
+    return machine if gains else replace(machine, dtype=None)
 
 
 def refuse_unexportable(network: nn.Module, settings: argparse.Namespace, channels: int) -> None:

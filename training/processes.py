@@ -159,11 +159,10 @@ class Machine:
             torch.get_device_module(self.device).manual_seed(seed)
 
 
-def choose_machine(settings: argparse.Namespace, processes: Processes, bf16_pays: bool) -> Machine:
+def choose_machine(settings: argparse.Namespace, processes: Processes) -> Machine:
     """The machine that the settings ask for. Raises Problem if it cannot be had.
 
-    settings: device, precision, batch_size, sync_batchnorm. bf16_pays: whether the network gains
-    from it.
+    settings: device, precision, batch_size, sync_batchnorm.
     """
     if processes.count > 1 and settings.batch_size < 2 * processes.count:
         reason = f"--batch-size {settings.batch_size} is too small for {processes.count} processes"
@@ -174,7 +173,7 @@ def choose_machine(settings: argparse.Namespace, processes: Processes, bf16_pays
         raise Problem("--sync-batchnorm needs GPUs: torch has none for the CPU", 2)
 
     uses_bf16 = settings.precision == "bf16"
-    if settings.precision == "auto" and bf16_pays:
+    if settings.precision == "auto":
         uses_bf16 = supports_bf16(device)
     return Machine(device=device, dtype=torch.bfloat16 if uses_bf16 else None, processes=processes)
 
