@@ -46,7 +46,13 @@ from inference.files import output_stream  # noqa: E402
 from inference.finding import find_images, note_files  # noqa: E402
 from inference.images import note_seen  # noqa: E402
 from inference.limits import MAX_PIXELS, MAX_SIDE, allow_pixels  # noqa: E402
-from inference.options import check_model, check_options, check_same_classes  # noqa: E402
+from inference.options import (  # noqa: E402
+    add_evaluation_options,
+    add_field_options,
+    check_model,
+    check_options,
+    check_same_classes,
+)
 from inference.predict import Model, predict, predict_files  # noqa: E402, F401  predict: for others
 from inference.results import write_figures, write_images, write_values  # noqa: E402
 
@@ -114,28 +120,20 @@ def build_parser() -> Parser:
         metavar="P",
         help="call answers below this probability unsure",
     )
-    add("--output", metavar="FILE", help="write to FILE instead of standard output")
     add(
-        "--max-flips",
-        type=share,
-        metavar="X",
-        help="fail if --compare finds a larger share of answers changed",
+        "--output",
+        metavar="FILE",
+        help="write to FILE instead of standard output; with --evaluate: write every row there",
     )
 
-    add = parser.add_argument_group("in the field").add_argument
-    add(
-        "--collect",
-        metavar="DIR",
-        help="copy the images that are worth a label into DIR/<answer>/: the least certain ones",
-    )
-    add(
-        "--collect-at-most",
-        type=count,
-        metavar="N",
-        help="the best N images of all that were seen (default: 500)",
-    )
+    add_field_options(parser)
 
     group = parser.add_argument_group("instead of predicting")
+    group.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="say how good the answers on PATH are, by class folders or --labels",
+    )
     add = group.add_mutually_exclusive_group().add_argument
     add("--self-test", action="store_true", help="check the golden samples inside the file")
     add(
@@ -150,6 +148,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="check all files against SHA256SUMS beside the model or program",
     )
+    add_evaluation_options(parser)
     parser.add_argument_group("with --verify").add_argument(
         "--sums-sha256",
         metavar="HEX",
@@ -190,6 +189,8 @@ def run(args: argparse.Namespace) -> int:
         return run_self_test(path, args)
     if args.values:
         return run_values(path, args)
+    if args.evaluate:
+        return run_evaluate(path, args)
     return run_predict(path, args)
 
 
@@ -200,14 +201,7 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
     first = take_first(found, args)
     workers = max(1, min(args.threads, len(first)))
 
-    model = Model(path, args.threads // workers, args.device, once=len(first) == 1)
-    check_model(model, path, args)
-    model.max_pixels = args.max_pixels
-    if args.reject is not None:
-        model.reject = args.reject
-    if args.min_probability is not None:
-        model.min_probability = args.min_probability
-
+    model = load(path, args, workers, once=len(first) == 1)
     top_k = min(args.top_k, len(model.spec["classes"]))
     batch_size = batch_size_for(model, args, len(first), workers)
     files = itertools.chain(first, found)
@@ -244,6 +238,44 @@ def make_watchers(model: Model, args: argparse.Namespace, top_k: int) -> list:
     return watchers
 
 
+def run_evaluate(path: str, args: argparse.Namespace) -> int:
+    """Find -> decode -> predict -> judge by the labels -> write."""
+    from inference.evaluate import RowsOut, evaluate, note_left_out, read_answers, write_evaluation
+    from inference.labels import labels_for
+
+    others = []
+    with contextlib.ExitStack() as stack:
+        rows_out = None
+        if args.output:
+            out = stack.enter_context(output_stream(args.output))
+            rows_out = RowsOut(out, is_csv=args.output.lower().endswith(".csv"))
+
+        found = find_images(args.paths, others)
+        first = take_first(found, args)
+        workers = max(1, min(args.threads, len(first)))
+        model = load(path, args, workers, once=len(first) == 1)
+        classes = model.spec["classes"]
+        labels = labels_for(args.labels, classes, args.paths)
+
+        batch_size = batch_size_for(model, args, len(first), workers)
+        rows = predict_files(model, itertools.chain(first, found), workers, batch_size, top_k=1)
+        stack.enter_context(contextlib.closing(rows))
+        answers = read_answers(rows, labels, classes, rows_out)
+
+    note_seen(model.seen, model.spec["ground"])
+    note_files("skipped", others, "that Pillow cannot read")
+    note_left_out(answers, classes)
+    figures = evaluate(answers, model, path)
+    with output_stream(None) as out:
+        write_evaluation(figures, args.format, out)
+
+    if args.min_accuracy is not None and figures["accuracy"] < args.min_accuracy:
+        limit = f"--min-accuracy {args.min_accuracy}"
+        say(f"error: the accuracy is {figures['accuracy']:.2%}, which is below {limit}")
+        return 1
+    return 1 if answers.errors else 0
+
+
 def run_values(path: str, args: argparse.Namespace) -> int:
     model = Model(path, args.threads, args.device)
     check_model(model, path, args)
@@ -253,6 +285,7 @@ def run_values(path: str, args: argparse.Namespace) -> int:
 
 def run_compare(args: argparse.Namespace) -> int:
     from inference.compare import compare_models, count_flips
+    from inference.labels import labels_for
 
     others = []
     found = find_images(args.paths, others)
@@ -262,23 +295,21 @@ def run_compare(args: argparse.Namespace) -> int:
     models = []
     for path in args.compare:
         warn_of_code(path)
-        model = Model(path, args.threads // workers, args.device, once=len(first) == 1)
-        check_model(model, path, args)
-        model.max_pixels = args.max_pixels
-        models.append(model)
+        models.append(load(path, args, workers, once=len(first) == 1))
     check_same_classes(models, args.compare)
 
-    top_k = len(models[0].spec["classes"])
+    classes = models[0].spec["classes"]
+    labels = labels_for(args.labels, classes, args.paths)
     files = itertools.tee(itertools.chain(first, found), len(models))
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output_stream(args.output))
         results = []
         for model, own_files in zip(models, files, strict=True):
             batch_size = batch_size_for(model, args, len(first), workers)
-            rows = predict_files(model, own_files, workers, batch_size, top_k)
+            rows = predict_files(model, own_files, workers, batch_size, top_k=len(classes))
             results.append(stack.enter_context(contextlib.closing(rows)))
 
-        figures, code = compare_models(models, args.compare, results)
+        figures, code = compare_models(models, args.compare, results, labels)
         if figures is not None:
             write_figures(figures, args.format, out)
     note_seen(models[0].seen, models[0].spec["ground"])
@@ -334,6 +365,21 @@ def program_folder() -> str:
 def warn_of_code(path: str) -> None:
     if path.lower().endswith((".pt", ".pt2")):
         say(f"note: {path} can carry code; unless you trust its source, use .onnx")
+
+
+def load(path: str, args: argparse.Namespace, workers: int, once: bool) -> Model:
+    """The file as the command line wants it, for so many threads that use it. Raises Problem.
+
+    once: for a single image.
+    """
+    model = Model(path, args.threads // workers, args.device, once=once)
+    check_model(model, path, args)
+    model.max_pixels = args.max_pixels
+    if args.reject is not None:
+        model.reject = args.reject
+    if args.min_probability is not None:
+        model.min_probability = args.min_probability
+    return model
 
 
 def take_first(found, args: argparse.Namespace) -> list:

@@ -20,7 +20,8 @@ from inference.errors import Problem, one_line, problems
 from inference.files import replacing
 from inference.images import decode_image
 from inference.limits import PNG_SIGNATURE
-from inference.predict import DECIMALS, ONE_LARGE, Model
+from inference.predict import ONE_LARGE, Model
+from inference.spec import DECIMALS
 
 INDEX = ".collected.jsonl"  # hidden, so that no program takes it for data
 FIRST_LINE = {"collected by": "step3_infer.py", "version": 1}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inference.command_line import say
+from inference.labels import Labels
 from inference.predict import Model, decode_for
 
 MOST_CHANGED = 20  # images that are named
@@ -20,8 +21,8 @@ LATENCY_RUNS = 20
 class Change:
     """How two files answer one image.
 
-    change: the largest difference of the probability of a class. truth: the label that the folder
-    names, None if it is no class.
+    change: the largest difference of the probability of a class. truth: the label of the
+    image, None if it has none that is a class.
     """
 
     path: str
@@ -45,14 +46,14 @@ class Change:
 
 
 def compare_models(
-    models: list[Model], paths: list[str], results: list[Iterator]
+    models: list[Model], paths: list[str], results: list[Iterator], labels: Labels
 ) -> tuple[dict | None, int]:
     """Compare the answers of two models, of predict_files() each with all classes.
 
-    paths: of the two files. Returns the figures that --compare writes, None if no image could be
-    compared, and the exit code: 1 if some inputs could not be used.
+    paths: of the two files. labels: of the images. Returns the figures that --compare writes, None
+    if no image could be compared, and the exit code: 1 if some inputs could not be used.
     """
-    changes, code = read_changes(results)
+    changes, code = read_changes(results, labels)
     if not changes:
         return None, 1
 
@@ -63,7 +64,7 @@ def compare_models(
     return summarise(changes, old, new), code
 
 
-def read_changes(results: list[Iterator]) -> tuple[list[Change], int]:
+def read_changes(results: list[Iterator], labels: Labels) -> tuple[list[Change], int]:
     """The changes of all images that both models answer, and the exit code."""
     changes = []
     code = 0
@@ -74,11 +75,11 @@ def read_changes(results: list[Iterator]) -> tuple[list[Change], int]:
             code = 1
             say(f"error: {old['path']}: {error}")
         else:
-            changes.append(change_between(old, new))
+            changes.append(change_between(old, new, labels))
     return changes, code
 
 
-def change_between(old: dict, new: dict) -> Change:
+def change_between(old: dict, new: dict, labels: Labels) -> Change:
     """The change between two rows of one image, as predict() gives them with all classes."""
     old_probabilities = {entry["label"]: entry["probability"] for entry in old["top"]}
     new_probabilities = {entry["label"]: entry["probability"] for entry in new["top"]}
@@ -87,8 +88,7 @@ def change_between(old: dict, new: dict) -> Change:
     for label, probability in old_probabilities.items():
         differences.append(abs(probability - new_probabilities[label]))
 
-    # Images in class folders carry their label in the name of the folder.
-    folder = os.path.basename(os.path.dirname(os.path.abspath(old["path"])))
+    truth = labels.of(old["path"])
     return Change(
         path=old["path"],
         change=round(max(differences), 6),
@@ -96,7 +96,7 @@ def change_between(old: dict, new: dict) -> Change:
         old_probability=old["top"][0]["probability"],
         new_label=new["top"][0]["label"],
         new_probability=new["top"][0]["probability"],
-        truth=folder if folder in old_probabilities else None,
+        truth=truth if truth in old_probabilities else None,
     )
 
 

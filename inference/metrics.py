@@ -3,14 +3,18 @@
 numpy only: what training reports is computed by the code that evaluates on the device.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from inference.spec import DECIMALS
+
 BINS = 15  # of the reliability diagram
-DRAWS = 20  # of whether answers are right, for the noise floor
+DRAWS = 100  # of whether answers are right, for the noise floor
 COVERAGES = (0.95, 0.9, 0.8)
 KEPT = (0.99, 0.95)  # the shares that --reject is tried with; reports show the first
+NORMAL_95 = 1.959964  # deviations around a normal mean that hold 95 %
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
 
 
@@ -56,6 +60,15 @@ def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
     return float((hits[occurs] / counts[occurs]).mean())
 
 
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share, of which `hits` of `count` were counted (Wilson 1927)."""
+    share = hits / count
+    spread = NORMAL_95**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
 # ------------------------------------------------------------------------------------ probabilities
 def first_answers(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The confidence of each first answer, float64 [n], and whether it is right, bool [n].
@@ -71,8 +84,13 @@ def reliability_bins(confidence: np.ndarray, right: np.ndarray, bins: int = BINS
 
     confidence [n]: the probability of each first answer; right [n]: whether it is. Bins hold
     equally many answers, sorted by confidence (Nixon et al. 2019); there are fewer than `bins` if n
-    is smaller.
+    is smaller. Confidence is rounded as predictions are, and answers of one confidence share their
+    accuracy: so the answers of a device, in any order, give the same figures.
     """
+    confidence = np.round(confidence, DECIMALS)
+    _, group, sizes = np.unique(confidence, return_inverse=True, return_counts=True)
+    right = (np.bincount(group, right) / sizes)[group]
+
     order = np.argsort(confidence, kind="stable")
     columns = []
     for part in np.array_split(order, bins):
@@ -103,9 +121,18 @@ def calibration_error_floor(probabilities: np.ndarray) -> float:
     It is above 0 because n is finite: the mean over random draws of whether the first answer is
     right.
     """
-    confidence = probabilities.max(1)
-    drawn = np.random.default_rng(0).random((DRAWS, len(confidence))) < confidence
-    return float(np.mean([binned_error(confidence, right) for right in drawn]))
+    return binned_error_floor(probabilities.max(1).astype(np.float64))
+
+
+def binned_error_floor(confidence: np.ndarray) -> float:
+    """calibration_error_floor() by the confidences [n] alone, in any order."""
+    confidence = np.sort(np.round(confidence, DECIMALS))
+    rng = np.random.default_rng(0)
+    errors = []
+    for _ in range(DRAWS):
+        right = rng.random(len(confidence)) < confidence
+        errors.append(binned_error(confidence, right))
+    return float(np.mean(errors))
 
 
 def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

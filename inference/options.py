@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from inference.command_line import Parser
+from inference.command_line import Parser, number
 from inference.errors import Problem
 from inference.predict import Model
 from inference.task import task_of
@@ -23,6 +23,21 @@ TAKES = {
         "--output",
         "--max-flips",
         "--max-pixels",
+        "--labels",
+    ],
+    "--evaluate": [
+        "PATH",
+        "--model",
+        "--threads",
+        "--device",
+        "--batch-size",
+        "--format",
+        "--output",
+        "--reject",
+        "--min-probability",
+        "--max-pixels",
+        "--labels",
+        "--min-accuracy",
     ],
     "PATH": [
         "--model",
@@ -41,6 +56,44 @@ TAKES = {
 }
 
 
+def add_evaluation_options(parser: Parser) -> None:
+    share = number(float, 0, 1)
+    add = parser.add_argument_group("with --evaluate and --compare").add_argument
+    add(
+        "--labels",
+        metavar="FILE",
+        help="a CSV list of paths and labels (default: the names of class folders)",
+    )
+    add(
+        "--min-accuracy",
+        type=share,
+        metavar="X",
+        help="fail if --evaluate finds a lower accuracy",
+    )
+    add(
+        "--max-flips",
+        type=share,
+        metavar="X",
+        help="fail if --compare finds a larger share of answers changed",
+    )
+
+
+def add_field_options(parser: Parser) -> None:
+    count = number(int, 1, 999_999)
+    add = parser.add_argument_group("in the field").add_argument
+    add(
+        "--collect",
+        metavar="DIR",
+        help="copy the images that are worth a label into DIR/<answer>/: the least certain ones",
+    )
+    add(
+        "--collect-at-most",
+        type=count,
+        metavar="N",
+        help="the best N images of all that were seen (default: 500)",
+    )
+
+
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with an error if nothing is asked for, or if an option would have no effect."""
     given = []
@@ -49,7 +102,8 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
             given.append("PATH" if name == "paths" else f"--{name.replace('_', '-')}")
 
     asked = next((name for name in TAKES if name in given), None)
-    if asked is None or (args.compare and not args.paths):
+    needs_path = (args.compare or args.evaluate) and not args.paths
+    if asked is None or needs_path:
         parser.error(
             "give at least one PATH: an image, a directory or a glob; or --values for a regression"
         )
@@ -64,10 +118,10 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
     if args.collect:
         refuse_inside(parser, args.collect, args.paths)
 
-    if (args.benchmark or args.compare) and args.format == "csv":
+    if asked in ("--benchmark", "--compare", "--evaluate") and args.format == "csv":
         parser.error(f"{asked} writes --format text or json, not csv")
-    if args.compare and "-" in args.paths:
-        parser.error("--compare takes files, not - for standard input")
+    if asked in ("--compare", "--evaluate") and "-" in args.paths:
+        parser.error(f"{asked} takes files, not - for standard input")
 
 
 def refuse_inside(parser: Parser, directory: str, paths: list[str]) -> None:

@@ -14,13 +14,13 @@ from inference.engines import LOADERS
 from inference.errors import Problem, one_line, problems
 from inference.images import Seen, decode_image, fit_to_input
 from inference.limits import LARGE_PIXELS, MAX_PIXELS, TooLarge
+from inference.spec import DECIMALS
 from inference.task import task_of
 
 MAX_THREADS = 1024
 WINDOW_BYTES = 32 << 20  # decoded pixels that a thread holds, unless one image is larger
 ONE_LARGE = threading.Lock()  # held while an image of more than LARGE_PIXELS is in memory
 TOLERATED = 1e-3  # beyond 0..1, of a probability in float16 or int8
-DECIMALS = 6  # of probabilities and of `known`, in results and in comparisons with thresholds
 
 
 def model_in(directory: str) -> str:

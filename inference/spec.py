@@ -15,6 +15,7 @@ from inference.task import TASKS
 
 SCHEMA = 1  # the newest that this program understands
 KNOWN_TOLERANCE = 5e-3  # of `known` in the self-test, in files that do not say
+DECIMALS = 6  # of probabilities and of `known`, in results and in comparisons with thresholds
 OWN_IMAGES = ("folder", "csv")  # of `dataset`: images with a name of their own
 
 # Limits that no file of step2_export.py reaches. The C++ program and the page have the same.

@@ -45,7 +45,7 @@ def test_the_noise_floor_is_what_perfect_probabilities_show():
         metrics.calibration_error(
             probabilities, (rng.random(2000) > probabilities[:, 0]).astype(int)
         )
-        for _ in range(20)
+        for _ in range(100)
     ]
     assert floor == pytest.approx(np.mean(perfect), rel=0.1)
     # fewer images, more noise
