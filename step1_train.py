@@ -260,7 +260,8 @@ def add_training_options(parser: Parser) -> None:
         choices=recipes.CALIBRATIONS[1:],
         metavar="HOW",
         help="images that calibrate the probabilities: held-out, twin (those that a second "
-        "network has not seen) or none (default: see deploy/README.md)",
+        "network has not seen), cross-fit (all, with --freeze-backbone) or none (default: see "
+        "deploy/README.md)",
     )
 
 
@@ -370,13 +371,15 @@ from training import (
     saliency,
     weights,
 )
-from training.checkpoints import Saver, restore
+from training.checkpoints import Saver, Unsaved, restore
 from training.describe import describe_run, with_result
 from training.features import (
+    LastLayer,
     Trainee,
     choose_trainee,
     fits_head_first,
     is_regression,
+    set_to_zero,
     start_head,
 )
 from training.network import build_deployable, with_fitting_precision
@@ -697,13 +700,20 @@ def calibrate(
     images: Split,
     settings: argparse.Namespace,
     machine: Machine,
+    saver: Saver,
 ) -> calibration.Calibration | None:
     """Calibrate the network that a run ends with, as its settings want it, in the first process.
 
-    twin: if the settings want one. images: of the training split, whatever is trained.
+    twin: if the settings want one. images: of the training split, whatever is trained. Raises
+    Problem, and Stopped after a signal.
     """
+    logits = None
+    if settings.calibration == "cross-fit":
+        logits = cross_fit(trainee, settings, machine, saver)
     if machine.processes.rank > 0 or settings.calibration == "none":
         return None
+    if logits is not None:
+        return calibration.calibrate_by_cross_fitting(trainee, logits, images)
     if twin:
         return calibration.calibrate_by_twin(trainee, twin, images)
     if settings.calibration == "validation":
@@ -713,6 +723,32 @@ def calibrate(
         held_out = trainee.splits["held-out"]
         source = "a part of the training split, held out"
     return calibration.calibrate_on_held_out(trainee, held_out, source, images)
+
+
+def cross_fit(
+    trainee: Trainee, settings: argparse.Namespace, machine: Machine, saver: Saver
+) -> torch.Tensor:
+    """Logits [n, classes] of the training split: each image's by a last layer that was trained
+    like the run's, without the fold of the image.
+
+    Raises Problem, and Stopped after a signal.
+    """
+    train_split = trainee.splits["train"]
+    logits = torch.zeros(len(train_split), trainee.classes)
+    with Signals() as signals, console.training_twin():
+        saver = Unsaved(**{**vars(saver), "signals": signals})
+        for fold in calibration.folds(train_split, settings.seed):
+            if not fold.any():
+                continue
+            deployable = copy.deepcopy(trainee.deployable)
+            splits = {"train": train_split.part(~fold), "test": train_split.part(fold)}
+            other = trainee.with_network(deployable, splits)
+            set_to_zero(other.network)
+
+            optimizer = optimizers.make_optimizer(deployable.network, settings)
+            evaluated = train(other, optimizer, settings, machine, Progress(), saver)
+            logits[torch.from_numpy(fold)] = torch.from_numpy(evaluated.outputs)
+    return logits
 
 
 def train_twin(
@@ -898,6 +934,8 @@ def put_together(
         if not checkpoint:
             start_head(trainee, settings)
 
+    if settings.calibration == "cross-fit" and not isinstance(trainee, LastLayer):
+        settings.calibration = recipes.calibration_of_whole(len(splits["train"]))
     if not checkpoint:
         settings.epochs = group.from_first(
             lambda: minutes.choose_epochs(deadline, trainee, settings, machine)
@@ -940,7 +978,7 @@ def complete(
         final, twin = better_of_head_and_training(final, twin, progress, dataset, settings, machine)
         if evaluated is None or is_kept_head(progress):
             evaluated = evaluate(final, final.splits["test"], machine)
-        calibrated = calibrate(final, twin, splits["train"], settings, machine)
+        calibrated = calibrate(final, twin, splits["train"], settings, machine, saver)
     except Stopped as stop:
         if group.rank == 0:
             console.print_how_to_resume(progress, run_dir)

@@ -15,7 +15,7 @@ import model
 import step1_train
 import step2_export
 import step3_infer
-from data.split import Split
+from data.split import Split, make_split
 from data.unseen import unseen_images
 from deploy import camera, comparing, trust, unknown
 from deploy.reference import reference
@@ -164,6 +164,20 @@ def test_calibration_error():
     probabilities = np.tile([[0.8, 0.2]], (1000, 1))
     labels = (np.arange(1000) % 10 >= 7).astype(int)  # 70 % right
     assert metrics.calibration_error(probabilities, labels, bins=1) == pytest.approx(0.1)
+
+
+def test_folds_have_each_image_once_and_copies_together():
+    labels = np.arange(60) % 3
+    images = np.zeros((60, 2, 2, 1), np.uint8)
+    split = make_split(images, labels, (2, 2), "stretch", torch.device("cpu"))
+    split.same = np.arange(60)
+    split.same[3] = split.same[0]  # a copy
+    folds = np.stack(calibration.folds(split, seed=0))  # [folds, n]
+
+    assert (folds.sum(0) == 1).all() and (folds.sum(1) >= 10).all()
+    assert (folds[:, 3] == folds[:, 0]).all()
+    for fold in folds:
+        assert set(labels[fold]) == {0, 1, 2}
 
 
 # ----------------------------------------------------------------------------------------- in a run

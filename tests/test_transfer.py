@@ -1,6 +1,7 @@
 """A few photos and a small target: features of frozen networks, and other shapes than squares."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from PIL import Image
 import model
 import step1_train
 import step2_export
+from data.split import Split
 from deploy import device
 from inference.images import decode_image, resize
 from inference.predict import Model, predict
 from training import saliency
+from training.features import LastLayer, forget_random_head
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,47 @@ def test_a_broken_cache_of_features_is_made_again(call, here, photos, weights):
 def test_frozen_networks_are_not_augmented(call, here, photos, weights):
     asked = command(photos, "--width", 0.25, "--pretrained", weights, "--freeze-backbone")
     call(step1_train.main, *asked, "--augment", "flip").error(2, "--augment", "trained whole")
+
+
+def test_frozen_networks_are_calibrated_on_all_their_images(call, here, photos, weights):
+    start = ("--width", 0.25, "--pretrained", weights)
+    crossed = ("--calibration", "cross-fit")
+    call(step1_train.main, *command(photos, *start, *crossed)).error(2, "--freeze-backbone")
+
+    asked = command(photos, *start, "--freeze-backbone", "--name", "run")
+    said = call(step1_train.main, *asked, *crossed).done().out
+    assert "trained without it" in said and said.count("train loss") == 1
+    checkpoint = torch.load(here / "runs/run/checkpoint.pt", weights_only=True)
+    assert checkpoint["spec"]["calibration"]["images"] == 48
+    assert checkpoint["spec"]["known"]["images"] == 24
+    assert checkpoint["epoch"] == 2 and not (here / "runs/run/twin").exists()
+
+
+def last_layer(weight):
+    """A last layer of this weight [classes, 2] with four features of two classes."""
+    layer = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(layer.bias, 0.5)
+    layer.weight.data = torch.tensor(weight)
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+    split = Split(
+        images=features,
+        labels=torch.tensor([0, 0, 1, 1]),
+        members=torch.arange(4),
+        source=features.numpy(),
+    )
+    network = torch.nn.ModuleDict({"head": layer})
+    deployable = SimpleNamespace(network=network)
+    return LastLayer(deployable=deployable, splits={"train": split}, classes=2, head="head")
+
+
+def test_a_head_that_says_nothing_is_forgotten():
+    trained = last_layer([[1.0, -1.0], [-1.0, 1.0]])
+    forget_random_head(trained)
+    assert trained.network.weight.any()
+
+    random = last_layer([[-9.0, 5.0], [3.0, -4.0]])
+    forget_random_head(random)
+    assert not random.network.weight.any() and not random.network.bias.any()
 
 
 def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):

@@ -4,7 +4,8 @@
 Both come from images that the network was not trained on, and that are not in the test split: a
 validation split if there is one; else a small part held out of a large training split; else, as
 small sets lose most by that, the part that a twin, another network trained on the rest, has not
-seen.
+seen. Of a frozen network only the last layer is trained, in no time: it is trained anew without
+each fifth of the images in turn, so that all of them tell something (cross-fitting).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import model
 from data.augment import change_colours
 from data.holdout import stratified_groups
 from data.split import Split, hold_out, note_groups_of, seeded
-from training.features import Trainee
+from training.features import LastLayer, Trainee
 
 GAUSSIAN_IMAGES = 5000  # of the training split, at most, that describe what is familiar
 MOST_LIGHT = 0.6  # by how much brightness, contrast and saturation of these change for other light
@@ -30,6 +31,7 @@ TWIN_EPOCHS = 0.5
 FEWEST_EPOCHS = 10
 FEWEST_WITH_WEIGHTS = 3  # for a network that starts from weights of another
 HALVES_SEED = 0
+FOLDS = 5  # of cross-fitting
 TABLE = 1000  # scores in a file: the steps of `known`
 HALVINGS = 49  # of the interval in which the temperature is searched
 
@@ -116,6 +118,54 @@ def calibrate_by_twin(trainee: Trainee, twin: Trainee, images: Split) -> Calibra
     )
 
 
+def calibrate_by_cross_fitting(
+    trainee: LastLayer, logits: torch.Tensor, images: Split
+) -> Calibration:
+    """Calibrate a last layer by what others like it say, each of images it was not trained on.
+
+    logits: [n, classes], of all images that the layer was trained on, in their order. What is
+    familiar is learned from one half of the images, and compared with the other half. images: of
+    the training split, whatever is trained.
+    """
+    train = trainee.splits["train"]
+    layers = layers_to_look_at(trainee)
+    own = trainee.describe(evenly_spread(train), layers)
+    largest = logits[is_spread(train)].amax(1)
+
+    reference = evenly_spread(images)
+    first = first_half(reference)
+    relit = relit_statistics(trainee.deployable, reference.part(first), layers)
+
+    gaussian = fit_gaussian(torch.cat([own.statistics[first], relit]))
+    distance = log_distance(gaussian, own.statistics[~first])
+    temperature = fit_temperature(logits, train.labels[train.members].cpu())
+    return Calibration(
+        temperature=temperature,
+        source=f"{FOLDS} last layers, each trained without the images it was asked about",
+        images=len(logits),
+        familiarity=fit_familiarity(gaussian, distance, largest=largest[~first]),
+        layers=layers,
+        compared=len(distance),
+        judged=train.members,
+        probabilities=(logits / temperature).softmax(1).numpy(),
+    )
+
+
+def folds(train: Split, seed: int) -> list[np.ndarray]:
+    """Which members each fold of a training split has: bool [n], true of each member in one fold.
+
+    Every fold has about the same part of each class; copies and groups stay together.
+    """
+    rest = train
+    found = []
+    for parts in range(FOLDS, 0, -1):
+        fold = rest
+        if parts > 1:
+            rest, fold = hold_out(rest, 1 / parts, seed)
+        found.append(np.isin(train.members, fold.members))
+    return found
+
+
 def splits_of_twin(train: Split, seed: int, classes: list[str]) -> dict[str, Split]:
     """The parts of a training split that a twin is trained on, "train", and tested on, "test".
 
@@ -141,8 +191,13 @@ def layers_to_look_at(trainee: Trainee) -> tuple[str, ...]:
 
 def evenly_spread(split: Split) -> Split:
     """At most GAUSSIAN_IMAGES of the images, evenly spread."""
+    return split.part(is_spread(split))
+
+
+def is_spread(split: Split) -> np.ndarray:
+    """Which members `evenly_spread` takes: bool [n]."""
     stride = -(-len(split) // GAUSSIAN_IMAGES)
-    return split.part(np.arange(len(split)) % stride == 0)
+    return np.arange(len(split)) % stride == 0
 
 
 def first_half(split: Split) -> np.ndarray:

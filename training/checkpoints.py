@@ -95,6 +95,16 @@ class Saver:
         runs.write_metrics(self.run_dir, progress.rows)
 
 
+class Unsaved(Saver):
+    """Saves nothing of what is soon done again, and stops it after a signal."""
+
+    def save_or_stop(self, *state) -> None:
+        self.stop_if_asked()
+
+    def save(self, *state) -> None:
+        pass
+
+
 def refuse_infinite_weights(network: nn.Module, lr: float) -> None:
     """Raise Problem if a weight is no longer finite. lr: the highest learning rate."""
     for value in network.state_dict().values():

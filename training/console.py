@@ -27,6 +27,7 @@ CALIBRATION = {  # in words
     "validation": "on the validation split",
     "held-out": "on the images held out",
     "twin": "with a second network trained for half the epochs",
+    "cross-fit": "on all images, each by a last layer trained without it",
 }
 
 is_twin = False  # is a twin being trained? See `training_twin`.

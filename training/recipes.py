@@ -77,9 +77,10 @@ RECIPES = {
 }
 
 # Which images calibrate the probabilities, see training/calibration.py.
-CALIBRATIONS = ("validation", "held-out", "twin", "none")
+CALIBRATIONS = ("validation", "held-out", "twin", "cross-fit", "none")
 MANY = 20_000  # training images; fewer lose most by holding some out, and get a twin instead
 FEW_TO_CALIBRATE = 200  # training images; fewer are not calibrated by default
+FEW_TO_CROSS_FIT = 50  # the same of a frozen network, whose calibration uses all of them
 
 # Photos fewer than MANY, with a side of PHOTO pixels or more, had better start from the weights of
 # START.
@@ -416,17 +417,27 @@ def choose_calibration(settings: argparse.Namespace, dataset: data.Dataset) -> s
         raise Problem(reason, 2)
 
     if has_val or settings.val_fraction:
-        if asked in ("held-out", "twin"):
+        if asked in ("held-out", "twin", "cross-fit"):
             reason = "does not go with a validation split, which serves too"
             raise Problem(f"--calibration {asked} {reason}", 2)
         return asked or "validation"
 
     if settings.patience:
         raise Problem("--patience needs a validation split: add --val-fraction", 2)
+    if asked == "cross-fit" and not settings.freeze_backbone:
+        reason = "only applies to --freeze-backbone: all layers would be trained five times"
+        raise Problem(f"--calibration cross-fit {reason}", 2)
     if asked:
         return asked
 
     count = len(dataset.train_images)
+    if settings.freeze_backbone and FEW_TO_CROSS_FIT <= count < MANY:
+        return "cross-fit"
+    return calibration_of_whole(count)
+
+
+def calibration_of_whole(count: int) -> str:
+    """What calibrates a network that was trained whole, on so many images, by default."""
     if count < FEW_TO_CALIBRATE:
         return "none"
     return "twin" if count < MANY else "held-out"
@@ -499,6 +510,8 @@ def check_resumed(settings: argparse.Namespace, dataset: data.Dataset, run_dir: 
         calibrations.append("validation")
     elif dataset.has_images:
         calibrations += ["held-out", "twin"]
+        if settings.freeze_backbone:
+            calibrations.append("cross-fit")
 
     wrong = None
     if settings.calibration not in calibrations:
