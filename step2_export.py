@@ -161,6 +161,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 from data.notes import silenced  # noqa: E402
+from data.unseen import TEST, Unseen, unseen_images  # noqa: E402
 from deploy import (  # noqa: E402
     archive,
     bundle,
@@ -181,6 +182,7 @@ from deploy.samples import (  # noqa: E402
     golden_samples,
     one_of_each_class,
 )
+from deploy.watching import monitor_reference  # noqa: E402
 from inference.engines import MODEL_NAMES  # noqa: E402
 from inference.files import sha256  # noqa: E402
 from inference.images import fit_to_input  # noqa: E402
@@ -196,13 +198,14 @@ class Job:
     """What all formats of an export are made from.
 
     spec: of the files that take images of any size. expected: the trained network's outputs on the
-    test split of `dataset`.
+    test split of `dataset`. unseen: images that --monitor compares with, None for a regression.
     """
 
     trained: TrainedRun
     dataset: data.Dataset
     expected: Outputs
     facts: Facts
+    unseen: Unseen | None
     spec: dict
     args: argparse.Namespace
 
@@ -217,8 +220,10 @@ def export(
     expected = reference.reference(trained, dataset.test_images)
     gate.check_reference(trained, dataset, expected.main)
     facts = find_facts(trained, dataset)  # once for all formats
-    spec = describe_files(trained, dataset, expected, facts, args)
-    job = Job(trained, dataset, expected, facts, spec, args)
+    unseen = images_to_compare_with(trained, dataset)
+    monitor = compare_with(trained, unseen, expected)
+    spec = describe_files(trained, dataset, expected, facts, monitor, args)
+    job = Job(trained, dataset, expected, facts, unseen, spec, args)
 
     earlier = parity.read_earlier(out, spec["checkpoint_sha256"])
     chosen = chosen_formats(args)
@@ -250,20 +255,54 @@ def export(
     return failed
 
 
+def images_to_compare_with(trained: TrainedRun, dataset: data.Dataset) -> Unseen | None:
+    """The images whose answers --monitor compares with those in the field.
+
+    They are some that the network was not trained on; of a run that a twin calibrated, or that is
+    not calibrated, only those of the test split are. None for a regression.
+    """
+    if not trained.task.has_images:
+        return None
+
+    changes = []
+    if trained.fingerprint is not None:
+        changes = data.differences(trained.fingerprint, dataset.fingerprint, ("train", "val"))
+    if changes:
+        what = "--monitor will compare with the test split"
+        say(f"note: {what}, as the data is not what the run was trained with: {changes[0]}")
+    else:
+        unseen = unseen_images(dataset, trained.spec["arguments"])
+        if unseen:
+            return unseen
+    return Unseen(dataset.test_images, dataset.test_labels, TEST)
+
+
+def compare_with(trained: TrainedRun, unseen: Unseen | None, expected: Outputs) -> dict | None:
+    """`monitor` of the spec. expected: the network's outputs on the test split."""
+    if unseen is None:
+        return None
+    outputs = expected
+    if unseen.source != TEST:
+        outputs = reference.reference(trained, unseen.images)
+    return monitor_reference(outputs, unseen.labels, unseen.source)
+
+
 def describe_files(
     trained: TrainedRun,
     dataset: data.Dataset,
     expected: Outputs,
     facts: Facts,
+    monitor: dict | None,
     args: argparse.Namespace,
 ) -> dict:
-    """The spec of the files that take images of any size."""
+    """The spec of the files that take images of any size. monitor: what --monitor compares with."""
     outputs = take(expected, one_of_each_class(dataset, GOLDEN_SAMPLES))
     return describe.describe_export(
         trained.spec,
         golden=golden_samples(golden_images(dataset), outputs, {"fixed": None}),
         device=facts.device,
         torch_version=str(torch.__version__),
+        monitor=monitor,
         reject=args.reject,
         min_probability=args.min_probability,
     )
@@ -293,6 +332,7 @@ def write_and_prove(chosen: Format, file: str, job: Job) -> dict:
         dataset=job.dataset,
         max_drop=formats.MAX_DROP if job.args.max_drop is None else job.args.max_drop,
         threads=job.trained.threads,
+        unseen=job.unseen,
     )
     try:
         made = chosen.export(source, file) or {}

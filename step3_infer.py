@@ -180,6 +180,8 @@ def run(args: argparse.Namespace) -> int:
         return run_verify(args)
     if args.compare:
         return run_compare(args)
+    if args.monitor and not args.paths:
+        return run_show_monitor(args)
 
     path = args.model or find_model(program_folder())
     warn_of_code(path)
@@ -235,6 +237,11 @@ def make_watchers(model: Model, args: argparse.Namespace, top_k: int) -> list:
         from inference.collect import Collector
 
         watchers.append(Collector(args.collect, args.collect_at_most, model, top_k))
+    if args.monitor:
+        from inference.monitor import Monitor, note_without_reference
+
+        note_without_reference(model)
+        watchers.append(Monitor(model, args.monitor, args.bet_every))
     return watchers
 
 
@@ -274,6 +281,14 @@ def run_evaluate(path: str, args: argparse.Namespace) -> int:
         say(f"error: the accuracy is {figures['accuracy']:.2%}, which is below {limit}")
         return 1
     return 1 if answers.errors else 0
+
+
+def run_show_monitor(args: argparse.Namespace) -> int:
+    from inference.monitor_file import show_monitor
+
+    with output_stream(args.output) as out:
+        show_monitor(args.monitor, args.format, out)
+    return 0
 
 
 def run_values(path: str, args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from data.split import make_splits
 
 VALIDATION = "the validation split"
 HELD_OUT = "a part of the training split, held out"
+TEST = "the test split"
 
 # Where images are that a network was not trained on, by --calibration; a twin has trained on other
 # images than the network that it calibrates, which has seen them all.

@@ -17,13 +17,14 @@ def describe_export(
     golden: list[dict],
     device: dict[str, int],
     torch_version: str,
+    monitor: dict | None = None,
     reject: float | None = None,
     min_probability: float | None = None,
 ) -> dict:
     """The spec of the files that take images of any size, from that of their run.
 
-    golden: samples with their expected outputs; device: what one input needs; reject,
-    min_probability: the files' own thresholds.
+    golden: samples with their expected outputs; device: what one input needs; monitor: what
+    --monitor compares with; reject, min_probability: the files' own thresholds.
     """
     return {
         **encodable(run_spec),  # of step1's arguments, a path need not be text
@@ -31,6 +32,7 @@ def describe_export(
         "golden": golden,
         "self_test_tolerance": TOLERANCE,
         "known": with_tolerance(run_spec.get("known"), KNOWN_TOLERANCE),
+        "monitor": monitor,
         "fixed": None,
         "reject": reject,
         "min_probability": min_probability,
@@ -47,15 +49,19 @@ def describe_fixed(spec: dict, batch: int | None, input_type: str) -> dict:
     return {**spec, "fixed": {"batch": batch, "input": input_type}}
 
 
-def describe_int8(spec: dict, quantization: str, golden: list[dict]) -> dict:
+def describe_int8(
+    spec: dict, quantization: str, golden: list[dict], monitor: dict | None = None
+) -> dict:
     """The spec of an int8 file, from that of the file that was quantized.
 
-    quantization: how, in words. golden: samples with the int8 file's own outputs.
+    quantization: how, in words. golden: samples with the int8 file's own outputs. monitor: what
+    --monitor compares with, by these outputs, too.
     """
     return {
         **spec,
         "quantization": f"int8, {quantization}",
         "golden": golden,
+        "monitor": monitor,
         "self_test_tolerance": INT8_TOLERANCE,
         "known": with_tolerance(spec["known"], INT8_KNOWN_TOLERANCE),
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deploy import describe, onnx_file
 from deploy.samples import golden_images, golden_samples
+from deploy.watching import monitor_reference
 from inference.errors import problems
 from inference.files import replacing
 from inference.predict import Model
@@ -29,7 +30,8 @@ class Source:
 
     deployable: a model.Deployable in eval mode. spec: of the file, which an exporter may complete.
     opset: of ONNX. dataset: int8 is calibrated on its training images. max_drop: points of accuracy
-    that int8 may lose. threads: that files are run with.
+    that int8 may lose. threads: that files are run with. unseen: data.unseen.Unseen, the images
+    that --monitor compares with; None for a regression.
     """
 
     deployable: object
@@ -38,6 +40,7 @@ class Source:
     dataset: object = None
     max_drop: float = 0.5
     threads: int | None = None
+    unseen: object = None
 
 
 # -------------------------------------------------------------------------------------- torch, ONNX
@@ -159,7 +162,12 @@ def export_int8(source: Source, path: str) -> dict:
     images = golden_images(dataset)
     outputs = predictions(Model(quantized, source.threads), images)
     golden = golden_samples(images, outputs, source.spec)
-    spec = describe.describe_int8(source.spec, figures["quantization"], golden)
+    unseen = source.unseen
+    monitor = None
+    if unseen:
+        answered = predictions(Model(quantized, source.threads), unseen.images)
+        monitor = monitor_reference(answered, unseen.labels, unseen.source)
+    spec = describe.describe_int8(source.spec, figures["quantization"], golden, monitor)
     write_file(path, int8.finish_int8(quantized, spec, source.opset))
     return figures | measure_int8(unquantized, path, dataset.test_images, source.threads)
 

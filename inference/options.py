@@ -52,8 +52,14 @@ TAKES = {
         "--max-pixels",
         "--collect",
         "--collect-at-most",
+        "--monitor",
+        "--bet-every",
     ],
+    "--monitor": ["--format", "--output"],
 }
+
+# Options that have an effect on another only.
+NEEDS = {"--collect-at-most": "--collect DIR", "--bet-every": "--monitor FILE"}
 
 
 def add_evaluation_options(parser: Parser) -> None:
@@ -92,6 +98,19 @@ def add_field_options(parser: Parser) -> None:
         metavar="N",
         help="the best N images of all that were seen (default: 500)",
     )
+    add(
+        "--monitor",
+        metavar="FILE",
+        help="keep statistics in FILE and raise an alarm if the images have changed; "
+        "without PATH, show what FILE says",
+    )
+    add(
+        "--bet-every",
+        type=count,
+        metavar="N",
+        help="the alarm looks at one image in N (default: derived from how much neighbouring ones "
+        "depend on one another)",
+    )
 
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
@@ -113,12 +132,18 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
             takes = " ".join(TAKES[asked])
             parser.error(f"{name} has no effect on {asked}, which takes only {takes}")
 
-    if args.collect_at_most and not args.collect:
-        parser.error("--collect-at-most needs --collect DIR")
+    check_together(parser, args, asked, given)
+
+
+def check_together(parser: Parser, args: argparse.Namespace, asked: str, given: list[str]) -> None:
+    """Exit with an error for options that do not go together."""
+    for name, needed in NEEDS.items():
+        if name in given and needed.split()[0] not in given:
+            parser.error(f"{name} needs {needed}")
     if args.collect:
         refuse_inside(parser, args.collect, args.paths)
 
-    if asked in ("--benchmark", "--compare", "--evaluate") and args.format == "csv":
+    if asked in ("--benchmark", "--compare", "--evaluate", "--monitor") and args.format == "csv":
         parser.error(f"{asked} writes --format text or json, not csv")
     if asked in ("--compare", "--evaluate") and "-" in args.paths:
         parser.error(f"{asked} takes files, not - for standard input")

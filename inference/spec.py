@@ -27,6 +27,7 @@ MAX_GOLDEN = 64  # samples
 MAX_SIDE = 4096  # pixels that the network sees, as in step1
 MAX_BATCH = 1024
 MAX_FIXED_VALUES = 1 << 28  # of the only input size of a file of fixed size
+MAX_EDGES = 100  # of the bins that --monitor counts images in
 MAX_TOLERANCE = 5e-2  # of the self-test: more would pass anything
 
 
@@ -43,6 +44,22 @@ class Calibration(TypedDict):
 
     source: str  # in words
     images: int
+
+
+class Monitored(TypedDict):
+    """What --monitor compares images with: how the file answered images that it was not trained on.
+
+    Bins are those between the edges, which belong to the upper one.
+    """
+
+    source: str  # where the images came from, in words
+    images: int
+    accuracy: float  # of these images, a fraction
+    threshold: float  # exceeded by the probability of as many answers as were right
+    known: list[float]  # edges of bins; none for a file without `known`
+    probability: list[float]  # edges of bins, of the largest probability
+    counts: list[list[int]]  # images by bin of `known`, and by bin of the probability
+    answers: list[int]  # how often each class was the answer
 
 
 class Fixed(TypedDict):
@@ -79,6 +96,7 @@ class Spec(TypedDict, total=False):
     temperature: float | None  # what the logits are divided by
     calibration: Calibration | None
     known: Known | None  # None for a file without the output `known`
+    monitor: Monitored | None  # None for a file that --monitor can only count for
     reject: float | None  # keep this share of familiar images; the others are "unknown"
     min_probability: float | None  # answers with less are "unsure"
 
@@ -105,6 +123,7 @@ DEFAULTS = {
     "white": 65535,
     "ground": None,
     "known": None,
+    "monitor": None,
     "reject": None,
     "min_probability": None,
     "fixed": None,
@@ -140,6 +159,7 @@ def read_spec(text: str | None, path: str) -> Spec:
     if TASKS[spec["task"]].has_images:
         validate(spec, IMAGE_RULES, malformed)
         check_fixed_size(spec, malformed)
+        check_monitor(spec, malformed)
     if spec["reject"] is not None and spec["known"] is None:
         raise Problem(f"{malformed}: reject needs known, which the file does not have")
 
@@ -195,6 +215,12 @@ def check_fixed_size(spec: dict, malformed: str) -> None:
         raise Problem(f"{malformed}: its fixed input has {values:,} values")
 
 
+def check_monitor(spec: dict, malformed: str) -> None:
+    """Raise Problem if what --monitor compares with is not of the file's own classes."""
+    if spec["monitor"] is not None and len(spec["monitor"]["answers"]) != len(spec["classes"]):
+        raise Problem(f"{malformed}: monitor must count the answers of each class")
+
+
 def validate(spec: dict, rules: dict, malformed: str) -> None:
     """Raise Problem for the first key that is missing or breaks its rule."""
     for key, (is_valid, wanted) in rules.items():
@@ -241,6 +267,44 @@ def is_known(value) -> bool:
     return isinstance(value, dict) and is_number(value.get("tolerance", KNOWN_TOLERANCE), 0)
 
 
+def is_monitor(value) -> bool:
+    if value is None:
+        return True
+    keys = Monitored.__annotations__.keys()
+    if not isinstance(value, dict) or not keys <= value.keys():
+        return False
+
+    edges = (value["known"], value["probability"])
+    if not isinstance(value["source"], str) or not all(map(are_edges, edges)):
+        return False
+    rows = value["counts"]
+    if not isinstance(rows, list) or len(rows) != len(value["known"]) + 1:
+        return False
+
+    columns = len(value["probability"]) + 1
+    return (
+        all(are_counts(row, value["images"]) and len(row) == columns for row in rows)
+        and sum(map(sum, rows)) == value["images"]
+        and are_counts(value["answers"], value["images"])
+        and is_number(value["accuracy"], 0, 1)
+        and is_number(value["threshold"], 0, 1)
+    )
+
+
+def are_edges(value) -> bool:
+    """Is it a list of rising numbers?"""
+    if not isinstance(value, list) or len(value) > MAX_EDGES:
+        return False
+    return all(is_number(edge, 0, 1) for edge in value) and value == sorted(set(value))
+
+
+def are_counts(value, total) -> bool:
+    """Is it a list of numbers of images, of which there are `total`?"""
+    if not isinstance(value, list) or not is_whole(total, 1):
+        return False
+    return all(is_whole(count, 0, total) for count in value)
+
+
 def is_fixed(value) -> bool:
     if value is None:
         return True
@@ -271,6 +335,7 @@ RULES: dict[str, Rule] = {
     "white": (lambda value: is_whole(value, 1, 65535), "a whole number from 1 to 65535"),
     "ground": (lambda value: value in GROUNDS, "white, black or null"),
     "known": (is_known, "null, or an object whose tolerance is a number"),
+    "monitor": (is_monitor, "null, or counts of images by bin that add up to their number"),
     "reject": (is_share, "a number from 0 to 1, or null"),
     "min_probability": (is_share, "a number from 0 to 1, or null"),
     "fit": (lambda value: value in FITS, "stretch, crop, letterbox or null"),
