@@ -162,7 +162,8 @@ def add_network_options(parser: Parser) -> None:
         "--model",
         metavar="NAME",
         help="name of the network, see --list-models; timm/NAME for one of timm (default: "
-        "airbench; linear for --dataset linear)",
+        "airbench, or mobilenet_v3_small for few photos if this machine has its weights; linear "
+        "for --dataset linear)",
     )
     add(
         "--width",
@@ -623,16 +624,20 @@ def load_dataset(settings: argparse.Namespace, checkpoint: dict | None) -> data.
     except ValueError as error:
         raise Problem(error, 2) from None
 
-    options = {name: getattr(settings, name) for name in data.OPTIONS}
     return data.load(
         settings.dataset,
         settings.data_dir,
-        image_size=settings.image_size,
-        fit=settings.fit,
         input_sizes=input_sizes,
         classes=checkpoint["training"]["data"]["classes"] if checkpoint else None,
-        **options,
+        seed=settings.seed,
+        **data_options(settings),
     )
+
+
+def data_options(settings: argparse.Namespace) -> dict:
+    """The settings that say how one's own images are read, by the name of the option."""
+    names = ("image_size", "fit", *data.OPTIONS)
+    return {name: getattr(settings, name) for name in names if name != "seed"}
 
 
 # ------------------------------------------------------------------------------------------- result
@@ -880,6 +885,7 @@ def train_and_report(args: argparse.Namespace, given: dict) -> int:
 
         if args.resume is None:
             announce_dataset(settings, args, group)
+            settings = group.from_first(lambda: better_start(settings, args, given))
         with group.first_of_each_machine_first():
             dataset = load_dataset(settings, checkpoint)
         if checkpoint:
@@ -1050,6 +1056,33 @@ def announce_dataset(
         group.from_first(lambda: runs.refuse_taken(settings.name))
     if settings.dataset != args.dataset:
         note(f"taking {settings.data_dir} as --dataset {settings.dataset}")
+
+
+def better_start(
+    settings: argparse.Namespace, args: argparse.Namespace, given: dict
+) -> argparse.Namespace:
+    """The settings for a pretrained network, if the command line leaves it open, there are few
+    photos, and this machine has its weights; else the settings as they are.
+
+    given: the options given explicitly, by name. Raises Problem.
+    """
+    if not recipes.leaves_network_open(settings, given):
+        return settings
+    found = weights.cached_start()
+    if found is None:
+        return settings
+
+    name, path = found
+    count, size = data.survey(settings.dataset, settings.data_dir, **data_options(settings))
+    if not recipes.are_few_photos(count, size):
+        return settings
+
+    note(
+        f"{count:,} photos are few to start from nothing: starting from the weights of {name} in "
+        f"{path} (--model airbench starts from nothing)"
+    )
+    args = argparse.Namespace(**{**vars(args), "model": name, "pretrained": "default"})
+    return recipes.resolve(args, given)
 
 
 def write_config(run_dir: str, settings: argparse.Namespace, machine: Machine) -> None:

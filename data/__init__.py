@@ -92,12 +92,29 @@ def load(
         return with_fingerprint(load_torchvision(name, data_dir or HERE, download))
 
     if data_dir is None:
-        raise Problem(f"--dataset {name} needs --data-dir: {DATASETS[name]}", 2)
+        raise needs_data_dir(name)
 
     from data.files import Options
     from data.own import load_own
 
     return load_own(name, data_dir, Options(**options))
+
+
+def survey(name: str, data_dir: str | None, **options) -> tuple[int, tuple[int, int]]:
+    """How many training images `folder` or `csv` has, and the size (height, width) that `load`
+    would give them with the same options; no image is decoded. Raises Problem.
+    """
+    if data_dir is None:
+        raise needs_data_dir(name)
+
+    from data.files import Options
+    from data.own import survey_own
+
+    return survey_own(name, data_dir, Options(**options))
+
+
+def needs_data_dir(name: str) -> Problem:
+    return Problem(f"--dataset {name} needs --data-dir: {DATASETS[name]}", 2)
 
 
 def unknown_dataset(name: str) -> Problem:

@@ -74,14 +74,30 @@ def load_images(paths: list[str], train: int, source: str, options: Options) -> 
     return in_writable_place(load, source, options.cache_dir, "the image cache")
 
 
+def look_at_images(paths: list[str], train: int, source: str, options: Options) -> Target:
+    """What `load_images` would decode every file to. Raises Problem."""
+    source = os.path.abspath(source)
+
+    def look(directory: str) -> Target:
+        state, _ = state_of(paths)
+        return target_of(directory, state, paths, train, options)
+
+    return in_writable_place(look, source, options.cache_dir, "the image cache")
+
+
+def target_of(directory: str, state: str, paths: list[str], train: int, options: Options) -> Target:
+    """What to decode the files to, whose headers are read once. state: see `state_of`."""
+    of_limit = f"-{options.max_pixels}" if options.max_pixels else ""
+    probe_file = os.path.join(directory, f"probe-{state}-{train}{of_limit}.json")
+    return choose_target(paths, train, probe_file, options)
+
+
 def load_from(
     directory: str, paths: list[str], train: int, source: str, options: Options
 ) -> Decoded:
     """Decode every file, or reuse the cache in this directory. Raises Problem or OSError."""
     state, sizes = state_of(paths)
-    of_limit = f"-{options.max_pixels}" if options.max_pixels else ""
-    probe_file = os.path.join(directory, f"probe-{state}-{train}{of_limit}.json")
-    target = choose_target(paths, train, probe_file, options)
+    target = target_of(directory, state, paths, train, options)
 
     key = key_for(source, target, options)
     base = os.path.join(directory, f"{key}-{state}")

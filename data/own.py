@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from data.cache import load_images
+from data.cache import load_images, look_at_images
 from data.dataset import Dataset
 from data.files import Files, Options, name_some
 from data.folders import list_folder
 from data.groups import note_groups, note_parts, numbered, warn_shared, with_groups
 from data.holdout import TEST_FRACTION, hold_out_test
 from data.lookup import spelling
-from data.notes import note
+from data.notes import note, silenced
 from data.stems import suggest_groups
 from data.tables import list_csv
 from inference.errors import Problem
@@ -19,11 +19,7 @@ FEW_TRAINING_IMAGES = 5  # a class with fewer is named in a note
 
 def load_own(name: str, data_dir: str, options: Options) -> Dataset:
     """Load `folder` or `csv`. Raises Problem."""
-    if name == "folder":
-        classes, listed = list_folder(data_dir, options)
-    else:
-        classes, listed = list_csv(data_dir, options)
-
+    classes, listed = list_files(name, data_dir, options)
     note_alike(classes)
     listed = with_groups(listed, options.group_by)
     say_groups(name, listed, options)
@@ -77,6 +73,28 @@ def load_own(name: str, data_dir: str, options: Options) -> Dataset:
         groups=groups,
         **arrays,
     )
+
+
+def survey_own(name: str, data_dir: str, options: Options) -> tuple[int, tuple[int, int]]:
+    """How many training images `load_own` would load, and the size (height, width) they would get.
+
+    Reads no more than the headers of the files, and says nothing. Raises Problem.
+    """
+    with silenced(True):
+        _, listed = list_files(name, data_dir, options)
+        listed = with_groups(listed, options.group_by)
+        if "test" not in listed:
+            listed = hold_out_test(listed, data_dir)
+        paths = [path for files in listed.values() for path in files.paths]
+        target = look_at_images(paths, len(listed["train"]), data_dir, options)
+    return len(listed["train"]), target.image_size
+
+
+def list_files(name: str, data_dir: str, options: Options) -> tuple[list[str], dict[str, Files]]:
+    """The classes and the files of each split of `folder` or `csv`. Raises Problem."""
+    if name == "folder":
+        return list_folder(data_dir, options)
+    return list_csv(data_dir, options)
 
 
 def say_groups(name: str, listed: dict[str, Files], options: Options) -> None:

@@ -34,6 +34,9 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # of the processes that tests start: two workers share it
 torch.set_num_threads(1)
+# Weights in this user's caches would change what step1 takes by default.
+os.environ["TORCH_HOME"] = os.devnull
+os.environ["HF_HUB_CACHE"] = os.devnull
 # A job in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
 # A handler of this process's own is not inherited: children get the default one.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

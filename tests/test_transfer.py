@@ -1,6 +1,7 @@
 """A few photos and a small target: features of frozen networks, and other shapes than squares."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,9 @@ from data.split import Split
 from deploy import device
 from inference.images import decode_image, resize
 from inference.predict import Model, predict
-from training import saliency
+from training import recipes, saliency
 from training.features import LastLayer, forget_random_head
+from training.weights import place_of_download
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,58 @@ def test_photos_are_told_the_better_start_once(call, here, photos, weights):
     assert said.count("--model mobilenet_v3_small --pretrained") == 1
     small = call(step1_train.main, *asked[:4], "--image-size", 32, "--model", "mynet").done().err
     assert "--pretrained" not in small
+
+
+@pytest.fixture
+def cached_weights(here, monkeypatch):
+    """A cache of torch with random weights of the default start."""
+    monkeypatch.setenv("TORCH_HOME", str(here / "hub"))
+    path = Path(place_of_download(recipes.START))
+    path.parent.mkdir(parents=True)
+    network = model.build(recipes.START, channels=3, classes=1000, image_size=(96, 96))
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_weights_in_a_cache_start_photos_by_default(call, here, photos, cached_weights):
+    asked = ("--data-dir", photos, "--epochs", 1, "--calibration", "none", "--name", "run")
+    said = call(step1_train.main, *asked, "--image-size", 64).done()
+    assert str(cached_weights) in said.err and "--model airbench" in said.err
+    assert "few to start from nothing: --model" not in said.err
+
+    config = json.loads((here / "runs/run/config.json").read_text())
+    assert config["model"] == recipes.START and config["pretrained"] == "default"
+    cached_weights.unlink()
+    resumed = call(step1_train.main, "--resume", "run", "--epochs", 2).done()
+    assert recipes.START in resumed.out
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--model", "airbench"],
+        ["--width", "0.25"],
+        ["--image-size", "32"],  # no photos
+        [],  # without weights
+    ],
+)
+def test_others_start_from_nothing(here, photos, cached_weights, asked):
+    args, given = step1_train.parse(["--data-dir", str(photos), *asked])
+    settings = recipes.resolve(args, given)
+    if not asked:
+        cached_weights.unlink()
+    assert step1_train.better_start(settings, args, given).model == "airbench"
+
+
+def test_weights_in_the_hub_serve_too(here, photos, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setenv("TORCH_HOME", str(here / "hub"))
+    weights = here / "model.safetensors"
+    weights.touch()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(weights))
+    args, given = step1_train.parse(["--data-dir", str(photos)])
+    settings = step1_train.better_start(recipes.resolve(args, given), args, given)
+    assert settings.model == recipes.START_OF_TIMM and settings.pretrained == "default"
 
 
 @pytest.mark.parametrize("fit", ["crop", "letterbox"])

@@ -86,6 +86,9 @@ FEW_TO_CROSS_FIT = 50  # the same of a frozen network, whose calibration uses al
 # START.
 PHOTO = 64
 START = "mobilenet_v3_small"
+START_OF_TIMM = "timm/mobilenetv3_small_100.lamb_in1k"  # the same with other weights
+# Options that say what the network is, or what it starts from.
+SAY_NETWORK = ("model", "width", "hidden", "dropout", "pretrained")
 
 # What training changes by default besides flips and shifts, for networks that hold for a camera's
 # pictures. The tutorials' networks have none of it, as in the tutorials, and because a step would
@@ -251,6 +254,17 @@ def default_network(dataset: str, pretrained: str | None) -> str:
     return START if pretrained == "default" else "airbench"
 
 
+def leaves_network_open(settings: argparse.Namespace, given: dict) -> bool:
+    """Does the network follow from the user's own images? given: see `resolve`."""
+    is_own = settings.dataset in OWN_IMAGES
+    return is_own and not any(name in given for name in SAY_NETWORK)
+
+
+def are_few_photos(count: int, size: tuple[int, int]) -> bool:
+    """Are so many training images of this size (height, width) better started from weights?"""
+    return count < MANY and max(size) >= PHOTO
+
+
 def chooses_width(settings: argparse.Namespace) -> bool:
     """Does the width of the network follow from --minutes?"""
     is_open = settings.model == "airbench" and settings.width is None
@@ -323,7 +337,7 @@ def adapt_to_images(
     settings.calibration = choose_calibration(settings, dataset)
 
     is_own = settings.dataset in OWN_IMAGES
-    if is_own and max(height, width) >= PHOTO:
+    if is_own and are_few_photos(count, (height, width)):
         suggest_pretrained(settings, count)
     if is_own and "epochs" not in given:
         settings.epochs = usual_epochs(settings, count)
@@ -394,7 +408,7 @@ def heed_mirror(
 
 def suggest_pretrained(settings: argparse.Namespace, count: int) -> None:
     """Tell who trains on few photos from nothing that there is a better start."""
-    if settings.pretrained or count >= MANY:
+    if settings.pretrained:
         return
     network = START if settings.model in RECIPES else settings.model
     note(

@@ -4,6 +4,7 @@ timm is optional; model.import_timm says so where it is missing.
 """
 
 import contextlib
+import importlib.util
 import os
 
 import torch
@@ -54,6 +55,20 @@ def download(name: str) -> str:
     if config.url:
         return download_from_url(name, config.url)
     raise ValueError(f"{name} has no published weights; --pretrained FILE takes a file of weights")
+
+
+def cached(name: str) -> str | None:
+    """The path of the default weights of a network of timm if the hub's cache has them, and timm is
+    installed to use them.
+
+    name: with the tag of its weights, which then is the repository of the hub.
+    """
+    if importlib.util.find_spec("timm") is None:
+        return None
+    import huggingface_hub as hub
+
+    path = hub.try_to_load_from_cache(name, HUB_FILES[0])
+    return path if isinstance(path, str) else None
 
 
 def download_from_hub(name: str, repository: str, files: list[str]) -> str:

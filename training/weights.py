@@ -12,7 +12,7 @@ from torch import nn
 import model
 from data.files import InputSizes
 from inference.errors import Problem, problems
-from training import timm_weights
+from training import recipes, timm_weights
 from training.weight_files import read_weights
 
 LEAST_SIDE = 96  # pixels of an image for torchvision's networks; inception_v3 needs 75
@@ -94,6 +94,26 @@ def usual_statistics(name: str, channels: int) -> tuple[list | None, list | None
     return [sum(mean) / 3] * channels, [sum(std) / 3] * channels
 
 
+def cached_start() -> tuple[str, str] | None:
+    """A good small network whose published weights are in a cache of this machine, and the path of
+    their file; None if there is none. Nothing is downloaded.
+    """
+    places = {
+        recipes.START: place_of_download(recipes.START),
+        recipes.START_OF_TIMM: timm_weights.cached(recipes.START_OF_TIMM),
+    }
+    for name, path in places.items():
+        if path and os.path.isfile(path):
+            return name, path
+    return None
+
+
+def place_of_download(name: str) -> str:
+    """Where torch keeps torchvision's default weights of a network, once it has them."""
+    url = torchvision_weights(name).url
+    return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+
+
 def download(name: str) -> dict:
     """torchvision's weights, downloaded unless torch has them.
 
@@ -108,7 +128,7 @@ def download(name: str) -> dict:
         with contextlib.redirect_stdout(sys.stderr):
             return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        place = place_of_download(name)
         raise Problem(
             f"cannot download the weights of {name} ({error}): put {weights.url} at {place}, "
             "or give --pretrained FILE, or train from scratch without --pretrained"
