@@ -30,6 +30,7 @@ import contextlib
 import itertools
 import os
 import time
+from collections.abc import Iterator
 
 IMPORT_STARTED = time.perf_counter()
 try:
@@ -71,7 +72,12 @@ def build_parser() -> Parser:
     share = number(float, 0, 1)
 
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="images, directories, globs, or - for stdin")
+    add(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="images, directories, globs, or - for stdin: one image, or a stream of JPEGs and PNGs",
+    )
     add(
         "--values",
         action="append",
@@ -200,18 +206,22 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
     """Find -> decode -> predict -> write."""
     others = []  # files in directories that are not images
     found = find_images(args.paths, others)
-    first = take_first(found, args)
+    # The pictures of a stream are predicted one by one, as they come.
+    first = [] if "-" in args.paths else take_first(found, args)
     workers = max(1, min(args.threads, len(first)))
 
     model = load(path, args, workers, once=len(first) == 1)
     top_k = min(args.top_k, len(model.spec["classes"]))
-    batch_size = batch_size_for(model, args, len(first), workers)
-    files = itertools.chain(first, found)
+    needed = max(top_k, 2) if args.collect else top_k
     watchers = make_watchers(model, args, top_k)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output_stream(args.output))
-        needed = max(top_k, 2) if args.collect else top_k
-        rows = predict_files(model, files, workers, batch_size, needed)
+        if "-" in args.paths:
+            rows = predict_input(model, args, needed, others)
+        else:
+            batch_size = batch_size_for(model, args, len(first), workers)
+            files = itertools.chain(first, found)
+            rows = predict_files(model, files, workers, batch_size, needed)
         stack.enter_context(contextlib.closing(rows))
 
         for watcher in watchers:
@@ -224,6 +234,21 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
     note_seen(model.seen, model.spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
     return code
+
+
+def predict_input(
+    model: Model, args: argparse.Namespace, top_k: int, others: list
+) -> Iterator[list[dict]]:
+    """What predict_files() yields for paths with - for standard input, row by row."""
+    from inference.stream import frames_of_input, predict_stream
+
+    for is_input, paths in itertools.groupby(args.paths, "-".__eq__):
+        if is_input:
+            frames = frames_of_input(args.every or 1, args.live)
+            yield from predict_stream(model, frames, top_k, with_content=bool(args.collect))
+        else:
+            found = find_images(list(paths), others)
+            yield from predict_files(model, found, workers=1, batch_size=1, top_k=top_k)
 
 
 def make_watchers(model: Model, args: argparse.Namespace, top_k: int) -> list:

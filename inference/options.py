@@ -50,6 +50,8 @@ TAKES = {
         "--reject",
         "--min-probability",
         "--max-pixels",
+        "--every",
+        "--live",
         "--collect",
         "--collect-at-most",
         "--monitor",
@@ -87,6 +89,17 @@ def add_evaluation_options(parser: Parser) -> None:
 def add_field_options(parser: Parser) -> None:
     count = number(int, 1, 999_999)
     add = parser.add_argument_group("in the field").add_argument
+    add(
+        "--every",
+        type=count,
+        metavar="N",
+        help="predict one in N of the images that standard input brings",
+    )
+    add(
+        "--live",
+        action="store_true",
+        help="always take the newest of them, and count those that are left out",
+    )
     add(
         "--collect",
         metavar="DIR",
@@ -140,6 +153,8 @@ def check_together(parser: Parser, args: argparse.Namespace, asked: str, given: 
     for name, needed in NEEDS.items():
         if name in given and needed.split()[0] not in given:
             parser.error(f"{name} needs {needed}")
+    if (args.every or args.live) and "-" not in args.paths:
+        parser.error("--every and --live are for a stream on standard input: give - as PATH")
     if args.collect:
         refuse_inside(parser, args.collect, args.paths)
 
