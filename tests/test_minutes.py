@@ -11,7 +11,9 @@ from training import minutes
 from training.minutes import Pace
 from training.processes import Processes
 
-SETTINGS = argparse.Namespace(batch_size=10, calibration="none", epochs=1, pretrained=None)
+SETTINGS = argparse.Namespace(
+    batch_size=10, calibration="none", epochs=1, pretrained=None, freeze_backbone=False
+)
 
 
 class Images:
@@ -31,26 +33,50 @@ SPLITS = {"train": Images(100), "test": Images(50)}
 MACHINE = argparse.Namespace(processes=Processes(rank=0, count=1, local_rank=0))
 
 
+PACE = Pace(step=0.5, image=0.01, exact=0.02)
+
+
 def seconds(epochs, **changed):
     settings = argparse.Namespace(**{**vars(SETTINGS), **changed})
-    pace = Pace(step=0.5, image=0.01)
-    return minutes.seconds_of(epochs, SPLITS, settings, MACHINE, pace) - minutes.REPORT_SECONDS
+    return minutes.seconds_of(epochs, SPLITS, settings, MACHINE, PACE) - minutes.REPORT_SECONDS
 
 
 def test_everything_that_takes_time_is_counted():
-    assert seconds(1) == pytest.approx(10 * 0.5 + 50 * 0.01)
-    assert seconds(20) == pytest.approx(20 * seconds(1))
-    described = 2 * 100 * 0.01  # as they are, and in other light
-    assert seconds(1, calibration="held-out") == pytest.approx(seconds(1) + described)
-    epoch_of_twin = 0.8 * 10 * 0.5 + 20 * 0.01
-    twin = 10 * epoch_of_twin + 20 * 0.01
-    assert seconds(20, calibration="twin") == pytest.approx(seconds(20) + described + twin)
+    epoch = 10 * 0.5 + 50 * 0.01
+    result = 50 * (0.02 - 0.01)  # the last evaluation is in fp32
+    assert seconds(1) == pytest.approx(epoch + result)
+    assert seconds(20) == pytest.approx(20 * epoch + result)
+
+    described = 2 * 100 * 0.02  # as they are, and in other light
+    with_held_out = seconds(1, calibration="validation") - seconds(1)
+    assert with_held_out == pytest.approx(described + 50 * 0.02)
+
+    epoch_of_twin = 8 * 0.5 + 20 * 0.01
+    with_twin = seconds(20, calibration="twin") - seconds(20)
+    twin = 10 * epoch_of_twin + 20 * 0.02
+    assert with_twin == pytest.approx(described + twin)
+
+    tuned = {"calibration": "twin", "pretrained": "default", "freeze_backbone": False}
+    compared = 2 * 20 * 0.02  # the network as trained and with the head alone
+    assert seconds(20, **tuned) == pytest.approx(seconds(20) + with_twin + compared)
 
 
-@pytest.mark.parametrize(("budget", "epochs"), [(0, 1), (16.2, 2), (60.2, 10)])
+def test_estimating_batch_norm_anew_is_counted():
+    def anew(epochs):
+        pace = PACE._replace(momentum=0.1)
+        lagging = minutes.seconds_of(epochs, SPLITS, SETTINGS, MACHINE, pace)
+        return lagging - minutes.seconds_of(epochs, SPLITS, SETTINGS, MACHINE, PACE)
+
+    assert anew(5) == pytest.approx(5 * 100 * 0.02)  # each epoch, 100 images in fp32
+    assert anew(20) == 0  # 200 steps are enough for a momentum of 0.1
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs"),
+    [(0, 1), (16.7, 2), (60.7, 10), (20.5, 2), (60.4, 10), (20.9, 2), (21.4, 3)],
+)
 def test_epochs_fill_the_time(budget, epochs):
-    pace = Pace(step=0.5, image=0.01)
-    assert minutes.epochs_in(budget, SPLITS, SETTINGS, MACHINE, pace) == epochs
+    assert minutes.epochs_in(budget, SPLITS, SETTINGS, MACHINE, PACE) == epochs
 
 
 @pytest.mark.slow
@@ -75,7 +101,7 @@ def test_minutes_that_cannot_be(call, here):
 
 def test_the_width_follows_from_the_time(monkeypatch):
     monkeypatch.setattr(minutes, "build_deployable", lambda *_: None)
-    monkeypatch.setattr(minutes, "measure", lambda *_: Pace(step=0.05, image=0.0001))
+    monkeypatch.setattr(minutes, "measure", lambda *_: Pace(step=0.05, image=0.0001, exact=0.0001))
     dataset = argparse.Namespace(classes=["a", "b"])
     settings = argparse.Namespace(
         **{**vars(SETTINGS), "minutes": 1, "model": "airbench", "width": None}

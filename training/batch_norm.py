@@ -42,12 +42,26 @@ def trained_layers(network: nn.Module, norm: str) -> list[nn.Module]:
 
 def lagging_momentum(network: nn.Module, norm: str, steps: int) -> float | None:
     """The smallest momentum of its batch norm, if so many steps are too few for it; else None."""
+    smallest = smallest_momentum(network, norm)
+    return smallest if lags(smallest, steps) else None
+
+
+def smallest_momentum(network: nn.Module, norm: str) -> float:
+    """The smallest momentum of its batch norm; infinite if training changes no statistics."""
     momenta = []
     for layer in trained_layers(network, norm):
         momenta.append(layer.momentum or 0.0)  # None: the mean over all steps
+    return min(momenta, default=math.inf)
 
-    smallest = min(momenta, default=math.inf)
-    return smallest if smallest * steps < ENOUGH else None
+
+def lags(momentum: float, steps: int) -> bool:
+    """Are so many steps too few for running statistics of this momentum?"""
+    return momentum * steps < ENOUGH
+
+
+def images_to_see(batch_size: int) -> int:
+    """How many images statistics are estimated from, in whole batches, where there are so many."""
+    return -(-MOST_IMAGES // batch_size) * batch_size
 
 
 @torch.no_grad()
@@ -72,7 +86,7 @@ def estimate_anew(
     )
 
     seen = 0
-    count = -(-MOST_IMAGES // settings.batch_size)
+    count = images_to_see(settings.batch_size) // settings.batch_size
     for number, (images, _, _) in enumerate(itertools.islice(batches, count)):
         machine.seed(settings.seed, progress.epoch, number)  # of dropout
         seen += len(images)

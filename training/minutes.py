@@ -7,6 +7,7 @@ both.
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -17,29 +18,38 @@ import torch.nn.functional as F
 from data.dataset import Dataset
 from data.notes import note
 from data.split import Split
-from training import optimizers, recipes
+from training import batch_norm, optimizers, recipes
 from training.calibration import GAUSSIAN_IMAGES, TWIN_PART, epochs_of_twin
-from training.features import Trainee, WholeNetwork
+from training.features import Trainee, WholeNetwork, fits_head_first
 from training.network import build_deployable
 from training.processes import Machine
 
 FIRST_STEPS = 2  # not timed: they prepare kernels and memory
 FEWEST_STEPS = 3
-LEAST_SECONDS = 2.0  # timed at least, so that other work on the machine evens out
+LEAST_SECONDS = 4.0  # timed at least, so that other work on the machine evens out
 LEAST_PART = 0.02  # of --minutes, where that is less
 REPORT_SECONDS = 5.0  # what summary, pictures and report take
+MOST_OVER = 0.05  # of the time there is: the last epoch may exceed it by so much
 
 MANY_EPOCHS = 50  # after which a small dataset has been seen often enough
 
 
 class Pace(NamedTuple):
-    """What one thing takes, in seconds: a training step, and an image that is evaluated."""
+    """What one thing takes, in seconds: a training step, an image that is evaluated after an epoch,
+    and one of which the result is made, in fp32.
+
+    momentum: the smallest of the network's batch norm, see training/batch_norm.py.
+    """
 
     step: float
     image: float
+    exact: float
+    momentum: float = math.inf
 
     def times(self, factor: float) -> "Pace":
-        return Pace(step=factor * self.step, image=factor * self.image)
+        return self._replace(
+            step=factor * self.step, image=factor * self.image, exact=factor * self.exact
+        )
 
 
 class Width(NamedTuple):
@@ -122,11 +132,20 @@ def epochs_in(
     machine: Machine,
     pace: Pace,
 ) -> int:
-    """The most epochs that a run of so many seconds may have, at least 1."""
+    """The epochs of a run that comes closest to so many seconds, at least 1.
+
+    It may take a little longer: where epochs are long, the most that fit could leave much of the
+    time unused.
+    """
     epochs = 1
-    while seconds_of(epochs + 1, splits, settings, machine, pace) <= seconds:
+    before = seconds_of(epochs, splits, settings, machine, pace)
+    while True:
+        after = seconds_of(epochs + 1, splits, settings, machine, pace)
+        over = max(after - seconds, 0)
+        if over > min(MOST_OVER * seconds, seconds - before):
+            return epochs
         epochs += 1
-    return epochs
+        before = after
 
 
 def seconds_of(
@@ -137,21 +156,44 @@ def seconds_of(
     pace: Pace,
 ) -> float:
     """How long a run of so many epochs will take, with all that follows them."""
+    train = len(splits["train"])
     steps = splits["train"].count_batches(settings.batch_size, machine.processes.count)
     watched = splits["val"] if "val" in splits else splits["test"]
-    seconds = epochs * (steps * pace.step + len(watched) * pace.image)
 
+    seconds = seconds_of_epochs(epochs, steps, len(watched), settings, pace)
+    seconds += len(watched) * (pace.exact - pace.image)  # after the last epoch, in fp32
     if "val" in splits:
-        seconds += len(splits["test"]) * pace.image
-    if settings.calibration != "none":
-        described = min(len(splits["train"]), GAUSSIAN_IMAGES)
-        seconds += 2 * described * pace.image  # as they are, and in other light
+        seconds += len(splits["test"]) * pace.exact
+
+    if settings.calibration == "none":
+        return seconds + REPORT_SECONDS
+
+    described = min(train, GAUSSIAN_IMAGES)
+    seconds += 2 * described * pace.exact  # as they are, and in other light
+    unseen = splits.get(settings.calibration, watched)  # by which it calibrates
+    held_out = len(unseen)
     if settings.calibration == "twin":
-        held_out = TWIN_PART * len(splits["train"])
-        epoch = (1 - TWIN_PART) * steps * pace.step + held_out * pace.image
+        held_out = round(TWIN_PART * train)
         of_run = argparse.Namespace(**{**vars(settings), "epochs": epochs})
-        seconds += epochs_of_twin(of_run) * epoch + held_out * pace.image
+        twin_epochs = epochs_of_twin(of_run)
+        twin_steps = round((1 - TWIN_PART) * steps)
+        seconds += seconds_of_epochs(twin_epochs, twin_steps, held_out, settings, pace)
+
+    seconds += held_out * pace.exact
+    if fits_head_first(settings):
+        seconds += 2 * held_out * pace.exact  # as trained, and with the head that it began with
     return seconds + REPORT_SECONDS
+
+
+def seconds_of_epochs(
+    epochs: int, steps: int, watched: int, settings: argparse.Namespace, pace: Pace
+) -> float:
+    """How long epochs of so many steps take, each with an evaluation of `watched` images."""
+    seconds = epochs * (steps * pace.step + watched * pace.image)
+    if batch_norm.lags(pace.momentum, epochs * steps):
+        estimated = min(batch_norm.images_to_see(settings.batch_size), steps * settings.batch_size)
+        seconds += epochs * estimated * pace.exact
+    return seconds
 
 
 def measure(trainee: Trainee, settings: argparse.Namespace, machine: Machine) -> Pace:
@@ -177,19 +219,26 @@ def measure(trainee: Trainee, settings: argparse.Namespace, machine: Machine) ->
             settings.batch_size, settings.augment, epoch=1, seed=settings.seed, share=share
         )
 
+    momentum = batch_norm.smallest_momentum(deployable.network, settings.batch_norm)
     least = min(LEAST_SECONDS, LEAST_PART * 60 * settings.minutes)
     seconds_of_step = time_each(step, batches, least, machine)
 
     @torch.inference_mode()
     def evaluate(batch: tuple) -> None:
         images, _ = batch
+        trainee.network(trainee.normalise(images))
+
+    def evaluate_fast(batch: tuple) -> None:
         with machine.autocast():
-            trainee.network(trainee.normalise(images))
+            evaluate(batch)
 
     deployable.network.eval()
-    seconds_of_batch = time_each(evaluate, train.in_order, least, machine)
     images_of_batch = len(next(train.in_order())[0])
-    return Pace(step=seconds_of_step, image=seconds_of_batch / images_of_batch)
+    exact = time_each(evaluate, train.in_order, least / 2, machine) / images_of_batch
+    fast = exact
+    if machine.dtype is not None:
+        fast = time_each(evaluate_fast, train.in_order, least / 2, machine) / images_of_batch
+    return Pace(step=seconds_of_step, image=fast, exact=exact, momentum=momentum)
 
 
 def time_each(
