@@ -181,6 +181,9 @@ def shifting_norm(channels):
     return norm
 
 
+ACTIVATIONS = {"gelu": nn.GELU, "hardswish": nn.Hardswish, "relu": nn.ReLU}
+
+
 class Airbench(Network):
     """Keller Jordan's airbench94, for 28x28 and up.
 
@@ -196,7 +199,7 @@ class Airbench(Network):
     side_multiple = 8
     max_batch_pixels = 640_000
 
-    def __init__(self, channels, classes, image_size, width=1.0):
+    def __init__(self, channels, classes, image_size, width=1.0, activation="gelu"):
         super().__init__()
         # The nearest multiples of 8, at least 8.
         widths = [max(8, round(n * width / 8) * 8) for n in self.channels]
@@ -207,22 +210,23 @@ class Airbench(Network):
 
         groups = []
         for n_in, n_out in itertools.pairwise([n_directions, *widths]):
-            groups.append(self._group(n_in, n_out))
+            groups.append(self._group(n_in, n_out, activation))
         self.groups = nn.Sequential(*groups)
+        self.activation = ACTIVATIONS[activation]()
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
         self.whitening.weight.requires_grad = False
 
     @staticmethod
-    def _group(n_in, n_out):
+    def _group(n_in, n_out, activation):
         return nn.Sequential(
             identity_conv(n_in, n_out),
             nn.MaxPool2d(2),
             shifting_norm(n_out),
-            nn.GELU(),
+            ACTIVATIONS[activation](),
             identity_conv(n_out, n_out),
             shifting_norm(n_out),
-            nn.GELU(),
+            ACTIVATIONS[activation](),
         )
 
     @torch.no_grad()
@@ -256,17 +260,24 @@ class Airbench(Network):
         self.whitening.bias.zero_()
 
     def forward(self, x):
-        x = F.gelu(self.whitening(x))
+        x = self.activation(self.whitening(x))
         x = self.groups(x)  # [batch, channels, h, w]
         x = x.amax((2, 3))
         return self.head(x / 5.4)  # small at first, so that the filters learn before the head
 
 
 class Tiny(Airbench):
-    """Airbench of 32, 48 and 48 channels, for microcontrollers: 93,000 weights, 93 KB in int8."""
+    """Airbench of 32, 48 and 48 channels, for microcontrollers: 93,000 weights, 93 KB in int8.
 
-    options = ()
+    GELU is what it had before there was a choice; new runs take hard-swish, which runtimes of
+    microcontrollers have as one operator.
+    """
+
+    options = ("activation",)
     channels = (32, 48, 48)
+
+    def __init__(self, channels, classes, image_size, activation="gelu"):
+        super().__init__(channels, classes, image_size, activation=activation)
 
 
 # ------------------------------------------------------------------------------------- the registry

@@ -185,6 +185,12 @@ def add_network_options(parser: Parser) -> None:
         help="dropout of mlp (default: 0) and mynet (default: 0.1)",
     )
     add(
+        "--activation",
+        choices=recipes.ACTIVATIONS,
+        metavar="NAME",
+        help=f"of tiny: {', '.join(recipes.ACTIVATIONS)} (default: hardswish)",
+    )
+    add(
         "--pretrained",
         nargs="?",
         const="default",

@@ -95,7 +95,8 @@ def rebuild(path: str, spec: dict, state_dict: dict, familiarity: dict | None = 
     channels = spec["channels"]
     with problems(path, model.PackageMissing):
         names = model.options_of(spec["model"])
-    options = {name: spec["arguments"][name] for name in names}
+    # Runs of earlier versions lack options that came later.
+    options = {name: spec["arguments"].get(name) for name in names}
     network = model.build(
         spec["model"],
         channels=channels,

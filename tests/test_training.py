@@ -318,7 +318,13 @@ def test_depthwise_convolutions_are_trained_in_fp32_on_a_cpu(name, gains):
     dataset = SimpleNamespace(train_images=np.zeros((1, 64, 64, 3), np.uint8), classes=["a", "b"])
     chosen = processes.Machine(torch.device("cpu"), torch.bfloat16, processes.Processes())
     settings = argparse.Namespace(
-        model=name, precision="auto", image_size=(64, 64), width=None, hidden=None, dropout=None
+        model=name,
+        precision="auto",
+        image_size=(64, 64),
+        width=None,
+        hidden=None,
+        activation=None,
+        dropout=None,
     )
     machine = networks.with_fitting_precision(chosen, settings, dataset)
     assert machine.dtype == (torch.bfloat16 if gains else None)
@@ -364,7 +370,13 @@ EXPECTED = {
     "mlp": {**COMMON, **ADAM, "batch_size": 32},
     "mynet": {**COMMON, **MUON, "batch_size": 256, "lr": 0.14},
     "resblock": {**COMMON, **SGD, "batch_size": 512, "lr": 0.5},
-    "tiny": {**COMMON, **MUON, "batch_size": 250, "epochs": 40},
+    "tiny": {
+        **COMMON,
+        **MUON,
+        "batch_size": 250,
+        "epochs": 40,
+        "activation": "hardswish",
+    },
     "resnet18": {**COMMON, **SGD, "batch_size": 64},
 }
 EXPECTED["linear"]["schedule"] = "constant"
@@ -400,11 +412,12 @@ PRETRAINED = {
 @pytest.mark.parametrize("dataset", data.DATASETS)
 @pytest.mark.parametrize("network", EXPECTED)
 def test_recipe_of_every_network_and_dataset(network, dataset):
-    different = DIFFERENT.get((network, dataset), {})
-    assert recipes.recipe(network, dataset, start=None) == {**EXPECTED[network], **different}
-    width = {key: value for key, value in different.items() if key == "width"}
-    assert recipes.recipe(network, dataset, start="pretrained") == {**PRETRAINED, **width}
-    assert recipes.recipe(network, dataset, start="frozen") == {**FROZEN, **width}
+    expected = {**EXPECTED[network], **DIFFERENT.get((network, dataset), {})}
+    assert recipes.recipe(network, dataset, start=None) == expected
+    # Weights from elsewhere change how a network is trained, not what it is.
+    shape = {key: value for key, value in expected.items() if key in ("width", "activation")}
+    assert recipes.recipe(network, dataset, start="pretrained") == {**PRETRAINED, **shape}
+    assert recipes.recipe(network, dataset, start="frozen") == {**FROZEN, **shape}
 
 
 def test_every_network_has_a_recipe_pinned_here():
@@ -435,10 +448,15 @@ def test_weights_from_elsewhere_choose_a_network_and_fewer_epochs():
         recipes.default_network("folder", "weights.pth") == "airbench"
     )  # as it was without --model
 
-    fresh = SimpleNamespace(pretrained=None, freeze_backbone=False)
+    fresh = SimpleNamespace(
+        model="airbench", dataset="folder", pretrained=None, freeze_backbone=False
+    )
     tuned = SimpleNamespace(pretrained="default", freeze_backbone=False)
     counts = (100, 2000, 10_000, 60_000)
     assert [recipes.usual_epochs(fresh, count) for count in counts] == [50, 50, 20, 10]
+    fresh.model = "tiny"  # learns slowly, and fast
+    assert [recipes.usual_epochs(fresh, count) for count in counts] == [50, 50, 40, 40]
+    fresh.model = "airbench"
     assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 8, 4, 4]
 
 

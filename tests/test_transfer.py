@@ -254,6 +254,19 @@ def test_tiny_networks_fit_into_96_kilobytes():
         assert sum(p.numel() for p in network.parameters()) <= 96 * 1024
 
 
+def test_tiny_networks_of_earlier_runs_keep_gelu():
+    shape = {"channels": 1, "classes": 2, "image_size": (28, 28)}
+    old = model.build("tiny", **shape, activation=None)  # as a run without the option records it
+    new = model.build("tiny", **shape, activation="hardswish")
+    new.load_state_dict(old.state_dict())
+    kinds = [{type(layer) for layer in network.modules()} for network in (old, new)]
+    assert torch.nn.GELU in kinds[0] and torch.nn.Hardswish not in kinds[0]
+    assert torch.nn.Hardswish in kinds[1] and torch.nn.GELU not in kinds[1]
+
+    images = torch.rand(2, 1, 28, 28)
+    assert not torch.equal(old.eval()(images), new.eval()(images))
+
+
 def test_what_a_device_must_hold():
     first, second = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 1)
     network = torch.nn.Sequential(first, torch.nn.BatchNorm2d(8), torch.nn.ReLU(), second).eval()

@@ -85,6 +85,7 @@ def random_network(settings: argparse.Namespace, dataset: data.Dataset) -> nn.Mo
             image_size=settings.image_size,
             width=settings.width,
             hidden=settings.hidden,
+            activation=settings.activation,
             dropout=settings.dropout,
         )
     except ValueError as error:

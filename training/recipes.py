@@ -17,6 +17,7 @@ from inference.errors import Problem
 
 SCHEDULES = ("constant", "linear", "cosine", "onecycle")  # see optimizers.rate
 BATCH_NORMS = ("trained", "frozen")  # see optimizers.train_mode
+ACTIVATIONS = ("gelu", "hardswish", "relu")  # of tiny
 OPTIMIZERS = {
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "onecycle"},
     "adam": {"lr": 1e-3, "weight_decay": 0.0, "schedule": "cosine"},
@@ -46,7 +47,7 @@ RECIPES = {
         "schedule": "constant",
     },
     "airbench": {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2},
-    "tiny": {"epochs": 40, "optimizer": "muon", "batch_size": 250},
+    "tiny": {"epochs": 40, "optimizer": "muon", "batch_size": 250, "activation": "hardswish"},
     "tiny digits": {"epochs": 20, "batch_size": 64, "lr": 0.08},
     "airbench digits": {
         "width": 0.25,
@@ -356,7 +357,8 @@ def usual_epochs(settings: argparse.Namespace, count: int) -> int:
     """How often to see so many images of one's own."""
     if start_of(settings) == "pretrained":
         return min(max(IMAGES_SEEN_AGAIN // count, 4), 30)
-    return min(max(IMAGES_SEEN // count, 10), 50)
+    fewest = recipe(settings.model, settings.dataset, start=None)["epochs"]
+    return min(max(IMAGES_SEEN // count, fewest), 50)
 
 
 def augmentations(settings: argparse.Namespace, channels: int) -> list[str]:

@@ -16,7 +16,14 @@ import data
 from inference.spec import MAX_NAME, MAX_SIDE, Rule, is_number, is_whole
 from training.command_line import group_by
 from training.progress import Progress, columns_of
-from training.recipes import BATCH_NORMS, CALIBRATIONS, MOST_WIDTH, OPTIMIZERS, SCHEDULES
+from training.recipes import (
+    ACTIVATIONS,
+    BATCH_NORMS,
+    CALIBRATIONS,
+    MOST_WIDTH,
+    OPTIMIZERS,
+    SCHEDULES,
+)
 
 FITS = ("stretch", "crop", "letterbox")
 GROUNDS = ("white", "black")
@@ -112,6 +119,7 @@ ARGUMENTS: dict[str, Rule] = {
     "group_by": maybe((is_group_by, "a regular expression with a bracket")),
     "model": TEXT,
     "width": maybe(between(1e-6, MOST_WIDTH)),
+    "activation": maybe(one_of(ACTIVATIONS)),
     "hidden": maybe((are_layers, "a list of whole numbers")),
     "dropout": maybe(between(0, 0.99)),
     "pretrained": maybe(TEXT),
