@@ -4,6 +4,7 @@
     python step2_export.py                                 # the newest run, as ONNX and TorchScript
     python step2_export.py --run mnist-mlp --format onnx
     python step2_export.py --bundle --format onnx onnx-int8     # all that an edge machine needs
+    python step2_export.py --promise accuracy=0.95              # or "unsure": see README.md
 
 Writes exports/<name>/: a file for each format, step3_infer.pyz, which runs them on another machine,
 and parity.json with the figures of the proof. Resizing, normalising and softmax are inside the
@@ -31,6 +32,7 @@ from pathlib import Path
 from deploy import formats, onnx_file
 from deploy.exporters import Source, write_file
 from deploy.formats import Format
+from deploy.promises import read_promise, twice
 from inference.command_line import Parser, number, say
 from inference.errors import Problem, guarded, one_line, problems
 
@@ -79,6 +81,15 @@ def build_parser() -> Parser:
         type=share,
         metavar="P",
         help="by default, call answers below this probability unsure",
+    )
+    add(
+        "--promise",
+        nargs="+",
+        action="extend",
+        type=read_promise,
+        metavar="PROMISE",
+        help="accuracy=0.95: of what is answered, at least 95 %% is right, other answers are "
+        "unsure; recall:CLASS=0.99: at least 99 %% of a class is called that class",
     )
     add(
         "--uncalibrated",
@@ -142,6 +153,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{option} only applies to --format {' or '.join(usable)}")
 
     takes_pixels = any(each.fixed for each in chosen_formats(args))
+    args.promise = args.promise or []
+    repeated = twice(args.promise)
+    if repeated:
+        parser.error(f"--promise {repeated} is given twice")
+
     if args.input != formats.DEFAULTS["input"] and not takes_pixels:
         parser.error("--input requires --fixed")
     return args
@@ -161,7 +177,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 from data.notes import silenced  # noqa: E402
-from data.unseen import TEST, Unseen, unseen_images  # noqa: E402
+from data.unseen import SOURCES, TEST, Unseen, unseen_images  # noqa: E402
 from deploy import (  # noqa: E402
     archive,
     bundle,
@@ -169,6 +185,7 @@ from deploy import (  # noqa: E402
     gate,
     int8,
     parity,
+    promises,
     publish,
     reference,
     speed,
@@ -187,7 +204,9 @@ from inference.engines import MODEL_NAMES  # noqa: E402
 from inference.files import sha256  # noqa: E402
 from inference.images import fit_to_input  # noqa: E402
 from inference.metrics import per_class  # noqa: E402
+from inference.predict import Model  # noqa: E402
 from report import card, page  # noqa: E402
+from report.promises import promise_line  # noqa: E402
 from report.text import counted, device_needs  # noqa: E402
 from training import cpu, recorded, runs  # noqa: E402
 
@@ -198,7 +217,8 @@ class Job:
     """What all formats of an export are made from.
 
     spec: of the files that take images of any size. expected: the trained network's outputs on the
-    test split of `dataset`. unseen: images that --monitor compares with, None for a regression.
+    test split of `dataset`. unseen: images that --monitor compares with, and that promises are
+    chosen on; None for a regression.
     """
 
     trained: TrainedRun
@@ -224,6 +244,8 @@ def export(
     monitor = compare_with(trained, unseen, expected)
     spec = describe_files(trained, dataset, expected, facts, monitor, args)
     job = Job(trained, dataset, expected, facts, unseen, spec, args)
+    if args.promise:
+        check_promises(job)
 
     earlier = parity.read_earlier(out, spec["checkpoint_sha256"])
     chosen = chosen_formats(args)
@@ -308,6 +330,16 @@ def describe_files(
     )
 
 
+def check_promises(job: Job) -> None:
+    """Raise Problem if the trained network cannot promise what is wanted: nothing is exported."""
+    unseen = job.unseen
+    if unseen.source == TEST:
+        raise promises.refuse_seen(job.trained.path)
+    outputs = reference.reference(job.trained, unseen.images)
+    on_unseen = promises.as_labelled(outputs, unseen.labels, job.spec)
+    promises.choose(job.args.promise, job.spec, on_unseen, unseen.source)
+
+
 def describe_file(chosen: Format, job: Job) -> dict:
     """The spec of the file of one format. One of fixed size has golden samples of its own."""
     if not chosen.fixed:
@@ -336,7 +368,11 @@ def write_and_prove(chosen: Format, file: str, job: Job) -> dict:
     )
     try:
         made = chosen.export(source, file) or {}
+        promised = keep_promises(chosen, source, file, job)
         figures, failures = prove(chosen, file, job)
+        if promised:
+            made = {**made, "promises": promised}
+            figures["warnings"] += promises.warnings_of(promised)
     except Problem as problem:  # it cannot be quantized, or step3 cannot load or run the file
         made = {}
         figures = gate.NO_FIGURES
@@ -350,6 +386,23 @@ def write_and_prove(chosen: Format, file: str, job: Job) -> dict:
         "failures": failures,
         "checkpoint_sha256": job.spec["checkpoint_sha256"],
     }
+
+
+def keep_promises(chosen: Format, source: Source, file: str, job: Job) -> list[dict]:
+    """Choose the thresholds of a file by its own outputs, and write them into its spec.
+
+    Returns its promises. Raises Problem if it cannot keep them.
+    """
+    if not job.args.promise:
+        return []
+    unseen = job.unseen
+    exported = Model(file, job.trained.threads)
+    on_unseen = promises.outputs_of(exported, unseen.images, unseen.labels)
+    on_test = promises.outputs_of(exported, job.dataset.test_images, job.dataset.test_labels)
+    wanted = job.args.promise
+    kept = promises.promises_of(wanted, exported.spec, on_unseen, on_test, unseen.source)
+    promises.rewrite(chosen.export, source, file, kept)
+    return kept
 
 
 def prove(chosen: Format, file: str, job: Job) -> tuple[dict, list[str]]:
@@ -389,6 +442,8 @@ def report_proof(chosen: Format, file: str, out: str, proof: dict, width: int) -
         measured = speed.speed_in_words(proof["speedup"])
         how = f"{proof['quantization']}; speed relative to float32: {measured}"
         print(f"{'':15} {how}", flush=True)
+    for promise in proof.get("promises", []):
+        print(f"{'':15} {promise_line(promise)}", flush=True)
     for warning in (*proof["warnings"], proof.get("warning")):
         if warning:
             say(f"warning: {final}: {warning}")
@@ -549,6 +604,9 @@ def check_run(trained: TrainedRun, args: argparse.Namespace) -> None:
             raise Problem(
                 "--reject requires a run of step1 with --calibration, and no --uncalibrated", 2
             )
+        promises.check_classes(args.promise, trained.spec["classes"])
+        if args.promise and trained.spec["arguments"].get("calibration") not in SOURCES:
+            raise promises.refuse_seen(trained.path)
         return
 
     is_regression = f"{trained.path} is a regression"
@@ -558,6 +616,8 @@ def check_run(trained: TrainedRun, args: argparse.Namespace) -> None:
     if any(each.fixed for each in chosen):
         reason = "--fixed, executorch and litert only apply to classification"
         raise Problem(f"{reason}, and {is_regression}", 2)
+    if args.promise:
+        raise Problem(f"--promise only applies to classification, and {is_regression}", 2)
     if args.reject is not None or args.min_probability is not None:
         option = "--min-probability" if args.reject is None else "--reject"
         raise Problem(f"{option} only applies to classification, and {is_regression}", 2)
@@ -577,9 +637,14 @@ def run_export(args: argparse.Namespace) -> int:
     if reason:
         say(f"note: running on {counted(trained.threads, 'CPU thread')}: {reason}")
 
-    # Only what the export uses must be as it was: the test split, and for int8 the training split.
-    calibrates = any(each.quantized for each in chosen_formats(args))  # on training images
-    dataset = load_data(trained, args.data_dir, ("train", "test") if calibrates else ("test",))
+    # Only what the export uses must be as it was: the test split, for int8 the training split, and
+    # for promises what lies in neither.
+    splits = ["test"]
+    if args.promise or any(each.quantized for each in chosen_formats(args)):
+        splits.append("train")
+    if args.promise:
+        splits.append("val")
+    dataset = load_data(trained, args.data_dir, tuple(splits))
     out = args.out or os.path.join(runs.EXPORTS, os.path.basename(path))
     try:
         os.makedirs(out, exist_ok=True)

@@ -36,6 +36,7 @@ def describe_export(
         "fixed": None,
         "reject": reject,
         "min_probability": min_probability,
+        "promises": None,
         "device": device,
     }
 
@@ -75,6 +76,11 @@ def describe_onnx(spec: dict, opset: int, onnxruntime_min: str) -> dict:
 def with_golden(spec: dict, golden: list[dict]) -> dict:
     """The spec with other golden samples."""
     return {**spec, "golden": golden}
+
+
+def with_promises(spec: dict, promises: list[dict]) -> dict:
+    """The spec with the promises that its file keeps."""
+    return {**spec, "promises": promises}
 
 
 def with_tolerance(known: dict | None, tolerance: float) -> dict | None:

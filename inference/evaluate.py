@@ -14,6 +14,7 @@ from inference.finding import note_files
 from inference.images import images_of
 from inference.labels import Labels
 from inference.predict import Model
+from inference.promise import NOT_ANSWERED, check, is_chance, wanted
 from inference.spec import DECIMALS
 from inference.tables import csv_line
 
@@ -83,7 +84,7 @@ def judge(row: dict, truth: int, numbers: dict[str, int]) -> Judged:
         path=row["path"],
         truth=truth,
         answer=numbers[row["top"][0]["label"]],
-        probability=row["probability"],
+        probability=row["top"][0]["probability"],
         known=row["known"],
         label=row["label"],
     )
@@ -159,6 +160,7 @@ def evaluate(answers: Answers, model: Model, path: str) -> dict:
         "calibration_error": rounded(metrics.binned_error(confidence, right)),
         "calibration_error_floor": rounded(metrics.binned_error_floor(confidence)),
         **threshold_figures(judged, model),
+        "promises": promise_figures(judged, model),
         "per_class": per_class,
         "confusions": most_confused(judged, classes),
         "worst": worst_mistakes(judged, classes),
@@ -169,10 +171,10 @@ def threshold_figures(judged: list[Judged], model: Model) -> dict:
     """What the thresholds leave, and how much of that is right."""
     unknown = unsure = answered = hits = 0
     for image in judged:
-        is_answer = image.label == model.spec["classes"][image.answer]
-        if is_answer:
+        answer = final_answer(image, model)
+        if answer != NOT_ANSWERED:
             answered += 1
-            hits += image.answer == image.truth
+            hits += answer == image.truth
         elif image.label == "unknown":
             unknown += 1
         else:
@@ -188,6 +190,34 @@ def threshold_figures(judged: list[Judged], model: Model) -> dict:
         "accuracy_answered": rounded(hits / answered) if answered else None,
         "accuracy_answered_interval": interval(hits, answered) if answered else None,
     }
+
+
+def final_answer(image: Judged, model: Model) -> int:
+    """The class that the file answers, NOT_ANSWERED for unknown and unsure."""
+    classes = model.spec["classes"]
+    if image.label == classes[image.answer]:  # a class may be called "unknown"
+        return image.answer
+    promised = [promise["name"] for promise in model.promises if promise["kind"] == "recall"]
+    return classes.index(image.label) if image.label in promised else NOT_ANSWERED
+
+
+def promise_figures(judged: list[Judged], model: Model) -> list[dict]:
+    """Whether each promise of the file held on these images, with counts."""
+    answers = np.array([final_answer(image, model) for image in judged])
+    truths = np.array([image.truth for image in judged])
+    figures = []
+    for promise in model.promises:
+        number = None
+        if promise["kind"] == "recall":
+            number = model.spec["classes"].index(promise["name"])
+        found = check(wanted(promise), answers, truths, number)
+        held = None
+        if found["images"]:
+            held = found["share"] >= promise["share"]
+        explained = held is False and is_chance(found, promise["share"])
+        name = str(wanted(promise))
+        figures.append({"promise": name, "held": held, "chance_explains": explained, **found})
+    return figures
 
 
 def class_figures(truths: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict[str, dict]:
@@ -286,7 +316,23 @@ def summary_lines(figures: dict) -> list[str]:
     if figures["accuracy_answered"] is not None and len(rows) > 5:
         right = between(figures["accuracy_answered_interval"])
         rows.append(("right of these", f"{figures['accuracy_answered']:.2%}", right))
-    return [f"{name:18} {value:>8}  {remark}".rstrip() for name, value, remark in rows]
+    lines = [f"{name:18} {value:>8}  {remark}".rstrip() for name, value, remark in rows]
+    return lines + [promise_line(promise) for promise in figures["promises"]]
+
+
+def promise_line(figures: dict) -> str:
+    """Whether a promise held."""
+    name = f"promise {figures['promise']}"
+    if figures["held"] is None:
+        return f"{name}: no image is about it"
+    verdict = "held" if figures["held"] else "NOT held"
+    if figures["chance_explains"]:
+        verdict += ", which chance explains"
+    counts = f"{figures['kept']:,} of {figures['images']:,}"
+    cost = ""
+    if figures.get("false_alarms") is not None:
+        cost = f", false alarms {figures['false_alarms']:.2%}"
+    return f"{name}: {verdict}, {figures['share']:.2%} ({counts}){cost}"
 
 
 def between(limits: list[float]) -> str:

@@ -36,7 +36,8 @@ class Model:
 
     spec: what the file says about itself, see inference.spec. reject: keep this share of familiar
     images (0.99), others are "unknown". min_probability: answers with less are "unsure". Both are
-    the file's own at first and may be set; None for no threshold. max_pixels: of an image file, and
+    the file's own at first and may be set; None for no threshold. promises: the file's own, with
+    thresholds that count as well, see answer(). max_pixels: of an image file, and
     may be set, too. seen: counts what the decoded images held besides their pixels. batch: the only
     batch size that the file takes, None for any.
     """
@@ -62,6 +63,7 @@ class Model:
         self.spec, self._run = load(path, threads, provider, once)
         self.reject = self.spec["reject"]
         self.min_probability = self.spec["min_probability"]
+        self.promises = self.spec["promises"] or []
         self.max_pixels = MAX_PIXELS
         self.seen = Seen()
         self.batch = self.spec["fixed"]["batch"] if self.spec["fixed"] else None
@@ -117,7 +119,8 @@ def predict(path_or_array, model: Model, top_k: int = 3) -> dict:
 
     path_or_array: a path, a binary file object, or uint8 [height, width, channels], grey also as
     [height, width]. label: the most probable class, or "unknown" or "unsure" below the model's
-    thresholds. known: see Model.run. top: the `top_k` most probable labels, with probabilities.
+    thresholds, or another class where a promise says so. known: see Model.run. top: the `top_k`
+    most probable labels, with probabilities.
     """
     if not task_of(model.spec).has_images:
         raise Problem("this model predicts from numbers: pass float32 [batch, n] to Model.predict")
@@ -196,7 +199,7 @@ def predict_same_size(model: Model, images: dict[int, np.ndarray], top_k: int) -
         top = []
         for index, probability in zip(order[row].tolist(), best[row].tolist(), strict=True):
             top.append({"label": model.spec["classes"][index], "probability": probability})
-        results[key] = answer(model, top, share)
+        results[key] = answer(model, probabilities[row], top, share)
     return results
 
 
@@ -209,15 +212,31 @@ def find_fault(probabilities: np.ndarray, known: float | None) -> str | None:
     return None
 
 
-def answer(model: Model, top: list[dict], known: float | None) -> dict:
-    """One image's result, with its label by the model's thresholds."""
-    best = top[0]
-    label = best["label"]
+def answer(model: Model, probabilities: np.ndarray, top: list[dict], known: float | None) -> dict:
+    """One image's result, with its label by the model's thresholds.
+
+    What is unfamiliar is "unknown". Else the first class with a promise of recall whose own
+    probability reaches its threshold is the answer, and its probability is the result's. Else the
+    most probable class is, or "unsure" below the largest threshold for that.
+    """
+    best = top[0]["probability"]
+    result = {"label": top[0]["label"], "probability": best, "known": known, "top": top}
     if model.reject is not None and known < round(1 - model.reject, DECIMALS):
-        label = "unknown"
-    elif model.min_probability is not None and best["probability"] < model.min_probability:
-        label = "unsure"
-    return {"label": label, "probability": best["probability"], "known": known, "top": top}
+        return {**result, "label": "unknown"}
+
+    least = model.min_probability or 0.0
+    for promise in model.promises:
+        if promise["kind"] == "accuracy":
+            least = max(least, promise["threshold"])
+            continue
+        number = model.spec["classes"].index(promise["name"])
+        probability = float(np.float64(probabilities[number]).round(DECIMALS))
+        if probability >= promise["threshold"]:
+            return {**result, "label": promise["name"], "probability": probability}
+
+    if best < least:
+        return {**result, "label": "unsure"}
+    return result
 
 
 # --------------------------------------------------------------------------------------- many files

@@ -26,6 +26,7 @@ MAX_NAME = 256  # characters of a class name
 MAX_GOLDEN = 64  # samples
 MAX_SIDE = 4096  # pixels that the network sees, as in step1
 MAX_BATCH = 1024
+MAX_PROMISES = 1024
 MAX_FIXED_VALUES = 1 << 28  # of the only input size of a file of fixed size
 MAX_EDGES = 100  # of the bins that --monitor counts images in
 MAX_TOLERANCE = 5e-2  # of the self-test: more would pass anything
@@ -77,6 +78,20 @@ class Device(TypedDict):
     multiply_adds: int
 
 
+class Promise(TypedDict):
+    """A threshold that keeps what was promised: see inference.promise."""
+
+    kind: str  # "accuracy" of what is answered, or "recall" of a class
+    name: str | None  # of the class
+    share: float  # at least this part of the answers is right, or of the class is called so
+    confidence: float  # that the threshold keeps it
+    threshold: float  # of the largest probability, or of the class's own
+    images: int  # that it was chosen on: of a class, those of the class
+    source: str  # of these images, in words
+    chosen: dict  # how it is kept on them
+    test: dict  # and on the test split: images, kept, share; answered, or false_alarms
+
+
 class Spec(TypedDict, total=False):
     """All keys. Those of DEFAULTS may be missing in older files; read_spec() fills them in."""
 
@@ -99,6 +114,7 @@ class Spec(TypedDict, total=False):
     monitor: Monitored | None  # None for a file that --monitor can only count for
     reject: float | None  # keep this share of familiar images; the others are "unknown"
     min_probability: float | None  # answers with less are "unsure"
+    promises: list[Promise] | None  # of recall, the first whose threshold is reached is the answer
 
     dataset: str
     model: str  # the name of the network
@@ -126,6 +142,7 @@ DEFAULTS = {
     "monitor": None,
     "reject": None,
     "min_probability": None,
+    "promises": None,
     "fixed": None,
     "golden": [],
     "self_test_tolerance": None,
@@ -160,6 +177,7 @@ def read_spec(text: str | None, path: str) -> Spec:
         validate(spec, IMAGE_RULES, malformed)
         check_fixed_size(spec, malformed)
         check_monitor(spec, malformed)
+        check_promises(spec, malformed)
     if spec["reject"] is not None and spec["known"] is None:
         raise Problem(f"{malformed}: reject needs known, which the file does not have")
 
@@ -219,6 +237,13 @@ def check_monitor(spec: dict, malformed: str) -> None:
     """Raise Problem if what --monitor compares with is not of the file's own classes."""
     if spec["monitor"] is not None and len(spec["monitor"]["answers"]) != len(spec["classes"]):
         raise Problem(f"{malformed}: monitor must count the answers of each class")
+
+
+def check_promises(spec: dict, malformed: str) -> None:
+    """Raise Problem if a promise is about a class that the file does not have."""
+    for promise in spec["promises"] or []:
+        if promise["kind"] == "recall" and promise["name"] not in spec["classes"]:
+            raise Problem(f"{malformed}: a promise names a class that the file does not have")
 
 
 def validate(spec: dict, rules: dict, malformed: str) -> None:
@@ -315,6 +340,20 @@ def is_fixed(value) -> bool:
     return is_batch and value["input"] in INPUTS
 
 
+def are_promises(value) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, list) and len(value) <= MAX_PROMISES and all(map(is_promise, value))
+
+
+def is_promise(value) -> bool:
+    if not isinstance(value, dict) or value.get("kind") not in ("accuracy", "recall"):
+        return False
+    if value["kind"] == "recall" and not is_name(value.get("name")):
+        return False
+    return is_number(value.get("threshold"), 0, 1) and is_number(value.get("share"), 0, 1)
+
+
 def are_golden(value) -> bool:
     if not isinstance(value, list) or len(value) > MAX_GOLDEN:
         return False
@@ -338,6 +377,11 @@ RULES: dict[str, Rule] = {
     "monitor": (is_monitor, "null, or counts of images by bin that add up to their number"),
     "reject": (is_share, "a number from 0 to 1, or null"),
     "min_probability": (is_share, "a number from 0 to 1, or null"),
+    "promises": (
+        are_promises,
+        f"null, or a list of at most {MAX_PROMISES} promises, each with a kind (accuracy or "
+        "recall), a threshold and a share from 0 to 1 and, of recall, a name",
+    ),
     "fit": (lambda value: value in FITS, "stretch, crop, letterbox or null"),
     "fixed": (
         is_fixed,

@@ -7,6 +7,7 @@ import numpy as np
 from inference.engines import MODEL_NAMES
 from inference.metrics import BINS, KEPT
 from inference.spec import data_name
+from report.promises import HEAD, promise_cells
 from report.text import (
     MISSING,
     camera_table,
@@ -150,6 +151,9 @@ def describe_trust(spec: dict, passed: dict[str, dict]) -> Iterator[str]:
         yield markdown_table(["change", *(file or "accuracy" for file in files)], rows)
 
     yield describe_thresholds(spec)
+    promised = {file: figures for file, figures in passed.items() if figures.get("promises")}
+    if promised:
+        yield describe_promises(promised)
 
 
 def describe_temperature(spec: dict) -> str:
@@ -180,6 +184,22 @@ def describe_thresholds(spec: dict) -> str:
     if not thresholds:
         return "Without a threshold, the programs name a class for every image."
     return f"By default, the programs use {' and '.join(thresholds)}."
+
+
+def describe_promises(promised: dict[str, dict]) -> str:
+    """What each file promises, and how that held on the test split."""
+    rows = []
+    for file, figures in promised.items():
+        for promise in figures["promises"]:
+            rows.append([file, *map(markdown, promise_cells(promise))])
+    first = next(iter(promised.values()))["promises"][0]
+    return filled(
+        "card.promises.md.template",
+        confidence=f"{first['confidence']:.0%}",
+        images=counted(first["images"], "image"),
+        source=markdown(first["source"]),
+        table=markdown_table(["file", *HEAD], rows),
+    ).rstrip()
 
 
 def describe_calibration(measured: dict[str, dict]) -> str:

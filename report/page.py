@@ -14,6 +14,7 @@ from pathlib import Path
 
 from inference.files import replacing, sha256
 from report.drawing import PICTURES, draw_familiar
+from report.promises import HEAD, promise_cells
 from report.text import (
     MISSING,
     as_shown,
@@ -50,6 +51,7 @@ def write_report(
         *picture_sections(run_dir),
         built(classes_section, summary.get("per_class", {})),
         built(export_section, run, export),
+        built(promises_section, export),
         built(camera_section, export),
         built(configuration_section, config),
         built(epochs_section, run_dir),
@@ -307,6 +309,21 @@ def export_row(name, figures):
         speedup or MISSING,
         formatted(figures.get("latency_ms"), ".3g", " ms"),
     ]
+
+
+def promises_section(export):
+    """What each file promises, and how that held on the test split."""
+    rows = []
+    for name, figures in export.items():
+        for promise in figures.get("promises") or ():
+            rows.append([escaped(name), *map(escaped, promise_cells(promise))])
+    if not rows:
+        return ""
+    about = (
+        "Each holds with 95 % confidence for images drawn like those that its threshold was chosen "
+        "on, which are neither in the training nor in the test split."
+    )
+    return f"<section><h2>Promises</h2><p>{about}</p>{table(['format', *HEAD], rows)}</section>"
 
 
 def camera_section(export):

@@ -76,6 +76,23 @@ REFUSED = {
     "reject text": {"reject": "0.99"},
     "min_probability": {"min_probability": -0.1},
     "min_probability true": {"min_probability": True},
+    "promises object": {"promises": {"kind": "accuracy", "share": 0.9, "threshold": 0.5}},
+    "promises of texts": {"promises": ["accuracy=0.95"]},
+    "promises many": {"promises": [{"kind": "accuracy", "share": 0.9, "threshold": 0.5}] * 1025},
+    "promise without a kind": {"promises": [{"share": 0.9, "threshold": 0.5}]},
+    "promise of another kind": {"promises": [{"kind": "f1", "share": 0.9, "threshold": 0.5}]},
+    "promise kind list": {"promises": [{"kind": ["recall"], "share": 0.9, "threshold": 0.5}]},
+    "promise without a threshold": {"promises": [{"kind": "accuracy", "share": 0.9}]},
+    "promise threshold null": {"promises": [{"kind": "accuracy", "share": 0.9, "threshold": None}]},
+    "promise threshold large": {"promises": [{"kind": "accuracy", "share": 0.9, "threshold": 2}]},
+    "promise threshold true": {"promises": [{"kind": "accuracy", "share": 0.9, "threshold": True}]},
+    "promise share text": {"promises": [{"kind": "accuracy", "share": "0.9", "threshold": 0.5}]},
+    "promise of recall of no class": {
+        "promises": [{"kind": "recall", "share": 0.9, "threshold": 0.5}]
+    },
+    "promise of another class": {
+        "promises": [{"kind": "recall", "name": "no class", "share": 0.9, "threshold": 0.5}]
+    },
     "golden object": {"golden": {}},
     "golden text": {"golden": ["sample"]},
     "golden many": {"golden": [{}] * 65},
@@ -128,6 +145,9 @@ TAKEN = {
     "black ground": {"ground": "black"},
     "no ground": {"ground": None},
     "no thresholds": {"reject": None, "min_probability": None},
+    "no promises": {"promises": None},
+    "an empty list of promises": {"promises": []},
+    "a promise": {"promises": [{"kind": "accuracy", "name": None, "share": 1, "threshold": 0.5}]},
     "no golden samples": {"golden": []},
     "tolerance null": {"self_test_tolerance": None},
 }

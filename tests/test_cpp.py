@@ -129,8 +129,7 @@ def compare(program, call):
             known = expected["known"]
             known = None if known is None else pytest.approx(known, rel=0, abs=1e-3)
             assert got["known"] == known, got["path"]
-            assert got["probability"] == got["top"][0]["probability"]
-            assert got["label"] in (got["top"][0]["label"], "unknown", "unsure")
+            assert got["probability"] == pytest.approx(expected["probability"], rel=0, abs=1e-4)
             tops = [
                 {entry["label"]: entry["probability"] for entry in one["top"]}
                 for one in (got, expected)
@@ -359,6 +358,35 @@ def test_the_files_own_thresholds_count_unless_others_are_given(compare, shipped
     assert labels(compare(file, "--reject", "1", *strange)[0])[0]["noise"] == "unsure"
     answers, _ = labels(compare(file, "--reject", "1", "--min-probability", "0", *strange)[0])
     assert not {"unknown", "unsure"} & set(answers.values())
+
+
+def middle(rows, name):
+    """A threshold that half of the rows reach with their probability of a class, none of them only
+    just."""
+    own = []
+    for row in rows:
+        own += [entry["probability"] for entry in row["top"] if entry["label"] == name]
+    own.sort()
+    low, high = own[len(own) // 2 - 1 : len(own) // 2 + 1]
+    return (low + high) / 2
+
+
+def test_promises_are_kept_as_step3_keeps_them(compare, shipped, strange, here):
+    _, rows = labels(compare(shipped, *strange)[0])
+    recalls = [
+        {"kind": "recall", "name": name, "share": 0.9, "threshold": middle(rows, name)}
+        for name in ("8", "9")
+    ]
+    accuracy = {"kind": "accuracy", "share": 0.95, "threshold": 0.9999}
+    file = with_spec(shipped, here / "own", promises=[recalls[0], accuracy, recalls[1]])
+    answers, _ = labels(compare(file, *strange)[0])
+    called = list(answers.values())
+    assert {"8", "9", "unsure"} < set(called)
+    stricter, _ = labels(compare(file, "--min-probability", "1", *strange)[0])
+    assert list(stricter.values()).count("8") == called.count("8")
+    assert list(stricter.values()).count("unsure") >= called.count("unsure")
+    laxer, _ = labels(compare(file, "--min-probability", "0", "--reject", "0.99", *strange)[0])
+    assert {"unknown", "unsure"} < set(laxer.values())
 
 
 def test_files_without_known_go_on_working(program, compare, tiny, shipped, strange, here):

@@ -421,6 +421,23 @@ def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(browser, si
     assert re.search("noise.png.*: unsure; best guess", browser.text("#status")[0])
 
 
+def test_promises_are_kept_as_step3_keeps_them(browser, site, strange):
+    folder, address = site
+    recall = {"kind": "recall", "name": "8", "share": 0.9, "threshold": 1e-5}
+    accuracy = {"kind": "accuracy", "share": 0.95, "threshold": 0.9999}
+    file = onnx_with(
+        folder / "model.onnx", folder / "promised.onnx", promises=[accuracy, recall], reject=0.99
+    )
+    assert browser.open(f"{address}/web/?model=../promised.onnx") == ""
+    browser.choose(*strange)
+    labels = verdicts(browser)
+    assert labels == as_step3(file, strange, 0.99, None)
+    assert {"unsure", "unknown", "8"} < set(labels) and labels.count("8") > 1
+    assert "at least 95%" in browser.text("#about dl")[0]
+    set_limit(browser, "#least", "100")  # the stricter of both counts, and no class is taken back
+    assert verdicts(browser) == as_step3(file, strange, 0.99, 1.0)
+
+
 def test_the_files_own_thresholds_count_until_they_are_changed(browser, site, strange):
     folder, address = site
     own = onnx_with(

@@ -33,8 +33,15 @@ constexpr size_t MAX_NAME = 256;                 // characters of a class name
 constexpr size_t MAX_GOLDEN = 64;                // samples
 constexpr int64_t MAX_NETWORK_SIDE = 4096;       // pixels that the network sees
 constexpr int64_t MAX_BATCH = 1024;
+constexpr size_t MAX_PROMISES = 1024;
 constexpr int64_t MAX_FIXED_VALUES = int64_t(1) << 28;  // of the input of a file of fixed size
 constexpr double MAX_TOLERANCE = 5e-2;  // of the self-test: more would pass anything
+
+// From which probability of its own a class is the answer, whatever the others are.
+struct Recall {
+  size_t class_number;
+  double threshold;
+};
 
 // What this program needs of the spec.
 struct Spec {
@@ -45,6 +52,8 @@ struct Spec {
   bool has_known;
   std::optional<double> reject;
   std::optional<double> min_probability;
+  double promised_probability;  // below it an answer is unsure, besides min_probability
+  std::vector<Recall> recalls;  // the first whose threshold is reached is the answer
   json golden;  // the samples of the self-test
   double tolerance;
   double known_tolerance;
@@ -193,6 +202,24 @@ inline bool are_golden(const json& value) {
   return std::all_of(value.begin(), value.end(), [](const json& one) { return one.is_object(); });
 }
 
+inline bool is_promise(const json& value) {
+  if (!value.is_object()) return false;
+
+  const json kind = value.value("kind", json());
+  if (!is_text(kind, {"accuracy", "recall"})) return false;
+  if (kind == "recall" && !is_name(value.value("name", json()))) return false;
+
+  const json threshold = value.value("threshold", json());
+  const json share = value.value("share", json());
+  return !threshold.is_null() && is_share(threshold) && !share.is_null() && is_share(share);
+}
+
+inline bool are_promises(const json& value) {
+  if (value.is_null()) return true;
+  if (!value.is_array() || value.size() > MAX_PROMISES) return false;
+  return std::all_of(value.begin(), value.end(), is_promise);
+}
+
 struct Rule {
   const char* key;
   bool (*is_valid)(const json& value);
@@ -217,6 +244,11 @@ inline const std::vector<Rule> RULES = {
     {"known", is_known, "null, or an object whose tolerance is a number"},
     {"reject", is_share, "a number from 0 to 1, or null"},
     {"min_probability", is_share, "a number from 0 to 1, or null"},
+    {"promises",
+     are_promises,
+     "null, or a list of at most " + std::to_string(MAX_PROMISES) +
+         " promises, each with a kind (accuracy or recall), a threshold and a share from 0 to 1 "
+         "and, of recall, a name"},
     {"fit",
      [](const json& value) {
        return value.is_null() || is_text(value, {"stretch", "crop", "letterbox"});
@@ -252,6 +284,7 @@ inline const json DEFAULTS = {
     {"known", nullptr},
     {"reject", nullptr},
     {"min_probability", nullptr},
+    {"promises", nullptr},
     {"fixed", nullptr},
     {"golden", json::array()},
     {"self_test_tolerance", nullptr},
@@ -294,6 +327,26 @@ inline std::optional<double> optional_number(const json& value) {
   return value.get<double>();
 }
 
+// Takes the thresholds of the promises. Throws Problem for a class that the file does not have.
+inline void read_promises(const json& promises, const string& malformed, Spec& read) {
+  read.promised_probability = 0;
+  if (promises.is_null()) return;
+
+  for (const json& promise : promises) {
+    const double threshold = promise["threshold"].get<double>();
+    if (promise["kind"] == "accuracy") {
+      read.promised_probability = std::max(read.promised_probability, threshold);
+      continue;
+    }
+
+    const auto first = read.classes.begin();
+    const auto found = std::find(first, read.classes.end(), promise["name"].get<string>());
+    if (found == read.classes.end())
+      throw Problem(malformed + ": a promise names a class that the file does not have");
+    read.recalls.push_back({size_t(found - first), threshold});
+  }
+}
+
 // Parses and validates the spec that the file `path` carries; other_file: what to use instead of a
 // file of fixed size. Throws Problem if there is none, if it needs another program, or naming the
 // first key that is wrong.
@@ -333,6 +386,7 @@ inline Spec read_spec(const string& text, const string& path, const string& othe
   read.has_known = !known.is_null();
   read.reject = optional_number(spec["reject"]);
   read.min_probability = optional_number(spec["min_probability"]);
+  read_promises(spec["promises"], malformed, read);
   read.golden = spec["golden"];
   read.tolerance = tolerance_of(spec);
   read.known_tolerance = 0;

@@ -227,12 +227,26 @@ bool report_error(const string& path, const string& message, const Options& opti
   return false;
 }
 
-// The answer for an image whose best guess this is; the numbers are rounded as they are written.
-string judge(const Spec& spec, const string& guess, double probability,
-             std::optional<double> known) {
-  if (spec.reject && known && *known < rounded(1 - *spec.reject)) return "unknown";
-  if (spec.min_probability && probability < *spec.min_probability) return "unsure";
-  return guess;
+// What is answered, and the probability of the class that is, or of the best guess.
+struct Verdict {
+  string label;
+  double probability;
+};
+
+// The answer for an image whose best guess is this class. All numbers are compared as they are
+// written.
+Verdict judge(const Spec& spec, const Answer& answer, size_t guess) {
+  const double probability = rounded(answer.probabilities[guess]);
+  if (spec.reject && answer.known && rounded(*answer.known) < rounded(1 - *spec.reject))
+    return {"unknown", probability};
+
+  for (const Recall& recall : spec.recalls) {
+    const double own = rounded(answer.probabilities[recall.class_number]);
+    if (own >= recall.threshold) return {spec.classes[recall.class_number], own};
+  }
+
+  const double least = std::max(spec.min_probability.value_or(0), spec.promised_probability);
+  return {probability < least ? "unsure" : spec.classes[guess], probability};
 }
 
 // The numbers of the `count` most probable classes, the most probable first.
@@ -250,10 +264,9 @@ std::vector<size_t> rank(const std::vector<float>& probabilities, size_t count) 
 void write(const string& path, const Answer& answer, const Spec& spec, const Options& options) {
   const std::vector<size_t> best = rank(answer.probabilities, options.top_k);
   const string& guess = spec.classes[best[0]];
-  const double probability = rounded(answer.probabilities[best[0]]);
   std::optional<double> known;
   if (answer.known) known = rounded(*answer.known);
-  const string label = judge(spec, guess, probability, known);
+  const auto [label, probability] = judge(spec, answer, best[0]);
 
   if (options.format == "text") {
     std::cout << printable(path);

@@ -7,7 +7,8 @@ const RUNTIME = ["ort/ort.wasm.bundle.min.js", "ort/ort-wasm-simd-threaded.wasm"
 const TOLERATED = 1e-3; // beyond 0..1, of a probability of an int8 file
 
 let ort = null; // the runtime's module
-// {session, spec, source, bytes, limits: the file's own thresholds, which may be changed}
+// {session, spec, source, bytes, limits: the file's own thresholds, which may be changed, promises:
+// those that may not}
 let model = null;
 
 // A number with its noun in the singular or plural: 1 sample, 2 samples.
@@ -64,7 +65,7 @@ async function useModel({ bytes, source }) {
   }
   await model?.session.release();
   const limits = { reject: spec.reject, probability: spec.min_probability };
-  model = { session, spec, source, bytes: bytes.length, limits };
+  model = { session, spec, source, bytes: bytes.length, limits, promises: promised(spec) };
 }
 
 // A tensor of batch 1 -> [outputs, one for each class; known, the share of images like those
@@ -100,12 +101,36 @@ function checkShares(shares) {
   }
 }
 
-// What to answer instead of the best guess, by the rule of step3_infer.py: "unknown", "unsure", or
-// null.
-function verdict(probabilities, known, { reject, probability }) {
-  const best = rounded(Math.max(...probabilities));
-  if (reject !== null && known !== null && rounded(known) < rounded(1 - reject)) return "unknown";
-  if (probability !== null && best < probability) return "unsure";
+// The thresholds of the promises in a spec: recalls [{number of the class, threshold}], of which the
+// first that is reached counts, and the least probability of other answers.
+function promised(spec) {
+  const recalls = [];
+  let least = 0;
+  for (const { kind, name, threshold } of spec.promises ?? []) {
+    if (kind === "accuracy") least = Math.max(least, threshold);
+    else recalls.push({ number: spec.classes.indexOf(name), threshold });
+  }
+  return { recalls, least };
+}
+
+// What to answer instead of the best guess, by the rule of step3_infer.py, or null: {answer:
+// "unknown" or "unsure", or "class" with its number; threshold: what decided}. promises: of
+// promised().
+function verdict(probabilities, known, { reject, probability }, promises) {
+  const unfamiliar = reject === null ? 0 : rounded(1 - reject);
+  if (reject !== null && known !== null && rounded(known) < unfamiliar) {
+    return { answer: "unknown", threshold: unfamiliar };
+  }
+
+  const largest = Math.max(...probabilities);
+  const guess = probabilities.indexOf(largest);
+  for (const { number, threshold } of promises.recalls) {
+    if (rounded(probabilities[number]) < threshold) continue;
+    return number === guess ? null : { answer: "class", number, threshold };
+  }
+
+  const least = Math.max(probability ?? 0, promises.least);
+  if (rounded(largest) < least) return { answer: "unsure", threshold: least };
   return null;
 }
 

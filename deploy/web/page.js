@@ -104,6 +104,7 @@ function describe(spec) {
     ["Network", fact(spec.model)],
     ["Parameters", fact(spec.parameters?.toLocaleString?.("en"))],
     ["Test accuracy", accuracy],
+    ["Promises", regression ? null : promisesOf(spec)],
     ["Input", regression ? null : input],
     ["Trained", fact(spec.created)],
     ["Checkpoint SHA-256", fact(spec.checkpoint_sha256)],
@@ -118,6 +119,18 @@ function describe(spec) {
     add(list, "dd", "", value);
   }
   $("footer").hidden = false;
+}
+
+// The promises of a spec in words, or null if it has none.
+function promisesOf({ promises }) {
+  const texts = (promises ?? []).map(({ kind, name, share, threshold }) => {
+    const least = `at least ${rounded(100 * share)}%`;
+    const limit = `${rounded(100 * threshold)}%`;
+    return kind === "accuracy"
+      ? `accuracy of what is answered ${least} (unsure below ${limit})`
+      : `recall of ${isolate(name)} ${least} (called so from ${limit} on)`;
+  });
+  return texts.join("; ") || null;
 }
 
 // A text of the spec, or null if it has none.
@@ -170,28 +183,34 @@ function changeLimit(name) {
   const all = Array.from($("results").children);
   const judged = all.filter((card) => card.prediction?.model === model);
   for (const card of judged) {
-    const answer = judge(card);
-    if (answer) counts[answer] += 1;
+    const { answer } = judge(card) ?? {};
+    if (answer in counts) counts[answer] += 1;
   }
   say(`${counted(judged.length, "image")}: ${counts.unknown} unknown, ${counts.unsure} unsure.`);
 }
 
-// Write the verdict on a card's prediction above its classes; -> "unknown", "unsure", or null.
+// Write the verdict on a card's prediction above its classes; -> {answer, label}, or null for the
+// best guess.
 function judge(card) {
   const { probabilities, known } = card.prediction;
   const line = card.querySelector(".verdict");
-  const answer = verdict(probabilities, known, model.limits);
-  const { reject, probability } = model.limits;
-  const reason = answer === "unknown"
-    ? `known is below ${rounded(100 - 100 * reject)}%`
-    : `probability is below ${rounded(100 * probability)}%`;
+  const found = verdict(probabilities, known, model.limits, model.promises);
   line.replaceChildren();
-  line.hidden = answer === null;
-  card.classList.toggle("held", answer !== null);
-  if (!answer) return null;
-  add(line, "strong", "", answer);
+  line.hidden = found === null;
+  card.classList.toggle("held", found !== null);
+  if (!found) return null;
+
+  const { answer, number, threshold } = found;
+  const limit = `${rounded(100 * threshold)}%`;
+  const reason = {
+    unknown: `known is below ${limit}`,
+    unsure: `probability is below ${limit}`,
+    class: `promised from ${limit} on`,
+  }[answer];
+  const label = answer === "class" ? shown(model.spec.classes[number]) : answer;
+  add(line, "strong", "", label);
   add(line, "span", "quiet", `${reason}. Best guess:`);
-  return answer;
+  return { answer, label };
 }
 
 // ----------------------------------------------------------------------------------------- results
@@ -270,10 +289,10 @@ function fillCard(card, name, result) {
   }
 
   card.prediction = { model, probabilities, known };
-  const answer = judge(card);
+  const verdict = judge(card);
   const guess = isolate(model.spec.classes[best[0]]);
   const said = `${guess}, ${percent(probabilities[best[0]])}`;
-  return `${isolate(name)}: ${answer ? `${answer}; best guess ${said}` : said}`;
+  return `${isolate(name)}: ${verdict ? `${isolate(verdict.label)}; best guess ${said}` : said}`;
 }
 
 // A canvas with the upright image on the ground of the model: small images keep their pixels, which

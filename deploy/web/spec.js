@@ -17,6 +17,7 @@ const MAX_NAME = 256; // characters of a class name
 const MAX_GOLDEN = 64; // samples
 const MAX_NETWORK_SIDE = 4096; // pixels that the network sees
 const MAX_BATCH = 1024;
+const MAX_PROMISES = 1024;
 const MAX_FIXED_VALUES = 2 ** 28; // of the input of a file of fixed size
 const MAX_TOLERANCE = 5e-2; // of the self-test: more would pass anything
 
@@ -28,6 +29,7 @@ const DEFAULTS = {
   known: null,
   reject: null,
   min_probability: null,
+  promises: null,
   fixed: null,
   golden: [],
   self_test_tolerance: null,
@@ -193,6 +195,17 @@ function isFixed(value) {
   return isBatch && ["uint8", "float32"].includes(value.input);
 }
 
+function isPromise(value) {
+  if (!isObject(value) || !["accuracy", "recall"].includes(value.kind)) return false;
+  if (value.kind === "recall" && !isName(value.name)) return false;
+  return isShare(value.threshold) && isShare(value.share);
+}
+
+function arePromises(value) {
+  if (value === null) return true;
+  return Array.isArray(value) && value.length <= MAX_PROMISES && value.every(isPromise);
+}
+
 function areGolden(value) {
   return Array.isArray(value) && value.length <= MAX_GOLDEN && value.every(isObject);
 }
@@ -227,6 +240,12 @@ const RULES = [
     "min_probability",
     (spec) => spec.min_probability === null || isShare(spec.min_probability),
     "a number from 0 to 1, or null",
+  ],
+  [
+    "promises",
+    (spec) => arePromises(spec.promises),
+    `null, or a list of at most ${MAX_PROMISES} promises, each with a kind (accuracy or recall), ` +
+      "a threshold and a share from 0 to 1 and, of recall, a name",
   ],
   [
     "fit",
@@ -272,6 +291,15 @@ function checkFixedSize({ fixed, image_size: size, channels }) {
   const values = (fixed.batch ?? 1) * size[0] * size[1] * channels;
   if (values > MAX_FIXED_VALUES) {
     throw new Refused(`its fixed input has ${values.toLocaleString("en")} values`);
+  }
+}
+
+// Throws Refused if a promise is about a class that the file does not have.
+function checkPromises({ promises, classes }) {
+  for (const { kind, name } of promises ?? []) {
+    if (kind === "recall" && !classes.includes(name)) {
+      throw new Refused("a promise names a class that the file does not have");
+    }
   }
 }
 
@@ -322,6 +350,7 @@ function parseSpec(text, source) {
   if (spec.task === "classification") {
     validate(spec, IMAGE_RULES);
     checkFixedSize(spec);
+    checkPromises(spec);
   }
   if (spec.reject !== null && spec.known === null) {
     throw new Refused("reject needs known, which the file does not have");
