@@ -423,7 +423,10 @@ def test_unfamiliar_images_are_unknown_and_improbable_answers_unsure(browser, si
 
 def test_promises_are_kept_as_step3_keeps_them(browser, site, strange):
     folder, address = site
-    recall = {"kind": "recall", "name": "8", "share": 0.9, "threshold": 1e-5}
+    tops = [predict(path, Model(str(folder / "model.onnx")), top_k=10)["top"] for path in strange]
+    own = sorted(entry["probability"] for top in tops for entry in top if entry["label"] == "8")
+    threshold = (own[6] + own[7]) / 2  # reached by all but seven, none of them only just
+    recall = {"kind": "recall", "name": "8", "share": 0.9, "threshold": threshold}
     accuracy = {"kind": "accuracy", "share": 0.95, "threshold": 0.9999}
     file = onnx_with(
         folder / "model.onnx", folder / "promised.onnx", promises=[accuracy, recall], reject=0.99

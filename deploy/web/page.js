@@ -189,8 +189,8 @@ function changeLimit(name) {
   say(`${counted(judged.length, "image")}: ${counts.unknown} unknown, ${counts.unsure} unsure.`);
 }
 
-// Write the verdict on a card's prediction above its classes; -> {answer, label}, or null for the
-// best guess.
+// Write the verdict on a card's prediction above its classes; -> {answer, said: in a sentence}, or
+// null for the best guess.
 function judge(card) {
   const { probabilities, known } = card.prediction;
   const line = card.querySelector(".verdict");
@@ -207,10 +207,10 @@ function judge(card) {
     unsure: `probability is below ${limit}`,
     class: `promised from ${limit} on`,
   }[answer];
-  const label = answer === "class" ? shown(model.spec.classes[number]) : answer;
-  add(line, "strong", "", label);
+  const name = answer === "class" ? model.spec.classes[number] : answer;
+  add(line, "strong", "", shown(name));
   add(line, "span", "quiet", `${reason}. Best guess:`);
-  return { answer, label };
+  return { answer, said: answer === "class" ? isolate(name) : answer };
 }
 
 // ----------------------------------------------------------------------------------------- results
@@ -289,10 +289,10 @@ function fillCard(card, name, result) {
   }
 
   card.prediction = { model, probabilities, known };
-  const verdict = judge(card);
+  const judged = judge(card);
   const guess = isolate(model.spec.classes[best[0]]);
   const said = `${guess}, ${percent(probabilities[best[0]])}`;
-  return `${isolate(name)}: ${verdict ? `${isolate(verdict.label)}; best guess ${said}` : said}`;
+  return `${isolate(name)}: ${judged ? `${judged.said}; best guess ${said}` : said}`;
 }
 
 // A canvas with the upright image on the ground of the model: small images keep their pixels, which
