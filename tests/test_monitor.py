@@ -7,6 +7,7 @@ import stat
 
 import numpy as np
 import pytest
+from benchmarks import bench_field
 from conftest import ROOT, onnx_with
 
 import step3_infer
@@ -117,6 +118,18 @@ def test_a_bet_pays_no_more_than_its_stake_on_average(model):
 def test_the_stake_is_placed_once():
     placed = [unplaced(image) - unplaced(image + 1) for image in range(1, 1000)]
     assert min(placed) > 0 and sum(placed) + unplaced(1000) == pytest.approx(1)
+
+
+def test_the_benchmark_bets_as_the_product_does(model):
+    outputs, _ = draw(400, 2, shift=0.3)
+    streams = np.stack([np.random.default_rng(seed).permutation(400) for seed in range(4)])
+    expected = []
+    for stream in streams:
+        monitor = Monitor(model, bet_every=1)
+        (number,) = alarms(monitor, Outputs(outputs.main[stream], outputs.known[stream]))
+        expected.append(number)
+    compared = model.spec["monitor"]
+    assert bench_field.first_alarms(compared, outputs, streams).tolist() == expected
 
 
 def test_without_known_the_probabilities_are_bet_on():

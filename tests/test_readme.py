@@ -19,9 +19,10 @@ NAMES = (
 )
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
-OF_OTHERS = {  # the options of pip, torchrun, cmake, curl, http.server and model_signing
+OF_OTHERS = {  # the options of pip, torchrun, cmake, curl, http.server, model_signing, rpicam-vid
     *("--index-url", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
     *("--build", "--data-binary", "--directory", "--signature", "--private_key", "--public_key"),
+    "--codec",
 }
 
 

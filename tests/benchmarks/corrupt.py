@@ -54,12 +54,13 @@ def main():
     )
     parser.add_argument("images", help="an .npz file with the array `images`")
     parser.add_argument("out", type=Path, help="directory for the changed images")
+    parser.add_argument("--severities", type=int, nargs="+", default=SEVERITIES, metavar="N")
     args = parser.parse_args()
 
     package = load_package()
     images = np.load(args.images)["images"]
     args.out.mkdir(parents=True, exist_ok=True)
-    for severity in SEVERITIES:
+    for severity in args.severities:
         for name in package.get_corruption_names("common"):
             path = args.out / f"{name}-{severity}.npy"
             if path.exists():

@@ -561,6 +561,84 @@ def bench_unknown(results: Results) -> list[str]:
     return [*table(head, rows, right_from=1), "", told, *full_source(result)]
 
 
+def bench_field(results: Results) -> list[str]:
+    result = results.get("field")
+    if result is None:
+        return []
+    exports = result["figures"]["exports"]
+
+    rows = []
+    for figures in exports:
+        cost = figures["cost"]["watching"] / figures["cost"]["predicting"]
+        memory = list(figures["memory"].values())
+        rows.append(
+            [
+                f"`{figures['export']}`",
+                f"{figures['compared']:,}",
+                f"{figures['false_alarms']:,} of {figures['streams']:,}",
+                f"{figures['repeated']} of 100 ({figures['repeated_each']})",
+                percent(cost, 1),
+                f"{memory[-1]['mb'] - memory[0]['mb']:.1f} MB",
+            ]
+        )
+    head = [
+        "export",
+        "images of the reference",
+        "false alarms",
+        "if frames repeat (betting on each)",
+        "CPU of predicting",
+        "memory from 10,000 to 1,000,000 frames",
+    ]
+    lines = table(head, rows, right_from=1)
+    for figures in exports:
+        lines += ["", *field_changes(figures)]
+    return [*lines, *full_source(result)]
+
+
+def field_changes(figures: dict) -> list[str]:
+    """The table of one export's changes, and what they come to."""
+    rows = []
+    missed = []
+    medians = []
+    errors = []
+    for row in figures["changes"]:
+        has_accuracy = row["accuracy"] is not None
+        costs_much = has_accuracy and figures["accuracy"] - row["accuracy"] >= 0.1
+        if costs_much:
+            medians.append(row["median"] or float("inf"))
+        if costs_much and row["found"] < 1:
+            missed.append(row["change"])
+        if has_accuracy and row["found"] < 1 and not row["change"].startswith("only"):
+            errors.append(100 * abs(row["accuracy"] - row["estimate"]))
+        rows.append(
+            [
+                row["change"],
+                percent(row["accuracy"], 1),
+                percent(row["estimate"], 1) if row["found"] < 1 else "withheld",
+                percent(row["found"], 0),
+                "-" if row["median"] is None else f"{row['median']:.0f}",
+            ]
+        )
+
+    head = ["change", "accuracy", "estimated", "streams with an alarm", "images until then"]
+    told = f"`{figures['export']}`, {figures['images']:,} test images."
+    if medians:
+        told += (
+            f" Changes that cost 10 points or more: {len(medians)}, missed in some stream: "
+            f"{', '.join(missed) or 'none'}; images to the alarm: {statistics.median(medians):.0f} "
+            f"in the median, {max(medians):.0f} at most."
+        )
+    if figures["late"]:
+        late = statistics.median(median or float("inf") for median in figures["late"])
+        told += f" If they come after {figures['length']:,} images: {late:.0f} in the median."
+    if errors:
+        told += (
+            " Error of the estimate where some stream raises no alarm: "
+            f"{statistics.fmean(errors):.1f} points in the mean, {max(errors):.1f} at most."
+        )
+    return [*table(head, rows, right_from=1), "", told]
+
+
 def bench_doctor(results: Results) -> list[str]:
     result = results.get("doctor")
     if result is None:
@@ -659,6 +737,7 @@ TABLES = {
     "bench-engines": bench_engines,
     "bench-robustness": bench_robustness,
     "bench-unknown": bench_unknown,
+    "bench-field": bench_field,
     "bench-doctor": bench_doctor,
     "bench-honest": bench_honest,
     "bench-fuzz": bench_fuzz,
