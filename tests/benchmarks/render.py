@@ -639,6 +639,55 @@ def field_changes(figures: dict) -> list[str]:
     return [*table(head, rows, right_from=1), "", told]
 
 
+def bench_promise(results: Results) -> list[str]:
+    result = results.get("promise")
+    if result is None:
+        return []
+
+    groups: dict[tuple, list[dict]] = {}
+    for row in result["figures"]["rows"]:
+        key = (row["kind"], row["share"], row["held_out"])
+        groups.setdefault(key, []).append(row)
+
+    rows = []
+    for (kind, share, held_out), members in sorted(groups.items()):
+        rows.append([f"{kind} {percent(share, 0)}", f"{held_out:,}", *promise_cells(members)])
+    head = [
+        "promise",
+        "held-out images",
+        "none found (worst)",
+        "at best",
+        "broken (worst)",
+        "without chance (worst)",
+        "answered, or false alarms",
+        "in hindsight",
+        "of it",
+    ]
+    networks = {row["network"]: None for row in result["figures"]["rows"]}
+    told = f"Means over the networks {', '.join(networks)}; of recall, over their classes as well."
+    return [*table(head, rows, right_from=1), "", told, *full_source(result)]
+
+
+def promise_cells(rows: list[dict]) -> list[str]:
+    """The figures of one promise with one number of held-out images, over networks and classes."""
+    cells = [mean_and_worst([row["parts"]["none"] for row in rows])]
+    at_best = [row["none_at_best"] for row in rows if "none_at_best" in row]
+    cells.append(percent(statistics.fmean(at_best), 1) if at_best else "-")
+    for kind in ("parts", "drawn"):
+        cells.append(mean_and_worst([row[kind]["broken"] for row in rows]))
+
+    found = [row["parts"] for row in rows if row["parts"]["cost"] is not None]
+    if not found:
+        return [*cells, "-", "-", "-"]
+    cost = statistics.fmean(figures["cost"] for figures in found)
+    best = statistics.fmean(figures["best"] for figures in found)
+    return [*cells, percent(cost, 1), percent(best, 1), f"{cost / best:.2f}"]
+
+
+def mean_and_worst(shares: list[float]) -> str:
+    return f"{percent(statistics.fmean(shares), 1)} ({percent(max(shares), 1)})"
+
+
 def bench_doctor(results: Results) -> list[str]:
     result = results.get("doctor")
     if result is None:
@@ -738,6 +787,7 @@ TABLES = {
     "bench-robustness": bench_robustness,
     "bench-unknown": bench_unknown,
     "bench-field": bench_field,
+    "bench-promise": bench_promise,
     "bench-doctor": bench_doctor,
     "bench-honest": bench_honest,
     "bench-fuzz": bench_fuzz,
