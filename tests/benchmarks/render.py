@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from benchmarks.bench_pretrained import COUNTS  # noqa: E402
 from benchmarks.bench_tutorials import TUTORIALS  # noqa: E402
 from benchmarks.results import RESULTS, read_results  # noqa: E402
 
@@ -770,6 +771,34 @@ def bench_arm64(results: Results) -> list[str]:
     ]
 
 
+def bench_pretrained(results: Results) -> list[str]:
+    result = results.get("pretrained")
+    if result is None:
+        return []
+    figures = result["figures"]
+
+    measured = {}  # by the number of images and the program
+    for row in figures["rows"]:
+        measured.setdefault((row["images"], row["program"]), []).append(row)
+
+    rows = []
+    for (images, program), runs in measured.items():
+        accuracies = percents([run["accuracy"] for run in runs])
+        cpu = ", ".join(f"{run['cpu']:.0f}" for run in runs)
+        rows.append([f"{images:,}", program, accuracies, cpu])
+
+    seen = {images for images, _ in measured}
+    for images in COUNTS:
+        if images not in seen:
+            rows.append([f"{images:,}", "not measured yet", "", ""])
+    said = (
+        f"`{figures['model']}` at {figures['size']} px; the accuracy on {figures['judged']:,} test "
+        "images, one figure for each seed."
+    )
+    head = ["images", "program", "accuracy", "CPU seconds"]
+    return [said, "", *table(head, rows), *full_source(result)]
+
+
 TABLES = {
     "accuracy": accuracy,
     "device": device,
@@ -788,6 +817,7 @@ TABLES = {
     "bench-unknown": bench_unknown,
     "bench-field": bench_field,
     "bench-promise": bench_promise,
+    "bench-pretrained": bench_pretrained,
     "bench-doctor": bench_doctor,
     "bench-honest": bench_honest,
     "bench-fuzz": bench_fuzz,
