@@ -119,6 +119,13 @@ def build_parser() -> Parser:
         f"(default: {formats.MAX_DROP:g}, and what chance explains)",
     )
     add(
+        "--small-arena",
+        action="store_true",
+        default=None,
+        help="tflite-micro: replace GELU by hard-swish, which takes less working memory and costs "
+        "more accuracy",
+    )
+    add(
         "--fixed",
         nargs="?",
         const=0,
@@ -152,12 +159,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             option = name.replace("_", "-")
             parser.error(f"--{option} only applies to --format {' or '.join(usable)}")
 
-    takes_pixels = any(each.fixed for each in chosen_formats(args))
     args.promise = args.promise or []
     repeated = twice(args.promise)
     if repeated:
         parser.error(f"--promise {repeated} is given twice")
 
+    takes_pixels = any(each.fixed and not each.micro for each in chosen_formats(args))
     if args.input != formats.DEFAULTS["input"] and not takes_pixels:
         parser.error("--input requires --fixed")
     return args
@@ -184,6 +191,7 @@ from deploy import (  # noqa: E402
     describe,
     gate,
     int8,
+    micro_gate,
     parity,
     promises,
     publish,
@@ -347,6 +355,9 @@ def describe_file(chosen: Format, job: Job) -> dict:
 
     batch = job.args.fixed or chosen.batch
     input_type = "float32" if job.args.input == "float" else "uint8"
+    if chosen.micro:  # it takes nothing else, whatever the other formats are given
+        batch = chosen.batch
+        input_type = "uint8"
     spec = describe.describe_fixed(job.spec, batch, input_type)
 
     # Its engine is given rounded pixels, which change the outputs a little.
@@ -363,6 +374,7 @@ def write_and_prove(chosen: Format, file: str, job: Job) -> dict:
         opset=job.args.opset,
         dataset=job.dataset,
         max_drop=formats.MAX_DROP if job.args.max_drop is None else job.args.max_drop,
+        small_arena=job.args.small_arena,
         threads=job.trained.threads,
         unseen=job.unseen,
     )
@@ -407,8 +419,10 @@ def keep_promises(chosen: Format, source: Source, file: str, job: Job) -> list[d
 
 def prove(chosen: Format, file: str, job: Job) -> tuple[dict, list[str]]:
     """Figures of the comparison with the trained network, and failures in words. Raises Problem."""
+    limit = job.args.max_drop
+    if chosen.micro:
+        return micro_gate.prove_micro(job.trained, file, job.dataset, job.expected, limit)
     if chosen.quantized:
-        limit = job.args.max_drop
         return gate.prove_int8(job.trained, file, job.dataset, job.expected, limit)
     return gate.prove(job.trained, file, job.dataset, job.expected, job.args.tolerance)
 
@@ -444,9 +458,20 @@ def report_proof(chosen: Format, file: str, out: str, proof: dict, width: int) -
         print(f"{'':15} {how}", flush=True)
     for promise in proof.get("promises", []):
         print(f"{'':15} {promise_line(promise)}", flush=True)
+    if "arena" in proof:
+        print(f"{'':15} {micro_in_words(proof)}", flush=True)
     for warning in (*proof["warnings"], proof.get("warning")):
         if warning:
             say(f"warning: {final}: {warning}")
+
+
+def micro_in_words(proof: dict) -> str:
+    """What a microcontroller needs for a file, and what proved it."""
+    arena = (
+        "an unknown arena" if proof["arena"] is None else f"an arena of {proof['arena']:,} bytes"
+    )
+    needs = f"{proof['quantization']}; {proof['model_bytes']:,} bytes of flash, {arena}"
+    return f"{needs}; proven in {proof['runtime']} on {counted(proof['samples'], 'image')}"
 
 
 def publish_files(
@@ -461,8 +486,8 @@ def publish_files(
     published = set()
     for name, proof in proofs.items():
         if proof["passed"]:
-            content = Path(workspace, proof["file"]).read_bytes()
-            write_file(os.path.join(out, proof["file"]), content)
+            for file in formats.FORMATS[name].files:
+                write_file(os.path.join(out, file), Path(workspace, file).read_bytes())
             published.add(name)
         if proof["passed"] or not written.get(name, {}).get("passed"):
             written[name] = proof
@@ -486,7 +511,7 @@ def publish_bundle(workspace: str, out: str, proofs: dict[str, dict], job: Job, 
         opset = max(opset, int8.OPSET)
 
     contents = bundle.Contents(
-        models=[os.path.join(workspace, each.file) for each in chosen],
+        models=[os.path.join(workspace, file) for each in chosen for file in each.files],
         parity=proofs,
         spec=job.spec,
         onnxruntime=onnx_file.OPSETS[opset].onnxruntime,
@@ -611,8 +636,9 @@ def check_run(trained: TrainedRun, args: argparse.Namespace) -> None:
 
     is_regression = f"{trained.path} is a regression"
     chosen = chosen_formats(args)
-    if any(each.quantized for each in chosen):
-        raise Problem(f"onnx-int8 only applies to classification, and {is_regression}", 2)
+    quantized = [each.name for each in chosen if each.quantized]
+    if quantized:
+        raise Problem(f"{quantized[0]} only applies to classification, and {is_regression}", 2)
     if any(each.fixed for each in chosen):
         reason = "--fixed, executorch and litert only apply to classification"
         raise Problem(f"{reason}, and {is_regression}", 2)

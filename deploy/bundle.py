@@ -126,12 +126,13 @@ def readme(spec: dict, names: list[str]) -> str:
         inputs = "--values " + ",".join(["0.5"] * spec["channels"])
         cpp = "The C++ program is for image classifiers only."
     title = f"{markdown(spec['model'])}, trained on {markdown(data_name(spec))}"
-    text = filled("bundle.md.template", title=title, inputs=inputs, cpp=cpp)
+    micro = filled("bundle.micro.md.template") if "model_data.h" in names else ""
+    text = filled("bundle.md.template", title=title, inputs=inputs, cpp=cpp, micro=micro)
 
     # Rows of files that not every bundle has.
     lines = []
     for line in text.splitlines(keepends=True):
-        optional = re.match(r"\| `((?:model|calibration)\.[^`]+)` \|", line)
+        optional = re.match(r"\| `((?:model|model_data|calibration)\.[^`]+)` \|", line)
         if optional is None or optional[1] in names:
             lines.append(line)
     return "".join(lines)

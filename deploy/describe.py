@@ -68,6 +68,25 @@ def describe_int8(
     }
 
 
+def describe_micro(spec: dict, quantization: str, golden: list[dict], micro: dict) -> dict:
+    """The spec of a file for microcontrollers, from that of a file of fixed size.
+
+    Such a file has no output `known`, and so no threshold of it; what --monitor compares with would
+    take more space than it is worth there. golden: samples with its own
+    outputs. micro: see inference.spec.Micro.
+    """
+    return {
+        **spec,
+        "quantization": f"int8, {quantization}",
+        "golden": golden,
+        "self_test_tolerance": INT8_TOLERANCE,
+        "known": None,
+        "reject": None,
+        "monitor": None,
+        "micro": micro,
+    }
+
+
 def describe_onnx(spec: dict, opset: int, onnxruntime_min: str) -> dict:
     """The spec of an ONNX file. onnxruntime_min: the oldest version known to run it."""
     return {**spec, "opset": opset, "onnxruntime_min": onnxruntime_min}

@@ -30,8 +30,9 @@ class Source:
 
     deployable: a model.Deployable in eval mode. spec: of the file, which an exporter may complete.
     opset: of ONNX. dataset: int8 is calibrated on its training images. max_drop: points of accuracy
-    that int8 may lose. threads: that files are run with. unseen: data.unseen.Unseen, the images
-    that --monitor compares with; None for a regression.
+    that int8 may lose. small_arena: microcontrollers have little working memory. threads: that
+    files are run with. unseen: data.unseen.Unseen, the images that --monitor compares with; None
+    for a regression.
     """
 
     deployable: object
@@ -39,6 +40,7 @@ class Source:
     opset: int = 18
     dataset: object = None
     max_drop: float = 0.5
+    small_arena: bool = False
     threads: int | None = None
     unseen: object = None
 
@@ -199,16 +201,24 @@ def export_litert(source: Source, path: str) -> None:
     write_with_spec(path, Path(path).read_bytes(), source.spec)
 
 
-def write_with_spec(path: str, content: bytes, spec: dict) -> None:
+def export_micro(source: Source, path: str) -> dict:
+    """Write an int8 file for TensorFlow Lite Micro, and its C array. Raises Problem."""
+    from deploy import micro
+
+    return micro.export_micro(source, path)
+
+
+def write_with_spec(path: str, content: bytes, spec: dict, compressed: bool = False) -> None:
     """Write a model, and after it a zip archive with the spec and the class names.
 
     That is where LiteRT's own tools put such files.
     """
+    method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with replacing(path) as file:
         file.write(content)
         with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr(zipfile.ZipInfo("spec.json"), json.dumps(spec))
-            archive.writestr(zipfile.ZipInfo("labels.txt"), "\n".join(spec["classes"]))
+            archive.writestr(zipfile.ZipInfo("spec.json"), json.dumps(spec), method)
+            archive.writestr(zipfile.ZipInfo("labels.txt"), "\n".join(spec["classes"]), method)
 
 
 def write_file(path: str, content) -> None:

@@ -19,7 +19,8 @@ class Format:
     fixed: it takes images of the network's own size only. batch: its only batch size unless
     --fixed N says otherwise, None for any. fixed_version_of: the format that --fixed writes this
     one for; None for a format that can be named. quantized: it holds integers, and the gate allows
-    a loss of accuracy instead of a difference.
+    a loss of accuracy instead of a difference. beside: other files that `export` writes. micro: it
+    is proven in the runtime of microcontrollers.
     """
 
     name: str
@@ -31,10 +32,24 @@ class Format:
     batch: int | None = None
     fixed_version_of: str | None = None
     quantized: bool = False
+    beside: tuple[str, ...] = ()
+    micro: bool = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all its files in exports/<name>/."""
+        return (self.file, *self.beside)
 
 
 # The options of single formats, with their defaults.
-DEFAULTS = {"opset": 18, "tolerance": 1e-4, "max_drop": None, "fixed": None, "input": "uint8"}
+DEFAULTS = {
+    "opset": 18,
+    "tolerance": 1e-4,
+    "max_drop": None,
+    "small_arena": False,
+    "fixed": None,
+    "input": "uint8",
+}
 MAX_DROP = 0.5  # points of accuracy that int8 may lose without --max-drop, besides chance
 
 TABLE = (
@@ -84,6 +99,18 @@ TABLE = (
         options=("tolerance", "fixed", "input"),
         fixed=True,
         batch=1,
+    ),
+    Format(
+        name="tflite-micro",
+        file="model.int8.tflite",
+        export=exporters.export_micro,
+        runs_with="ai-edge-litert",
+        options=("max_drop", "small_arena"),
+        fixed=True,
+        batch=1,
+        quantized=True,
+        beside=("model_data.h", "model_data.cc"),
+        micro=True,
     ),
     Format(
         name="torchscript-fixed",

@@ -54,7 +54,8 @@ def remove_stale(out: str, stale: list[str], published: set[str]) -> None:
         return
     for name in stale:
         if name not in published:
-            Path(out, FORMATS[name].file).unlink(missing_ok=True)
+            for file in FORMATS[name].files:
+                Path(out, file).unlink(missing_ok=True)
     remove_bundle(out)
     names = ", ".join(stale)
     say(f"note: {out} held an export of another checkpoint, which is removed: {names}")

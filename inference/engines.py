@@ -181,14 +181,22 @@ def load_executorch(path: str, threads: int, provider: str, once: bool) -> tuple
 
 
 def load_litert(path: str, threads: int, provider: str, once: bool) -> tuple[Spec, Runner]:
-    """Load a LiteRT (.tflite) file."""
+    """Load a LiteRT (.tflite) file.
+
+    One for microcontrollers runs on LiteRT's reference kernels, which compute what a
+    microcontroller computes; the fast ones round otherwise.
+    """
     missing = f"{path} needs ai-edge-litert: pip install ai-edge-litert"
     with problems(missing, ImportError, form="{} ({})"):
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     with problems(f"{path} is not a file of step2_export.py for ai-edge-litert"):
         text = read_spec_at_end(path)
-        method = Interpreter(path, num_threads=threads).get_signature_runner()
+    spec = read_spec(text, path)
+    kernels = OpResolverType.BUILTIN_REF if spec["micro"] else OpResolverType.AUTO
+    with problems(f"{path} is not a file of step2_export.py for ai-edge-litert"):
+        interpreter = Interpreter(path, num_threads=threads, experimental_op_resolver_type=kernels)
+        method = interpreter.get_signature_runner()
 
     lock = threading.Lock()  # a method runs once at a time
 
@@ -197,7 +205,7 @@ def load_litert(path: str, threads: int, provider: str, once: bool) -> tuple[Spe
             inputs = dict.fromkeys(method.get_input_details(), array)
             return list(method(**inputs).values())
 
-    return read_spec(text, path), run
+    return spec, run
 
 
 def read_spec_at_end(path: str) -> str:

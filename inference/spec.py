@@ -70,6 +70,15 @@ class Fixed(TypedDict):
     input: str  # "uint8" or "float32"
 
 
+class Micro(TypedDict):
+    """What a file for microcontrollers takes there. arena: bytes of working memory, None if the
+    exporting machine could not measure them."""
+
+    runtime: str  # that proved it, with its version
+    arena: int | None
+    operators: list[str]  # that a program must register
+
+
 class Device(TypedDict):
     """What one input needs: numbers, times 4 for bytes in float32."""
 
@@ -132,6 +141,7 @@ class Spec(TypedDict, total=False):
     golden: list[dict]  # samples with their expected outputs
     self_test_tolerance: float  # largest difference of an output
     fixed: Fixed | None  # None for a file that takes images of any size
+    micro: Micro | None  # None for a file that is not for microcontrollers
 
 
 DEFAULTS = {
@@ -144,6 +154,7 @@ DEFAULTS = {
     "min_probability": None,
     "promises": None,
     "fixed": None,
+    "micro": None,
     "golden": [],
     "self_test_tolerance": None,
 }
@@ -387,6 +398,7 @@ RULES: dict[str, Rule] = {
         is_fixed,
         f"null, or a batch (1 to {MAX_BATCH}, or null) and an input (uint8 or float32)",
     ),
+    "micro": (lambda value: value is None or isinstance(value, dict), "null, or an object"),
     "golden": (are_golden, f"a list of at most {MAX_GOLDEN} samples"),
     "self_test_tolerance": (
         lambda value: value is None or is_number(value, 0),

@@ -138,8 +138,10 @@ def describe_trust(spec: dict, passed: dict[str, dict]) -> Iterator[str]:
     measured = {file: figures for file, figures in passed.items() if figures.get("coverage")}
     if measured:
         yield describe_calibration(measured)
-    if spec.get("known"):
-        yield describe_known(measured)
+    # A file for microcontrollers has no output `known`.
+    with_known = {file: figures for file, figures in measured.items() if "kept" in figures}
+    if spec.get("known") and with_known:
+        yield describe_known(with_known)
 
     on_camera = {}
     for file, figures in measured.items():
@@ -327,7 +329,9 @@ def parity_section(passed: dict[str, dict]) -> str:
     if notes:
         notes += "\n"
     for figures in passed.values():
-        if figures.get("quantization"):
+        if figures.get("model_bytes"):
+            notes += micro_note(figures)
+        elif figures.get("quantization"):
             notes += quantization_note(figures)
 
     # MODEL_NAMES lists the file first that step3 prefers. Old figures name formats, not files.
@@ -338,6 +342,23 @@ def parity_section(passed: dict[str, dict]) -> str:
         table=markdown_table(head, rows),
         notes=notes,
         file=to_test,
+    )
+
+
+def micro_note(figures):
+    """What a microcontroller needs for its file. The arena is None where it was not measured."""
+    arena = "an arena of unknown size"
+    if figures["arena"] is not None:
+        arena = f"an arena of {figures['arena']:,} bytes"
+    return filled(
+        "card.micro.md.template",
+        how=markdown(figures["quantization"]),
+        flash=f"{figures['model_bytes']:,}",
+        arena=arena,
+        runtime=markdown(figures["runtime"]),
+        images=counted(figures["samples"], "test image"),
+        drop=formatted(figures.get("drop"), ".2f"),
+        operators=", ".join(figures["operators"]),
     )
 
 
