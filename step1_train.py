@@ -248,13 +248,20 @@ def add_training_options(parser: Parser) -> None:
         type=number(float, 0, 1, above=True),
         metavar="X",
         help="learning rate of the first layer, as a part of the last one's; those between follow "
-        "(default: 0.1 with --pretrained, else 1)",
+        "(default: 0.25 with --pretrained, else 1)",
     )
     add(
         "--batch-norm",
         choices=recipes.BATCH_NORMS,
         help="normalise by the statistics of each batch, or by those that came with the weights "
         "(default: frozen with --pretrained, else trained)",
+    )
+    add(
+        "--keep-start",
+        type=number(float, 0, 1),
+        metavar="PART",
+        help="part of the result that the weights make up which training began with (default: 0.5 "
+        "or less with --pretrained, the fewer images the more, else 0)",
     )
     add(
         "--label-smoothing",
@@ -417,9 +424,11 @@ def train(
     machine: Machine,
     progress: Progress,
     saver: Saver,
+    start: dict[str, torch.Tensor] | None,
 ) -> Evaluation | None:
     """Train for the epochs that are left; evaluate and save after each.
 
+    start: the weights that training began with, if the last epoch goes back towards them.
     Returns the last evaluation where it is the result: on the test split, after an epoch. Raises
     Problem, and Stopped after a signal.
     """
@@ -441,6 +450,8 @@ def train(
             break
 
         trained = train_epoch(network, optimizer, trainee, settings, machine, progress, saver)
+        if start and epoch == settings.epochs:
+            optimizers.keep_start(trainee.deployable.network, start, settings.keep_start)
         if momentum is not None:
             batch_norm.estimate_anew(trainee, settings, machine, progress)
         evaluated = evaluate_epoch(trainee, watched, settings, machine, progress)
@@ -670,6 +681,29 @@ def with_fitted_head(
     return start
 
 
+def weights_at_start(
+    trainee: Trainee,
+    dataset: data.Dataset,
+    settings: argparse.Namespace,
+    machine: Machine,
+    checkpoint: dict | None,
+) -> dict[str, torch.Tensor] | None:
+    """The state_dict that training began with, if --keep-start wants a part of it in the result.
+
+    A resumed run makes it again; if the weights are gone meanwhile, none of them is kept, which is
+    noted.
+    """
+    if not settings.keep_start:
+        return None
+    if checkpoint:
+        try:
+            trainee = with_fitted_head(trainee, dataset, settings, machine)
+        except Problem as problem:
+            note(f"the result keeps no part of the weights that training began with: {problem}")
+            return None
+    return copy.deepcopy(trainee.deployable.network.state_dict())
+
+
 def better_of_head_and_training(
     final: Trainee,
     twin: Trainee | None,
@@ -754,10 +788,11 @@ def cross_fit(
             deployable = copy.deepcopy(trainee.deployable)
             splits = {"train": train_split.part(~fold), "test": train_split.part(fold)}
             other = trainee.with_network(deployable, splits)
-            set_to_zero(other.network)
+            set_to_zero(other.network)  # it has seen the fold
+            start_head(other, settings)
 
             optimizer = optimizers.make_optimizer(deployable.network, settings)
-            evaluated = train(other, optimizer, settings, machine, Progress(), saver)
+            evaluated = train(other, optimizer, settings, machine, Progress(), saver, start=None)
             logits[torch.from_numpy(fold)] = torch.from_numpy(evaluated.outputs)
     return logits
 
@@ -785,6 +820,7 @@ def train_twin(
         with machine.processes.first_of_each_machine_first():
             start_head(twin, settings)
 
+    start = weights_at_start(twin, dataset, settings, machine, checkpoint)
     optimizer = optimizers.make_optimizer(deployable.network, settings)
     progress = restore(checkpoint, optimizer, machine.processes.rank)
     with Signals() as signals, console.training_twin():
@@ -796,7 +832,7 @@ def train_twin(
             signals=signals,
             interval=settings.checkpoint_every,
         )
-        train(twin, optimizer, settings, machine, progress, saver)
+        train(twin, optimizer, settings, machine, progress, saver, start)
     return twin
 
 
@@ -970,6 +1006,7 @@ def complete(
     """
     group = machine.processes
     network = trainee.deployable.network
+    start = weights_at_start(trainee, dataset, settings, machine, checkpoint)
     optimizer, progress = go_on(trainee, settings, machine, checkpoint)
     signals = Signals()
     saver = Saver(
@@ -982,7 +1019,7 @@ def complete(
     )
     try:
         with signals:
-            evaluated = train(trainee, optimizer, settings, machine, progress, saver)
+            evaluated = train(trainee, optimizer, settings, machine, progress, saver, start)
         final = with_best_epoch(trainee, progress)
         twin = None
         if settings.calibration == "twin":

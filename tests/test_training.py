@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import data
 import model
@@ -340,6 +341,7 @@ COMMON = {
     "label_smoothing": 0.0,
     "batch_norm": "trained",
     "layer_decay": 1.0,
+    "keep_start": 0.0,
 }
 SGD = {
     "optimizer": "sgd",
@@ -396,7 +398,7 @@ DIFFERENT = {
     ("mynet", "digits"): {"epochs": 50, "batch_size": 32, "lr": 0.04},
     ("resblock", "digits"): {"epochs": 50, "batch_size": 64, "lr": 0.1},
 }
-FROZEN = {**COMMON, **SGD, "batch_size": 64, "lr": 0.01}
+FROZEN = {**COMMON, **SGD, "batch_size": 64, "lr": 0.001}
 PRETRAINED = {
     **COMMON,
     "optimizer": "adamw",
@@ -436,7 +438,7 @@ def test_another_optimizer_brings_its_own_rate_and_schedule():
     assert adam["width"] == 0.25 and adam["momentum"] is None
     assert {key: adam[key] for key in ADAM} == ADAM
     sgd = recipes.recipe("mlp", "cifar10", start="frozen", optimizer="sgd")
-    assert sgd["lr"] == 0.01  # the recipe's own optimizer keeps the recipe's rate
+    assert sgd["lr"] == 0.001  # the recipe's own optimizer keeps the recipe's rate
     gentle = recipes.recipe("resnet18", "folder", start="pretrained", optimizer="sgd")
     assert (gentle["lr"], gentle["momentum"], gentle["batch_norm"]) == (0.002, 0.9, "frozen")
 
@@ -458,6 +460,7 @@ def test_weights_from_elsewhere_choose_a_network_and_fewer_epochs():
     assert [recipes.usual_epochs(fresh, count) for count in counts] == [50, 50, 40, 40]
     fresh.model = "airbench"
     assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 8, 4, 4]
+    assert [recipes.usual_keep_start(count) for count in (20, 100, 1600)] == [0.5, 0.5, 0.25]
 
 
 def test_layers_nearer_to_the_input_learn_more_slowly():
@@ -472,6 +475,16 @@ def test_layers_nearer_to_the_input_learn_more_slowly():
     in_order = [rates[id(parameter)] for parameter in network.parameters()]
     assert in_order == sorted(in_order)
     assert in_order[0] == pytest.approx(0.1) and in_order[-1] == 1
+
+
+def test_a_part_of_the_start_is_kept():
+    network = nn.BatchNorm1d(2)
+    start = copy.deepcopy(network.state_dict())
+    network(torch.randn(8, 2))
+    network.weight.data.fill_(2.0)
+    optimizers.keep_start(network, start, 0.25)
+    assert network.weight.tolist() == [1.75, 1.75]  # the start was 1
+    assert network.num_batches_tracked == 1
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale():

@@ -17,7 +17,7 @@ from deploy import device
 from inference.images import decode_image, resize
 from inference.predict import Model, predict
 from training import recipes, saliency
-from training.features import LastLayer, forget_random_head
+from training.features import LastLayer, start_head
 from training.weights import place_of_download
 
 
@@ -117,14 +117,16 @@ def last_layer(weight):
     return LastLayer(deployable=deployable, splits={"train": split}, classes=2, head="head")
 
 
-def test_a_head_that_says_nothing_is_forgotten():
-    trained = last_layer([[1.0, -1.0], [-1.0, 1.0]])
-    forget_random_head(trained)
-    assert trained.network.weight.any()
-
+def test_the_head_of_a_frozen_network_is_fitted_unless_it_is_better():
+    settings = SimpleNamespace(pretrained="weights.pth", freeze_backbone=True)
     random = last_layer([[-9.0, 5.0], [3.0, -4.0]])
-    forget_random_head(random)
-    assert not random.network.weight.any() and not random.network.bias.any()
+    start_head(random, settings)
+    split = random.splits["train"]
+    assert random.network(split.images).argmax(1).tolist() == split.labels.tolist()
+
+    trained = last_layer([[50.0, -50.0], [-50.0, 50.0]])
+    start_head(trained, settings)
+    assert trained.network.weight[0, 0] == 50
 
 
 def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):

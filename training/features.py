@@ -2,14 +2,13 @@
 features.
 
 The features of a frozen network, what its last layer is given, are computed once and kept in a
-file. --freeze-backbone trains the last layer on them, so that an epoch costs no more than that
-layer; --pretrained alone fits the new head to them before it trains the whole network.
+file. --pretrained fits the new head to them first. --freeze-backbone trains no more than that layer
+on them, so that an epoch costs hardly anything; without it, the whole network is trained.
 """
 
 import argparse
 import contextlib
 import hashlib
-import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -164,18 +163,15 @@ def fits_head_first(settings: argparse.Namespace) -> bool:
 
 
 def start_head(trainee: Trainee, settings: argparse.Namespace) -> None:
-    """Fit the head of a pretrained network that will be trained whole, before its first step; let
-    one that is trained alone start at zero.
+    """Fit the head of a pretrained network before its first step, whatever will be trained.
 
     Raises Problem if the features cannot be kept.
     """
-    if isinstance(trainee, LastLayer):
-        forget_random_head(trainee)
-    if not fits_head_first(settings):
+    if not settings.pretrained or is_regression(trainee.splits["train"]):
         return
-    if is_regression(trainee.splits["train"]):
-        return
-    last_layer = last_layer_of(trainee, ["train"], settings)
+    last_layer = trainee
+    if isinstance(trainee, WholeNetwork):
+        last_layer = last_layer_of(trainee, ["train"], settings)
     if last_layer:
         fit_head(last_layer)
 
@@ -320,21 +316,6 @@ def write_features(path: str, extractor: Extractor, images: torch.Tensor) -> Non
 
 
 # ----------------------------------------------------------------------------- a head to start with
-def forget_random_head(last_layer: LastLayer) -> None:
-    """Set the head to zero unless it came with the weights and says something of the classes.
-
-    Some networks begin with large random weights. Of features that are more than the images, no
-    training takes them back: with 100 images, they cost 17 points of accuracy.
-    """
-    split = last_layer.splits["train"]
-    rows = split.members.to(split.images.device)
-    layer = last_layer.network
-    with torch.no_grad():
-        loss = F.cross_entropy(layer(split.images[rows]), split.labels[rows])
-        if loss.item() >= math.log(last_layer.classes):  # that of answers which are all alike
-            set_to_zero(layer)
-
-
 @torch.no_grad()
 def set_to_zero(layer: nn.Linear) -> None:
     for parameter in layer.parameters():

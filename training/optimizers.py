@@ -63,6 +63,18 @@ def freeze_backbone(network: nn.Module) -> None:
         parameter.requires_grad = key in head
 
 
+@torch.no_grad()
+def keep_start(network: nn.Module, start: dict[str, torch.Tensor], part: float) -> None:
+    """Move all weights back by this part of the way that training has taken them from the start.
+
+    Between both lie networks that do better on new images than either (WiSE-FT, Wortsman et al.
+    2022). start: the state_dict that training began with.
+    """
+    for key, tensor in network.state_dict().items():
+        if tensor.is_floating_point():  # a count of steps is no weight
+            tensor.lerp_(start[key], part)
+
+
 def train_mode(network: nn.Module, norm: str) -> None:
     """Training mode, but eval mode for layers that are frozen, such as a backbone's batch norm.
 

@@ -34,6 +34,7 @@ RECIPES = {
         "label_smoothing": 0.0,
         "batch_norm": "trained",
         "layer_decay": 1.0,
+        "keep_start": 0.0,
     },
     "torchvision": {"batch_size": 64},
     "mlp": {"optimizer": "adam", "batch_size": 32},
@@ -62,8 +63,9 @@ RECIPES = {
     "mlp digits": {"epochs": 50},
     "mynet digits": {"epochs": 50, "batch_size": 32, "lr": 0.04},
     "resblock digits": {"epochs": 50, "batch_size": 64, "lr": 0.1},
-    # The last layer alone, on features.
-    "frozen": {"batch_size": 64, "lr": 0.01, "weight_decay": 1e-4, "schedule": "onecycle"},
+    # The last layer alone, on features; L-BFGS has fitted it before, and ten times the rate would
+    # fit it to the images.
+    "frozen": {"batch_size": 64, "lr": 0.001, "weight_decay": 1e-4, "schedule": "onecycle"},
     # All of a network with weights from elsewhere; tests/benchmarks/NOTES.md has what was tried.
     "pretrained": {
         "optimizer": "adamw",
@@ -101,6 +103,9 @@ SMALLEST_BATCH = 16  # that a large batch is halved down to
 STEPS_PER_EPOCH = 16  # at least, where few images allow it
 IMAGES_SEEN = 200_000  # by default of your own images, over all epochs: few images want more passes
 IMAGES_SEEN_AGAIN = 16_000  # the same by a network that has learned on others before
+
+MOST_KEPT = 0.5  # of the weights from elsewhere, in the result
+FEW_TO_KEEP = 100  # images, for which that is best
 
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
@@ -167,7 +172,7 @@ def trains_whole(settings: argparse.Namespace) -> bool:
     return not settings.freeze_backbone
 
 
-def may_freeze_norm(settings: argparse.Namespace) -> bool:
+def tunes_whole(settings: argparse.Namespace) -> bool:
     return bool(settings.pretrained) and not settings.freeze_backbone
 
 
@@ -198,7 +203,8 @@ APPLIES_TO = {
     "freeze_backbone": ("--pretrained: it trains the last layer only", is_pretrained),
     "minutes": ("images, and to networks trained whole, without --freeze-backbone", augments),
     "layer_decay": ("networks trained whole, without --freeze-backbone", trains_whole),
-    "batch_norm": ("networks with --pretrained, trained whole", may_freeze_norm),
+    "batch_norm": ("networks with --pretrained, trained whole", tunes_whole),
+    "keep_start": ("networks with --pretrained, trained whole", tunes_whole),
 }
 
 
@@ -342,6 +348,8 @@ def adapt_to_images(
         suggest_pretrained(settings, count)
     if is_own and "epochs" not in given:
         settings.epochs = usual_epochs(settings, count)
+    if tunes_whole(settings) and "keep_start" not in given:
+        settings.keep_start = usual_keep_start(count)
     if "batch_size" not in given:
         # The recipes of the named datasets were made for the number of their images.
         images = count if is_own else None
@@ -355,10 +363,19 @@ def adapt_to_images(
 
 def usual_epochs(settings: argparse.Namespace, count: int) -> int:
     """How often to see so many images of one's own."""
+    if start_of(settings) == "frozen":
+        return RECIPES["*"]["epochs"]  # its last layer has been fitted before
     if start_of(settings) == "pretrained":
         return min(max(IMAGES_SEEN_AGAIN // count, 4), 30)
     fewest = recipe(settings.model, settings.dataset, start=None)["epochs"]
     return min(max(IMAGES_SEEN // count, fewest), 50)
+
+
+def usual_keep_start(count: int) -> float:
+    """The part of the weights from elsewhere in the result: half of them for few images, as these
+    say less than the millions that the weights come from; a quarter for 1,600.
+    """
+    return min(MOST_KEPT, round(MOST_KEPT * (FEW_TO_KEEP / count) ** 0.25, 2))
 
 
 def augmentations(settings: argparse.Namespace, channels: int) -> list[str]:
@@ -509,6 +526,7 @@ def resolve_resumed(
         "group_by": data.NO_GROUPS,
         "batch_norm": "trained",
         "layer_decay": 1.0,
+        "keep_start": 0.0,
     }
     recorded = {name: arguments.get(name, default) for name, default in defaults.items()}
     if "cache_dir" not in asked:

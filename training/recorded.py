@@ -134,6 +134,7 @@ ARGUMENTS: dict[str, Rule] = {
     "schedule": one_of(SCHEDULES),
     "layer_decay": between(1e-6, 1),
     "batch_norm": one_of(BATCH_NORMS),
+    "keep_start": between(0, 1),
     "label_smoothing": between(0, 0.99),
     "calibration": one_of(CALIBRATIONS),
     "precision": one_of(("auto", "fp32", "bf16")),
