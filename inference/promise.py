@@ -257,6 +257,8 @@ def promise_accuracy(
     more = "more images would not help"
     if needed is not None:
         more = f"it may take {round_up(needed * len(outputs)):,} images"
+    if recalls:
+        more += " (wrong answers by a promise of recall count)"
     raise NotKept(
         f"cannot promise {promise}: no threshold keeps it on {len(outputs):,} images with "
         f"{CONFIDENCE:.0%} confidence, and {more}; {instead}"
