@@ -99,15 +99,16 @@ class Monitor:
     def count(self, row: dict) -> None:
         self.images += 1
         label = row["label"]
-        best = row["top"][0]["label"]
-        if label == "unknown" != best:
+        best = row["top"][0]
+        if label == "unknown" != best["label"]:
             self.unknown += 1
-        elif label == "unsure" != best:
+        elif label == "unsure" != best["label"]:
             self.unsure += 1
         else:
             self.answers[self.numbers[label]] += 1
         if self.reference:
-            self.above += row["probability"] > self.reference["threshold"]
+            # row["probability"] is another class's where the file promises a recall.
+            self.above += best["probability"] > self.reference["threshold"]
 
     def bet(self, row: dict) -> str | None:
         """Bet on an image, if it is its turn; returns the alarm if this raises it."""
