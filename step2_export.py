@@ -22,6 +22,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import argparse
+import contextlib
 import hashlib
 import io
 import os
@@ -679,6 +680,9 @@ def run_export(args: argparse.Namespace) -> int:
         if error.filename is None:  # standard output
             raise
         raise Problem(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # it holds files, unless nothing could be exported
+            os.rmdir(out)
 
     update_report(path, out)
     return 1 if failed else 0

@@ -1,6 +1,7 @@
 """Promises: thresholds that keep them, from the choice on held-out images to the answers."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -167,7 +168,10 @@ def test_a_promise_is_given_once(call):
 def test_promises_that_do_not_fit_the_run(call):
     arguments = ["--run", "small", "--format", "onnx", "--promise"]
     call(step2_export.main, *arguments, "recall:10=0.9").error(2, "no class", "did you mean '1'")
-    call(step2_export.main, *arguments, "accuracy=0.9").error(2, "--val-fraction", "held-out")
+    call(step2_export.main, *arguments, "accuracy=0.9", "--out", "refused").error(
+        2, "--val-fraction", "held-out"
+    )
+    assert not os.path.exists("refused")
 
 
 def test_a_regression_promises_nothing(linear, call):
