@@ -33,11 +33,14 @@ def golden_images(dataset) -> np.ndarray:
     return dataset.test_images[one_of_each_class(dataset, GOLDEN_SAMPLES)]
 
 
-def golden_samples(inputs: np.ndarray, outputs: Outputs, spec: dict) -> list[dict]:
+def golden_samples(
+    inputs: np.ndarray, outputs: Outputs, spec: dict, with_tensors: bool = True
+) -> list[dict]:
     """Golden samples for a spec: each input with its outputs.
 
     inputs: images uint8 [n, H, W, channels], which become base64 PNG, or features [n, k]. A file of
-    fixed size also gets the tensor that its engine takes, [height, width, channels], as base64.
+    fixed size also gets the tensor that its engine takes, [height, width, channels], as base64,
+    unless with_tensors is false, because the inputs have its size already.
     """
     if inputs.ndim == 2:
         pairs = zip(inputs.tolist(), outputs.main.tolist(), strict=True)
@@ -51,7 +54,7 @@ def golden_samples(inputs: np.ndarray, outputs: Outputs, spec: dict) -> list[dic
             # float32 has seven digits; more would only take space.
             "probabilities": [round(probability, 7) for probability in probabilities],
         }
-        if spec.get("fixed"):  # other engines get no resized image from step3
+        if spec.get("fixed") and with_tensors:  # other engines get no resized image from step3
             tensor = fit_to_input(image[None], spec)
             sample["tensor"] = base64.b64encode(tensor.tobytes()).decode()
         if outputs.known is not None:

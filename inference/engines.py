@@ -190,7 +190,7 @@ def load_litert(path: str, threads: int, provider: str, once: bool) -> tuple[Spe
     with problems(missing, ImportError, form="{} ({})"):
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-    with problems(f"{path} is not a file of step2_export.py for ai-edge-litert"):
+    with problems(f"{path} is cut off, or not a file of step2_export.py"):
         text = read_spec_at_end(path)
     spec = read_spec(text, path)
     kernels = OpResolverType.BUILTIN_REF if spec["micro"] else OpResolverType.AUTO
