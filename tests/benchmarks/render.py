@@ -706,6 +706,30 @@ def mean_and_worst(shares: list[float]) -> str:
     return f"{percent(statistics.fmean(shares), 1)} ({percent(max(shares), 1)})"
 
 
+def bench_collect(results: Results) -> list[str]:
+    result = results.get("collect")
+    if result is None:
+        return []
+    figures = result["figures"]
+
+    rows = []
+    gains = []
+    for row in figures["seeds"]:
+        gains.append(row["collected"] - row["random"])
+        rows.append(
+            [
+                str(row["seed"]),
+                percent(row["first"]),
+                percent(row["collected"]),
+                percent(row["random"]),
+                f"{100 * gains[-1]:+.2f} points",
+            ]
+        )
+    head = ["seed", "trained on 2,000", "and 500 collected", "and 500 at random", "gain"]
+    told = f"Mean gain: {100 * statistics.fmean(gains):+.2f} points. Aim: at least 1 point."
+    return [*table(head, rows, right_from=1), "", told, *full_source(result)]
+
+
 def bench_doctor(results: Results) -> list[str]:
     result = results.get("doctor")
     if result is None:
@@ -835,6 +859,7 @@ TABLES = {
     "bench-field": bench_field,
     "bench-promise": bench_promise,
     "bench-pretrained": bench_pretrained,
+    "bench-collect": bench_collect,
     "bench-doctor": bench_doctor,
     "bench-honest": bench_honest,
     "bench-fuzz": bench_fuzz,
