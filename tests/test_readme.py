@@ -125,13 +125,18 @@ def test_contributing_names_what_exists():
             assert re.search(defined, text, re.MULTILINE), (name, path)
 
 
-def test_every_step3_command_runs_beside_a_model(small, tmp_path):
+def test_every_step3_command_runs_beside_a_model(trained, tmp_path):
     shutil.copy(ROOT / "step3_infer.py", tmp_path)
     shutil.copytree(ROOT / "inference", tmp_path / "inference")
     archive.write_program(str(tmp_path))
     for name in ("model.onnx", "old.onnx"):
-        shutil.copy(small.export / "model.onnx", tmp_path / name)
+        shutil.copy(trained.export / "model.onnx", tmp_path / name)
     shutil.copytree(ROOT / "data" / "samples", tmp_path / "photos")
+    for path in sorted((tmp_path / "photos").iterdir()):
+        (tmp_path / "labelled" / path.stem[-1]).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "labelled" / path.stem[-1])
+    listed = [f"digit_{digit}.png,{digit}" for digit in range(10)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *listed]))
     (tmp_path / "more").mkdir()
     for name in ("more/a.jpg", "cat.jpg"):
         Image.open(ROOT / "data" / "samples" / "digit_3.png").save(tmp_path / name)
