@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ from deploy import camera, comparing, trust, unknown
 from deploy.reference import reference
 from inference import metrics
 from inference.predict import Model, predict
-from training import calibration, recipes
+from training import calibration, console, recipes
 
 pytestmark = pytest.mark.calibrated
 
@@ -435,3 +436,24 @@ def test_an_int8_table_of_another_kind_is_a_fault():
     known = np.random.default_rng(0).random(2000)
     assert trust.compare_thresholds(known, known) == []
     assert "the network's" in trust.compare_thresholds(known, known * 0.5)[0]
+
+
+# --------------------------------------------------------------------------------------- few images
+
+
+@pytest.mark.parametrize(
+    "count, frozen, asked, expected",
+    [
+        (199, False, "none", "--calibration twin"),
+        (49, True, "none", "--calibration cross-fit"),
+        (200, False, "none", None),
+        (199, False, "twin", "--calibration none"),
+    ],
+)
+def test_the_settings_say_how_few_images_get_calibrated(count, frozen, asked, expected):
+    settings = SimpleNamespace(calibration=asked, freeze_backbone=frozen)
+    trainee = SimpleNamespace(splits={"train": range(count)})
+
+    said = " ".join(console.about_calibration(settings, SimpleNamespace(has_images=True), trainee))
+
+    assert expected in said if expected else not said

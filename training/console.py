@@ -15,7 +15,7 @@ import data
 import model
 from data import notes
 from inference.command_line import say
-from training import runs
+from training import recipes, runs
 from training.features import Trainee
 from training.processes import Machine
 from training.progress import Progress
@@ -68,13 +68,32 @@ def print_settings(
     show(f"network   {description(settings, dataset, trainee.deployable.network)}")
     show(f"training  {epochs}, {settings.optimizer} {rate}, {decay},")
     show(f"          label smoothing {settings.label_smoothing:g}, augment {augment}")
-    if settings.calibration in CALIBRATION:
-        how = CALIBRATION[settings.calibration]
-        show(f"calibrate {how} (--calibration none: not at all)")
+    for line in about_calibration(settings, dataset, trainee):
+        show(line)
     show(f"machine   {computer(machine)}, seed {settings.seed}")
     if threads_reason:
         show(f"          ({threads_reason})")
     show(f"run       {run_dir}")
+
+
+def about_calibration(
+    settings: argparse.Namespace, dataset: data.Dataset, trainee: Trainee
+) -> list[str]:
+    """What calibrates the probabilities, or, of few images, how to get that."""
+    if settings.calibration in CALIBRATION:
+        how = CALIBRATION[settings.calibration]
+        return [f"calibrate {how} (--calibration none: not at all)"]
+
+    # A validation split or many images calibrate by default: who has them has asked for none.
+    is_few = len(trainee.splits["train"]) < recipes.FEW_TO_CALIBRATE
+    if not dataset.has_images or "val" in trainee.splits or not is_few:
+        return []
+
+    offered = "cross-fit" if settings.freeze_backbone else "twin"
+    return [
+        "calibrate not at all, with so few training images",
+        f"          (--calibration {offered}: {CALIBRATION[offered]})",
+    ]
 
 
 def contents(dataset: data.Dataset, trainee: Trainee) -> str:
