@@ -13,10 +13,11 @@ judging. Images of the test split judge; none of them chooses anything.
 """
 
 import argparse
-import importlib.util
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -208,11 +209,37 @@ def compare(data: Path, seed: int, work: Path, args: argparse.Namespace) -> list
 
 
 # --------------------------------------------------------------------------------------------- main
-def has_fastai(python: str) -> bool:
-    """Can this interpreter import fastai?"""
-    if python == sys.executable:
-        return importlib.util.find_spec("fastai") is not None
-    return True
+def find_fastai(given: str | None) -> str | None:
+    """The absolute path of the interpreter with fastai; this one is looked into if none is given.
+
+    None if fastai is not installed here. Ends this process if the given interpreter does not have
+    it.
+    """
+    python = given or sys.executable
+    # Links stay as they are: a virtual environment's interpreter is one. Trainings run elsewhere.
+    found = shutil.which(python)
+    if found is None:
+        sys.exit(f"error: --fastai-python {python} is no program that can be run")
+
+    python = os.path.abspath(found)
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('fastai') is None)"
+    if subprocess.run([python, "-c", look], capture_output=True).returncode == 0:
+        return python
+    if given:
+        sys.exit(f"error: --fastai-python {given}: this is no Python with fastai")
+    print("fastai is not installed, and left out", file=sys.stderr)
+    return None
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """End this process if a path of the command line is missing: trainings take hours."""
+    if not args.weights.is_file():
+        sys.exit(f"error: --weights {args.weights}: there is no such file")
+    for split in ("train", "test"):
+        if not (args.data / split).is_dir():
+            sys.exit(f"error: --data {args.data}: there is no directory {split} in it")
+    if args.timm_script and not args.timm_script.is_file():
+        sys.exit(f"error: --timm-script {args.timm_script}: there is no such file")
 
 
 def main() -> None:
@@ -229,14 +256,13 @@ def main() -> None:
     add("--threads", type=int, default=1, metavar="N")
     add("--judged", type=int, metavar="N", help="test images of each class (default: all)")
     add("--work", type=Path, default=Path("pretrained-work"), metavar="DIR")
-    add("--fastai-python", default=sys.executable, metavar="FILE", help="the Python with fastai")
+    add("--fastai-python", metavar="FILE", help="the Python with fastai (default: this one)")
     add("--timm-script", type=Path, metavar="FILE", help="train.py of timm's repository")
     add_results_option(parser)
     args = parser.parse_args()
 
-    if not has_fastai(args.fastai_python):
-        print("fastai is not installed, and left out", file=sys.stderr)
-        args.fastai_python = None
+    check_paths(args)
+    args.fastai_python = find_fastai(args.fastai_python)
     if args.timm_script is None:
         print("no --timm-script: timm's own training is left out", file=sys.stderr)
 
