@@ -92,7 +92,8 @@ def test_every_option_named_exists():
 
 def anchors(name):
     """The anchors that GitHub makes of a page's headings."""
-    headings = re.findall(r"^#+ (.*)", PAGES[name], re.MULTILINE)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
