@@ -467,6 +467,32 @@ def bench_export(results: Results) -> list[str]:
     return table(head, rows, right_from=1) + full_source(result)
 
 
+def bench_micro(results: Results) -> list[str]:
+    result = results.get("micro")
+    if result is None:
+        return []
+    runs = result["figures"]["runs"]
+
+    head = ["", *(f"`{run['run']}`, `{run['model']}`" for run in runs)]
+    arenas = [run["arena"] for run in runs]
+    rows = [
+        ["multiply-adds", *(f"{run['multiply_adds'] / 1e6:.1f} M" for run in runs)],
+        ["file, bytes", *(f"{run['file_bytes']:,}" for run in runs)],
+        ["of it in flash, bytes", *(f"{run['flash_bytes']:,}" for run in runs)],
+        ["arena, bytes", *(f"{arena:,}" if arena else "not measured" for arena in arenas)],
+        ["images in the micro runtime", *(f"{run['images']:,}" for run in runs)],
+        ["accuracy on them, float32", *(percent(run["accuracy_float"]) for run in runs)],
+        ["accuracy on them, micro int8", *(percent(run["accuracy"]) for run in runs)],
+        ["images in ONNX Runtime", *(f"{run['onnx_images']:,}" for run in runs)],
+        ["accuracy on them, float32", *(percent(run["onnx_accuracy_float"]) for run in runs)],
+        ["accuracy on them, ONNX int8", *(percent(run["onnx_accuracy"]) for run in runs)],
+        ["largest difference to float32", *(f"{run['largest_difference']:.3f}" for run in runs)],
+        ["mean difference to float32", *(f"{run['mean_difference']:.4f}" for run in runs)],
+        ["export with its proof, CPU seconds", *(f"{run['export_cpu']:.0f}" for run in runs)],
+    ]
+    return table(head, rows, right_from=1) + full_source(result)
+
+
 def bench_inference(results: Results) -> list[str]:
     result = results.get("inference")
     if result is None:
@@ -852,6 +878,7 @@ TABLES = {
     "bench-memory": bench_memory,
     "bench-resume": bench_resume,
     "bench-export": bench_export,
+    "bench-micro": bench_micro,
     "bench-inference": bench_inference,
     "bench-engines": bench_engines,
     "bench-robustness": bench_robustness,
