@@ -17,7 +17,7 @@ NETWORKS = {  # model.MODELS, described for --list-models
     "linear": "one linear layer, the default for --dataset linear",
     "mlp": "fully connected: --hidden sizes (default 128), --dropout",
     "mynet": "the CIFAR tutorial's small convolutional network; --dropout (0.1)",
-    "tiny": "93 KB in int8, for microcontrollers: airbench with few channels; --activation",
+    "tiny": "93 KB in int8, for microcontrollers: a small airbench; --activation",
     "resblock": "the MNIST tutorial's residual network of stride-2 convolutions",
 }
 # What --list-models calls the time of one image on one core: below so many multiply-adds, this
