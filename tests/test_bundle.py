@@ -171,6 +171,7 @@ def test_a_flipped_byte_in_any_file_is_found(edge, call):
     call(step3_infer.main, "--verify", "--model", script).done()
 
 
+@pytest.mark.slow
 def test_same_run_same_bytes(bundled, small, tmp_path):
     umask = os.umask(0o077)  # not the usual one
     try:

@@ -206,6 +206,7 @@ def test_models_that_cannot_be_read(compare, files, samples):
     compare(samples[0]).error(1, "no model file new.onnx")
 
 
+@pytest.mark.slow
 def test_other_engines_and_files_of_fixed_size(call, trained, all_formats, fixed_files, folders):
     Image.open("set/3/x.png").resize((20, 12)).save("set/3/other.png")
     exact = [all_formats / "model.pt", all_formats / "model.pt2"]

@@ -416,6 +416,7 @@ def try_checkpoints(here, small, resumed, count, seed):
         assert ends_well(result), (result, changed)
 
 
+@pytest.mark.slow
 def test_damaged_configs_are_one_error(here, small, resumed):
     run = try_configs(here, small, resumed, 150, seed=0)
     texts = ["", "[]", "null", "{" * 100_000, "[" * 100_000, "\xff", '{"epochs": 1e999}']
