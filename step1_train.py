@@ -248,7 +248,7 @@ def add_training_options(parser: Parser) -> None:
         type=number(float, 0, 1, above=True),
         metavar="X",
         help="learning rate of the first layer, as a part of the last one's; those between follow "
-        "(default: 0.25 with --pretrained, else 1)",
+        "(default: 0.1 with --pretrained, else 1)",
     )
     add(
         "--batch-norm",

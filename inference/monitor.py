@@ -242,10 +242,14 @@ class Monitor:
 
 
 def note_without_reference(model) -> None:
-    """Say that a model file of an earlier step2 can only be counted for."""
-    if not model.spec["monitor"]:
-        lacks = "the model file lacks what --monitor compares images with"
-        say(f"note: {lacks}: it counts, without alarm and estimate, until step2 exports again")
+    """Say that a model file without a reference can only be counted for."""
+    if model.spec["monitor"]:
+        return
+    way_out = "the ONNX file of the run has it"
+    if not model.spec["micro"]:
+        way_out = "step2 adds it when it exports again"
+    lacks = "the model file lacks what --monitor compares images with"
+    say(f"note: {lacks}: it counts, without alarm and estimate; {way_out}")
 
 
 def fingerprint(spec: dict) -> str:

@@ -361,7 +361,7 @@ def test_a_file_without_reference_counts(call, monitored, tmp_path):
     older = str(tmp_path / "older.onnx")
     onnx_with(model, older, monitor=None)
     result = predict(call, older, path, SAMPLES).done()
-    assert result.err.count("note: ") == 1 and "until step2 exports again" in result.err
+    assert result.err.count("note: ") == 1 and "when it exports again" in result.err
     shown = call(step3_infer.main, "--monitor", path).done().out
     assert "images              10\n" in shown and "no reference" in shown
 
