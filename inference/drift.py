@@ -43,24 +43,19 @@ class Drift:
     so that some of it bets on a change from here on. (An e-detector: Shin, Ramdas and Rinaldo
     2023.)
 
-    reference: `monitor` of a spec. stakes: what each bet holds, float64 [bets], to be kept with
-    `images`, the number that were bet on.
+    reference: `monitor` of a spec. payoffs: of the bets on cells, [cells, bets]; hit and miss: of
+    the bets on classes, [classes, bets]. stakes: what each bet holds, float64 [bets], to be kept
+    with `images`, the number that were bet on.
     """
 
     def __init__(self, reference: dict):
-        payoffs, self.meanings = cell_bets(np.array(reference["counts"], float))
+        self.payoffs, self.meanings = cell_bets(np.array(reference["counts"], float))
+        self.hit, self.miss = class_bets(np.array(reference["answers"], float))
         self.known_edges = reference["known"]
         self.probability_edges = reference["probability"]
         self.columns = len(self.probability_edges) + 1
-        self.payoffs = payoffs  # [cells, bets]
 
-        # Of the bets on classes: what all pay if another class is the answer, and those of the
-        # answer's own class.
-        self.hit, self.miss = class_bets(np.array(reference["answers"], float))  # [classes, bets]
-        self.hit_for_miss = self.hit / self.miss
-        classes = len(self.hit)
-
-        on_cells = payoffs.shape[1]
+        on_cells = self.payoffs.shape[1]
         on_classes = self.hit.size
         self.weights = np.concatenate(
             [
@@ -69,10 +64,16 @@ class Drift:
             ]
         )
         self.stakes = np.zeros(on_cells + on_classes)
-        # Parts of `stakes`, which are written through.
-        self.on_cells = self.stakes[:on_cells]
-        self.on_classes = self.stakes[on_cells:].reshape(classes, -1)
         self.images = 0
+        self.unplaced = unplaced(1)
+
+        # For `bet`, which runs for every image: lists of rows are faster to index than arrays.
+        # What all bets pay by the cell, as if none were on the class of the answer; what those that
+        # are pay instead; and the stakes of these, by class, which are written through.
+        misses = np.broadcast_to(self.miss.ravel(), (len(self.payoffs), on_classes))
+        self.cell_rows = list(np.hstack([self.payoffs, misses]))  # [cells] of [bets]
+        self.hits_for_misses = list(self.hit / self.miss)  # [classes] of [bets on the class]
+        self.class_stakes = list(self.stakes[on_cells:].reshape(self.hit.shape))  # likewise
 
     def place(self, known: float | None, probability: float) -> tuple[int, int]:
         """The bins that an image falls into: of `known`, and of the probability of its answer."""
@@ -82,23 +83,25 @@ class Drift:
     def bet(self, place: tuple[int, int], answer: int) -> float:
         """Bet on one image; returns the evidence so far. answer: the number of the class."""
         self.images += 1
-        self.stakes += unplaced(self.images) - unplaced(self.images + 1)
+        before = self.unplaced
+        self.unplaced = unplaced(self.images + 1)
+        self.stakes += before - self.unplaced
 
         row, column = place
-        self.on_cells *= self.payoffs[row * self.columns + column]
-
-        self.on_classes *= self.miss
-        self.on_classes[answer] *= self.hit_for_miss[answer]
+        self.stakes *= self.cell_rows[row * self.columns + column]
+        of_answer = self.class_stakes[answer]
+        of_answer *= self.hits_for_misses[answer]
         return self.evidence()
 
     def evidence(self) -> float:
         """What the bets have made of a stake of 1, with the part that has not been placed."""
-        return float(self.weights @ self.stakes) + unplaced(self.images + 1)
+        return float(self.weights @ self.stakes) + self.unplaced
 
     def restore(self, stakes: list[float], images: int) -> None:
         """Go on from the stakes that were kept."""
         self.stakes[:] = stakes
         self.images = images
+        self.unplaced = unplaced(images + 1)
 
     def reason(self, classes: list[str]) -> str:
         """In words, what the bets say that have won most."""
