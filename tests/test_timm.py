@@ -178,6 +178,15 @@ def test_weights_of_another_network(call, here, photos):
     call(step1_train.main, *asked).error(2, "vit.pth", "architecture")
 
 
+def test_weights_of_another_size_are_named_with_both_sizes():
+    network = model.build("timm/test_vit", **SHAPE)
+    state = network.state_dict()
+    own = "x".join(map(str, state["pos_embed"].shape))
+    state["pos_embed"] = torch.zeros(1, 99, 64)
+    with pytest.raises(ValueError, match=f"1 entry differs .*'pos_embed' is 1x99x64.* {own}"):
+        starting_weights.load_pretrained(network, state)
+
+
 def test_network_that_cannot_be_exported_is_refused_before_training(
     call, here, photos, monkeypatch
 ):

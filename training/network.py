@@ -69,7 +69,8 @@ def build_network(
 
     if model.is_timm(settings.model) and not checkpoint:
         refuse_unexportable(network, settings, channels)
-    if settings.batch_size == 1 and has_batch_norm(network):
+    norms_batches = settings.batch_norm == "trained" and has_batch_norm(network)
+    if settings.batch_size == 1 and norms_batches:
         reason = f"{settings.model} has batch norm, which needs --batch-size 2 or more"
         raise Problem(reason, 2)
     return network, mean, std

@@ -157,20 +157,22 @@ def load_pretrained(network: nn.Module, state: dict) -> None:
     state = without_auxiliary_heads(state, own)
     adapt_first_convolution(network, state)
 
-    # Keys that only one of them has, and those of other shapes: only the head may differ.
-    wrong = []
-    for key in own.keys() ^ state.keys():
-        is_counter = key.endswith(
-            ".num_batches_tracked"
-        )  # old files lack it, training needs it not
-        if key not in head and not is_counter:
-            wrong.append(key)
+    # Only the head may differ, and the counters that old files lack and training does not need.
+    counters = [key for key in own.keys() | state.keys() if key.endswith(".num_batches_tracked")]
+    optional = head.union(counters)
+    wrong = {}
+    for key in own.keys() - state.keys() - optional:
+        wrong[key] = "is missing"
+    for key in state.keys() - own.keys() - optional:
+        wrong[key] = "is unknown to it"
     for key in own.keys() & state.keys() - head:
         if own[key].shape != state[key].shape:
-            wrong.append(key)
+            wrong[key] = f"is {size_of(state[key])} instead of {size_of(own[key])}"
     if wrong:
-        reason = f"does not fit this architecture: {len(wrong)} entries differ, as {min(wrong)!r}"
-        raise ValueError(reason)
+        key = min(wrong)
+        entries = "1 entry differs" if len(wrong) == 1 else f"{len(wrong):,} entries differ"
+        reason = f"{entries} (the first: {key!r} {wrong[key]})"
+        raise ValueError(f"does not fit this architecture: {reason}")
 
     fitting = {key: state[key] for key in own.keys() & state.keys()}
     fitting = {key: value for key, value in fitting.items() if own[key].shape == value.shape}
@@ -178,6 +180,11 @@ def load_pretrained(network: nn.Module, state: dict) -> None:
         # Half of a head is of no use: all of it or none.
         fitting = {key: value for key, value in fitting.items() if key not in head}
     network.load_state_dict(fitting, strict=False)
+
+
+def size_of(tensor: torch.Tensor) -> str:
+    """Its shape, as 64x3x7x7."""
+    return "x".join(map(str, tensor.shape)) or "a single number"
 
 
 def without_auxiliary_heads(state: dict, own: dict) -> dict:
