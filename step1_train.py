@@ -403,6 +403,7 @@ from training.progress import (
     Metrics,
     Progress,
     Tally,
+    is_average,
     is_kept_head,
     is_out_of_patience,
     keep_best,
@@ -451,7 +452,7 @@ def train(
 
         trained = train_epoch(network, optimizer, trainee, settings, machine, progress, saver)
         if start and epoch == settings.epochs:
-            optimizers.keep_start(trainee.deployable.network, start, settings.keep_start)
+            optimizers.move_weights(trainee.deployable.network, start, settings.keep_start)
         if momentum is not None:
             batch_norm.estimate_anew(trainee, settings, machine, progress)
         evaluated = evaluate_epoch(trainee, watched, settings, machine, progress)
@@ -737,6 +738,35 @@ def better_of_head_and_training(
     state = start.deployable.network.state_dict()
     progress.best = {"score": [with_head, 0.0], "epoch": 0, "state_dict": state}
     return start, head if twin else None
+
+
+def average_with_twin(
+    final: Trainee, twin: Trainee, progress: Progress, machine: Machine
+) -> Trainee:
+    """A fine-tuned network whose weights are the average of its own and its twin's.
+
+    That mostly does better on new images than either (see optimizers.move_weights). As the network
+    has learned the images that its twin has not, the average must do better on these than the twin;
+    if it does not, the two are too far apart, and the network stays as it was trained.
+    """
+    deployable = copy.deepcopy(final.deployable)
+    state = twin.deployable.network.state_dict()
+    optimizers.move_weights(deployable.network, state, 0.5)
+
+    held_out = twin.splits["test"]
+    average = twin.with_network(deployable, twin.splits)
+    averaged = evaluate(average, held_out, machine)
+    if averaged.accuracy < evaluate(twin, held_out, machine).accuracy:
+        return final
+
+    score = [averaged.accuracy, -averaged.loss]
+    progress.best = {
+        "score": score,
+        "epoch": progress.epoch - 1,
+        "state_dict": deployable.network.state_dict(),
+        "averaged": True,
+    }
+    return final.with_network(deployable, final.splits)
 
 
 def calibrate(
@@ -1025,7 +1055,9 @@ def complete(
         if settings.calibration == "twin":
             twin = train_twin(trainee, dataset, settings, machine, run_dir)
         final, twin = better_of_head_and_training(final, twin, progress, dataset, settings, machine)
-        if evaluated is None or is_kept_head(progress):
+        if calibration.averages_with_twin(settings) and not is_kept_head(progress):
+            final = average_with_twin(final, twin, progress, machine)
+        if evaluated is None or progress.best:
             evaluated = evaluate(final, final.splits["test"], machine)
         calibrated = calibrate(final, twin, splits["train"], settings, machine, saver)
     except Stopped as stop:
@@ -1034,9 +1066,7 @@ def complete(
         group.wait()  # torchrun ends all processes as soon as one has ended
         return 128 + stop.signal
 
-    if progress.best and not is_kept_head(progress):
-        best = progress.best["epoch"]
-        console.show(f"epoch {best} did best on the validation split and is kept")
+    show_what_is_kept(progress)
     if calibrated:
         saver = saver.with_calibration(calibrated)
     if progress.best or calibrated:
@@ -1046,6 +1076,15 @@ def complete(
         outcome = Outcome(final.deployable, evaluated, calibrated)
         write_result(outcome, dataset, splits, settings, progress, saver)
     return 0
+
+
+def show_what_is_kept(progress: Progress) -> None:
+    """Say which network is the result, if it is not that of the last epoch."""
+    if is_average(progress):
+        console.show("the result is the average of the network and its twin, weight by weight")
+    elif progress.best and not is_kept_head(progress):
+        best = progress.best["epoch"]
+        console.show(f"epoch {best} did best on the validation split and is kept")
 
 
 def go_on(
@@ -1060,8 +1099,8 @@ def go_on(
     if not checkpoint:
         return optimizer, progress
 
-    if is_kept_head(progress):
-        progress.best = None  # to be compared anew with what follows
+    if is_kept_head(progress) or is_average(progress):
+        progress.best = None  # to be found anew after what follows
     rate = optimizers.rate_at(
         settings, progress.epoch, progress.steps, steps_per_epoch(trainee, settings, machine)
     )

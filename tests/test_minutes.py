@@ -58,7 +58,10 @@ def test_everything_that_takes_time_is_counted():
 
     tuned = {"calibration": "twin", "pretrained": "default", "freeze_backbone": False}
     compared = 2 * 20 * 0.02  # the network as trained and with the head alone
-    assert seconds(20, **tuned) == pytest.approx(seconds(20) + with_twin + compared)
+    trained_norm = seconds(20, batch_norm="trained", **tuned)
+    assert trained_norm == pytest.approx(seconds(20) + with_twin + compared)
+    averaged = 2 * 20 * 0.02 + 50 * 0.02  # compared with the twin; the average on the test split
+    assert seconds(20, batch_norm="frozen", **tuned) == pytest.approx(trained_norm + averaged)
 
 
 def test_estimating_batch_norm_anew_is_counted():

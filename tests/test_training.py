@@ -482,7 +482,7 @@ def test_a_part_of_the_start_is_kept():
     start = copy.deepcopy(network.state_dict())
     network(torch.randn(8, 2))
     network.weight.data.fill_(2.0)
-    optimizers.keep_start(network, start, 0.25)
+    optimizers.move_weights(network, start, 0.25)
     assert network.weight.tolist() == [1.75, 1.75]  # the start was 1
     assert network.num_batches_tracked == 1
 

@@ -18,6 +18,7 @@ from inference.images import decode_image, resize
 from inference.predict import Model, predict
 from training import recipes, saliency
 from training.features import LastLayer, start_head
+from training.progress import Evaluation, Progress
 from training.weights import place_of_download
 
 
@@ -157,6 +158,37 @@ def test_training_that_does_harm_is_not_kept(call, here, photos, weights):
     assert summary["epoch_kept"] == checkpoint["epoch"] == 0
     assert torch.equal(checkpoint["state_dict"]["groups.0.0.weight"], given["groups.0.0.weight"])
     assert summary["test_accuracy"] > 0.8
+
+
+def test_the_result_is_the_average_with_the_twin(call, here, photos, weights):
+    start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop", "--calibration", "twin")
+    asked = command(photos, *start, "--name", "run", "--lr", 1e-4)
+    trained = call(step1_train.main, *asked).done()
+    assert "the average of the network and its twin" in trained.out
+
+    def differs():
+        checkpoint = torch.load(here / "runs/run/checkpoint.pt", weights_only=True)
+        own = checkpoint["training"]["network"]["groups.0.0.weight"]
+        return not torch.equal(own, checkpoint["state_dict"]["groups.0.0.weight"])
+
+    summary = json.loads((here / "runs/run/summary.json").read_text())
+    assert summary["averaged_with_twin"] and differs()
+
+    # Training goes on from the network's own weights, and ends with a new average.
+    epochs = summary["epochs"] + 1
+    resumed = call(step1_train.main, "--resume", "run", "--epochs", epochs).done()
+    assert "the average of the network and its twin" in resumed.out and differs()
+
+
+def test_a_network_too_far_from_its_twin_is_not_averaged(monkeypatch):
+    rights = iter([0.4, 0.6])  # of the average, and of the twin
+    monkeypatch.setattr(step1_train, "evaluate", lambda *_: Evaluation(1.0, next(rights), None))
+    final = last_layer([[1.0, 0.0], [0.0, 1.0]])
+    progress = Progress()
+    twin = last_layer([[9.0, 0.0], [0.0, 9.0]])
+    twin.splits["test"] = twin.splits["train"]
+    assert step1_train.average_with_twin(final, twin, progress, machine=None) is final
+    assert progress.best is None and final.network.weight[0, 0] == 1
 
 
 def test_photos_are_told_the_better_start_once(call, here, photos, weights):

@@ -19,7 +19,12 @@ from data.dataset import Dataset
 from data.notes import note
 from data.split import Split
 from training import batch_norm, optimizers, recipes
-from training.calibration import GAUSSIAN_IMAGES, TWIN_PART, epochs_of_twin
+from training.calibration import (
+    GAUSSIAN_IMAGES,
+    TWIN_PART,
+    averages_with_twin,
+    epochs_of_twin,
+)
 from training.features import Trainee, WholeNetwork, fits_head_first
 from training.network import build_deployable
 from training.processes import Machine
@@ -31,6 +36,7 @@ LEAST_PART = 0.02  # of --minutes, where that is less
 REPORT_SECONDS = 5.0  # what summary, pictures and report take
 MOST_OVER = 0.05  # of the time there is: the last epoch may exceed it by so much
 
+MOST_EPOCHS = 1_000_000
 MANY_EPOCHS = 50  # after which a small dataset has been seen often enough
 
 
@@ -82,6 +88,8 @@ def choose_width(
 
     deadline: by time.perf_counter().
     """
+    if settings.minutes:
+        note("timing some steps, from which the number of epochs follows")
     if not recipes.chooses_width(settings):
         return settings.width
 
@@ -137,15 +145,26 @@ def epochs_in(
     It may take a little longer: where epochs are long, the most that fit could leave much of the
     time unused.
     """
-    epochs = 1
-    before = seconds_of(epochs, splits, settings, machine, pace)
-    while True:
-        after = seconds_of(epochs + 1, splits, settings, machine, pace)
-        over = max(after - seconds, 0)
-        if over > min(MOST_OVER * seconds, seconds - before):
-            return epochs
-        epochs += 1
-        before = after
+
+    def needed(epochs: int) -> float:
+        return seconds_of(epochs, splits, settings, machine, pace)
+
+    # The most epochs that fit, between those that do and those that do not.
+    fit = 1
+    too_many = 2
+    while needed(too_many) <= seconds and too_many < MOST_EPOCHS:
+        fit = too_many
+        too_many *= 2
+    while too_many - fit > 1:
+        middle = (fit + too_many) // 2
+        if needed(middle) <= seconds:
+            fit = middle
+        else:
+            too_many = middle
+
+    over = needed(fit + 1) - seconds
+    is_nearer = 0 < over <= min(MOST_OVER * seconds, seconds - needed(fit))
+    return fit + 1 if is_nearer else fit
 
 
 def seconds_of(
@@ -182,6 +201,8 @@ def seconds_of(
     seconds += held_out * pace.exact
     if fits_head_first(settings):
         seconds += 2 * held_out * pace.exact  # as trained, and with the head that it began with
+        if averages_with_twin(settings):
+            seconds += (2 * held_out + len(splits["test"])) * pace.exact
     return seconds + REPORT_SECONDS
 
 

@@ -64,15 +64,16 @@ def freeze_backbone(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def keep_start(network: nn.Module, start: dict[str, torch.Tensor], part: float) -> None:
-    """Move all weights back by this part of the way that training has taken them from the start.
+def move_weights(network: nn.Module, towards: dict[str, torch.Tensor], part: float) -> None:
+    """Move all weights by this part of the way to those of another state_dict.
 
-    Between both lie networks that do better on new images than either (WiSE-FT, Wortsman et al.
-    2022). start: the state_dict that training began with.
+    Between two networks that began with the same trained weights, and between one and what it began
+    with, lie networks that do better on new images than either (model soups and WiSE-FT, Wortsman
+    et al. 2022).
     """
     for key, tensor in network.state_dict().items():
         if tensor.is_floating_point():  # a count of steps is no weight
-            tensor.lerp_(start[key], part)
+            tensor.lerp_(towards[key], part)
 
 
 def train_mode(network: nn.Module, norm: str) -> None:

@@ -21,7 +21,8 @@ class Progress:
 
     sums: of loss, correct predictions and images over the current epoch's steps. rows: those of
     metrics.csv. best: with a validation split the `score`, `epoch` and `state_dict` of the best
-    epoch; of epoch 0 where training did harm to a pretrained network.
+    epoch; of epoch 0 where training did harm to a pretrained network; with `averaged`, of the
+    average with a twin.
     """
 
     epoch: int = 1  # the current one
@@ -147,6 +148,11 @@ def keep_best(progress: Progress, network: nn.Module, accuracy: float | None, lo
 def is_kept_head(progress: Progress) -> bool:
     """Does the run end with what it began with, a pretrained network with a fitted head?"""
     return progress.best is not None and progress.best["epoch"] == 0
+
+
+def is_average(progress: Progress) -> bool:
+    """Does the run end with the average of its network and a twin?"""
+    return progress.best is not None and progress.best.get("averaged", False)
 
 
 def is_out_of_patience(progress: Progress, patience: int | None) -> bool:

@@ -48,7 +48,7 @@ RECIPES = {
         "schedule": "constant",
     },
     "airbench": {"optimizer": "muon", "batch_size": 250, "label_smoothing": 0.2},
-    "tiny": {"epochs": 40, "optimizer": "muon", "batch_size": 250, "activation": "hardswish"},
+    "tiny": {"epochs": 60, "optimizer": "muon", "batch_size": 250, "activation": "hardswish"},
     "tiny digits": {"epochs": 20, "batch_size": 64, "lr": 0.08},
     "airbench digits": {
         "width": 0.25,
@@ -102,7 +102,7 @@ TUTORIALS = ("linear", "mlp", "mynet", "resblock")
 SMALLEST_BATCH = 16  # that a large batch is halved down to
 STEPS_PER_EPOCH = 16  # at least, where few images allow it
 IMAGES_SEEN = 200_000  # by default of your own images, over all epochs: few images want more passes
-IMAGES_SEEN_AGAIN = 16_000  # the same by a network that has learned on others before
+IMAGES_SEEN_AGAIN = 24_000  # the same by a network that has learned on others before
 
 MOST_KEPT = 0.5  # of the weights from elsewhere, in the result
 FEW_TO_KEEP = 100  # images, for which that is best

@@ -14,7 +14,7 @@ import model
 from data import Dataset
 from inference import metrics
 from training.calibration import Calibration
-from training.progress import Evaluation, Progress
+from training.progress import Evaluation, Progress, is_average
 
 LEARNED = 0.5  # of what the accuracy in training can be above chance, if it has learned much
 ONE_OF_TWENTY = 1.645  # deviations that a normal number exceeds one time in twenty
@@ -63,6 +63,7 @@ def summarise(settings: argparse.Namespace, progress: Progress, outcome: Outcome
         "parameters": sum(parameter.numel() for parameter in parameters),
         "seed": settings.seed,
         "epoch_kept": epoch_kept,
+        "averaged_with_twin": is_average(progress),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
