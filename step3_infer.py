@@ -42,7 +42,7 @@ except ImportError as error:  # on a new device: one line instead of a traceback
 from inference.command_line import Parser, number, say  # noqa: E402
 from inference.cpus import usable_cpus  # noqa: E402
 from inference.engines import find_model  # noqa: E402
-from inference.errors import guarded  # noqa: E402
+from inference.errors import Problem, guarded  # noqa: E402
 from inference.files import output_stream  # noqa: E402
 from inference.finding import find_images, note_files  # noqa: E402
 from inference.images import note_seen  # noqa: E402
@@ -213,7 +213,7 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
     model = load(path, args, workers, once=len(first) == 1)
     top_k = min(args.top_k, len(model.spec["classes"]))
     needed = max(top_k, 2) if args.collect else top_k
-    watchers = make_watchers(model, args, top_k)
+    watchers, failed = make_watchers(model, args, top_k)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output_stream(args.output))
         if "-" in args.paths:
@@ -230,6 +230,7 @@ def run_predict(path: str, args: argparse.Namespace) -> int:
         code = write_images(rows, args.format, top_k, out)
     if any(watcher.failed for watcher in watchers):
         code = 1
+    code = max(code, failed)
 
     note_seen(model.seen, model.spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
@@ -251,23 +252,33 @@ def predict_input(
             yield from predict_files(model, found, workers=1, batch_size=1, top_k=top_k)
 
 
-def make_watchers(model: Model, args: argparse.Namespace, top_k: int) -> list:
-    """What looks at the predictions before they are written, by the options. Raises Problem.
+def make_watchers(model: Model, args: argparse.Namespace, top_k: int) -> tuple[list, int]:
+    """What looks at the predictions before they are written, by the options; and the exit code for
+    those that cannot begin, which is said: a device must not go blind because its disk is full.
 
     Each has a generator watch(), which takes and yields lists of rows as predict_files() does, and
     a flag `failed` for work of its own that failed.
     """
-    watchers = []
+    makers = []
     if args.collect:
         from inference.collect import Collector
 
-        watchers.append(Collector(args.collect, args.collect_at_most, model, top_k))
+        makers.append(lambda: Collector(args.collect, args.collect_at_most, model, top_k))
     if args.monitor:
         from inference.monitor import Monitor, note_without_reference
 
         note_without_reference(model)
-        watchers.append(Monitor(model, args.monitor, args.bet_every))
-    return watchers
+        makers.append(lambda: Monitor(model, args.monitor, args.bet_every))
+
+    watchers = []
+    failed = 0
+    for make in makers:
+        try:
+            watchers.append(make())
+        except Problem as problem:
+            say(f"error: {problem}; the predictions go on without it")
+            failed = max(failed, problem.code)
+    return watchers, failed
 
 
 def run_evaluate(path: str, args: argparse.Namespace) -> int:
@@ -297,6 +308,8 @@ def run_evaluate(path: str, args: argparse.Namespace) -> int:
     note_seen(model.seen, model.spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
     note_left_out(answers, classes)
+    if answers.are_errors_only():
+        return 1  # each has been said
     figures = evaluate(answers, model, path)
     with output_stream(None) as out:
         write_evaluation(figures, args.format, out)

@@ -161,9 +161,10 @@ class Collector:
     def report(self) -> None:
         """Note what was collected."""
         copies = f", {self.copies:,} near copies left out" if self.copies else ""
+        pictures = "1 picture that is" if self.count == 1 else f"{self.count:,} pictures that are"
         say(
-            f"note: {self.directory} holds {self.count:,} pictures that are worth a label, "
-            f"{len(self.new):,} of them new, of {self.seen:,} seen{copies}"
+            f"note: {self.directory} holds {pictures} worth a label, {len(self.new):,} new, "
+            f"of {self.seen:,} seen{copies}"
         )
 
     # -------------------------------------------------------------------------------------- index
@@ -196,6 +197,23 @@ class Collector:
             )
         for name, worth, thumbnail in entries.values():
             self.add(name, worth, thumbnail)
+        self.note_others()
+
+    def note_others(self) -> None:
+        """Note the files in the folders that the index does not name. Raises OSError."""
+        others = 0
+        for folder in self.folders.values():
+            path = os.path.join(self.directory, folder)
+            if not os.path.isdir(path):
+                continue
+            names = {os.path.join(folder, name) for name in os.listdir(path)}
+            others += len(names.difference(self.names))
+        if others:
+            files = "1 file" if others == 1 else f"{others:,} files"
+            say(
+                f"note: {self.directory} holds {files} besides, which {INDEX} does not name: they "
+                "stay, and do not count"
+            )
 
     def write_index(self) -> None:
         """Write the index anew, with what is kept now. Raises OSError."""

@@ -30,10 +30,12 @@ class MonitorFile:
     def __init__(self, path: str):
         self.path = path
         self.lock = None
+        self.is_empty = False  # made here, and not yet written
         check_usable(path)
         if fcntl is None:
             return
 
+        is_new = not os.path.exists(path)
         with problems(f"cannot open {path}", OSError):
             self.lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -45,6 +47,7 @@ class MonitorFile:
         if not is_current:
             self.close()
             raise Problem(f"{path} is in use by another process: give each a file of its own")
+        self.is_empty = is_new
 
     def read(self, fingerprint: str) -> dict | None:
         """What the file holds, None if it is new or empty. Raises Problem.
@@ -74,13 +77,16 @@ class MonitorFile:
             if fcntl is not None:
                 new = os.dup(file.fileno())  # keeps the lock when the file is closed
                 fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.is_empty = False
         if new is not None:
             self.close()
             self.lock = new
 
     def close(self) -> None:
-        """Give the lock up."""
+        """Give the lock up. A new file that could not be written goes with it."""
         if self.lock is not None:
+            if self.is_empty:
+                os.unlink(self.path)
             os.close(self.lock)
             self.lock = None
 

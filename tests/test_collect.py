@@ -134,10 +134,20 @@ def test_directories_that_cannot_be_used(collect, pictures, here):
     collect("--collect", "in/0/new", "in").error(2, "lies in in")
     (here / "kept").mkdir()
     (here / "kept" / INDEX).write_text("something else\n")
-    collect("in").error(1, "damaged")
+    damaged = collect("in")
+    damaged.error(1, "damaged", "the predictions go on")
+    assert len(damaged.out.splitlines()) == 30
     shutil.rmtree("kept")
     collect("in").done()
     collect("--collect-at-most", 3, "in").error(2, "holds 30 pictures")
+
+
+def test_pictures_that_a_damaged_index_has_lost_are_counted(collect, pictures, here):
+    collect("in").done()
+    index = here / "kept" / INDEX
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[:11]))
+    said = collect("--collect-at-most", 30, "in").done().err
+    assert "holds 20 files besides" in said
 
 
 def test_an_index_of_a_stranger_deletes_nothing_outside(collect, pictures, here, small):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -341,6 +342,24 @@ def test_a_full_disk_stops_no_prediction(call, monitored, monkeypatch):
     result = predict(call, model, path, SAMPLES)
     assert result.code == 1 and len(result.out.splitlines()) == 10
     assert result.err.count("error: cannot write") == 1 and "No space left" in result.err
+
+
+def test_a_file_that_cannot_be_used_stops_no_prediction(call, monitored, tmp_path):
+    model, path = monitored
+    Path(path).write_text("damaged")
+    result = predict(call, model, path, SAMPLES)
+    result.error(1, "is damaged", "the predictions go on")
+    assert len(result.out.splitlines()) == 10 and Path(path).read_text() == "damaged"
+
+
+def test_a_full_disk_leaves_no_empty_file(tmp_path, model, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("inference.monitor_file.replacing", full)
+    with Monitor(model, str(tmp_path / "m.json")) as monitor:
+        alarms(monitor, draw(30)[0])
+    assert monitor.failed and not list(tmp_path.iterdir())
 
 
 def test_sigterm_writes_the_file(model, tmp_path):
