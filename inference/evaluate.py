@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from inference.command_line import encodable, printable, say
 from inference.errors import Problem
 from inference.finding import note_files
 from inference.images import images_of
-from inference.labels import Labels
+from inference.labels import Labels, ListLabels
 from inference.predict import Model
 from inference.promise import NOT_ANSWERED, check, is_chance, wanted
 from inference.spec import DECIMALS
@@ -44,13 +45,20 @@ class Answers:
     """The answers for all images.
 
     judged: those whose label the file knows. unknown_labels: how many images have each of the
-    others. unlabelled: the paths of images without one. errors: how many inputs could not be used.
+    others. unlabelled: the paths of files without one. errors: how many inputs could not be used.
+    not_found: the files that a list names, and that were not among the inputs.
     """
 
     judged: list[Judged] = field(default_factory=list)
     unknown_labels: collections.Counter = field(default_factory=collections.Counter)
     unlabelled: list[str] = field(default_factory=list)
     errors: int = 0
+    not_found: list[str] = field(default_factory=list)
+
+    def are_errors_only(self) -> bool:
+        """Could nothing be used of all that was asked for?"""
+        others = (self.judged, self.unknown_labels, self.unlabelled)
+        return self.errors > 0 and not any(others)
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -66,7 +74,11 @@ def read_answers(
             if rows_out is not None:
                 rows_out.write(row, truth)
 
-            if "error" in row:
+            # A list says which files count: whether another can be read does not matter.
+            is_unlisted = isinstance(labels, ListLabels) and truth is None
+            if is_unlisted and os.path.exists(row["path"]):
+                answers.unlabelled.append(row["path"])
+            elif "error" in row:
                 answers.errors += 1
                 say(f"error: {row['path']}: {row['error']}")
             elif truth is None:
@@ -75,6 +87,7 @@ def read_answers(
                 answers.unknown_labels[truth] += 1
             else:
                 answers.judged.append(judge(row, numbers[truth], numbers))
+    answers.not_found = labels.not_found()
     return answers
 
 
@@ -114,6 +127,7 @@ class RowsOut:
 def note_left_out(answers: Answers, classes: list[str]) -> None:
     """Note the images that are not judged."""
     note_files("left out", answers.unlabelled, "without a label")
+    note_files("did not find", answers.not_found, "that --labels names below PATH")
     if not answers.unknown_labels:
         return
     named = []
@@ -152,6 +166,7 @@ def evaluate(answers: Answers, model: Model, path: str) -> dict:
         "images": count,
         "errors": answers.errors,
         "unlabelled": len(answers.unlabelled),
+        "not_found": len(answers.not_found),
         "unknown_labels": dict(answers.unknown_labels.most_common()),
         "accuracy": rounded(hits / count),
         "accuracy_interval": interval(hits, count),

@@ -25,6 +25,10 @@ class FolderLabels:
         # The longest first: the most that is known of where a file was found.
         self.roots = sorted({root_of(path) for path in paths}, key=len, reverse=True)
 
+    def not_found(self) -> list[str]:
+        """The files that have a label and were not predicted: folders name none."""
+        return []
+
     def of(self, path: str) -> str | None:
         """The label of a file; None if it has none. The model may not know it.
 
@@ -70,10 +74,7 @@ def root_of(path: str) -> str:
 
 
 class ListLabels:
-    """Labels by a list: its paths are relative to itself, or to a path that is predicted.
-
-    left_out: how many rows of the list are not for the test split.
-    """
+    """Labels by a list: its paths are relative to itself, or to a path that is predicted."""
 
     def __init__(self, classes: list[str], paths: Iterable[str], file: str):
         """Read a list. Raises Problem."""
@@ -86,6 +87,7 @@ class ListLabels:
 
         table = read_list(file, is_data, HINT)
         self.labels = self.read(table, classes)
+        self.asked_for: set[str] = set()  # of the list's paths
         self.roots = [folder, *(os.path.abspath(root_of(path)) for path in paths)]
 
     def read(self, table: Table, classes: list[str]) -> dict[str, str]:
@@ -94,6 +96,7 @@ class ListLabels:
         rows = [(number, cells) for number, cells in table.rows if any(cells)]
         rows = self.of_test_split(table.file, rows, split)
 
+        incomplete = 0
         labels: dict[str, set[str]] = collections.defaultdict(set)
         for number, cells in rows:
             if len(cells) <= max(image, label or 0, *one_hot, split or 0):
@@ -102,12 +105,18 @@ class ListLabels:
             path = tidy(cells[image])
             if path and text and text.lower() != "nan":
                 labels[path].add(as_class(text, classes))
+            else:
+                incomplete += 1
 
+        if incomplete:
+            left_out = rows_in_words(incomplete)
+            say(f"note: {table.file}: {left_out} left out, without a path or a label")
         several = [path for path, found in labels.items() if len(found) > 1]
         if several:
+            files = "1 file" if len(several) == 1 else f"{len(several):,} files"
             say(
-                f"warning: {table.file} gives {len(several):,} files more than one label, which "
-                f"are left out, the first: {several[0]}"
+                f"warning: {table.file} gives {files} more than one label: left out, the first: "
+                f"{several[0]}"
             )
         found = {path: min(texts) for path, texts in labels.items() if len(texts) == 1}
         if not found:
@@ -120,9 +129,10 @@ class ListLabels:
             return rows
         tested = [row for row in rows if row[1][split].strip().lower() in TEST]
         if not tested:
+            say(f"note: {file} has a column split, but no row of the test split: all rows are used")
             return rows
         if len(tested) < len(rows):
-            say(f"note: of {file}, the {len(tested):,} rows of the test split are used")
+            say(f"note: {file}: {rows_in_words(len(tested))} used, those of the test split")
         return tested
 
     def of(self, path: str) -> str | None:
@@ -134,12 +144,16 @@ class ListLabels:
                 below = where[len(start) :].replace(os.sep, "/")
                 for name in (below, os.path.splitext(below)[0]):
                     if name in self.labels:
+                        self.asked_for.add(name)
                         return self.labels[name]
-        return self.labels.get(where.replace(os.sep, "/"))
 
-    def paths(self) -> list[str]:
-        """The files that the list names."""
-        return [os.path.join(self.roots[0], path) for path in self.labels]
+        name = where.replace(os.sep, "/")
+        self.asked_for.add(name)
+        return self.labels.get(name)
+
+    def not_found(self) -> list[str]:
+        """The files that the list names, as it does, and that were not predicted."""
+        return [path for path in self.labels if path not in self.asked_for]
 
 
 Labels = FolderLabels | ListLabels
@@ -211,6 +225,11 @@ def as_class(text: str, classes: list[str]) -> str:
     """A label as the model calls it: a table may hold 2.0 for 2."""
     whole = re.fullmatch(r"(-?\d+)\.0*", text)
     return whole[1] if whole and text not in classes and whole[1] in classes else text
+
+
+def rows_in_words(count: int) -> str:
+    """How many rows, with the verb that follows."""
+    return "1 row is" if count == 1 else f"{count:,} rows are"
 
 
 def tidy(path: str) -> str:

@@ -7,9 +7,9 @@ import json
 import os
 import re
 import shlex
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from inference.errors import Problem, problems
 from inference.finding import is_image
@@ -27,6 +27,7 @@ IMAGE_COLUMNS = (
     *("image_id", "img_id", "id_code", "id"),
 )
 LABEL_COLUMNS = ("label", "class", "target", "labels", "class_name", "label_name", "category")
+MAX_PIPED_BYTES = 256 << 20  # of a list that is no regular file: a device may never end
 SPREADSHEET = b"PK\x03\x04"  # how an .xlsx or .ods file begins
 
 
@@ -91,8 +92,12 @@ def plain(name: str) -> str:
 def read_text(file: str, hint: str) -> str:
     """The text of a file in UTF-8 or, with a byte order mark, UTF-16. Raises Problem."""
     form = f"{{}}: {{}}; {hint}"
-    with problems(f"cannot read {file}", OSError, code=2, form=form):
-        content = Path(file).read_bytes()
+    with problems(f"cannot read {file}", OSError, code=2, form=form), open(file, "rb") as opened:
+        is_regular = stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+        content = opened.read(-1 if is_regular else MAX_PIPED_BYTES + 1)
+    if not is_regular and len(content) > MAX_PIPED_BYTES:
+        reason = f"it brought more than {MAX_PIPED_BYTES >> 20} MiB and is no regular file"
+        raise Problem(f"cannot read {file}: {reason}; {hint}", 2)
 
     if content.startswith(SPREADSHEET):
         raise Problem(f"{file} is not text but perhaps a spreadsheet: save it as CSV UTF-8", 2)

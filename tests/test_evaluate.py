@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import data
 import step3_infer
 from inference import metrics
+from inference.errors import Problem
 from inference.evaluate import class_lines
 from inference.labels import FolderLabels, ListLabels
 
@@ -117,6 +119,31 @@ def test_labels_that_cannot_be_used_are_counted_and_named(evaluate, files, here)
     evaluate("set/four").error(1, "no image has a label", "--labels")
 
 
+def test_what_a_list_leaves_open_is_counted(evaluate, files, here):
+    place = files.place / "set" / "test"
+    image = next((place / "3").iterdir())
+    (place / "unlisted.png").write_bytes(b"broken")
+    rows = ["path,label,split", f"3/{image.name},3,train", "3/gone.png,3,train", ",3,train"]
+    (here / "list.csv").write_text("\n".join(rows))
+    result = evaluate("--labels", "list.csv", "--format", "json", place)
+    (place / "unlisted.png").unlink()
+    found = json.loads(result.out)
+    assert result.code == 0 and found["images"] == found["not_found"] == 1
+    assert "no row of the test split" in result.err and "3/gone.png" in result.err
+    assert "1 row is left out" in result.err
+
+
+def test_nothing_that_can_be_read_is_said_once(evaluate):
+    evaluate("nowhere").error(1, "nowhere: no such file")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="Windows has no such devices")
+def test_a_list_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr("inference.lists.MAX_PIPED_BYTES", 1 << 20)
+    with pytest.raises(Problem, match="more than 1 MiB and is no regular file"):
+        ListLabels(["cat"], ["."], "/dev/zero")
+
+
 def test_a_release_check(evaluate, files):
     place = files.place / "set" / "test"
     evaluate("--min-accuracy", 0.01, place).done()
@@ -130,7 +157,10 @@ def test_a_release_check(evaluate, files):
         (["--evaluate", "--format", "csv", "x.png"], ["text or json"]),
         (["--evaluate", "-"], ["not - for standard input"]),
         (["--evaluate", "--top-k", "2", "x.png"], ["--top-k has no effect"]),
-        (["--min-accuracy", "0.5", "x.png"], ["no effect on PATH"]),
+        (["--min-accuracy", "0.5", "x.png"], ["no effect on PATH", "goes with --evaluate"]),
+        (["--evaluate", "--output", "", "x.png"], ["--output is empty"]),
+        (["--monitor", "", "x.png"], ["--monitor is empty"]),
+        ([""], ["PATH is empty"]),
     ],
 )
 def test_usage(call, arguments, words):
