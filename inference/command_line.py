@@ -18,6 +18,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings):
         super().__init__(formatter_class=fixed_width, **settings)
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse does. An empty value, mostly of a variable that is not set, is an error."""
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            values = value if isinstance(value, list) else [value]
+            if "" in values and action.const != "":
+                self.error(f"{'/'.join(action.option_strings) or action.metavar} is empty")
+        return parsed
+
     def error(self, message):
         self.exit(2, f"error: {printable(message)} (--help shows all options)\n")
 

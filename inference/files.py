@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from inference.command_line import say
 from inference.errors import Problem, problems
 
 BLOCK = 1 << 20  # bytes that are hashed at a time
@@ -46,8 +47,12 @@ def output_stream(path: str | None) -> Iterator:
         return
 
     text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with problems(f"cannot write {path}", OSError), replacing(path, "w", **text) as out:
-        yield out
+    try:
+        with problems(f"cannot write {path}", OSError), replacing(path, "w", **text) as out:
+            yield out
+    except KeyboardInterrupt:
+        say(f"note: {path} is as it was before")
+        raise
 
 
 def sha256(path) -> str:

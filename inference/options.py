@@ -142,10 +142,17 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
 
     for name in given:
         if name != asked and name not in TAKES[asked]:
-            takes = " ".join(TAKES[asked])
-            parser.error(f"{name} has no effect on {asked}, which takes only {takes}")
+            parser.error(has_no_effect(name, asked))
 
     check_together(parser, args, asked, given)
+
+
+def has_no_effect(name: str, asked: str) -> str:
+    """The error for an option that does nothing for what is asked for, and what it goes with."""
+    others = [other for other, takes in TAKES.items() if name in takes and other != "PATH"]
+    if others:
+        return f"{name} has no effect on {asked}: it goes with {' or '.join(others)}"
+    return f"{name} has no effect on {asked}, which takes only {' '.join(TAKES[asked])}"
 
 
 def check_together(parser: Parser, args: argparse.Namespace, asked: str, given: list[str]) -> None:

@@ -311,7 +311,7 @@ def test_ctrl_c_at_work(small, samples, here):
     code, _, err = interrupted(
         command, here, lambda _: wait_for(lambda: list(here.glob(".old.txt-*.tmp")))
     )
-    assert code == 130 and err == "interrupted\n"
+    assert code == 130 and err == "note: old.txt is as it was before\ninterrupted\n"
     assert (
         sorted(os.listdir()) == ["old.txt", "results"]
         and (here / "old.txt").read_text() == "of yesterday"
