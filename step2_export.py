@@ -546,6 +546,8 @@ def print_how_to_ship(proofs: dict[str, dict]) -> None:
 
     packages = f"numpy, Pillow, {passed[first]['runs_with']}"
     print(f"to ship: {first} and {archive.NAME}, with Python, {packages}", flush=True)
+    if any(proof.get("model_bytes") for proof in passed.values()):
+        print("to a microcontroller: model_data.h and model_data.cc, see ENGINES.md", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- the work

@@ -37,6 +37,9 @@ def export_micro(source: Source, path: str) -> dict:
     if source.spec["known"]:
         say("note: tflite-micro leaves out the output known, and with it --reject")
 
+    if source.small_arena and not has_gelu(source):
+        say("note: --small-arena changes nothing: this network has no GELU")
+
     images = calibration_images(source.dataset, source.spec)
     content = convert(source, images, f"{path}.float.tflite")
     found = micro_file.read_model(content)

@@ -23,6 +23,7 @@ from training.progress import Progress
 FEW_TEST_IMAGES = 100  # the result then says how many they were
 LONG_RUN = 50  # epochs; of longer runs, the table has about ROWS
 ROWS = 20
+LONG_EPOCH = 30  # seconds; each of these has its row: a table without news looks as if it hung
 CALIBRATION = {  # in words
     "validation": "on the validation split",
     "held-out": "on the images held out",
@@ -91,7 +92,7 @@ def about_calibration(
 
     offered = "cross-fit" if settings.freeze_backbone else "twin"
     return [
-        "calibrate not at all, with so few training images",
+        "calibrate not at all",
         f"          (--calibration {offered}: {CALIBRATION[offered]})",
     ]
 
@@ -166,9 +167,12 @@ def print_header(watched: str) -> None:
 
 
 def print_row(row: dict, watched: str, epochs: int) -> None:
-    """Print a row of metrics.csv, without the rate; of long runs, every 20th part only."""
+    """Print a row of metrics.csv, without the rate; of long runs of short epochs, every 20th part
+    only.
+    """
     epoch = row["epoch"]
-    is_left_out = epochs > LONG_RUN and epoch % (epochs // ROWS) and epoch < epochs
+    is_long = epochs > LONG_RUN and row["seconds"] < LONG_EPOCH
+    is_left_out = is_long and epoch % (epochs // ROWS) and 1 < epoch < epochs
     if is_twin or is_left_out:
         return
 

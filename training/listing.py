@@ -136,7 +136,8 @@ def rows_of_timm(pattern: str) -> list[Row]:
         raise Problem(error, 2) from None
     names = fnmatch.filter(timm.list_models(), pattern.removeprefix(model.TIMM))
     if not names:
-        raise Problem(f"no network of timm matches {pattern!r}: it needs '*', as 'timm/*lite*'", 2)
+        hint = "" if "*" in pattern else ": without '*', it is a whole name"
+        raise Problem(f"no network of timm matches {pattern!r}{hint}; try 'timm/*lite*'", 2)
 
     rows = [row_of_timm(timm, name) for name in names[:MOST_COUNTED]]
     for name in names[MOST_COUNTED:]:
