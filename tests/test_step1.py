@@ -321,6 +321,7 @@ def test_quiet_prints_the_result_alone(call, here):
         ("--dataset linear --class-weights balanced", ["--class-weights", "regression"]),
         ("--dataset linear --label-smoothing 0.1", ["--label-smoothing", "regression"]),
         ("--dataset linear --image-size 8", ["--image-size", "linear"]),
+        ("--keep-start 0", ["--keep-start", "--pretrained"]),
     ],
 )
 def test_an_option_without_effect_is_refused_before_any_work(

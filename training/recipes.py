@@ -211,7 +211,8 @@ APPLIES_TO = {
 def refuse_without_effect(settings: argparse.Namespace, given: dict) -> None:
     """Raise Problem for an option that was given and would do nothing."""
     for name, (what, has_effect) in APPLIES_TO.items():
-        is_given = given.get(name) not in (None, False, ["none"])
+        value = given.get(name)
+        is_given = value is not None and value is not False and value != ["none"]
         if is_given and not has_effect(settings):
             raise Problem(f"{option_of(name)} only applies to {what}", 2)
 
