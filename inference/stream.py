@@ -17,6 +17,7 @@ from inference.predict import Model, decode_for, predict_decoded
 
 BLOCK = 1 << 16  # bytes that are read at a time
 KEPT = 4 << 20  # bytes of the beginning, in case that it is one picture of another format
+LONG_SEARCH = 64 << 20  # bytes without a picture, after which that is said
 AT_ONCE = 0.1  # seconds in which the end of the input must follow a picture that is all of it
 
 
@@ -170,8 +171,12 @@ def all_frames(source: Source, first: bytes) -> Iterator[Frame]:
     """The JPEGs and PNGs of an input that begins with `first`. Raises OSError."""
     splitter = Splitter()
     kept = b""  # of an input in which no picture was found yet
+    searched = 0
     block = first
     while block:
+        searched += len(block)
+        if splitter.number == 0 and searched - len(block) < LONG_SEARCH <= searched:
+            say(f"note: no JPEG and no PNG in the first {LONG_SEARCH >> 20} MiB of standard input")
         for frame in splitter.feed(block):
             if frame.number == 1:
                 frame.is_alone = not splitter.buffer and source.ends_at_once()

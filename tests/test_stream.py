@@ -142,6 +142,12 @@ def test_a_stream_that_is_no_picture_is_one_error(predict, content):
     predict(content, "-").error(1, "-: is")
 
 
+def test_a_stream_that_never_begins_says_so_once(predict, monkeypatch):
+    monkeypatch.setattr("inference.stream.LONG_SEARCH", 1 << 20)
+    result = predict(b"y\n" * (1 << 20), "-")
+    assert result.code == 1 and result.err.count("in the first 1 MiB of standard input") == 1
+
+
 def test_another_format_is_one_picture(predict):
     for kind in ("BMP", "TIFF", "WEBP", "TGA", "GIF"):
         assert [
