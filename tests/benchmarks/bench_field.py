@@ -177,8 +177,9 @@ def measure_cost(model: Model, images: np.ndarray) -> dict:
             Image.fromarray(image.squeeze()).save(path)
             paths.append((path, None))
 
-        monitor = Monitor(model, f"{folder}/monitor.json")
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
+            # The same images again and again would raise the alarm, after which no bet is placed.
+            monitor = Monitor(model, f"{folder}/monitor-{number}.json")
             started = time.process_time()
             lists = list(predict_files(model, iter(paths), workers=1, batch_size=16, top_k=3))
             predicted = time.process_time()
@@ -186,7 +187,8 @@ def measure_cost(model: Model, images: np.ndarray) -> dict:
                 monitor.update(row)
             watching.append((time.process_time() - predicted) / len(paths))
             predicting.append((predicted - started) / len(paths))
-        monitor.close()
+            assert monitor.alarm is None
+            monitor.close()
     return {
         "predicting": statistics.median(predicting),
         "watching": statistics.median(watching),
