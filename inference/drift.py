@@ -95,7 +95,7 @@ class Drift:
 
     def evidence(self) -> float:
         """What the bets have made of a stake of 1, with the part that has not been placed."""
-        return float(self.weights @ self.stakes) + self.unplaced
+        return float(self.weights.dot(self.stakes)) + self.unplaced  # `@` takes twice as long
 
     def restore(self, stakes: list[float], images: int) -> None:
         """Go on from the stakes that were kept."""
