@@ -40,15 +40,20 @@ class Spacing:
         """Keep the signals of a frame, and adapt to them from time to time."""
         if self.frames % self.step == 0:
             self.values.append(values)
-        looks = self.frames // FIRST_LOOK
-        if self.frames % FIRST_LOOK == 0 and looks & (looks - 1) == 0:  # after 1, 2, 4, ... times
-            apart = frames_apart(self.values)
-            # Values that are a step apart say nothing of frames that are closer.
-            if apart > 1:
-                self.every = max(self.every, apart * self.step)
+        if self.frames % FIRST_LOOK == 0:
+            looks = self.frames // FIRST_LOOK
+            if looks & (looks - 1) == 0:  # 1, 2, 4, ...
+                self.adapt()
         if len(self.values) >= KEPT:
             self.values = self.values[1::2]
             self.step *= 2
+
+    def adapt(self) -> None:
+        """Choose frames further apart if the values ask for it."""
+        apart = frames_apart(self.values)
+        # Values that are a step apart say nothing of frames that are closer.
+        if apart > 1:
+            self.every = max(self.every, apart * self.step)
 
 
 def frames_apart(values: list[tuple[int, ...]]) -> int:
