@@ -44,11 +44,14 @@ MOST_CHANNELS = 4  # of a first layer that reads an image
 
 @dataclass(frozen=True)
 class Quantization:
-    """One way to quantize. calibration: the method that finds the ranges, MinMax or Percentile."""
+    """One way to quantize. calibration: the method that finds the ranges, MinMax or Percentile.
+    early_in_float: how many layers after the first stay in float32.
+    """
 
     name: str
     calibration: str = "MinMax"
     last_in_float: bool = False
+    early_in_float: int = 0
 
 
 # What is tried, in this order, until one is accurate enough.
@@ -56,6 +59,10 @@ QUANTIZATIONS = (
     Quantization("7-bit weights per channel"),
     Quantization("percentile calibration", calibration="Percentile"),
     Quantization("the last layer in float32", last_in_float=True),
+    # Few channels with wide ranges, as in a first depthwise block: of all layers, these lose most.
+    Quantization(
+        "the first three layers and the last in float32", last_in_float=True, early_in_float=2
+    ),
 )
 
 
@@ -166,7 +173,7 @@ def quantize(
             model_output=target,
             calibration_data_reader=reader,
             op_types_to_quantize=list(OP_TYPES),
-            nodes_to_exclude=nodes_in_float(proto.graph, quantization.last_in_float),
+            nodes_to_exclude=nodes_in_float(proto.graph, quantization),
             per_channel=True,
             reduce_range=True,  # 7 bits
             activation_type=activation_type,
@@ -184,11 +191,11 @@ def batches(images: np.ndarray, only_size: int | None) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(images[start : start + size])
 
 
-def nodes_in_float(graph, last_in_float: bool) -> list[str]:
+def nodes_in_float(graph, quantization: Quantization) -> list[str]:
     """The names of nodes that stay in float32. Raises ValueError if nothing is left to quantize.
 
     They are preprocessing, softmax, sums with a constant, a first layer that reads the image, and
-    on request the last layer.
+    of the layers after it and the last those that the quantization leaves in float32.
     """
     constants = {tensor.name: tensor for tensor in graph.initializer}
     main = nodes_for(graph, graph.output[0].name)
@@ -212,8 +219,11 @@ def nodes_in_float(graph, last_in_float: bool) -> list[str]:
         reads_image = first.op_type == "Conv" and input_channels(first, constants) <= MOST_CHANNELS
         if reads_image:
             excluded.append(first.name)
-        if last_in_float:
+        if quantization.last_in_float:
             excluded.append(last.name)
+        early = weighted[1 : 1 + quantization.early_in_float]
+        if len(weighted) > 2 + len(early):  # something is left between them
+            excluded += [node.name for node in early]
     return excluded
 
 

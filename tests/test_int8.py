@@ -133,13 +133,21 @@ def test_quantizations_are_tried_in_order_until_one_is_accurate_enough(choose, m
     assert figures["quantization"] == names[1]
 
 
-def test_three_are_tried_at_most_and_the_most_accurate_is_taken(choose, monkeypatch):
-    accuracies(monkeypatch, 0.99, 0.9, 0.95, 0.93)
+def test_all_are_tried_at_most_and_the_most_accurate_is_taken(choose, monkeypatch):
+    accuracies(monkeypatch, 0.99, 0.9, 0.95, 0.93, 0.92)
     names, figures = NAMES, choose()
-    assert [trial["drop_training"] for trial in figures["tried"]] == [9.0, 4.0, 6.0] and len(
-        names
-    ) == 3
+    assert [trial["drop_training"] for trial in figures["tried"]] == [9.0, 4.0, 6.0, 7.0]
+    assert len(names) == 4
     assert figures["quantization"] == names[1] and figures["drop_training"] == 4.0
+
+
+def test_early_layers_stay_in_float32_on_request(unquantized):
+    graph = onnx.load(unquantized).graph
+    usual = int8.nodes_in_float(graph, int8.Quantization("usual"))
+    early = int8.nodes_in_float(graph, int8.Quantization("early", early_in_float=2))
+    kinds = {node.name: node.op_type for node in graph.node}
+    assert [kinds[name] for name in early[len(usual) :]] == ["Conv", "Conv"]
+    assert not set(early[len(usual) :]) & set(usual)
 
 
 # --------------------------------------------------------------------- what is published or refused
@@ -236,7 +244,7 @@ def test_a_regression_has_neither_int8_nor_fixed_sizes_nor_thresholds(
 def test_a_network_without_layers_cannot_be_quantized(tmp_path):
     graph = onnx.helper.make_graph([], "empty", [], [onnx.ValueInfoProto(name="probabilities")])
     with pytest.raises(ValueError, match="no layer to quantize"):
-        int8.nodes_in_float(graph, last_in_float=False)
+        int8.nodes_in_float(graph, int8.QUANTIZATIONS[0])
 
 
 @pytest.mark.parametrize("option", ["--max-drop -1", "--max-drop nan", "--max-drop much"])
