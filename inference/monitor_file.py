@@ -1,5 +1,6 @@
 """The file of --monitor: read and checked, locked against another process, written whole, shown."""
 
+import contextlib
 import json
 import os
 import stat
@@ -86,7 +87,8 @@ class MonitorFile:
         """Give the lock up. A new file that could not be written goes with it."""
         if self.lock is not None:
             if self.is_empty:
-                os.unlink(self.path)
+                with contextlib.suppress(OSError):  # somebody may have removed it
+                    os.unlink(self.path)
             os.close(self.lock)
             self.lock = None
 
