@@ -376,7 +376,7 @@ EXPECTED = {
         **COMMON,
         **MUON,
         "batch_size": 250,
-        "epochs": 40,
+        "epochs": 60,
         "activation": "hardswish",
     },
     "resnet18": {**COMMON, **SGD, "batch_size": 64},
@@ -457,9 +457,9 @@ def test_weights_from_elsewhere_choose_a_network_and_fewer_epochs():
     counts = (100, 2000, 10_000, 60_000)
     assert [recipes.usual_epochs(fresh, count) for count in counts] == [50, 50, 20, 10]
     fresh.model = "tiny"  # learns slowly, and fast
-    assert [recipes.usual_epochs(fresh, count) for count in counts] == [50, 50, 40, 40]
+    assert [recipes.usual_epochs(fresh, count) for count in counts] == [60, 60, 60, 60]
     fresh.model = "airbench"
-    assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 8, 4, 4]
+    assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 12, 4, 4]
     assert [recipes.usual_keep_start(count) for count in (20, 100, 1600)] == [0.5, 0.5, 0.25]
 
 

@@ -369,7 +369,7 @@ def usual_epochs(settings: argparse.Namespace, count: int) -> int:
     if start_of(settings) == "pretrained":
         return min(max(IMAGES_SEEN_AGAIN // count, 4), 30)
     fewest = recipe(settings.model, settings.dataset, start=None)["epochs"]
-    return min(max(IMAGES_SEEN // count, fewest), 50)
+    return max(min(IMAGES_SEEN // count, 50), fewest)
 
 
 def usual_keep_start(count: int) -> float:
