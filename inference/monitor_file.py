@@ -111,6 +111,8 @@ def check_usable(path: str) -> None:
 
 def read_monitor(path: str) -> dict:
     """The content of a monitor file. Raises Problem if it cannot be read, or is damaged."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise Problem(f"cannot read {path}: it is not a regular file")
     with problems(f"cannot read {path}", OSError), open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
 

@@ -362,6 +362,12 @@ def test_a_full_disk_leaves_no_empty_file(tmp_path, model, monkeypatch):
     assert monitor.failed and not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_not_waited_for(call, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    call(step3_infer.main, "--monitor", tmp_path / "pipe").error(1, "not a regular file")
+
+
 def test_sigterm_writes_the_file(model, tmp_path):
     path = str(tmp_path / "m.json")
     lists = Monitor(model, path).watch([list(rows(draw(30)[0]))] * 3)
