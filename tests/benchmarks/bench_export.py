@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,15 @@ BATCHES = (1, 64)
 SELF_TESTS = 7
 
 
-def export(run: Path, out: Path, data_dir: str | None, *arguments: str) -> Measured:
+def export(
+    run: Path,
+    out: Path,
+    data_dir: str | None,
+    *arguments: str,
+    program: Sequence = (ROOT / "step2_export.py",),
+) -> Measured:
     """Export a run by step2, as its users do."""
-    command = [sys.executable, ROOT / "step2_export.py", "--run", run.resolve(), "--out", out]
+    command = [sys.executable, *program, "--run", run.resolve(), "--out", out]
     if data_dir:
         command += ["--data-dir", data_dir]
     return run_measured([*command, *arguments])

@@ -1,14 +1,21 @@
-"""What a microcontroller's int8 file keeps and takes: accuracy, differences, bytes. Run by hand.
+"""What a microcontroller's int8 file keeps and takes: accuracy, differences, bytes, instructions.
+Run by hand.
 
     python tests/benchmarks/bench_micro.py runs/digits-tiny runs/cifar10-tiny
 
-Needs litert-torch, ai-edge-quantizer and tflite-micro. For each run: exports it by step2 as
-tflite-micro and as int8 ONNX, into a temporary directory, and reads the figures that the gate
-measured. Both exports must pass it.
+Needs litert-torch, ai-edge-quantizer and tflite-micro. For each run, one of resnet8.py's too:
+exports it by step2 as tflite-micro and as int8 ONNX, into a temporary directory, and reads the
+figures that the gate measured. Both exports must pass it. Instructions are those of the micro
+runtime's reference kernels on this processor, counted by valgrind where that is installed: more
+than a microcontroller's own kernels take, but the same whatever else this machine does.
 """
 
 import argparse
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,12 +28,43 @@ from benchmarks.results import add_results_option, command_line, write_result  #
 
 from inference.engines import read_spec_at_end  # noqa: E402
 
+STEP2 = (Path(__file__).with_name("resnet8.py"), "step2_export.py")  # which knows ResNet-8, too
+COUNTED = 10  # images whose instructions are counted, to the mean
+
+# Runs a file in the micro runtime on so many images of one grey.
+RUN = """
+import json, sys
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from deploy.micro_runtime import load_micro
+run, _ = load_micro(Path(sys.argv[2]).read_bytes())
+run(np.full([int(sys.argv[4]), *json.loads(sys.argv[3])], 128, np.uint8))
+"""
+
+
+def count_instructions(file: Path, shape: list[int]) -> int | None:
+    """Instructions of one image [H, W, C] in the micro runtime; None without valgrind."""
+    if not shutil.which("valgrind"):
+        return None
+    totals = []
+    for images in (1, 1 + COUNTED):
+        command = ["valgrind", "--tool=cachegrind", "--cache-sim=no"]
+        command += ["--cachegrind-out-file=/dev/null", sys.executable, "-c", RUN, str(ROOT)]
+        command += [str(file), json.dumps(shape), str(images)]
+        # Python's own work depends on the order of its sets.
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        (total,) = re.findall(r"I\s+refs:\s+([\d,]+)", done.stderr)
+        totals.append(int(total.replace(",", "")))
+    return (totals[1] - totals[0]) // COUNTED
+
 
 def bench_run(run: Path, data_dir: str | None, place: Path) -> dict:
     """Export one run and gather its figures; what was not measured is None."""
     folder = place / run.name
-    measured = export(run, folder, data_dir, "--format", "tflite-micro")
-    export(run, folder, data_dir, "--format", "onnx-int8")
+    measured = export(run, folder, data_dir, "--format", "tflite-micro", program=STEP2)
+    export(run, folder, data_dir, "--format", "onnx-int8", program=STEP2)
 
     file = folder / "model.int8.tflite"
     spec = json.loads(read_spec_at_end(str(file)))
@@ -50,6 +88,7 @@ def bench_run(run: Path, data_dir: str | None, place: Path) -> dict:
         "onnx_accuracy_float": onnx["accuracy_trained"],
         "largest_difference": micro["max_abs_diff"],
         "mean_difference": micro["mean_abs_diff"],
+        "instructions": count_instructions(file, [*spec["image_size"], spec["channels"]]),
         "export_cpu": measured.cpu,
         "export_wall": measured.wall,
     }
