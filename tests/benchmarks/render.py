@@ -733,11 +733,18 @@ def mean_and_worst(shares: list[float]) -> str:
 
 
 def bench_collect(results: Results) -> list[str]:
-    result = results.get("collect")
-    if result is None:
-        return []
-    figures = result["figures"]
+    lines = []
+    for name, title in (
+        ("collect", "The default network at half its width, trained from scratch:"),
+        ("collect_pretrained", "`tf_efficientnet_lite0`, fine-tuned:"),
+    ):
+        if name in results:
+            lines += ["", title, "", *gains_by_collecting(results[name])]
+    return lines[1:]
 
+
+def gains_by_collecting(result: dict) -> list[str]:
+    figures = result["figures"]
     rows = []
     gains = []
     for row in figures["seeds"]:
