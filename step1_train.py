@@ -378,6 +378,7 @@ from training import (
     calibration,
     console,
     cpu,
+    cutmix,
     minutes,
     optimizers,
     processes,
@@ -510,9 +511,17 @@ def train_epoch(
         rate = optimizers.rate_at(settings, progress.epoch, progress.steps, steps)
         optimizers.set_rate(optimizer, rate)
 
+        mixed = cutmix.mix(images) if "cutmix" in settings.augment else None
+        if mixed:
+            images = mixed.images
+
         with machine.autocast():
             outputs = network(trainee.normalise(images))  # [batch, classes]
         losses = criterion(outputs, labels, settings.label_smoothing, log_priors)  # [batch]
+        if mixed:
+            others = labels[mixed.others]
+            of_others = criterion(outputs, others, settings.label_smoothing, log_priors)
+            losses = losses.lerp(of_others, mixed.share)
 
         # The mean over the whole batch: DistributedDataParallel averages over the processes.
         loss = losses.sum() * machine.processes.count / batch_size
@@ -935,7 +944,9 @@ def write_pictures(
 
 
 def augmented_samples(train: Split, settings: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Some training images as training sees them, uint8 [n, H, W, C], and their labels [n]."""
+    """Some training images as training sees them, but not mixed by cutmix: uint8 [n, H, W, C], and
+    their labels [n].
+    """
     batches = train.shuffled(SAMPLES, settings.augment, epoch=1, seed=settings.seed)
     images, labels, _ = next(batches)
     return images.cpu().numpy(), labels.cpu().numpy()

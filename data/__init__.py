@@ -27,8 +27,18 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 NO_GROUPS = "none"  # what --group-by takes to leave every image alone
 
-# What augment.gather applies.
-AUGMENTATIONS = ("flip", "translate", "crop", "rotate", "blur", "color", "noise", "cutout")
+# What augment.gather applies, and what also changes the labels: see training/cutmix.py.
+AUGMENTATIONS = (
+    "flip",
+    "translate",
+    "crop",
+    "rotate",
+    "blur",
+    "color",
+    "noise",
+    "cutout",
+    "cutmix",
+)
 
 # The options of `load` that step1's command line has, besides --dataset, --data-dir, --image-size.
 OPTIONS = (

@@ -79,7 +79,8 @@ PICTURES = (
     ),
     Picture(
         "samples.png",
-        "Training images with their labels, after augmentation, as the network receives them.",
+        "Training images with their labels, after augmentation, as the network receives them; "
+        "cutmix, where it is used, comes after that.",
     ),
 )
 DUPLICATES = "Images that are in the data twice"

@@ -20,7 +20,7 @@ from conftest import ROOT
 import data
 import step1_train
 from data.dataset import with_fingerprint
-from training import cpu, runs
+from training import cpu, optimizers, runs
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import soak_resume
@@ -38,6 +38,7 @@ RUN = [
     "translate",
     "flip",
     "cutout",
+    "cutmix",
 ]
 RUN += ["--device", "cpu", "--precision", "fp32"]
 
@@ -59,16 +60,16 @@ def assert_same(run, other):
 
 def stop_at(monkeypatch, epoch, batch, number=signal.SIGINT):
     """Send this process a signal at a step, as Ctrl-C or a cluster's scheduler would."""
-    criterion = step1_train.criterion
+    set_rate = optimizers.set_rate  # which each step calls once
     calls = iter(range(1, 10**6))
 
-    def counting(outputs, *rest):
+    def counting(optimizer, part):
         # 15 steps in an epoch of RUN
-        if outputs.requires_grad and next(calls) == (epoch - 1) * 15 + batch:
+        if next(calls) == (epoch - 1) * 15 + batch:
             os.kill(os.getpid(), number)
-        return criterion(outputs, *rest)
+        set_rate(optimizer, part)
 
-    monkeypatch.setattr(step1_train, "criterion", counting)
+    monkeypatch.setattr(optimizers, "set_rate", counting)
 
 
 @pytest.fixture(scope="module")
@@ -392,12 +393,19 @@ def test_a_run_directory_that_vanishes_is_one_line(call, here, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_says_where_and_keeps_the_checkpoint(call, here, monkeypatch):
-    criterion, calls = step1_train.criterion, iter(range(10**6))
+    set_rate = optimizers.set_rate
+    criterion = step1_train.criterion
+    steps = []
+
+    def counting(*args):
+        steps.append(args)
+        set_rate(*args)
 
     def diverging(outputs, *rest):
         loss = criterion(outputs, *rest)
-        return loss * float("nan") if outputs.requires_grad and next(calls) == 15 + 3 else loss
+        return loss * float("nan") if len(steps) == 15 + 4 else loss
 
+    monkeypatch.setattr(optimizers, "set_rate", counting)
     monkeypatch.setattr(step1_train, "criterion", diverging)
     call(step1_train.main, *RUN).error(
         1, "became nan in epoch 2, step 4", "learning rate 0.0", "smaller --lr"

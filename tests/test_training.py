@@ -18,7 +18,7 @@ import data
 import model
 import step1_train
 from data import augment, split
-from training import cpu, optimizers, processes, recipes
+from training import cpu, cutmix, optimizers, processes, recipes
 from training import network as networks
 
 
@@ -50,6 +50,30 @@ def test_mirror_stays_inside_the_smallest_images():
     for size in (1, 2):
         positions = augment.mirror(torch.arange(-1, size + 1), size)
         assert positions.min() >= 0 and positions.max() < size
+
+
+def test_cutmix_takes_a_rectangle_of_another_image_and_counts_its_pixels():
+    flat = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 16, 24, 3)
+    torch.manual_seed(0)
+    batches = [cutmix.mix(flat) for _ in range(40)]
+    mixed = [batch for batch in batches if batch]
+    assert 10 < len(mixed) < 30  # in half of the batches
+
+    for batch in mixed:
+        assert sorted(batch.others.tolist()) == list(range(12))
+        for number, (image, other) in enumerate(zip(batch.images, batch.others, strict=True)):
+            replaced = image[..., 0] != number
+            if other == number:
+                assert not replaced.any()
+                continue
+            assert (image[replaced] == other).all()
+            assert replaced.double().mean() == pytest.approx(batch.share)
+            rows = replaced.any(1)
+            columns = replaced.any(0)
+            assert replaced.sum() == rows.sum() * columns.sum()  # one rectangle
+
+    shares = [batch.share for batch in mixed]
+    assert min(shares) < 0.2 and max(shares) > 0.7
 
 
 def test_no_augmentation_is_the_images_in_the_order_asked_for(images):

@@ -393,6 +393,8 @@ def augmentations(settings: argparse.Namespace, channels: int) -> list[str]:
             names = ["flip", "translate"]
         if settings.model not in TUTORIALS:
             names += CAMERA
+        if start_of(settings) == "pretrained":
+            names += ["cutmix"]
         return names
 
     if "none" in settings.augment:

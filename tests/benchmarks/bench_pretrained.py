@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from benchmarks.measure import run_measured  # noqa: E402
 from benchmarks.results import add_results_option, command_line, write_result  # noqa: E402
 
+from inference import metrics  # noqa: E402
 from inference.predict import Model  # noqa: E402
 
 COUNTS = (100, 500, 2000, 10_000)
@@ -122,19 +123,25 @@ def resize_all(source: Path, target: Path, count: int | None, size: int) -> None
         resized.save(target / f"{path.stem}.jpg", quality=95)
 
 
-def accuracy_of(file: Path, judged: Path, threads: int) -> float:
-    """How many of the images in class folders an exported file answers right."""
+def judge(file: Path, judged: Path, threads: int) -> dict:
+    """The accuracy and calibration error of an exported file on the images in class folders."""
     model = Model(file, threads=threads)
-    right = 0
-    total = 0
+    answers = []
+    labels = []
     for folder in sorted(judged.iterdir()):
         number = model.spec["classes"].index(folder.name)
         for path in sorted(folder.iterdir()):
             with Image.open(path) as image:
                 probabilities, _ = model.run(np.asarray(image)[None])  # [1, classes]
-            right += int(probabilities.argmax()) == number
-            total += 1
-    return right / total
+            answers.append(probabilities[0])
+            labels.append(number)
+
+    found = np.stack(answers)  # [images, classes]
+    given = np.array(labels)
+    return {
+        "accuracy": float((found.argmax(1) == given).mean()),
+        "calibration_error": metrics.calibration_error(found, given),
+    }
 
 
 # ----------------------------------------------------------------------------------------- programs
@@ -152,12 +159,11 @@ def run_ours(data: Path, seed: int, work: Path, args: argparse.Namespace) -> dic
 
     summary = json.loads((work / "runs" / name / "summary.json").read_text())
     file = work / "exports" / name / "model.onnx"
-    accuracy = accuracy_of(file, data / "judged", args.threads)
     return {
         "program": "step1, step2",
         "epochs": summary["epochs"],
         "cpu": trained.cpu + exported.cpu,
-        "accuracy": accuracy,
+        **judge(file, data / "judged", args.threads),
     }
 
 

@@ -859,17 +859,19 @@ def bench_pretrained(results: Results) -> list[str]:
     for (images, program), runs in measured.items():
         accuracies = percents([run["accuracy"] for run in runs])
         cpu = ", ".join(f"{run['cpu']:.0f}" for run in runs)
-        rows.append([f"{images:,}", program, accuracies, cpu])
+        errors = [run["calibration_error"] for run in runs if "calibration_error" in run]
+        calibrated = percents(errors) if errors else ""
+        rows.append([f"{images:,}", program, accuracies, calibrated, cpu])
 
     seen = {images for images, _ in measured}
     for images in COUNTS:
         if images not in seen:
-            rows.append([f"{images:,}", "not measured yet", "", ""])
+            rows.append([f"{images:,}", "not measured yet", "", "", ""])
     said = (
         f"`{figures['model']}` at {figures['size']} px; the accuracy on {figures['judged']:,} test "
         "images, one figure for each seed."
     )
-    head = ["images", "program", "accuracy", "CPU seconds"]
+    head = ["images", "program", "accuracy", "calibration error", "CPU seconds"]
     return [said, "", *table(head, rows), *full_source(result)]
 
 
