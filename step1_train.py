@@ -260,7 +260,7 @@ def add_training_options(parser: Parser) -> None:
         "--keep-start",
         type=number(float, 0, 1),
         metavar="PART",
-        help="part of the result that the weights make up which training began with (default: 0.5 "
+        help="part of the result that the weights make up which training began with (default: 0.6 "
         "or less with --pretrained, the fewer images the more, else 0)",
     )
     add(

@@ -484,7 +484,7 @@ def test_weights_from_elsewhere_choose_a_network_and_fewer_epochs():
     assert [recipes.usual_epochs(fresh, count) for count in counts] == [60, 60, 60, 60]
     fresh.model = "airbench"
     assert [recipes.usual_epochs(tuned, count) for count in counts] == [30, 12, 4, 4]
-    assert [recipes.usual_keep_start(count) for count in (20, 100, 1600)] == [0.5, 0.5, 0.25]
+    assert [recipes.usual_keep_start(count) for count in (20, 100, 1600)] == [0.6, 0.6, 0.25]
 
 
 def test_layers_nearer_to_the_input_learn_more_slowly():

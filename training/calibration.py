@@ -186,10 +186,12 @@ def averages_with_twin(settings: argparse.Namespace) -> bool:
     """Is the result the average of a network and its twin, weight by weight?
 
     That takes networks that began with the same trained weights, and whose batch norm has kept its
-    statistics: those of an average are none of theirs.
+    statistics: those of an average are none of theirs. Cutmix does as much for a network alone, and
+    an average with a twin, which is trained for fewer epochs, undoes it.
     """
-    is_twin = settings.calibration == "twin"
-    return is_twin and fits_head_first(settings) and settings.batch_norm == "frozen"
+    if settings.calibration != "twin" or "cutmix" in settings.augment:
+        return False
+    return fits_head_first(settings) and settings.batch_norm == "frozen"
 
 
 def layers_to_look_at(trainee: Trainee) -> tuple[str, ...]:
