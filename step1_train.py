@@ -365,12 +365,10 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":  # torchrun: o
 # ruff: noqa: E402
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import model
 from data import doctor, shape
 from data.split import Split, make_splits
-from inference import metrics
 from report import drawing, page
 from training import (
     balance,
@@ -379,6 +377,7 @@ from training import (
     console,
     cpu,
     cutmix,
+    fine_tuning,
     minutes,
     optimizers,
     processes,
@@ -388,11 +387,11 @@ from training import (
 )
 from training.checkpoints import Saver, Unsaved, restore
 from training.describe import describe_run, with_result
+from training.evaluation import accuracy_to_compare, criterion, evaluate
 from training.features import (
     LastLayer,
     Trainee,
     choose_trainee,
-    fits_head_first,
     is_regression,
     set_to_zero,
     start_head,
@@ -414,8 +413,6 @@ from training.result import Outcome, find_warnings, summarise, summarise_classes
 from training.suspects import find_suspects
 
 SAMPLES = 25  # augmented images in the report
-# The split that a network was not trained on, by --calibration; of a twin, its test split.
-UNSEEN = {"validation": "val", "held-out": "held-out", "twin": "test"}
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -549,26 +546,6 @@ def steps_per_epoch(trainee: Trainee, settings: argparse.Namespace, machine: Mac
     return trainee.splits["train"].count_batches(settings.batch_size, machine.processes.count)
 
 
-def criterion(outputs, targets, label_smoothing=0.0, log_priors=None):
-    """The cross entropy [batch] of logits [batch, classes] and int64 labels [batch].
-
-    log_priors [classes]: see training/balance.py; added to the logits, so that the network itself
-    learns to ignore how frequent classes are (logit adjustment, Menon et al. 2021). Smoothing then
-    follows them, too: if spread evenly, it would favour rare classes. Targets of floats [batch, n]:
-    the squared error, averaged over n.
-    """
-    if targets.is_floating_point():
-        return F.mse_loss(outputs.float(), targets, reduction="none").mean(1)
-    if log_priors is None:
-        return F.cross_entropy(
-            outputs.float(), targets, label_smoothing=label_smoothing, reduction="none"
-        )
-
-    labels = F.one_hot(targets, len(log_priors))  # [batch, classes]
-    wanted = (1 - label_smoothing) * labels + label_smoothing * log_priors.softmax(0)
-    return F.cross_entropy(outputs.float() + log_priors, wanted, reduction="none")
-
-
 # --------------------------------------------------------------------------------------- evaluation
 def evaluate_epoch(
     trainee: Trainee,
@@ -594,50 +571,6 @@ def evaluate_epoch(
         raise Problem(f"{reason}: try a smaller --lr")
     progress.seconds += time.perf_counter() - started
     return evaluated
-
-
-@torch.inference_mode()
-def evaluate(trainee: Trainee, split: Split, machine: Machine) -> Evaluation:
-    """The network in eval mode over a whole split, shared by all processes."""
-    trainee.deployable.network.eval()
-    network = trainee.network
-    labels = split.labels[split.members]  # [n]
-    share = machine.processes.share
-
-    loss = 0.0
-    parts = []
-    for images, targets in split.in_order(share):
-        logits = network(trainee.normalise(images)).float()  # [batch, classes]
-        loss += criterion(logits, targets).sum().item()
-        parts.append(logits)
-
-    # Zero for the images of other processes, so that the sum is the whole.
-    outputs = torch.zeros(len(labels), trainee.classes, device=labels.device)
-    if parts:
-        outputs[share] = torch.cat(parts)
-    outputs = machine.processes.sum(outputs)
-    loss = machine.processes.sum(torch.tensor(loss, device=machine.device)).item() / len(split)
-
-    accuracy = None
-    if not is_regression(split):
-        accuracy = (outputs.argmax(1) == labels).sum().item() / len(split)
-    return Evaluation(loss=loss, accuracy=accuracy, outputs=outputs.cpu().numpy())
-
-
-def accuracy_to_compare(trainee: Trainee, evaluated: Evaluation) -> float | None:
-    """What epochs are compared by on the validation split: balanced accuracy if classes are
-    unequal.
-
-    None for a regression.
-    """
-    if evaluated.accuracy is None:
-        return None
-    if not balance.is_unequal(trainee.splits["train"], trainee.classes):
-        return evaluated.accuracy
-
-    split = trainee.splits["val"]
-    labels = split.labels.cpu()[split.members].numpy()
-    return metrics.balanced_accuracy(labels, evaluated.outputs.argmax(1))
 
 
 # --------------------------------------------------------------------------------- data and network
@@ -675,107 +608,6 @@ def with_best_epoch(trainee: Trainee, progress: Progress) -> Trainee:
     deployable = copy.deepcopy(trainee.deployable)
     deployable.network.load_state_dict(progress.best["state_dict"])
     return trainee.with_network(deployable, trainee.splits)
-
-
-def with_fitted_head(
-    trainee: Trainee, dataset: data.Dataset, settings: argparse.Namespace, machine: Machine
-) -> Trainee:
-    """A pretrained network as its training began: with nothing fitted but its head.
-
-    Raises Problem if the features cannot be kept.
-    """
-    deployable = build_deployable(settings, dataset, None, machine)
-    start = trainee.with_network(deployable, trainee.splits)
-    with machine.processes.first_of_each_machine_first():
-        start_head(start, settings)
-    return start
-
-
-def weights_at_start(
-    trainee: Trainee,
-    dataset: data.Dataset,
-    settings: argparse.Namespace,
-    machine: Machine,
-    checkpoint: dict | None,
-) -> dict[str, torch.Tensor] | None:
-    """The state_dict that training began with, if --keep-start wants a part of it in the result.
-
-    A resumed run makes it again; if the weights are gone meanwhile, none of them is kept, which is
-    noted.
-    """
-    if not settings.keep_start:
-        return None
-    if checkpoint:
-        try:
-            trainee = with_fitted_head(trainee, dataset, settings, machine)
-        except Problem as problem:
-            note(f"the result keeps no part of the weights that training began with: {problem}")
-            return None
-    return copy.deepcopy(trainee.deployable.network.state_dict())
-
-
-def better_of_head_and_training(
-    final: Trainee,
-    twin: Trainee | None,
-    progress: Progress,
-    dataset: data.Dataset,
-    settings: argparse.Namespace,
-    machine: Machine,
-) -> tuple[Trainee, Trainee | None]:
-    """What a run ends with, and its twin: as trained, or with the fitted head alone if that does
-    better on images that neither was trained on. Without such images, as trained.
-
-    A network that goes back to its head counts as kept from epoch 0. Raises Problem.
-    """
-    if settings.calibration == "none" or not fits_head_first(settings):
-        return final, twin
-
-    judged = twin or final
-    split = judged.splits[UNSEEN[settings.calibration]]
-    head = with_fitted_head(judged, dataset, settings, machine)
-    with_head = evaluate(head, split, machine).accuracy
-    trained = evaluate(judged, split, machine).accuracy
-    if trained >= with_head:
-        return final, twin
-
-    images = f"{len(split):,} images that were not trained on"
-    note(
-        f"training did harm: of {images}, {trained:.1%} are right, and {with_head:.1%} with the "
-        "pretrained layers as they were and the new head alone, which is kept"
-    )
-    start = with_fitted_head(final, dataset, settings, machine) if twin else head
-    state = start.deployable.network.state_dict()
-    progress.best = {"score": [with_head, 0.0], "epoch": 0, "state_dict": state}
-    return start, head if twin else None
-
-
-def average_with_twin(
-    final: Trainee, twin: Trainee, progress: Progress, machine: Machine
-) -> Trainee:
-    """A fine-tuned network whose weights are the average of its own and its twin's.
-
-    That mostly does better on new images than either (see optimizers.move_weights). As the network
-    has learned the images that its twin has not, the average must do better on these than the twin;
-    if it does not, the two are too far apart, and the network stays as it was trained.
-    """
-    deployable = copy.deepcopy(final.deployable)
-    state = twin.deployable.network.state_dict()
-    optimizers.move_weights(deployable.network, state, 0.5)
-
-    held_out = twin.splits["test"]
-    average = twin.with_network(deployable, twin.splits)
-    averaged = evaluate(average, held_out, machine)
-    if averaged.accuracy < evaluate(twin, held_out, machine).accuracy:
-        return final
-
-    score = [averaged.accuracy, -averaged.loss]
-    progress.best = {
-        "score": score,
-        "epoch": progress.epoch - 1,
-        "state_dict": deployable.network.state_dict(),
-        "averaged": True,
-    }
-    return final.with_network(deployable, final.splits)
 
 
 def calibrate(
@@ -859,7 +691,7 @@ def train_twin(
         with machine.processes.first_of_each_machine_first():
             start_head(twin, settings)
 
-    start = weights_at_start(twin, dataset, settings, machine, checkpoint)
+    start = fine_tuning.weights_at_start(twin, dataset, settings, machine, checkpoint)
     optimizer = optimizers.make_optimizer(deployable.network, settings)
     progress = restore(checkpoint, optimizer, machine.processes.rank)
     with Signals() as signals, console.training_twin():
@@ -1047,7 +879,7 @@ def complete(
     """
     group = machine.processes
     network = trainee.deployable.network
-    start = weights_at_start(trainee, dataset, settings, machine, checkpoint)
+    start = fine_tuning.weights_at_start(trainee, dataset, settings, machine, checkpoint)
     optimizer, progress = go_on(trainee, settings, machine, checkpoint)
     signals = Signals()
     saver = Saver(
@@ -1065,9 +897,11 @@ def complete(
         twin = None
         if settings.calibration == "twin":
             twin = train_twin(trainee, dataset, settings, machine, run_dir)
-        final, twin = better_of_head_and_training(final, twin, progress, dataset, settings, machine)
-        if calibration.averages_with_twin(settings) and not is_kept_head(progress):
-            final = average_with_twin(final, twin, progress, machine)
+        final, twin = fine_tuning.better_of_head_and_training(
+            final, twin, progress, dataset, settings, machine
+        )
+        if fine_tuning.averages_with_twin(settings) and not is_kept_head(progress):
+            final = fine_tuning.average_with_twin(final, twin, progress, machine)
         if evaluated is None or progress.best:
             evaluated = evaluate(final, final.splits["test"], machine)
         calibrated = calibrate(final, twin, splits["train"], settings, machine, saver)

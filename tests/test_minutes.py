@@ -12,7 +12,12 @@ from training.minutes import Pace
 from training.processes import Processes
 
 SETTINGS = argparse.Namespace(
-    batch_size=10, calibration="none", epochs=1, pretrained=None, freeze_backbone=False
+    augment=[],
+    batch_size=10,
+    calibration="none",
+    epochs=1,
+    pretrained=None,
+    freeze_backbone=False,
 )
 
 
@@ -62,6 +67,8 @@ def test_everything_that_takes_time_is_counted():
     assert trained_norm == pytest.approx(seconds(20) + with_twin + compared)
     averaged = 2 * 20 * 0.02 + 50 * 0.02  # compared with the twin; the average on the test split
     assert seconds(20, batch_norm="frozen", **tuned) == pytest.approx(trained_norm + averaged)
+    mixed = {**tuned, "augment": ["cutmix"]}  # which stands in for the average
+    assert seconds(20, batch_norm="frozen", **mixed) == pytest.approx(trained_norm)
 
 
 def test_estimating_batch_norm_anew_is_counted():

@@ -16,7 +16,7 @@ from data.split import Split
 from deploy import device
 from inference.images import decode_image, resize
 from inference.predict import Model, predict
-from training import recipes, saliency
+from training import fine_tuning, recipes, saliency
 from training.features import LastLayer, start_head
 from training.progress import Evaluation, Progress
 from training.weights import place_of_download
@@ -182,12 +182,12 @@ def test_the_result_is_the_average_with_the_twin(call, here, photos, weights):
 
 def test_a_network_too_far_from_its_twin_is_not_averaged(monkeypatch):
     rights = iter([0.4, 0.6])  # of the average, and of the twin
-    monkeypatch.setattr(step1_train, "evaluate", lambda *_: Evaluation(1.0, next(rights), None))
+    monkeypatch.setattr(fine_tuning, "evaluate", lambda *_: Evaluation(1.0, next(rights), None))
     final = last_layer([[1.0, 0.0], [0.0, 1.0]])
     progress = Progress()
     twin = last_layer([[9.0, 0.0], [0.0, 9.0]])
     twin.splits["test"] = twin.splits["train"]
-    assert step1_train.average_with_twin(final, twin, progress, machine=None) is final
+    assert fine_tuning.average_with_twin(final, twin, progress, machine=None) is final
     assert progress.best is None and final.network.weight[0, 0] == 1
 
 

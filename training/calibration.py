@@ -18,7 +18,7 @@ import model
 from data.augment import change_colours
 from data.holdout import stratified_groups
 from data.split import Split, hold_out, note_groups_of, seeded
-from training.features import LastLayer, Trainee, fits_head_first
+from training.features import LastLayer, Trainee
 
 GAUSSIAN_IMAGES = 5000  # of the training split, at most, that describe what is familiar
 MOST_LIGHT = 0.6  # by how much brightness, contrast and saturation of these change for other light
@@ -180,18 +180,6 @@ def epochs_of_twin(settings: argparse.Namespace) -> int:
     """How long to train the twin of a network that was trained for as long as the settings say."""
     fewest = FEWEST_WITH_WEIGHTS if settings.pretrained else FEWEST_EPOCHS
     return min(settings.epochs, max(fewest, round(settings.epochs * TWIN_EPOCHS)))
-
-
-def averages_with_twin(settings: argparse.Namespace) -> bool:
-    """Is the result the average of a network and its twin, weight by weight?
-
-    That takes networks that began with the same trained weights, and whose batch norm has kept its
-    statistics: those of an average are none of theirs. Cutmix does as much for a network alone, and
-    an average with a twin, which is trained for fewer epochs, undoes it.
-    """
-    if settings.calibration != "twin" or "cutmix" in settings.augment:
-        return False
-    return fits_head_first(settings) and settings.batch_norm == "frozen"
 
 
 def layers_to_look_at(trainee: Trainee) -> tuple[str, ...]:

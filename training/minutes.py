@@ -19,13 +19,9 @@ from data.dataset import Dataset
 from data.notes import note
 from data.split import Split
 from training import batch_norm, optimizers, recipes
-from training.calibration import (
-    GAUSSIAN_IMAGES,
-    TWIN_PART,
-    averages_with_twin,
-    epochs_of_twin,
-)
+from training.calibration import GAUSSIAN_IMAGES, TWIN_PART, epochs_of_twin
 from training.features import Trainee, WholeNetwork, fits_head_first
+from training.fine_tuning import averages_with_twin
 from training.network import build_deployable
 from training.processes import Machine
 
