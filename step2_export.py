@@ -444,7 +444,9 @@ def report_proof(chosen: Format, file: str, out: str, proof: dict, width: int) -
     final = os.path.join(out, chosen.file)
     if not proof["passed"]:
         reason, *more = proof["failures"]
-        say(f"error: {chosen.name} does not pass the gate, {final} is not written: {reason}")
+        judged = proof["samples"] > 0  # else it could not be written, or not be run
+        why = f"{chosen.name} does not pass the gate: {reason}" if judged else reason
+        say(f"error: {final} is not written: {why}")
         for failure in more:
             say(f"  {failure}")
         return
