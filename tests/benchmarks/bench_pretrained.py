@@ -9,7 +9,8 @@ exported file is judged. fastai runs `vision_learner(...).fine_tune(3)` with its
 and again with as many epochs as fill step1's time. timm's script runs with its defaults and as many
 epochs as step1. It is not in timm's wheel: give a copy of train.py by --timm-script. What is not
 installed is left out. CPU seconds are those of the whole command with its children, without
-judging. Images of the test split judge; none of them chooses anything.
+judging. Images of the test split judge; none of them chooses anything. --work keeps what was
+measured, and a later call there goes on.
 """
 
 import argparse
@@ -275,10 +276,14 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     work = args.work.resolve()
     rows = []
-    for count in args.counts:
-        data = prepare(args, work, count)
-        for seed in args.seeds:
-            for row in compare(data, seed, work, args):
+    for seed in args.seeds:
+        for count in args.counts:
+            data = prepare(args, work, count)
+            measured = work / f"{data.name}-{seed}.json"
+            if not measured.exists():
+                measured.write_text(json.dumps(compare(data, seed, work, args)))
+
+            for row in json.loads(measured.read_text()):
                 rows.append({"images": count, "seed": seed, **row})
                 said = f"{count:6,} images, seed {seed}: {row['program']:24} "
                 print(f"{said}{row['accuracy']:7.2%} {row['cpu']:7.0f} CPU s", flush=True)
