@@ -60,11 +60,11 @@ def count_instructions(file: Path, shape: list[int]) -> int | None:
     return (totals[1] - totals[0]) // COUNTED
 
 
-def bench_run(run: Path, data_dir: str | None, place: Path) -> dict:
-    """Export one run and gather its figures; what was not measured is None."""
+def bench_run(run: Path, data_dir: str | None, place: Path, more: list[str]) -> dict:
+    """Export one run and gather its figures; what was not measured is None. more: for step2."""
     folder = place / run.name
-    measured = export(run, folder, data_dir, "--format", "tflite-micro", program=STEP2)
-    export(run, folder, data_dir, "--format", "onnx-int8", program=STEP2)
+    measured = export(run, folder, data_dir, "--format", "tflite-micro", *more, program=STEP2)
+    export(run, folder, data_dir, "--format", "onnx-int8", *more, program=STEP2)
 
     file = folder / "model.int8.tflite"
     spec = json.loads(read_spec_at_end(str(file)))
@@ -100,13 +100,15 @@ def main():
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
     parser.add_argument("--data-dir", help="default: where step1 had it")
+    parser.add_argument("--max-drop", metavar="POINTS", help="as step2's, of all runs")
     add_results_option(parser)
     args = parser.parse_args()
+    more = ["--max-drop", args.max_drop] if args.max_drop else []
 
     rows = []
     with tempfile.TemporaryDirectory() as parent:
         for run in args.runs:
-            figures = bench_run(run, args.data_dir, Path(parent))
+            figures = bench_run(run, args.data_dir, Path(parent), more)
             print(json.dumps(figures, indent=1), flush=True)
             rows.append(figures)
 

@@ -477,6 +477,7 @@ def bench_micro(results: Results) -> list[str]:
     arenas = [run["arena"] for run in runs]
     rows = [
         ["multiply-adds", *(f"{run['multiply_adds'] / 1e6:.1f} M" for run in runs)],
+        ["instructions of an image, x86-64 reference kernels", *map(instructions_of, runs)],
         ["file, bytes", *(f"{run['file_bytes']:,}" for run in runs)],
         ["of it in flash, bytes", *(f"{run['flash_bytes']:,}" for run in runs)],
         ["arena, bytes", *(f"{arena:,}" if arena else "not measured" for arena in arenas)],
@@ -491,6 +492,11 @@ def bench_micro(results: Results) -> list[str]:
         ["export with its proof, CPU seconds", *(f"{run['export_cpu']:.0f}" for run in runs)],
     ]
     return table(head, rows, right_from=1) + full_source(result)
+
+
+def instructions_of(run: dict) -> str:
+    counted = run.get("instructions")
+    return f"{counted / 1e6:.0f} M" if counted else "not counted"
 
 
 def bench_inference(results: Results) -> list[str]:
@@ -617,12 +623,15 @@ def bench_field(results: Results) -> list[str]:
         "memory from 10,000 to 1,000,000 frames",
     ]
     lines = table(head, rows, right_from=1)
-    for figures in exports:
-        lines += ["", *field_changes(figures)]
+    for number, figures in enumerate(exports):
+        changes, told = field_changes(figures)
+        if number == 0:  # those of the others are in the results
+            lines += ["", *changes]
+        lines += ["", told]
     return [*lines, *full_source(result)]
 
 
-def field_changes(figures: dict) -> list[str]:
+def field_changes(figures: dict) -> tuple[list[str], str]:
     """The table of one export's changes, and what they come to."""
     rows = []
     missed = []
@@ -663,7 +672,7 @@ def field_changes(figures: dict) -> list[str]:
             " Error of the estimate where some stream raises no alarm: "
             f"{statistics.fmean(errors):.1f} points in the mean, {max(errors):.1f} at most."
         )
-    return [*table(head, rows, right_from=1), "", told]
+    return table(head, rows, right_from=1), told
 
 
 def bench_promise(results: Results) -> list[str]:
