@@ -53,6 +53,7 @@ from inference.options import (  # noqa: E402
     check_model,
     check_options,
     check_same_classes,
+    refuse_overwriting,
 )
 from inference.predict import Model, predict, predict_files  # noqa: E402, F401  predict: for others
 from inference.results import write_figures, write_images, write_values  # noqa: E402
@@ -82,7 +83,7 @@ def build_parser() -> Parser:
         "--values",
         action="append",
         metavar="X,X,...",
-        help="features for a regression model; may be repeated",
+        help="features for a regression model, as --values=-1,0.5; may be repeated",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -184,12 +185,15 @@ def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for and return the exit code. Raises Problem."""
     if args.verify:
         return run_verify(args)
+    read = [args.model, args.labels, args.monitor, *(args.compare or []), *args.paths]
+    refuse_overwriting(args.output, read)
     if args.compare:
         return run_compare(args)
     if args.monitor and not args.paths:
         return run_show_monitor(args)
 
     path = args.model or find_model(program_folder())
+    refuse_overwriting(args.output, [path])
     warn_of_code(path)
     if args.benchmark:
         return run_benchmark(path, args)

@@ -23,6 +23,11 @@ from inference.limits import PNG_SIGNATURE
 from inference.predict import ONE_LARGE, Model
 from inference.spec import DECIMALS
 
+try:
+    import fcntl
+except ImportError:  # Windows has no lock for directories
+    fcntl = None
+
 INDEX = ".collected.jsonl"  # hidden, so that no program takes it for data
 FIRST_LINE = {"collected by": "step3_infer.py", "version": 1}
 SPARE_LINES = 1000  # of the index beyond those in use, before it is written anew
@@ -38,6 +43,17 @@ LEAST_LEVELS, MOST_LEVELS = 4, 24  # but not fewer and not more than these grey 
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\<>:"|?*]+')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 MAX_NAME_BYTES = 100
+FRAME = re.compile(r"-(#\d+)?")  # the path of a picture on standard input
+# How a picture on standard input begins, and its suffix; one of another kind has none.
+STARTS = {
+    PNG_SIGNATURE: "png",
+    b"\xff\xd8": "jpg",
+    b"BM": "bmp",
+    b"GIF8": "gif",
+    b"RIFF": "webp",
+    b"II*\0": "tif",
+    b"MM\0*": "tif",
+}
 
 
 class Collector:
@@ -70,6 +86,7 @@ class Collector:
 
         with problems(f"cannot collect into {directory}", OSError, form="{}: {}"):
             os.makedirs(directory, exist_ok=True)
+            self.lock = lock(directory)
             self.read_index()
             self.write_index()
 
@@ -89,6 +106,8 @@ class Collector:
                 yield rows
         finally:
             self.report()
+            if self.lock is not None:
+                os.close(self.lock)
 
     def consider(self, row: dict, content: bytes | None) -> None:
         """Keep a picture if it is among the best. content: None to read the file at its path."""
@@ -105,7 +124,9 @@ class Collector:
             self.keep(row, worth, content, thumbnail)
         except (OSError, Problem) as error:
             if not self.failed:
-                reason = error if isinstance(error, Problem) else one_line(error)
+                reason = str(error) if isinstance(error, Problem) else one_line(error)
+                if getattr(error, "filename", None):
+                    reason = f"{error.filename}: {reason}"
                 say(f"error: cannot collect into {self.directory}: {reason}; the predictions go on")
             self.failed = True
 
@@ -232,6 +253,27 @@ class Collector:
         self.lines += 1
 
 
+def lock(directory: str) -> int | None:
+    """Keep a directory for this process, until the descriptor is closed or the process ends.
+
+    Raises OSError, and Problem if another process has it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Problem(
+            f"{directory} is in use by another process: give each a directory of its own"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def entry(name: str, worth: float, thumbnail: np.ndarray) -> str:
     """A line of the index."""
     packed = b64encode(thumbnail.tobytes()).decode()
@@ -345,7 +387,9 @@ def safe_name(text: str) -> str:
 def file_name(path: str, content: bytes) -> str:
     """A name for a copy of the picture at a path, which tells it from others of that name."""
     stem, suffix = os.path.splitext(os.path.basename(path))
-    if path.startswith("-"):
+    if FRAME.fullmatch(path):
         stem = f"frame{stem[1:].replace('#', '-')}"
-        suffix = "png" if content.startswith(PNG_SIGNATURE) else "jpg"
-    return f"{safe_name(stem) or 'picture'}-{zlib.crc32(content):08x}.{safe_name(suffix)}"
+        suffix = next((name for start, name in STARTS.items() if content.startswith(start)), "")
+    suffix = safe_name(suffix)
+    end = f".{suffix}" if suffix else ""
+    return f"{safe_name(stem) or 'picture'}-{zlib.crc32(content):08x}{end}"

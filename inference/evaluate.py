@@ -147,10 +147,10 @@ def evaluate(answers: Answers, model: Model, path: str) -> dict:
     judged = answers.judged
     count = len(judged)
     if count == 0:
-        some = ", ".join(classes[:NAMED])
+        some = ", ".join(classes[:NAMED]) + (", ..." if len(classes) > NAMED else "")
         raise Problem(
-            f"no image has a label that {path} knows (its classes: {some}): put the images into "
-            "folders that are named as classes, or give --labels FILE"
+            f"no image has a label that {path} knows (its classes: {some}): name the classes so, "
+            "in the folders of the images or in --labels FILE"
         )
 
     truths = np.array([image.truth for image in judged])

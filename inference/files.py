@@ -46,12 +46,13 @@ def output_stream(path: str | None) -> Iterator:
         yield sys.stdout
         return
 
+    was_there = os.path.exists(path)
     text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     try:
         with problems(f"cannot write {path}", OSError), replacing(path, "w", **text) as out:
             yield out
     except KeyboardInterrupt:
-        say(f"note: {path} is as it was before")
+        say(f"note: {path} is as it was before" if was_there else f"note: {path} was not written")
         raise
 
 

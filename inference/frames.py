@@ -60,7 +60,7 @@ class Splitter:
     """Finds pictures in bytes that come bit by bit.
 
     number: of the pictures so far. at: how far the picture at the beginning of the buffer has been
-    read; 0: no picture has begun there.
+    read; 0: no picture has begun there. between: bytes that are of no picture.
     """
 
     def __init__(self):
@@ -72,6 +72,7 @@ class Splitter:
         self.has_tables = False  # for Huffman's code
         self.is_baseline = False
         self.passed = 0  # bytes before the buffer
+        self.between = 0
         self.parts: set[int] = set()  # where the further pictures of a file begin
 
     def feed(self, block: bytes) -> Iterator[Frame]:
@@ -95,14 +96,16 @@ class Splitter:
             next_one = START.search(self.buffer, self.at)
             yield from self.cut(next_one.start() if next_one else len(self.buffer))
             yield from self.feed(b"")
+        self.between += len(self.buffer)
 
     def begin(self) -> bool:
         """Go to where the next picture begins, if that is known."""
         start = START.search(self.buffer)
+        size = start.start() if start else max(len(self.buffer) - LONGEST_START + 1, 0)
+        self.between += size
+        self.drop(size)
         if start is None:
-            self.drop(max(len(self.buffer) - LONGEST_START + 1, 0))
             return False
-        self.drop(start.start())
         self.at = 2 if self.buffer.startswith(JPEG_START) else LONGEST_START
         self.in_scan = False
         self.scan_at = 0

@@ -128,7 +128,7 @@ def read_monitor(path: str) -> dict:
 
 
 def damaged(path: str) -> Problem:
-    way_out = "delete it to start anew, or give another --monitor FILE"
+    way_out = "give another --monitor FILE, or delete this one if it is a monitor's"
     return Problem(f"{path} is damaged, or no file of --monitor: {way_out}")
 
 
@@ -203,4 +203,4 @@ def alarm_in_words(kept: dict) -> str:
     if kept["evidence"] is None:
         return "none: the model file has no reference"
     every = f"; bets on one image in {kept['bet_every']:,}" if kept["bet_every"] > 1 else ""
-    return f"none (evidence {kept['evidence']:.2g}, alarm at {LIMIT:,}{every})"
+    return f"none (evidence {kept['evidence']:.3g}, alarm at {LIMIT:,}{every})"

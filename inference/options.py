@@ -1,10 +1,12 @@
 """Which options of step3 go together, and which fit a model."""
 
 import argparse
+import glob
 import os
 
 from inference.command_line import Parser, number
 from inference.errors import Problem
+from inference.finding import is_image
 from inference.predict import Model
 from inference.task import task_of
 
@@ -149,6 +151,8 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
 
 def has_no_effect(name: str, asked: str) -> str:
     """The error for an option that does nothing for what is asked for, and what it goes with."""
+    if asked == "--monitor":
+        return f"{name} has no effect on --monitor without PATH, which shows its file: leave it out"
     others = [other for other, takes in TAKES.items() if name in takes and other != "PATH"]
     if others:
         return f"{name} has no effect on {asked}: it goes with {' or '.join(others)}"
@@ -172,11 +176,33 @@ def check_together(parser: Parser, args: argparse.Namespace, asked: str, given: 
 
 
 def refuse_inside(parser: Parser, directory: str, paths: list[str]) -> None:
-    """Exit with an error if images would be collected into a directory that is predicted."""
+    """Exit with an error if images would be collected into a directory that is predicted, or from
+    the one that they are collected into.
+    """
     target = os.path.join(os.path.realpath(directory), "")
     for path in paths:
         if os.path.isdir(path) and target.startswith(os.path.join(os.path.realpath(path), "")):
             parser.error(f"--collect {directory} lies in {path}, which is predicted: give another")
+
+        found = [path] if os.path.lexists(path) else glob.iglob(path, recursive=True)
+        if any(os.path.realpath(each).startswith(target) for each in found):
+            parser.error(f"{path} lies in --collect {directory}: give another directory")
+
+
+def refuse_overwriting(output: str | None, inputs: list[str | None]) -> None:
+    """Raise Problem if --output names a file that is read, or an image below such a directory."""
+    if output is None or not os.path.isfile(output):
+        return
+    place = os.path.realpath(output)
+    for path in inputs:
+        if path is None:
+            continue
+        found = [path] if os.path.lexists(path) else glob.iglob(path, recursive=True)
+        for each in map(os.path.realpath, found):
+            is_below = place.startswith(os.path.join(each, "")) and is_image(place)
+            if place == each or is_below:
+                reason = f"is read, as {path}" if path != output else "is read"
+                raise Problem(f"--output {output} {reason}: give another file", 2)
 
 
 def check_model(model: Model, path: str, args: argparse.Namespace) -> None:

@@ -26,12 +26,12 @@ def write_images(results: Iterator, output_format: str, top_k: int, out) -> int:
             if "error" in row:
                 code = 1
                 say(f"error: {row['path']}: {row['error']}")
-            out.write(result_line(output_format, row))
+            out.write(result_line(output_format, row, top_k))
         out.flush()  # so that a reader of a pipe gets each list at once
     return code
 
 
-def result_line(output_format: str, row: dict) -> str:
+def result_line(output_format: str, row: dict, top_k: int) -> str:
     """One image's row; as text an error has no line, since standard error has it."""
     if output_format == "json":
         return json.dumps(encodable(row)) + "\n"
@@ -39,6 +39,8 @@ def result_line(output_format: str, row: dict) -> str:
         cells = [row.get(key) for key in ("path", "error", "label", "probability", "known")]
         for entry in row.get("top", []):
             cells += [entry["label"], entry["probability"]]
+        if "error" in row:
+            cells += [None, None] * top_k
         return csv_line(cells)
     return "" if "error" in row else text_line(row)
 
@@ -64,9 +66,12 @@ def write_values(model: Model, rows: list[str], output_format: str, out) -> int:
     count = model.spec["channels"]
     features = []
     for row in rows:
-        fault = f"--values {row} is not a list of {count} numbers such as 0.1,0.2"
+        fault = f"--values {row} is not a list of {count} finite numbers with commas between"
         with problems(fault, ValueError, 2, "{}"):
-            features.append(np.array(row.split(","), np.float32).reshape(count))
+            values = np.array(row.split(","), np.float32).reshape(count)
+            if not np.isfinite(values).all():
+                raise ValueError(row)
+        features.append(values)
     predictions = model.predict(np.stack(features))[:, 0].tolist()  # of [batch, 1]
 
     if output_format == "csv":
@@ -102,5 +107,6 @@ def write_figures(figures: dict, output_format: str, out) -> None:
         for row in rows:
             text = str(row)
             if isinstance(row, dict):
-                text = "  ".join(f"{key} {cell}" for key, cell in row.items())
+                known = {key: cell for key, cell in row.items() if cell is not None}
+                text = "  ".join(f"{key} {cell}" for key, cell in known.items())
             out.write(f"{name:18}  {printable(text)}\n")

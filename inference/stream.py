@@ -189,6 +189,9 @@ def all_frames(source: Source, first: bytes) -> Iterator[Frame]:
         yield frame
     if splitter.number == 0:  # perhaps a TGA, which has no signature: decoding says what it is
         yield Frame(number=1, content=kept, is_alone=True)
+    elif splitter.between:
+        bytes_between = "1 byte" if splitter.between == 1 else f"{splitter.between:,} bytes"
+        say(f"note: passed over {bytes_between} of standard input that are of no JPEG or PNG")
 
 
 def is_other_format(start: bytes) -> bool:

@@ -11,7 +11,7 @@ from inference.formats import IMAGE_SUFFIXES
 
 SUMS = "SHA256SUMS"
 LINE = re.compile("([0-9a-f]{64}) [ *](.+)\n?")
-HARMLESS = (*IMAGE_SUFFIXES, ".csv", ".jsonl")  # a user's pictures and results
+HARMLESS = (*IMAGE_SUFFIXES, ".csv", ".json", ".jsonl")  # a user's pictures and results
 # What web/get-ort.sh fetches, and the link that it makes to the bundle's own model.
 FETCHED = re.compile(r"web/ort/ort[\w.-]*\.(js|mjs|wasm)")
 LINKED = os.path.join("web", "ort", "model.onnx")

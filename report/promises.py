@@ -11,7 +11,8 @@ def promise_line(promise: dict) -> str:
     """What is promised, by which threshold, at what cost, and how it held."""
     test = promise["test"]
     if promise["kind"] == ACCURACY:
-        rule = f"unsure below {promise['threshold']:g}"
+        threshold = promise["threshold"]
+        rule = f"unsure below {threshold:g}" if threshold > 0 else "no answer is unsure"
         cost = f"answers {formatted(test['answered'], '.1%')}"
     else:
         rule = f"called so from {promise['threshold']:g} on"

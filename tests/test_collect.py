@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -132,6 +133,8 @@ def test_directories_that_cannot_be_used(collect, pictures, here):
     collect("in").error(1, "cannot collect into kept")
     (here / "kept").unlink()
     collect("--collect", "in/0/new", "in").error(2, "lies in in")
+    for path in ("in/0", "in/0/0.png", "in/*/0.png"):
+        collect("--collect", "in", path).error(2, f"{path} lies in --collect in")
     (here / "kept").mkdir()
     (here / "kept" / INDEX).write_text("something else\n")
     damaged = collect("in")
@@ -140,6 +143,30 @@ def test_directories_that_cannot_be_used(collect, pictures, here):
     shutil.rmtree("kept")
     collect("in").done()
     collect("--collect-at-most", 3, "in").error(2, "holds 30 pictures")
+
+
+def test_a_directory_belongs_to_one_process(collect, pictures, here):
+    (here / "kept").mkdir()
+    held = collecting.lock("kept")
+    result = collect("in")
+    result.error(1, "kept is in use by another process", "the predictions go on")
+    assert len(result.out.splitlines()) == 30 and not kept(here)
+    os.close(held)
+    collect("in").done()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "name"),
+    [
+        ("-#7", b"\xff\xd8 and more", "frame-7-{}.jpg"),
+        ("-", b"BM and more", "frame-{}.bmp"),
+        ("-", b"a TGA has no signature", "frame-{}"),
+        ("-dash.png", b"", "dash-{}.png"),
+        ("in/none", b"", "none-{}"),
+    ],
+)
+def test_names_of_copies(path, content, name):
+    assert collecting.file_name(path, content) == name.format(f"{zlib.crc32(content):08x}")
 
 
 def test_pictures_that_a_damaged_index_has_lost_are_counted(collect, pictures, here):

@@ -262,7 +262,7 @@ def test_a_damaged_file_is_refused(model, tmp_path, change):
         alarms(monitor, draw(50)[0])
     damage(path, change)
     before = path.read_bytes()
-    with pytest.raises(Problem, match=r"is damaged.*delete it to start anew"):
+    with pytest.raises(Problem, match=r"is damaged.*another --monitor FILE, or delete"):
         Monitor(model, str(path))
     assert path.read_bytes() == before
 

@@ -86,8 +86,13 @@ def test_spec_and_parity(linear):
 
 def test_wrong_inputs(call, here, linear, trained, samples):
     model = ["--model", linear.export / "model.onnx"]
-    call(step3_infer.main, *model, "--values", "1,2,3").error(2, "1,2,3 is not a list of 5 numbers")
-    call(step3_infer.main, *model, "--values", "1,2,3,4,x").error(2, "not a list of 5 numbers")
+    call(step3_infer.main, *model, "--values", "1,2,3").error(
+        2, "1,2,3 is not a list of 5 finite numbers"
+    )
+    call(step3_infer.main, *model, "--values", "1,2,3,4,x").error(
+        2, "not a list of 5 finite numbers"
+    )
+    call(step3_infer.main, *model, "--values", "1,2,3,4,nan").error(2, "5 finite numbers")
     call(step3_infer.main, *model, samples[0]).error(2, "--values")
     call(step3_infer.main, "--model", trained.export / "model.onnx", "--values", "1,2").error(
         2, "images"

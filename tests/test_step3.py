@@ -83,7 +83,8 @@ def test_csv_has_a_header_and_a_row_each(predict, samples, bad):
     rows = list(csv.DictReader(result.out.splitlines()))
     assert [row["path"] for row in rows] == [str(samples[4]), "text.png", str(samples[7])]
     assert rows[0].keys() >= {"path", "label", "probability", "label_2", "probability_2"}
-    assert "not an image" in rows[1]["error"] and rows[1]["label"] in ("", None)
+    assert "not an image" in rows[1]["error"] and rows[1]["label"] == ""
+    assert {len(cells) for cells in csv.reader(result.out.splitlines())} == {9}
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"])
 
 
@@ -175,6 +176,27 @@ def test_output_is_not_there_when_the_work_breaks_off(predict, samples, here, mo
     monkeypatch.setattr(Model, "run", interrupt)
     assert predict("--output", "answers.txt", *samples).code == 130
     assert os.listdir() == ["answers.txt"] and (here / "answers.txt").read_text() == "of yesterday"
+
+
+@pytest.mark.parametrize("path", ["photos/a.png", "photos", "photos/*.png", "phot*"])
+def test_output_never_replaces_what_is_read(predict, samples, here, path):
+    (here / "photos").mkdir()
+    shutil.copy(samples[0], "photos/a.png")
+    before = (here / "photos/a.png").read_bytes()
+    predict("--output", "photos/a.png", path).error(2, "--output photos/a.png is read")
+    assert (here / "photos/a.png").read_bytes() == before
+
+    (here / "photos/answers.txt").write_text("of yesterday")
+    predict("--output", "photos/answers.txt", "photos").done()
+
+
+def test_output_never_replaces_the_model(call, small, samples, here):
+    shutil.copy(small.export / "model.onnx", "model.onnx")
+    before = (here / "model.onnx").read_bytes()
+    asked = ("--model", "model.onnx", "--output", "model.onnx")
+    for more in ([samples[0]], ["--benchmark"], ["--evaluate", samples[0]]):
+        call(step3_infer.main, *asked, *more).error(2, "--output model.onnx is read")
+    assert (here / "model.onnx").read_bytes() == before
 
 
 @pytest.mark.parametrize("output", ["folder", "missing/answers.txt", "file/answers.txt"])

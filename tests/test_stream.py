@@ -128,8 +128,16 @@ def test_a_row_for_each_and_an_error_for_a_broken_one(predict):
     assert [row["path"] for row in rows] == ["-#1", "-#2", "-#3"]
     assert ["error" in row for row in rows] == [False, True, False]
     result.error(1, "-#2")
+    assert "note: passed over 4 bytes of standard input" in result.err
     alone = rows_of(predict(WHOLE[1], "--format", "json", "-").done())
     assert alone == [{**rows[2], "path": "-"}]
+
+
+def test_what_is_of_no_picture_is_counted(predict):
+    between = WHOLE[0] + picture("BMP") + WHOLE[1] + b"the end"
+    said = predict(between, "-").done().err
+    assert f"passed over {len(picture('BMP')) + 7:,} bytes of standard input" in said
+    assert "passed over" not in predict(WHOLE[0] + WHOLE[1], "-").done().err
 
 
 def test_one_in_so_many(predict):

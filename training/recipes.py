@@ -564,13 +564,22 @@ def check_resumed(settings: argparse.Namespace, dataset: data.Dataset, run_dir: 
         raise Problem(f"{run_dir} cannot go on, as {reason}")
 
 
+def in_words(value) -> str:
+    """The value of an option as the command line has it."""
+    if value is None:
+        return "not given"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
+
+
 def refuse_changes(asked: dict, arguments: dict, run_dir: str) -> None:
     """Raise Problem if an option differs from the run's arguments and may not."""
     changes = []
     for name, value in asked.items():
         before = arguments.get(name)
         if name not in MAY_CHANGE and value != before:
-            changes.append(f"{option_of(name)} {value} (was {before})")
+            changes.append(f"{option_of(name)} {in_words(value)} (was {in_words(before)})")
 
     if changes:
         reason = "that would alter its course; leave it out, or start a new run"
