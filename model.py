@@ -458,7 +458,7 @@ def check_timm(name: str) -> None:
             return
         near = [f"{architecture}.{known}" for known in tags]
     else:
-        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        near = difflib.get_close_matches(architecture.lower(), timm.list_models(), 3)
 
     hint = ""
     if near:

@@ -118,6 +118,8 @@ def read_file(path: str) -> dict:
             return load_plain(path)
     except FileNotFoundError:
         raise ValueError("no such file") from None
+    except IsADirectoryError:
+        raise ValueError("is a directory: give a file, such as checkpoint.pt of a run") from None
     except (OSError, ValueError) as error:
         way_out = "torch.save(network.state_dict(), FILE) writes what can be loaded"
         raise ValueError(f"cannot be loaded as plain weights: {error}; {way_out}") from None
