@@ -884,7 +884,7 @@ def bench_pretrained(results: Results) -> list[str]:
         "images, one figure for each seed."
     )
     head = ["images", "program", "accuracy", "calibration error", "CPU seconds"]
-    return [said, "", *table(head, rows), *full_source(result)]
+    return [said, "", *table(head, rows, right_from=2), *full_source(result)]
 
 
 TABLES = {
