@@ -25,7 +25,7 @@ import step1_train
 import step2_export
 from inference import metrics
 from report import page
-from training import listing, recipes, runs
+from training import evaluation, listing, recipes, runs
 
 TINY = ["--model", "mlp", "--hidden", "16", "--epochs", "2"]
 
@@ -454,7 +454,9 @@ def test_unequal_classes_are_adjusted_for_while_training_only(call, here, photos
         return criterion(outputs, targets, smoothing, log_priors)
 
     monkeypatch.setattr(step1_train, "criterion", watch)
+    monkeypatch.setattr(evaluation, "criterion", watch)
     call(step1_train.main, "--data-dir", "my photos", "--class-weights", "balanced", *TINY).done()
+    assert {training for training, _ in seen} == {True, False}
     assert all(adjust is None for training, adjust in seen if not training)
     expected = pytest.approx([0.85 * math.log(0.2), 0.85 * math.log(0.8)])
     assert all(adjust.tolist() == expected for training, adjust in seen if training)
@@ -481,12 +483,12 @@ def test_the_epoch_is_chosen_by_it_where_there_is_a_validation_split(
 
 
 def test_a_loss_that_is_not_finite_on_the_test_split_is_said(call, here, monkeypatch):
-    criterion = step1_train.criterion
+    criterion = evaluation.criterion
 
-    def diverging(outputs, *rest):
-        return criterion(outputs, *rest) * (1 if outputs.requires_grad else float("inf"))
+    def diverging(*args):
+        return criterion(*args) * float("inf")
 
-    monkeypatch.setattr(step1_train, "criterion", diverging)
+    monkeypatch.setattr(evaluation, "criterion", diverging)
     call(step1_train.main, *TINY).error(1, "the loss on the test split became inf", "smaller --lr")
 
 
