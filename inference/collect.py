@@ -18,8 +18,8 @@ import numpy as np
 from inference.command_line import say
 from inference.errors import Problem, one_line, problems
 from inference.files import replacing
+from inference.formats import SUFFIXES, open_image
 from inference.images import decode_image
-from inference.limits import PNG_SIGNATURE
 from inference.predict import ONE_LARGE, Model
 from inference.spec import DECIMALS
 
@@ -44,16 +44,6 @@ UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\<>:"|?*]+')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 MAX_NAME_BYTES = 100
 FRAME = re.compile(r"-(#\d+)?")  # the path of a picture on standard input
-# How a picture on standard input begins, and its suffix; one of another kind has none.
-STARTS = {
-    PNG_SIGNATURE: "png",
-    b"\xff\xd8": "jpg",
-    b"BM": "bmp",
-    b"GIF8": "gif",
-    b"RIFF": "webp",
-    b"II*\0": "tif",
-    b"MM\0*": "tif",
-}
 
 
 class Collector:
@@ -389,7 +379,8 @@ def file_name(path: str, content: bytes) -> str:
     stem, suffix = os.path.splitext(os.path.basename(path))
     if FRAME.fullmatch(path):
         stem = f"frame{stem[1:].replace('#', '-')}"
-        suffix = next((name for start, name in STARTS.items() if content.startswith(start)), "")
+        kind = open_image(io.BytesIO(content)).format
+        suffix = SUFFIXES.get(kind, SUFFIXES["JPEG"])[0]  # Pillow calls some JPEGs by other names
     suffix = safe_name(suffix)
     end = f".{suffix}" if suffix else ""
     return f"{safe_name(stem) or 'picture'}-{zlib.crc32(content):08x}{end}"

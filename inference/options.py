@@ -1,8 +1,10 @@
 """Which options of step3 go together, and which fit a model."""
 
 import argparse
+import functools
 import glob
 import os
+from collections.abc import Iterator
 
 from inference.command_line import Parser, number
 from inference.errors import Problem
@@ -180,13 +182,23 @@ def refuse_inside(parser: Parser, directory: str, paths: list[str]) -> None:
     the one that they are collected into.
     """
     target = os.path.join(os.path.realpath(directory), "")
+    real = functools.cache(os.path.realpath)  # thousands of files lie in few folders
     for path in paths:
-        if os.path.isdir(path) and target.startswith(os.path.join(os.path.realpath(path), "")):
+        if os.path.isdir(path) and target.startswith(os.path.join(real(path), "")):
             parser.error(f"--collect {directory} lies in {path}, which is predicted: give another")
 
-        found = [path] if os.path.lexists(path) else glob.iglob(path, recursive=True)
-        if any(os.path.realpath(each).startswith(target) for each in found):
-            parser.error(f"{path} lies in --collect {directory}: give another directory")
+        for each in named(path):
+            folder = each if os.path.isdir(each) else os.path.dirname(each)
+            if os.path.join(real(folder), "").startswith(target):
+                parser.error(f"{path} lies in --collect {directory}: give another directory")
+
+
+def named(path: str) -> Iterator[str]:
+    """The files and directories that a PATH names, which may be a glob."""
+    if os.path.lexists(path):
+        yield path
+    else:
+        yield from glob.iglob(path, recursive=True)
 
 
 def refuse_overwriting(output: str | None, inputs: list[str | None]) -> None:
@@ -197,8 +209,7 @@ def refuse_overwriting(output: str | None, inputs: list[str | None]) -> None:
     for path in inputs:
         if path is None:
             continue
-        found = [path] if os.path.lexists(path) else glob.iglob(path, recursive=True)
-        for each in map(os.path.realpath, found):
+        for each in map(os.path.realpath, named(path)):
             is_below = place.startswith(os.path.join(each, "")) and is_image(place)
             if place == each or is_below:
                 reason = f"is read, as {path}" if path != output else "is read"
