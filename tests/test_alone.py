@@ -43,7 +43,11 @@ def edge(tmp_path, all_formats):
     return edge
 
 
-@pytest.mark.parametrize("name", FORBIDDEN)
+# The files that step3 runs with torch start slowly: it is imported again for each.
+NEED_TORCH = [pytest.param(name, marks=pytest.mark.slow) for name in ("model.pt", "model.pt2")]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx", *NEED_TORCH])
 def test_predicts_with_everything_else_poisoned(edge, execute, samples, tmp_path, name):
     place, environment = edge(name)
     rng = np.random.default_rng(0)

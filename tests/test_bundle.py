@@ -235,6 +235,7 @@ def test_without_onnx_there_is_no_bundle(call, here):
     call(step2_export.main, "--format", "torchscript", "--bundle").error(2, "--bundle", "onnx")
 
 
+@pytest.mark.slow
 def test_a_regression_is_bundled_too(call, here, execute):
     call(step1_train.main, "--dataset", "linear", "--epochs", 5).done()
     call(step2_export.main, "--bundle").done()
@@ -335,6 +336,7 @@ def test_a_workspace_in_use_is_left_alone(tmp_path):
             assert os.path.isdir(first)
 
 
+@pytest.mark.slow
 def test_disk_full(small, small_run, here, execute):
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
     limit += f"sys.path.insert(0, {str(ROOT)!r})\n"

@@ -281,6 +281,7 @@ def result(here, name):
     return json.loads((here / "runs" / name / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_random_labels_cannot_be_learned_and_the_export_knows_it(call, here, scenes):
     flat = ["--data-dir", scenes / "flat", "--augment", "none", *QUICK]
     fooled = call(step1_train.main, *flat, "--calibration", "none", "--name", "fooled").done()

@@ -86,6 +86,7 @@ def test_a_batch_is_too_small_for_its_processes():
         processes.choose_machine(settings, processes.Processes(count=2))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_either_resumes_the_other(call, here):
     call(step1_train.main, *RUN, "--name", "one").done()
     process = launch(here, *RUN, "--name", "two")

@@ -126,6 +126,7 @@ def test_contributing_names_what_exists():
             assert re.search(defined, text, re.MULTILINE), (name, path)
 
 
+@pytest.mark.slow
 def test_every_step3_command_runs_beside_a_model(trained, tmp_path):
     shutil.copy(ROOT / "step3_infer.py", tmp_path)
     shutil.copytree(ROOT / "inference", tmp_path / "inference")

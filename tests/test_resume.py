@@ -152,6 +152,7 @@ def test_a_kill_while_the_twin_writes_its_first_checkpoint_loses_nothing(
     assert_same(here / "runs" / "digits-mynet", undisturbed / "a")
 
 
+@pytest.mark.slow
 def test_muon_resumes_exactly(call, here, monkeypatch):
     arguments = ["--width", "0.06", "--epochs", "3", "--batch-size", "100", "--device", "cpu"]
     call(step1_train.main, *arguments, "--name", "a").done()
@@ -227,6 +228,7 @@ def test_signals_stop_a_real_process_with_its_exit_code(here, number, code):
     assert re.search(r"python \S*step1_train.py --resume a$", err.strip())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_goes_on_to_the_very_same_end(call, here, undisturbed):
     process = start(here, "--name", "a", "--checkpoint-every", "3")

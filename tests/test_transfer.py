@@ -251,7 +251,7 @@ def test_weights_in_the_hub_serve_too(here, photos, monkeypatch):
     assert settings.model == recipes.START_OF_TIMM and settings.pretrained == "default"
 
 
-@pytest.mark.parametrize("fit", ["crop", "letterbox"])
+@pytest.mark.parametrize("fit", ["crop", pytest.param("letterbox", marks=pytest.mark.slow)])
 def test_the_shape_of_images_is_kept_by_every_reader(call, here, photos, fit, in_process):
     asked = command(
         photos, "--model", "mynet", "--fit", fit, "--calibration", "none", "--name", fit
