@@ -84,13 +84,13 @@ class Monitor:
 
         Returns the alarm in words if this image has raised it, which happens once.
         """
+        alarm = None
         if "error" in row:
             self.errors += 1
         else:
             self.count(row)
-        alarm = None
-        if "error" not in row and self.drift and not self.alarm:
-            alarm = self.bet(row)
+            if self.drift and not self.alarm:
+                alarm = self.bet(row)
 
         if self.file and (alarm or time.monotonic() - self.saved > SAVE_SECONDS):
             self.save()

@@ -28,13 +28,14 @@ class Spacing:
         """Is this frame, of which these are the signals, one to bet on?"""
         self.frames += 1
         self.since += 1
-        is_chosen = self.since >= self.every and (self.given or self.frames > FIRST_LOOK)
+        is_chosen = self.since >= self.every
+        if not self.given:
+            is_chosen = is_chosen and self.frames > FIRST_LOOK
+            self.look(values)
+
         if is_chosen:
             self.since = 0
-
-        if not self.given:
-            self.look(values)
-        return bool(is_chosen)
+        return is_chosen
 
     def look(self, values: tuple[int, ...]) -> None:
         """Keep the signals of a frame, and adapt to them from time to time."""
