@@ -5,6 +5,7 @@ classes is (margin sampling, Scheffer et al. 2001); those called unknown come fi
 called unsure. Of near copies the least certain one is kept.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -160,6 +161,8 @@ class Collector:
         path = os.path.join(self.directory, self.names[slot])
         if is_own_file(path):  # somebody may have moved it away
             os.unlink(path)
+        with contextlib.suppress(OSError):  # there may be others in its folder
+            os.rmdir(os.path.dirname(path))
 
         self.new.discard(self.names[slot])
         last = self.names.pop()

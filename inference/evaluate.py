@@ -46,7 +46,8 @@ class Answers:
 
     judged: those whose label the file knows. unknown_labels: how many images have each of the
     others. unlabelled: the paths of files without one. errors: how many inputs could not be used.
-    not_found: the files that a list names, and that were not among the inputs.
+    not_found: the files that a list names, and that were not among the inputs. repeated: how many
+    rows were of a file that had one before.
     """
 
     judged: list[Judged] = field(default_factory=list)
@@ -54,6 +55,7 @@ class Answers:
     unlabelled: list[str] = field(default_factory=list)
     errors: int = 0
     not_found: list[str] = field(default_factory=list)
+    repeated: int = 0
 
     def are_errors_only(self) -> bool:
         """Could nothing be used of all that was asked for?"""
@@ -65,11 +67,21 @@ class Answers:
 def read_answers(
     results: Iterator[list[dict]], labels: Labels, classes: list[str], rows_out: "RowsOut | None"
 ) -> Answers:
-    """The answers of rows as predict_files() yields them; each is written to `rows_out`."""
+    """The answers of rows as predict_files() yields them; each is written to `rows_out`.
+
+    A file counts once, also if it was given twice, such as by its folder and by its own path.
+    """
     numbers = {name: number for number, name in enumerate(classes)}
     answers = Answers()
+    seen = set()
     for rows in results:
         for row in rows:
+            place = os.path.abspath(row["path"])
+            if place in seen:
+                answers.repeated += 1
+                continue
+            seen.add(place)
+
             truth = labels.of(row["path"])
             if rows_out is not None:
                 rows_out.write(row, truth)
@@ -126,6 +138,8 @@ class RowsOut:
 
 def note_left_out(answers: Answers, classes: list[str]) -> None:
     """Note the images that are not judged."""
+    if answers.repeated:
+        say(f"note: {images_of(answers.repeated)} given more than once, counted once")
     note_files("left out", answers.unlabelled, "without a label")
     note_files("did not find", answers.not_found, "that --labels names below PATH")
     if not answers.unknown_labels:

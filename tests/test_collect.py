@@ -84,6 +84,12 @@ def test_what_was_moved_away_makes_room(collect, pictures, here):
     assert len(kept(here)) == 7
 
 
+def test_no_folder_is_left_empty(collect, samples, here):
+    collect("--collect-at-most", 1, *samples).done()
+    folders = [path.name for path in (here / "kept").iterdir() if path.is_dir()]
+    assert folders == [path.parts[0] for path in kept(here)]
+
+
 def test_unknown_and_unsure_come_first(collect, pictures, here):
     result = collect("--collect-at-most", 5, "--min-probability", 0.35, "--format", "json", "in")
     labels = [json.loads(line)["label"] for line in result.done().out.splitlines()]

@@ -119,6 +119,15 @@ def test_labels_that_cannot_be_used_are_counted_and_named(evaluate, files, here)
     evaluate("set/four").error(1, "no image has a label", "--labels")
 
 
+def test_a_file_that_is_given_twice_counts_once(evaluate, files):
+    place = files.place / "set" / "test"
+    image = next((place / "3").iterdir())
+    once = evaluate("--format", "json", place)
+    twice = evaluate("--format", "json", place, image, f"{place}/4/../3/{image.name}")
+    assert json.loads(twice.out) == json.loads(once.out)
+    assert "2 images given more than once, counted once" in twice.err
+
+
 def test_what_a_list_leaves_open_is_counted(evaluate, files, here):
     place = files.place / "set" / "test"
     image = next((place / "3").iterdir())
