@@ -222,7 +222,22 @@ def quantize(path: str, images: np.ndarray) -> bytes:
     pixels = ranges[f"{signature}_{given}"]
     pixels["min"] = np.full_like(pixels["min"], 0)
     pixels["max"] = np.full_like(pixels["max"], 255)
-    return bytes(quantizing.quantize(ranges, enable_progress_report=False).quantized_model)
+    quantized = quantizing.quantize(ranges, enable_progress_report=False).quantized_model
+    return with_weights_inside(bytes(quantized))
+
+
+def with_weights_inside(content: bytes) -> bytes:
+    """A file whose weights are all inside its FlatBuffer.
+
+    Those of a larger network are written behind it, and it only says where. The runtime of
+    microcontrollers does not know that: it takes such weights for working memory, without a word.
+    """
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    if not micro_file.read_model(content).outside:
+        return content
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 @contextlib.contextmanager

@@ -59,7 +59,8 @@ class MicroFile:
     """What a file holds.
 
     operators: the name of each kind once, in the order of its first use. in_float: those that
-    compute in float32. logit_step: the scale of the logits, None if they are float32.
+    compute in float32. logit_step: the scale of the logits, None if they are float32. outside: how
+    many arrays of weights lie behind the FlatBuffer, which only says where.
     """
 
     operators: tuple[str, ...]
@@ -67,6 +68,7 @@ class MicroFile:
     input: Tensor
     output: Tensor
     logit_step: float | None
+    outside: int = 0
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -108,6 +110,7 @@ def read_model(content: bytes) -> MicroFile:
             input=describe_tensor(found, graph.tensors[given]),
             output=describe_tensor(found, graph.tensors[answer]),
             logit_step=logit_step,
+            outside=sum(buffer.offset > 0 for buffer in model.buffers),
         )
 
 
@@ -150,6 +153,11 @@ def check_model(found: MicroFile, spec: dict) -> list[str]:
     for name in found.operators:
         if name not in OPERATORS:
             failures.append(f"the runtime of microcontrollers has no {name} in int8")
+    if found.outside:
+        failures.append(
+            f"{found.outside} arrays of its weights lie behind the FlatBuffer, where the runtime "
+            "of microcontrollers does not look for them"
+        )
 
     height, width = spec["image_size"]
     given = Tensor((1, height, width, spec["channels"]), "uint8", 1.0, 0)

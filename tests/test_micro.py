@@ -4,6 +4,7 @@ micro.int8.tflite is `--dataset digits --model resblock --epochs 12 --calibratio
 `--format tflite-micro`. What converts a network runs where litert-torch is installed.
 """
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -137,6 +138,15 @@ def test_an_operator_that_the_runtime_lacks_is_found(monkeypatch):
     spec = read_spec(read_spec_at_end(str(STORED)), str(STORED))
     wanted = ["the runtime of microcontrollers has no ADD in int8"]
     assert micro_file.check_model(found, spec) == wanted
+
+
+@needs_runtime
+def test_weights_behind_the_flatbuffer_are_found():
+    found = micro_file.read_model(micro_file.without_archive(STORED.read_bytes()))
+    assert found.outside == 0
+    spec = read_spec(read_spec_at_end(str(STORED)), str(STORED))
+    (failure,) = micro_file.check_model(dataclasses.replace(found, outside=3), spec)
+    assert "3 arrays of its weights lie behind the FlatBuffer" in failure
 
 
 @needs_runtime
@@ -307,6 +317,24 @@ def test_export(call, small_run, here, plant, samples, in_process):
     file = out / "model.int8.tflite"
     call(step3_infer.main, "--model", file, "--self-test").done()
     assert call(step3_infer.main, "--model", file, samples[0]).done().out
+
+
+@needs_converter
+@needs_runtime
+def test_the_runtime_finds_the_weights_of_a_larger_network(tmp_path):
+    convolutions = [nn.Conv2d(3, 256, 3, stride=4), nn.ReLU(), nn.Conv2d(256, 256, 3)]
+    network = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    deployable = model.Deployable(network, (16, 16), [0.5] * 3, [0.2] * 3).eval()
+    source = SimpleNamespace(
+        deployable=deployable, small_arena=False, spec={"image_size": [16, 16], "channels": 3}
+    )
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    content = micro.convert(source, images, str(tmp_path / "float.tflite"))
+    assert len(content) > 500_000 and micro_file.read_model(content).outside == 0
+    run, _ = micro_runtime.load_micro(content)
+    np.testing.assert_allclose(
+        run(images), micro_runtime.load_reference(content)(images), atol=1e-3
+    )
 
 
 @needs_converter
