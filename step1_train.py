@@ -274,7 +274,7 @@ def add_training_options(parser: Parser) -> None:
         choices=recipes.CALIBRATIONS[1:],
         metavar="HOW",
         help="images that calibrate the probabilities: held-out, twin (those that a second "
-        "network has not seen), cross-fit (all, with --freeze-backbone) or none (default: see "
+        "network has not seen), cross-fit (all, with --pretrained) or none (default: see "
         "deploy/README.md)",
     )
 
@@ -385,12 +385,14 @@ from training import (
     saliency,
     weights,
 )
+from training.calibration import CrossFitted
 from training.checkpoints import Saver, Unsaved, restore
 from training.describe import describe_run, with_result
 from training.evaluation import accuracy_to_compare, criterion, evaluate
 from training.features import (
     LastLayer,
     Trainee,
+    WholeNetwork,
     choose_trainee,
     is_regression,
     set_to_zero,
@@ -613,19 +615,16 @@ def with_best_epoch(trainee: Trainee, progress: Progress) -> Trainee:
 def calibrate(
     trainee: Trainee,
     twin: Trainee | None,
+    logits: torch.Tensor | None,
     images: Split,
     settings: argparse.Namespace,
     machine: Machine,
-    saver: Saver,
 ) -> calibration.Calibration | None:
     """Calibrate the network that a run ends with, as its settings want it, in the first process.
 
-    twin: if the settings want one. images: of the training split, whatever is trained. Raises
-    Problem, and Stopped after a signal.
+    twin, logits: if the settings want one, or cross-fitting. images: of the training split,
+    whatever is trained. Raises Problem.
     """
-    logits = None
-    if settings.calibration == "cross-fit":
-        logits = cross_fit(trainee, settings, machine, saver)
     if machine.processes.rank > 0 or settings.calibration == "none":
         return None
     if logits is not None:
@@ -641,11 +640,10 @@ def calibrate(
     return calibration.calibrate_on_held_out(trainee, held_out, source, images)
 
 
-def cross_fit(
-    trainee: Trainee, settings: argparse.Namespace, machine: Machine, saver: Saver
-) -> torch.Tensor:
-    """Logits [n, classes] of the training split: each image's by a last layer that was trained
-    like the run's, without the fold of the image.
+def cross_fit_last_layers(
+    trainee: LastLayer, settings: argparse.Namespace, machine: Machine, saver: Saver
+) -> CrossFitted:
+    """Train last layers like the run's, each without a fold of the images, and ask them about it.
 
     Raises Problem, and Stopped after a signal.
     """
@@ -653,19 +651,61 @@ def cross_fit(
     logits = torch.zeros(len(train_split), trainee.classes)
     with Signals() as signals, console.training_twin():
         saver = Unsaved(**{**vars(saver), "signals": signals})
-        for fold in calibration.folds(train_split, settings.seed):
-            if not fold.any():
-                continue
-            deployable = copy.deepcopy(trainee.deployable)
-            splits = {"train": train_split.part(~fold), "test": train_split.part(fold)}
-            other = trainee.with_network(deployable, splits)
+        for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
+            other = trainee.with_network(copy.deepcopy(trainee.deployable), splits)
             set_to_zero(other.network)  # it has seen the fold
             start_head(other, settings)
 
-            optimizer = optimizers.make_optimizer(deployable.network, settings)
+            optimizer = optimizers.make_optimizer(other.deployable.network, settings)
             evaluated = train(other, optimizer, settings, machine, Progress(), saver, start=None)
-            logits[torch.from_numpy(fold)] = torch.from_numpy(evaluated.outputs)
-    return logits
+            logits[rows] = torch.from_numpy(evaluated.outputs)
+    return CrossFitted(logits)
+
+
+def cross_fit_networks(
+    trainee: WholeNetwork,
+    dataset: data.Dataset,
+    settings: argparse.Namespace,
+    machine: Machine,
+    saver: Saver,
+) -> CrossFitted:
+    """Train networks like the run's, each without a fold of the images and for as long as a twin,
+    and ask them about it.
+
+    Raises Problem, and Stopped after a signal.
+    """
+    epochs = calibration.epochs_of_twin(settings)
+    settings = argparse.Namespace(**{**vars(settings), "epochs": epochs})
+
+    train_split = trainee.splits["train"]
+    logits = torch.zeros(len(train_split), trainee.classes)
+    heads = torch.zeros_like(logits)
+    like_average = torch.zeros_like(logits)
+    average = trainee.with_network(copy.deepcopy(trainee.deployable), trainee.splits)
+    networks = 1
+
+    with Signals() as signals, console.training_twin():
+        saver = Unsaved(**{**vars(saver), "signals": signals})
+        for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
+            deployable = build_deployable(settings, dataset, None, machine)
+            network = deployable.network
+            other = trainee.with_network(deployable, splits)
+            with machine.processes.first_of_each_machine_first():
+                start_head(other, settings)
+            start = copy.deepcopy(network.state_dict())
+            heads[rows] = torch.from_numpy(evaluate(other, splits["test"], machine).outputs)
+
+            optimizer = optimizers.make_optimizer(network, settings)
+            evaluated = train(other, optimizer, settings, machine, Progress(), saver, start)
+            logits[rows] = torch.from_numpy(evaluated.outputs)
+
+            networks += 1
+            weights_now = network.state_dict()
+            optimizers.move_weights(average.deployable.network, weights_now, 1 / networks)
+            optimizers.move_weights(network, start, 1 - calibration.DISTANCE_OF_AVERAGE)
+            nearer = evaluate(other, splits["test"], machine)
+            like_average[rows] = torch.from_numpy(nearer.outputs)
+    return CrossFitted(logits, heads, average, like_average)
 
 
 def train_twin(
@@ -855,7 +895,8 @@ def put_together(
         if not checkpoint:
             start_head(trainee, settings)
 
-    if settings.calibration == "cross-fit" and not isinstance(trainee, LastLayer):
+    is_last_layer = isinstance(trainee, LastLayer)
+    if settings.calibration == "cross-fit" and settings.freeze_backbone and not is_last_layer:
         settings.calibration = recipes.calibration_of_whole(len(splits["train"]))
     if not checkpoint:
         settings.epochs = group.from_first(
@@ -895,23 +936,31 @@ def complete(
             evaluated = train(trainee, optimizer, settings, machine, progress, saver, start)
         final = with_best_epoch(trainee, progress)
         twin = None
-        if settings.calibration == "twin":
-            twin = train_twin(trainee, dataset, settings, machine, run_dir)
-        final, twin = fine_tuning.better_of_head_and_training(
-            final, twin, progress, dataset, settings, machine
-        )
-        if fine_tuning.averages_with_twin(settings) and not is_kept_head(progress):
-            final = fine_tuning.average_with_twin(final, twin, progress, machine)
+        logits = None
+        if settings.calibration == "cross-fit":
+            if isinstance(final, LastLayer):
+                crossed = cross_fit_last_layers(final, settings, machine, saver)
+            else:
+                crossed = cross_fit_networks(final, dataset, settings, machine, saver)
+            final, logits = fine_tuning.choose_result_by_folds(
+                final, crossed, progress, dataset, settings, machine
+            )
+        else:
+            if settings.calibration == "twin":
+                twin = train_twin(trainee, dataset, settings, machine, run_dir)
+            final, twin = fine_tuning.choose_result(
+                final, twin, progress, dataset, settings, machine
+            )
         if evaluated is None or progress.best:
             evaluated = evaluate(final, final.splits["test"], machine)
-        calibrated = calibrate(final, twin, splits["train"], settings, machine, saver)
+        calibrated = calibrate(final, twin, logits, splits["train"], settings, machine)
     except Stopped as stop:
         if group.rank == 0:
             console.print_how_to_resume(progress, run_dir)
         group.wait()  # torchrun ends all processes as soon as one has ended
         return 128 + stop.signal
 
-    show_what_is_kept(progress)
+    show_what_is_kept(progress, settings)
     if calibrated:
         saver = saver.with_calibration(calibrated)
     if progress.best or calibrated:
@@ -923,10 +972,11 @@ def complete(
     return 0
 
 
-def show_what_is_kept(progress: Progress) -> None:
+def show_what_is_kept(progress: Progress, settings: argparse.Namespace) -> None:
     """Say which network is the result, if it is not that of the last epoch."""
     if is_average(progress):
-        console.show("the result is the average of the network and its twin, weight by weight")
+        others = "its twin" if settings.calibration == "twin" else "those that calibrate it"
+        console.show(f"the result is the average of the network and {others}, weight by weight")
     elif progress.best and not is_kept_head(progress):
         best = progress.best["epoch"]
         console.show(f"epoch {best} did best on the validation split and is kept")

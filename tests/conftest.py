@@ -146,6 +146,7 @@ def independent(request, monkeypatch):
         monkeypatch.setattr(facts, "camera", SimpleNamespace(survey=lambda *args: []))
     if not request.node.get_closest_marker("calibrated"):
         monkeypatch.setattr(recipes, "FEW_TO_CALIBRATE", 10**9)
+        monkeypatch.setattr(recipes, "FEW_TO_CROSS_FIT", 10**9)
     with same_threads():
         yield
 

@@ -442,18 +442,44 @@ def test_an_int8_table_of_another_kind_is_a_fault():
 
 
 @pytest.mark.parametrize(
-    "count, frozen, asked, expected",
+    "count, pretrained, asked, expected",
     [
-        (199, False, "none", "--calibration twin"),
-        (49, True, "none", "--calibration cross-fit"),
-        (200, False, "none", None),
-        (199, False, "twin", "--calibration none"),
+        (199, None, "none", "--calibration twin"),
+        (49, "default", "none", "--calibration cross-fit"),
+        (200, None, "none", None),
+        (199, None, "twin", "--calibration none"),
     ],
 )
-def test_the_settings_say_how_few_images_get_calibrated(count, frozen, asked, expected):
-    settings = SimpleNamespace(calibration=asked, freeze_backbone=frozen)
+def test_the_settings_say_how_few_images_get_calibrated(count, pretrained, asked, expected):
+    settings = SimpleNamespace(calibration=asked, pretrained=pretrained)
     trainee = SimpleNamespace(splits={"train": range(count)})
 
     said = " ".join(console.about_calibration(settings, SimpleNamespace(has_images=True), trainee))
 
     assert expected in said if expected else not said
+
+
+@pytest.mark.calibrated
+@pytest.mark.parametrize(
+    "count, pretrained, frozen, expected",
+    [
+        (49, "default", False, "none"),
+        (50, "default", False, "cross-fit"),
+        (199, "default", False, "cross-fit"),
+        (199, None, False, "none"),
+        (200, "default", False, "twin"),
+        (200, "default", True, "cross-fit"),
+        (200, None, False, "twin"),
+        (20_000, "default", True, "held-out"),
+    ],
+)
+def test_how_many_images_are_calibrated_how_by_default(count, pretrained, frozen, expected):
+    settings = SimpleNamespace(
+        calibration=None,
+        val_fraction=None,
+        patience=None,
+        pretrained=pretrained,
+        freeze_backbone=frozen,
+    )
+    dataset = SimpleNamespace(val_images=None, train_images=range(count))
+    assert recipes.choose_calibration(settings, dataset) == expected

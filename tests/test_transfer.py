@@ -17,6 +17,7 @@ from deploy import device
 from inference.images import decode_image, resize
 from inference.predict import Model, predict
 from training import fine_tuning, recipes, saliency
+from training.calibration import CrossFitted
 from training.features import LastLayer, start_head
 from training.progress import Evaluation, Progress
 from training.weights import place_of_download
@@ -87,18 +88,21 @@ def test_frozen_networks_are_not_augmented(call, here, photos, weights):
     call(step1_train.main, *asked, "--augment", "flip").error(2, "--augment", "trained whole")
 
 
-def test_frozen_networks_are_calibrated_on_all_their_images(call, here, photos, weights):
-    start = ("--width", 0.25, "--pretrained", weights)
-    crossed = ("--calibration", "cross-fit")
-    call(step1_train.main, *command(photos, *start, *crossed)).error(2, "--freeze-backbone")
+@pytest.mark.parametrize("frozen", [["--freeze-backbone"], []])
+def test_few_images_all_calibrate_a_pretrained_network(call, here, photos, weights, frozen):
+    crossed = ("--width", 0.25, "--calibration", "cross-fit")
+    call(step1_train.main, *command(photos, *crossed)).error(2, "--pretrained")
 
-    asked = command(photos, *start, "--freeze-backbone", "--name", "run")
+    asked = command(photos, "--pretrained", weights, *frozen, "--name", "run")
     said = call(step1_train.main, *asked, *crossed).done().out
-    assert "trained without it" in said and said.count("train loss") == 1
+    assert "five more networks" in said and said.count("train loss") == 1
     checkpoint = torch.load(here / "runs/run/checkpoint.pt", weights_only=True)
-    assert checkpoint["spec"]["calibration"]["images"] == 48
+    calibration = checkpoint["spec"]["calibration"]
+    assert calibration["images"] == 48
+    assert calibration["source"].startswith("5 last layers" if frozen else "5 networks")
     assert checkpoint["spec"]["known"]["images"] == 24
-    assert checkpoint["epoch"] == 2 and not (here / "runs/run/twin").exists()
+    assert checkpoint["epoch"] == 2 or not frozen  # training may have done harm
+    assert not (here / "runs/run/twin").exists()
 
 
 def last_layer(weight):
@@ -146,8 +150,10 @@ def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):
     assert float(row[2]) > 0.8  # training accuracy of the first epoch
 
 
-def test_training_that_does_harm_is_not_kept(call, here, photos, weights):
-    start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop", "--calibration", "twin")
+@pytest.mark.parametrize("calibration", ["twin", "cross-fit"])
+def test_training_that_does_harm_is_not_kept(call, here, photos, weights, calibration):
+    start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop")
+    start += ("--calibration", calibration)
     asked = command(photos, *start, "--lr", 10, "--optimizer", "adam")
     trained = call(step1_train.main, *asked, "--name", "harmed").done()
     assert "training did harm" in trained.err and "which is kept" in trained.err
@@ -160,11 +166,15 @@ def test_training_that_does_harm_is_not_kept(call, here, photos, weights):
     assert summary["test_accuracy"] > 0.8
 
 
-def test_the_result_is_the_average_with_the_twin(call, here, photos, weights):
-    start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop", "--calibration", "twin")
+@pytest.mark.parametrize(
+    ("calibration", "others"), [("twin", "its twin"), ("cross-fit", "those that calibrate it")]
+)
+def test_the_result_is_an_average(call, here, photos, weights, calibration, others):
+    start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop")
+    start += ("--calibration", calibration)
     asked = command(photos, *start, "--name", "run", "--lr", 1e-4)
     trained = call(step1_train.main, *asked).done()
-    assert "the average of the network and its twin" in trained.out
+    assert f"the average of the network and {others}" in trained.out
 
     def differs():
         checkpoint = torch.load(here / "runs/run/checkpoint.pt", weights_only=True)
@@ -177,7 +187,7 @@ def test_the_result_is_the_average_with_the_twin(call, here, photos, weights):
     # Training goes on from the network's own weights, and ends with a new average.
     epochs = summary["epochs"] + 1
     resumed = call(step1_train.main, "--resume", "run", "--epochs", epochs).done()
-    assert "the average of the network and its twin" in resumed.out and differs()
+    assert f"the average of the network and {others}" in resumed.out and differs()
 
 
 def test_a_network_too_far_from_its_twin_is_not_averaged(monkeypatch):
@@ -189,6 +199,40 @@ def test_a_network_too_far_from_its_twin_is_not_averaged(monkeypatch):
     twin.splits["test"] = twin.splits["train"]
     assert fine_tuning.average_with_twin(final, twin, progress, machine=None) is final
     assert progress.best is None and final.network.weight[0, 0] == 1
+
+
+def test_harm_is_more_than_chance():
+    def right(first, last):
+        return (np.arange(100) >= first) & (np.arange(100) < last)
+
+    assert fine_tuning.did_harm(trained=right(0, 50), with_head=right(0, 60))
+    assert not fine_tuning.did_harm(trained=right(0, 60), with_head=right(0, 61))
+    assert not fine_tuning.did_harm(trained=right(0, 50), with_head=right(30, 84))  # 34, 30
+    assert not fine_tuning.did_harm(trained=right(0, 50), with_head=right(0, 50))
+
+
+def test_what_calibrates_an_average_is_as_far_from_the_start(monkeypatch):
+    """If the average is no better on its own images than networks on new ones, it is not kept."""
+    settings = SimpleNamespace(
+        calibration="cross-fit",
+        augment=[],
+        pretrained="default",
+        freeze_backbone=False,
+        batch_norm="frozen",
+    )
+    final = last_layer([[1.0, 0.0], [0.0, 1.0]])
+    right = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    crossed = CrossFitted(right, right, last_layer([[9.0, 0.0], [0.0, 9.0]]), right / 2)
+    for accuracy, result in ((1.0, crossed.average), (0.9, final)):
+        evaluated = Evaluation(1.0, accuracy, None)
+        monkeypatch.setattr(fine_tuning, "evaluate", lambda *_, found=evaluated: found)
+        progress = Progress()
+        kept, logits = fine_tuning.choose_result_by_folds(
+            final, crossed, progress, None, settings, None
+        )
+        assert kept is result
+        assert torch.equal(logits, right / 2 if kept is crossed.average else right)
+        assert (progress.best is None) == (kept is final)
 
 
 def test_photos_are_told_the_better_start_once(call, here, photos, weights):

@@ -4,12 +4,14 @@
 Both come from images that the network was not trained on, and that are not in the test split: a
 validation split if there is one; else a small part held out of a large training split; else, as
 small sets lose most by that, the part that a twin, another network trained on the rest, has not
-seen. Of a frozen network only the last layer is trained, in no time: it is trained anew without
-each fifth of the images in turn, so that all of them tell something (cross-fitting).
+seen. Where training takes little time, of a frozen network or of a hundred photos, it is done anew
+without each fifth of the images in turn, so that all of them tell something (cross-fitting).
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +34,9 @@ FEWEST_EPOCHS = 10
 FEWEST_WITH_WEIGHTS = 3  # for a network that starts from weights of another
 HALVES_SEED = 0
 FOLDS = 5  # of cross-fitting
+# How far the average of six fine-tuned networks is from their start, as a part of how far each is:
+# what is random in the course of their training cancels out.
+DISTANCE_OF_AVERAGE = 0.5
 TABLE = 1000  # scores in a file: the steps of `known`
 HALVINGS = 49  # of the interval in which the temperature is searched
 
@@ -54,6 +59,21 @@ class Calibration:
     compared: int
     judged: torch.Tensor
     probabilities: np.ndarray
+
+
+class CrossFitted(NamedTuple):
+    """What networks trained like the run's say of the images that each was not trained on.
+
+    logits: [n, classes], of all images of the training split, in their order. Of a pretrained
+    network that is trained whole, heads: the same with nothing trained but the fitted head;
+    average: the network whose weights are the mean of the run's and of theirs; like_average: the
+    same as logits, of networks that are as far from their start as the average.
+    """
+
+    logits: torch.Tensor
+    heads: torch.Tensor | None = None
+    average: Trainee | None = None
+    like_average: torch.Tensor | None = None
 
 
 # -------------------------------------------------------------------------------------- calibrating
@@ -119,18 +139,18 @@ def calibrate_by_twin(trainee: Trainee, twin: Trainee, images: Split) -> Calibra
 
 
 def calibrate_by_cross_fitting(
-    trainee: LastLayer, logits: torch.Tensor, images: Split
+    trainee: Trainee, logits: torch.Tensor, images: Split
 ) -> Calibration:
-    """Calibrate a last layer by what others like it say, each of images it was not trained on.
+    """Calibrate a network by what others like it say, each of images it was not trained on.
 
-    logits: [n, classes], of all images that the layer was trained on, in their order. What is
-    familiar is learned from one half of the images, and compared with the other half. images: of
-    the training split, whatever is trained.
+    logits: [n, classes], of all images that the network was trained on, in their order. What is
+    familiar is learned from one half of the images, and compared with the other half; where all
+    layers were trained, the others' logits say as little of that as a twin's. images: of the
+    training split, whatever is trained.
     """
     train = trainee.splits["train"]
     layers = layers_to_look_at(trainee)
     own = trainee.describe(evenly_spread(train), layers)
-    largest = logits[is_spread(train)].amax(1)
 
     reference = evenly_spread(images)
     first = first_half(reference)
@@ -138,12 +158,18 @@ def calibrate_by_cross_fitting(
 
     gaussian = fit_gaussian(torch.cat([own.statistics[first], relit]))
     distance = log_distance(gaussian, own.statistics[~first])
+    largest = None
+    what = "networks"
+    if isinstance(trainee, LastLayer):
+        largest = logits[is_spread(train)].amax(1)[~first]
+        what = "last layers"
+
     temperature = fit_temperature(logits, train.labels[train.members].cpu())
     return Calibration(
         temperature=temperature,
-        source=f"{FOLDS} last layers, each trained without the images it was asked about",
+        source=f"{FOLDS} {what}, each trained without the images it was asked about",
         images=len(logits),
-        familiarity=fit_familiarity(gaussian, distance, largest=largest[~first]),
+        familiarity=fit_familiarity(gaussian, distance, largest=largest),
         layers=layers,
         compared=len(distance),
         judged=train.members,
@@ -164,6 +190,15 @@ def folds(train: Split, seed: int) -> list[np.ndarray]:
             rest, fold = hold_out(rest, 1 / parts, seed)
         found.append(np.isin(train.members, fold.members))
     return found
+
+
+def splits_of_folds(train: Split, seed: int) -> Iterator[tuple[torch.Tensor, dict[str, Split]]]:
+    """The members of each fold, bool [n], and what its network is trained on, "train", and asked
+    about, "test". Of very few images, a fold may be empty, and is left out."""
+    for fold in folds(train, seed):
+        if fold.any():
+            splits = {"train": train.part(~fold), "test": train.part(fold)}
+            yield torch.from_numpy(fold), splits
 
 
 def splits_of_twin(train: Split, seed: int, classes: list[str]) -> dict[str, Split]:

@@ -28,7 +28,7 @@ CALIBRATION = {  # in words
     "validation": "on the validation split",
     "held-out": "on the images held out",
     "twin": "with a second network trained for half the epochs",
-    "cross-fit": "on all images, each by a last layer trained without it",
+    "cross-fit": "with five more networks, each trained without a fifth of the images",
 }
 
 is_twin = False  # is a twin being trained? See `training_twin`.
@@ -83,14 +83,14 @@ def about_calibration(
     """What calibrates the probabilities, or, of few images, how to get that."""
     if settings.calibration in CALIBRATION:
         how = CALIBRATION[settings.calibration]
-        return [f"calibrate {how} (--calibration none: not at all)"]
+        return [f"calibrate {how}", "          (--calibration none: not at all)"]
 
     # A validation split or many images calibrate by default: who has them has asked for none.
     is_few = len(trainee.splits["train"]) < recipes.FEW_TO_CALIBRATE
     if not dataset.has_images or "val" in trainee.splits or not is_few:
         return []
 
-    offered = "cross-fit" if settings.freeze_backbone else "twin"
+    offered = "cross-fit" if settings.pretrained else "twin"
     return [
         "calibrate not at all",
         f"          (--calibration {offered}: {CALIBRATION[offered]})",

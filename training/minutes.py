@@ -19,9 +19,9 @@ from data.dataset import Dataset
 from data.notes import note
 from data.split import Split
 from training import batch_norm, optimizers, recipes
-from training.calibration import GAUSSIAN_IMAGES, TWIN_PART, epochs_of_twin
+from training.calibration import FOLDS, GAUSSIAN_IMAGES, TWIN_PART, epochs_of_twin
 from training.features import Trainee, WholeNetwork, fits_head_first
-from training.fine_tuning import averages_with_twin
+from training.fine_tuning import averages_networks
 from training.network import build_deployable
 from training.processes import Machine
 
@@ -189,17 +189,26 @@ def seconds_of(
     held_out = len(unseen)
     if settings.calibration == "twin":
         held_out = round(TWIN_PART * train)
-        of_run = argparse.Namespace(**{**vars(settings), "epochs": epochs})
-        twin_epochs = epochs_of_twin(of_run)
-        twin_steps = round((1 - TWIN_PART) * steps)
-        seconds += seconds_of_epochs(twin_epochs, twin_steps, held_out, settings, pace)
+        seconds += seconds_of_twin(epochs, steps, held_out, settings, pace)
+    elif settings.calibration == "cross-fit" and not settings.freeze_backbone:
+        held_out = train
+        seconds += FOLDS * seconds_of_twin(epochs, steps, held_out // FOLDS, settings, pace)
 
     seconds += held_out * pace.exact
     if fits_head_first(settings):
         seconds += 2 * held_out * pace.exact  # as trained, and with the head that it began with
-        if averages_with_twin(settings):
+        if averages_networks(settings):
             seconds += (2 * held_out + len(splits["test"])) * pace.exact
     return seconds + REPORT_SECONDS
+
+
+def seconds_of_twin(
+    epochs: int, steps: int, held_out: int, settings: argparse.Namespace, pace: Pace
+) -> float:
+    """How long a twin of a run of so many epochs and steps takes, trained without `held_out`."""
+    of_run = argparse.Namespace(**{**vars(settings), "epochs": epochs})
+    twin_steps = round((1 - TWIN_PART) * steps)
+    return seconds_of_epochs(epochs_of_twin(of_run), twin_steps, held_out, settings, pace)
 
 
 def seconds_of_epochs(

@@ -83,7 +83,7 @@ RECIPES = {
 CALIBRATIONS = ("validation", "held-out", "twin", "cross-fit", "none")
 MANY = 20_000  # training images; fewer lose most by holding some out, and get a twin instead
 FEW_TO_CALIBRATE = 200  # training images; fewer are not calibrated by default
-FEW_TO_CROSS_FIT = 50  # the same of a frozen network, whose calibration uses all of them
+FEW_TO_CROSS_FIT = 50  # the same of a pretrained network, which they may all calibrate
 
 # Photos fewer than MANY, with a side of PHOTO pixels or more, had better start from the weights of
 # START.
@@ -108,6 +108,7 @@ IMAGES_SEEN_AGAIN = 24_000  # the same by a network that has learned on others b
 MOST_KEPT = 0.6
 FEW_TO_KEEP = 100
 KEPT_FALLS = 0.316  # the power of the number of images
+KEPT_OF_SIX = 0.4  # of the average with the networks of cross-fitting, which is nearer to it
 
 NOT_SETTINGS = ("list_models", "list_datasets", "resume")  # arguments that do not describe a run
 # What may be given with --resume, and differ from what the run began with.
@@ -353,6 +354,8 @@ def adapt_to_images(
         settings.epochs = usual_epochs(settings, count)
     if tunes_whole(settings) and "keep_start" not in given:
         settings.keep_start = usual_keep_start(count)
+        if settings.calibration == "cross-fit":
+            settings.keep_start = KEPT_OF_SIX
     if "batch_size" not in given:
         # The recipes of the named datasets were made for the number of their images.
         images = count if is_own else None
@@ -460,14 +463,15 @@ def choose_calibration(settings: argparse.Namespace, dataset: data.Dataset) -> s
 
     if settings.patience:
         raise Problem("--patience needs a validation split: add --val-fraction", 2)
-    if asked == "cross-fit" and not settings.freeze_backbone:
-        reason = "only applies to --freeze-backbone: all layers would be trained five times"
+    if asked == "cross-fit" and not settings.pretrained:
+        reason = "needs --pretrained: from nothing, a network would be trained five times as long"
         raise Problem(f"--calibration cross-fit {reason}", 2)
     if asked:
         return asked
 
     count = len(dataset.train_images)
-    if settings.freeze_backbone and FEW_TO_CROSS_FIT <= count < MANY:
+    few = MANY if settings.freeze_backbone else FEW_TO_CALIBRATE
+    if settings.pretrained and FEW_TO_CROSS_FIT <= count < few:
         return "cross-fit"
     return calibration_of_whole(count)
 
@@ -547,7 +551,7 @@ def check_resumed(settings: argparse.Namespace, dataset: data.Dataset, run_dir: 
         calibrations.append("validation")
     elif dataset.has_images:
         calibrations += ["held-out", "twin"]
-        if settings.freeze_backbone:
+        if settings.pretrained:
             calibrations.append("cross-fit")
 
     wrong = None
