@@ -9,10 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from inference.files import locked
 
 PREFIX = ".export-"  # of the directories where files are written and proven
 ABANDONED_SECONDS = 60  # after which an unlocked one is taken for that of a killed process
@@ -39,36 +36,17 @@ def workspace(out: str) -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def locked(path: str) -> Iterator[bool]:
-    """Hold the lock of a directory, if nobody else does; yields whether it is held."""
-    if fcntl is None:
-        yield True
-        return
-
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-            return
-        yield False
-    finally:
-        os.close(handle)
-
-
 def remove_abandoned(out: str) -> None:
     """Remove the workspaces of killed processes, and put back a bundle that one had moved aside."""
     pattern = os.path.join(glob.escape(out), f"{PREFIX}{'[0-9a-f]' * 8}")
     for path in glob.glob(pattern):
-        with contextlib.suppress(OSError):  # another process removes it, too
+        with contextlib.suppress(OSError):  # another process has it, or removes it, too
             age = time.time() - os.stat(path).st_mtime
             if age < ABANDONED_SECONDS or os.path.islink(path):
                 continue
-            with locked(path) as is_abandoned:
-                if is_abandoned:
-                    restore_bundle(path, out)
-                    shutil.rmtree(path, ignore_errors=True)
+            with locked(path):
+                restore_bundle(path, out)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def restore_bundle(path: str, out: str) -> None:

@@ -18,16 +18,11 @@ import numpy as np
 
 from inference.command_line import say
 from inference.errors import Problem, one_line, problems
-from inference.files import replacing
+from inference.files import open_locked, replacing
 from inference.formats import SUFFIXES, open_image
 from inference.images import decode_image
 from inference.predict import ONE_LARGE, Model
 from inference.spec import DECIMALS
-
-try:
-    import fcntl
-except ImportError:  # Windows has no lock for directories
-    fcntl = None
 
 INDEX = ".collected.jsonl"  # hidden, so that no program takes it for data
 FIRST_LINE = {"collected by": "step3_infer.py", "version": 1}
@@ -75,9 +70,11 @@ class Collector:
         self.worth = np.zeros(most)
         self.thumbnails = np.zeros((most, CELLS * CELLS * model.spec["channels"]), np.uint8)
 
+        taken = f"{directory} is in use by another process: give each a directory of its own"
         with problems(f"cannot collect into {directory}", OSError, form="{}: {}"):
             os.makedirs(directory, exist_ok=True)
-            self.lock = lock(directory)
+            with problems(taken, BlockingIOError, form="{}"):
+                self.lock = open_locked(directory)
             self.read_index()
             self.write_index()
 
@@ -244,27 +241,6 @@ class Collector:
         with open(os.path.join(self.directory, INDEX), "a", encoding="utf-8") as file:
             file.write(line)
         self.lines += 1
-
-
-def lock(directory: str) -> int | None:
-    """Keep a directory for this process, until the descriptor is closed or the process ends.
-
-    Raises OSError, and Problem if another process has it.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise Problem(
-            f"{directory} is in use by another process: give each a directory of its own"
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def entry(name: str, worth: float, thumbnail: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""How files are written whole or not at all, and how their content is recognised."""
+"""How files are written whole or not at all, kept for one process, and recognised by content."""
 
 import contextlib
 import os
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 
 from inference.command_line import say
 from inference.errors import Problem, problems
+
+try:
+    import fcntl
+except ImportError:  # Windows has no lock for directories, nor for files that are replaced
+    fcntl = None
 
 BLOCK = 1 << 20  # bytes that are hashed at a time
 
@@ -35,6 +40,43 @@ def replacing(path, mode: str = "wb", **open_options) -> Iterator:
     finally:
         with contextlib.suppress(OSError):  # it is gone once it has replaced the other
             os.unlink(temporary)
+
+
+def open_locked(path: str, flags: int = os.O_RDONLY) -> int | None:
+    """Open a file or directory and lock it: a descriptor; None on Windows, where there is no lock.
+
+    The lock goes with the descriptor, and with the process, however that ends. Raises
+    BlockingIOError if another process has it, and OSError.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        lock(descriptor)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def lock(descriptor: int) -> None:
+    """Lock an open file; a file system without locks keeps nobody apart. Raises BlockingIOError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Keep a directory for this process alone. Raises what open_locked() does."""
+    descriptor = open_locked(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,9 @@ import stat
 
 from inference.drift import LIMIT
 from inference.errors import Problem, problems
-from inference.files import replacing
+from inference.files import lock, open_locked, replacing
 from inference.results import write_figures
 from inference.spec import is_number, is_whole
-
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be replaced: there is no lock
-    fcntl = None
 
 SCHEMA = 1
 MAX_BYTES = 64 << 20
@@ -33,21 +28,18 @@ class MonitorFile:
         self.lock = None
         self.is_empty = False  # made here, and not yet written
         check_usable(path)
-        if fcntl is None:
+
+        taken = f"{path} is in use by another process: give each a file of its own"
+        is_new = not os.path.exists(path)
+        with problems(f"cannot open {path}", OSError), problems(taken, BlockingIOError, form="{}"):
+            self.lock = open_locked(path, os.O_RDWR | os.O_CREAT)
+        if self.lock is None:
             return
 
-        is_new = not os.path.exists(path)
-        with problems(f"cannot open {path}", OSError):
-            self.lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The other process may have replaced it just now.
-            is_current = os.path.samestat(os.fstat(self.lock), os.stat(path))
-        except OSError:
-            is_current = False
-        if not is_current:
+        # The other process may have replaced it just now.
+        if not is_same_file(self.lock, path):
             self.close()
-            raise Problem(f"{path} is in use by another process: give each a file of its own")
+            raise Problem(taken)
         self.is_empty = is_new
 
     def read(self, fingerprint: str) -> dict | None:
@@ -75,9 +67,9 @@ class MonitorFile:
         new = None
         with replacing(self.path, "w", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
-            if fcntl is not None:
+            if self.lock is not None:
                 new = os.dup(file.fileno())  # keeps the lock when the file is closed
-                fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(new)
         self.is_empty = False
         if new is not None:
             self.close()
@@ -91,6 +83,14 @@ class MonitorFile:
                     os.unlink(self.path)
             os.close(self.lock)
             self.lock = None
+
+
+def is_same_file(descriptor: int, path: str) -> bool:
+    """Is this open file the one at the path?"""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
 
 
 def check_usable(path: str) -> None:

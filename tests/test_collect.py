@@ -14,6 +14,7 @@ from PIL import Image
 import step3_infer
 from inference import collect as collecting
 from inference.collect import INDEX, folder_names, near_copies, safe_name
+from inference.files import locked
 
 
 @pytest.fixture
@@ -154,12 +155,20 @@ def test_directories_that_cannot_be_used(collect, pictures, here):
 
 def test_a_directory_belongs_to_one_process(collect, pictures, here):
     (here / "kept").mkdir()
-    held = collecting.lock("kept")
-    result = collect("in")
+    with locked("kept"):
+        result = collect("in")
     result.error(1, "kept is in use by another process", "the predictions go on")
     assert len(result.out.splitlines()) == 30 and not kept(here)
-    os.close(held)
     collect("in").done()
+
+
+def test_a_file_system_without_locks_will_do(collect, pictures, here, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("inference.files.fcntl.flock", no_locks)
+    collect("--monitor", "monitor.json", "in").done()
+    assert kept(here) and (here / "monitor.json").stat().st_size
 
 
 @pytest.mark.parametrize(

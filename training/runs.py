@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from data.notes import note
+from inference import files
 from inference.command_line import encodable, say
 from inference.errors import Problem, one_line, problems
 from inference.files import replacing
@@ -37,11 +38,6 @@ from inference.spec import is_whole
 from inference.tables import csv_line
 from training import recorded
 from training.recipes import LONGEST_NAME, OWN_IMAGES, RESERVED
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two processes that resume one run are not kept apart
-    fcntl = None
 
 SCHEMA = 2  # of checkpoints; 1 can be exported, but not resumed
 RUNS = "runs"
@@ -251,19 +247,14 @@ def locked(run_dir: str) -> Iterator[None]:
 
     Raises Problem if another process trains in it.
     """
-    if not fcntl:
+    taken = f"{run_dir} is being trained by another process"
+    with contextlib.ExitStack() as stack:
+        with (
+            problems(f"cannot read {run_dir}", OSError),
+            problems(taken, BlockingIOError, form="{}"),
+        ):
+            stack.enter_context(files.locked(run_dir))
         yield
-        return
-
-    with problems(f"cannot read {run_dir}", OSError):
-        handle = os.open(run_dir, os.O_RDONLY)
-    try:
-        taken = f"{run_dir} is being trained by another process"
-        with problems(taken, BlockingIOError, form="{}"):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 def is_finished(run_dir: str) -> bool:
