@@ -87,16 +87,14 @@ def choose_result(
     head = with_fitted_head(judged, dataset, settings, machine)
     with_head = right_of(evaluate(head, split, machine).outputs, split)
     trained = right_of(evaluate(judged, split, machine).outputs, split)
-    if not did_harm(trained, with_head):
-        if averages_networks(settings):
-            final = average_with_twin(final, twin, progress, machine)
-        return final, twin
+    if did_harm(trained, with_head):
+        start = with_fitted_head(final, dataset, settings, machine) if twin else head
+        keep_head(start, trained, with_head, progress)
+        return start, head if twin else None
 
-    start = head
-    if twin:
-        start = with_fitted_head(final, dataset, settings, machine)
-    keep_head(start, trained, with_head, progress)
-    return start, head if twin else None
+    if averages_networks(settings):
+        final = average_with_twin(final, twin, progress, machine)
+    return final, twin
 
 
 def choose_result_by_folds(
