@@ -677,6 +677,7 @@ def cross_fit_networks(
     epochs = calibration.epochs_of_twin(settings)
     settings = argparse.Namespace(**{**vars(settings), "epochs": epochs})
 
+    untrained = build_deployable(settings, dataset, None, machine)
     train_split = trainee.splits["train"]
     logits = torch.zeros(len(train_split), trainee.classes)
     heads = torch.zeros_like(logits)
@@ -687,9 +688,8 @@ def cross_fit_networks(
     with Signals() as signals, console.training_twin():
         saver = Unsaved(**{**vars(saver), "signals": signals})
         for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
-            deployable = build_deployable(settings, dataset, None, machine)
-            network = deployable.network
-            other = trainee.with_network(deployable, splits)
+            other = trainee.with_network(copy.deepcopy(untrained), splits)
+            network = other.deployable.network
             with machine.processes.first_of_each_machine_first():
                 start_head(other, settings)
             start = copy.deepcopy(network.state_dict())
