@@ -150,7 +150,7 @@ def test_fine_tuning_starts_with_a_fitted_head(call, here, photos, weights):
     assert float(row[2]) > 0.8  # training accuracy of the first epoch
 
 
-@pytest.mark.parametrize("calibration", ["twin", "cross-fit"])
+@pytest.mark.parametrize("calibration", ["twin", pytest.param("cross-fit", marks=pytest.mark.slow)])
 def test_training_that_does_harm_is_not_kept(call, here, photos, weights, calibration):
     start = ("--width", 0.25, "--pretrained", weights, "--fit", "crop")
     start += ("--calibration", calibration)
