@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 import data
 import step1_train
 from data import doctor, holdout
+from training import suspects
 
 QUICK = [
     "--dataset",
@@ -240,3 +241,15 @@ def test_images_whose_labels_look_wrong_are_listed(call, tmp_path, here):
     assert (first["label"], first["suggested"]) == ("dark", "light")
     assert f"look wrong: {1 + len(others)}, listed in runs/own-mlp/suspects.csv" in said
     assert (here / "runs/own-mlp/suspects.png").exists()
+    assert "its own mistakes" not in said
+
+
+def test_a_network_that_is_often_wrong_is_no_judge_of_labels(tmp_path, capsys):
+    images = np.zeros((4, 1, 1, 1), np.uint8)
+    labels = np.array([0, 0, 1, 1])
+    dataset = data.Dataset("x", ["a", "b"], images, labels, images, labels)
+    probabilities = np.array([[0.99, 0.01], [0.02, 0.98], [0.1, 0.9], [0.6, 0.4]])
+    found = suspects.find_suspects(str(tmp_path), dataset, probabilities, None)
+    assert len(found["images"]) == 1
+    said = capsys.readouterr().err
+    assert "look wrong: 1, listed" in said and "is right about only 50%" in said

@@ -19,6 +19,7 @@ from training.calibration import Calibration
 SUSPECTS = "suspects.csv"
 DOUBTFUL = 0.05  # the probability below which a label is
 SHOWN = 25  # images in the report
+GOOD_JUDGE = 0.8  # accuracy; a network below finds more mistakes of its own than of the labels
 COLUMNS = ("image", "label", "suggested", "probability_of_label", "probability_of_suggested")
 
 
@@ -50,7 +51,11 @@ def find_suspects(
     table = [COLUMNS]
     table += [describe(dataset, judged, row) for row in rows]
     runs.write_table(run_dir, SUSPECTS, table, end="\r\n")
-    note(f"images whose labels look wrong: {len(rows):,}, listed in {run_dir}/{SUSPECTS}")
+    found = f"images whose labels look wrong: {len(rows):,}, listed in {run_dir}/{SUSPECTS}"
+    right = (judged.probabilities.argmax(1) == judged.labels).mean()
+    if right < GOOD_JUDGE:
+        found += f"; the network is right about only {right:.0%}, so many may be its own mistakes"
+    note(found)
 
     images = []
     for row in rows[:SHOWN]:
