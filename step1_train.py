@@ -649,16 +649,16 @@ def cross_fit_last_layers(
     """
     train_split = trainee.splits["train"]
     logits = torch.zeros(len(train_split), trainee.classes)
-    with Signals() as signals, console.training_twin():
-        saver = Unsaved(**{**vars(saver), "signals": signals})
-        for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
-            other = trainee.with_network(copy.deepcopy(trainee.deployable), splits)
-            set_to_zero(other.network)  # it has seen the fold
-            start_head(other, settings)
+    saver = Unsaved(**vars(saver))
+    for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
+        other = trainee.with_network(copy.deepcopy(trainee.deployable), splits)
+        set_to_zero(other.network)  # it has seen the fold
+        start_head(other, settings)
 
-            optimizer = optimizers.make_optimizer(other.deployable.network, settings)
+        optimizer = optimizers.make_optimizer(other.deployable.network, settings)
+        with console.training_other("last layer"):
             evaluated = train(other, optimizer, settings, machine, Progress(), saver, start=None)
-            logits[rows] = torch.from_numpy(evaluated.outputs)
+        logits[rows] = torch.from_numpy(evaluated.outputs)
     return CrossFitted(logits)
 
 
@@ -684,27 +684,27 @@ def cross_fit_networks(
     like_average = torch.zeros_like(logits)
     average = trainee.with_network(copy.deepcopy(trainee.deployable), trainee.splits)
     networks = 1
+    saver = Unsaved(**vars(saver))
 
-    with Signals() as signals, console.training_twin():
-        saver = Unsaved(**{**vars(saver), "signals": signals})
-        for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
-            other = trainee.with_network(copy.deepcopy(untrained), splits)
-            network = other.deployable.network
-            with machine.processes.first_of_each_machine_first():
-                start_head(other, settings)
-            start = copy.deepcopy(network.state_dict())
-            heads[rows] = torch.from_numpy(evaluate(other, splits["test"], machine).outputs)
+    for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
+        other = trainee.with_network(copy.deepcopy(untrained), splits)
+        network = other.deployable.network
+        with machine.processes.first_of_each_machine_first():
+            start_head(other, settings)
+        start = copy.deepcopy(network.state_dict())
+        heads[rows] = torch.from_numpy(evaluate(other, splits["test"], machine).outputs)
 
-            optimizer = optimizers.make_optimizer(network, settings)
+        optimizer = optimizers.make_optimizer(network, settings)
+        with console.training_other(f"network {networks} of {calibration.FOLDS}"):
             evaluated = train(other, optimizer, settings, machine, Progress(), saver, start)
-            logits[rows] = torch.from_numpy(evaluated.outputs)
+        logits[rows] = torch.from_numpy(evaluated.outputs)
 
-            networks += 1
-            weights_now = network.state_dict()
-            optimizers.move_weights(average.deployable.network, weights_now, 1 / networks)
-            optimizers.move_weights(network, start, 1 - calibration.DISTANCE_OF_AVERAGE)
-            nearer = evaluate(other, splits["test"], machine)
-            like_average[rows] = torch.from_numpy(nearer.outputs)
+        networks += 1
+        weights_now = network.state_dict()
+        optimizers.move_weights(average.deployable.network, weights_now, 1 / networks)
+        optimizers.move_weights(network, start, 1 - calibration.DISTANCE_OF_AVERAGE)
+        nearer = evaluate(other, splits["test"], machine)
+        like_average[rows] = torch.from_numpy(nearer.outputs)
     return CrossFitted(logits, heads, average, like_average)
 
 
@@ -714,6 +714,7 @@ def train_twin(
     settings: argparse.Namespace,
     machine: Machine,
     run_dir: str,
+    signals: Signals,
 ) -> Trainee:
     """Train another network like the first, on a part of its images; it can be resumed, too.
 
@@ -734,15 +735,15 @@ def train_twin(
     start = fine_tuning.weights_at_start(twin, dataset, settings, machine, checkpoint)
     optimizer = optimizers.make_optimizer(deployable.network, settings)
     progress = restore(checkpoint, optimizer, machine.processes.rank)
-    with Signals() as signals, console.training_twin():
-        saver = Saver(
-            run_dir=twin_dir,
-            spec=describe_run(settings, dataset, deployable),
-            fingerprint=dataset.fingerprint,
-            machine=machine,
-            signals=signals,
-            interval=settings.checkpoint_every,
-        )
+    saver = Saver(
+        run_dir=twin_dir,
+        spec=describe_run(settings, dataset, deployable),
+        fingerprint=dataset.fingerprint,
+        machine=machine,
+        signals=signals,
+        interval=settings.checkpoint_every,
+    )
+    with console.training_other("twin"):
         train(twin, optimizer, settings, machine, progress, saver, start)
     return twin
 
@@ -899,6 +900,7 @@ def put_together(
     if settings.calibration == "cross-fit" and settings.freeze_backbone and not is_last_layer:
         settings.calibration = recipes.calibration_of_whole(len(splits["train"]))
     if not checkpoint:
+        calibration.refuse_too_few(trainee.splits, settings)
         settings.epochs = group.from_first(
             lambda: minutes.choose_epochs(deadline, trainee, settings, machine)
         )
@@ -931,44 +933,46 @@ def complete(
         signals=signals,
         interval=settings.checkpoint_every,
     )
-    try:
-        with signals:
+    # A signal is noted until the next place to stop; once the result is there, it is written.
+    with signals:
+        try:
             evaluated = train(trainee, optimizer, settings, machine, progress, saver, start)
-        final = with_best_epoch(trainee, progress)
-        twin = None
-        logits = None
-        if settings.calibration == "cross-fit":
-            if isinstance(final, LastLayer):
-                crossed = cross_fit_last_layers(final, settings, machine, saver)
+            final = with_best_epoch(trainee, progress)
+            twin = None
+            logits = None
+            if settings.calibration == "cross-fit":
+                if isinstance(final, LastLayer):
+                    crossed = cross_fit_last_layers(final, settings, machine, saver)
+                else:
+                    crossed = cross_fit_networks(final, dataset, settings, machine, saver)
+                final, logits = fine_tuning.choose_result_by_folds(
+                    final, crossed, progress, dataset, settings, machine
+                )
             else:
-                crossed = cross_fit_networks(final, dataset, settings, machine, saver)
-            final, logits = fine_tuning.choose_result_by_folds(
-                final, crossed, progress, dataset, settings, machine
-            )
-        else:
-            if settings.calibration == "twin":
-                twin = train_twin(trainee, dataset, settings, machine, run_dir)
-            final, twin = fine_tuning.choose_result(
-                final, twin, progress, dataset, settings, machine
-            )
+                if settings.calibration == "twin":
+                    twin = train_twin(trainee, dataset, settings, machine, run_dir, signals)
+                final, twin = fine_tuning.choose_result(
+                    final, twin, progress, dataset, settings, machine
+                )
+            saver.stop_if_asked()
+        except Stopped as stop:
+            if group.rank == 0:
+                console.print_how_to_resume(progress, run_dir)
+            group.wait()  # torchrun ends all processes as soon as one has ended
+            return 128 + stop.signal
+
         if evaluated is None or progress.best:
             evaluated = evaluate(final, final.splits["test"], machine)
         calibrated = calibrate(final, twin, logits, splits["train"], settings, machine)
-    except Stopped as stop:
+        show_what_is_kept(progress, settings)
+        if calibrated:
+            saver = saver.with_calibration(calibrated)
+        if progress.best or calibrated:
+            saver.save(network, optimizer, progress, evaluated.accuracy)
+
         if group.rank == 0:
-            console.print_how_to_resume(progress, run_dir)
-        group.wait()  # torchrun ends all processes as soon as one has ended
-        return 128 + stop.signal
-
-    show_what_is_kept(progress, settings)
-    if calibrated:
-        saver = saver.with_calibration(calibrated)
-    if progress.best or calibrated:
-        saver.save(network, optimizer, progress, evaluated.accuracy)
-
-    if group.rank == 0:
-        outcome = Outcome(final.deployable, evaluated, calibrated)
-        write_result(outcome, dataset, splits, settings, progress, saver)
+            outcome = Outcome(final.deployable, evaluated, calibrated)
+            write_result(outcome, dataset, splits, settings, progress, saver)
     return 0
 
 

@@ -549,7 +549,10 @@ def print_how_to_ship(proofs: dict[str, dict]) -> None:
     packages = f"numpy, Pillow, {passed[first]['runs_with']}"
     print(f"to ship: {first} and {archive.NAME}, with Python, {packages}", flush=True)
     if any(proof.get("model_bytes") for proof in passed.values()):
-        print("to a microcontroller: model_data.h and model_data.cc, see ENGINES.md", flush=True)
+        print(
+            "to a microcontroller: model_data.h and model_data.cc, see deploy/ENGINES.md",
+            flush=True,
+        )
 
 
 # ----------------------------------------------------------------------------------------- the work
@@ -563,7 +566,10 @@ def read_run(path: str) -> TrainedRun:
         trained = rebuild(path, checkpoint)
         epoch = checkpoint.get("epoch", 0)
         epochs = trained.spec["arguments"]["epochs"]
-        trained.is_unfinished = epoch < epochs and not runs.is_finished(path)
+        wants_calibration = trained.spec["arguments"].get("calibration", "none") != "none"
+        is_calibrated = trained.spec["temperature"] is not None or not wants_calibration
+        is_whole = runs.is_finished(path) or (epoch >= epochs and is_calibrated)
+        trained.is_unfinished = not is_whole
     except Problem:
         raise
     except Exception as error:  # torch.load fails in a dozen ways on a truncated or foreign file
@@ -573,7 +579,8 @@ def read_run(path: str) -> TrainedRun:
 
     trained.spec["checkpoint_sha256"] = hashlib.sha256(content).hexdigest()
     if trained.is_unfinished:
-        say(f"note: {path} stopped after epoch {epoch} of {epochs}: this is not its final result")
+        where = f"after epoch {epoch} of {epochs}" if epoch < epochs else "before its calibration"
+        say(f"note: {path} stopped {where}: this is not its final result")
     return trained
 
 

@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         return run_verify(args)
     read = [args.model, args.labels, args.monitor, *(args.compare or []), *args.paths]
-    refuse_overwriting(args.output, read)
+    refuse_overwriting(args.output, read, args.collect)
     if args.compare:
         return run_compare(args)
     if args.monitor and not args.paths:

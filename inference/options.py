@@ -201,16 +201,24 @@ def named(path: str) -> Iterator[str]:
         yield from glob.iglob(path, recursive=True)
 
 
-def refuse_overwriting(output: str | None, inputs: list[str | None]) -> None:
-    """Raise Problem if --output names a file that is read, or an image below such a directory."""
-    if output is None or not os.path.isfile(output):
+def refuse_overwriting(
+    output: str | None, inputs: list[str | None], collect: str | None = None
+) -> None:
+    """Raise Problem if --output names a file that is read, or an image below such a directory, or a
+    file in the directory of --collect."""
+    if output is None:
         return
     place = os.path.realpath(output)
+    if collect and place.startswith(os.path.join(os.path.realpath(collect), "")):
+        raise Problem(f"--output {output} lies in --collect {collect}: give another file", 2)
+
+    is_there = os.path.isfile(output)
     for path in inputs:
         if path is None:
             continue
-        for each in map(os.path.realpath, named(path)):
-            is_below = place.startswith(os.path.join(each, "")) and is_image(place)
+        found = named(path) if is_there else [path]
+        for each in map(os.path.realpath, found):
+            is_below = place.startswith(os.path.join(each, "")) and is_image(place) and is_there
             if place == each or is_below:
                 reason = f"is read, as {path}" if path != output else "is read"
                 raise Problem(f"--output {output} {reason}: give another file", 2)

@@ -104,14 +104,25 @@ def test_foreign_parity_json(call, small_run, here, in_process):
     call(step2_export.main, "--format", "torchscript", "--out", "out").done()
 
 
-def test_an_interrupted_run_is_exported_with_a_note(call, small_run, in_process):
+@pytest.mark.parametrize(
+    ("epoch", "calibration", "said"),
+    [
+        (1, "none", "stopped after epoch 1 of 3"),
+        (3, "twin", "stopped before its calibration"),
+        (3, "none", None),
+    ],
+)
+def test_an_interrupted_run_is_exported_with_a_note(
+    call, small_run, in_process, epoch, calibration, said
+):
     checkpoint = torch.load(small_run / "checkpoint.pt", weights_only=True)
-    torch.save({**checkpoint, "epoch": 1}, small_run / "checkpoint.pt")
+    checkpoint["spec"] |= {"temperature": None, "calibration": None, "known": None}
+    checkpoint["spec"]["arguments"]["calibration"] = calibration
+    checkpoint |= {"epoch": epoch, "familiarity": None}
+    torch.save(checkpoint, small_run / "checkpoint.pt")
     (small_run / "summary.json").unlink()
-    assert (
-        "stopped after epoch 1 of 3"
-        in call(step2_export.main, "--format", "torchscript").done().err
-    )
+    result = call(step2_export.main, "--format", "torchscript").done()
+    assert said in result.err if said else "stopped" not in result.err
 
 
 def test_output_through_a_link_and_into_a_pipe(call, here, trained, samples):

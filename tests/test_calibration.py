@@ -21,6 +21,7 @@ from data.unseen import unseen_images
 from deploy import camera, comparing, trust, unknown
 from deploy.reference import reference
 from inference import metrics
+from inference.errors import Problem
 from inference.predict import Model, predict
 from training import calibration, console, recipes
 
@@ -483,3 +484,22 @@ def test_how_many_images_are_calibrated_how_by_default(count, pretrained, frozen
     )
     dataset = SimpleNamespace(val_images=None, train_images=range(count))
     assert recipes.choose_calibration(settings, dataset) == expected
+
+
+@pytest.mark.parametrize("how", ["held-out", "twin", "cross-fit"])
+def test_too_few_images_to_calibrate_with(how):
+    def split(labels):
+        return make_split(
+            np.zeros((len(labels), 2, 2, 1), np.uint8),
+            np.array(labels),
+            (2, 2),
+            "stretch",
+            torch.device("cpu"),
+        )
+
+    settings = SimpleNamespace(calibration=how, seed=0)
+    few = {"train": split([0, 1]), "held-out": split([])}
+    with pytest.raises(Problem, match=f"--calibration {how} needs more than 2 training images"):
+        calibration.refuse_too_few(few, settings)
+    enough = {"train": split([0, 1] * 5), "held-out": split([0, 1])}
+    calibration.refuse_too_few(enough, settings)

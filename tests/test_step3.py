@@ -190,6 +190,14 @@ def test_output_never_replaces_what_is_read(predict, samples, here, path):
     predict("--output", "photos/answers.txt", "photos").done()
 
 
+def test_output_is_no_other_file_of_the_same_call(predict, samples, here):
+    asked = ("--output", "x.json", "--monitor", "./x.json", samples[0])
+    predict(*asked).error(2, "--output x.json is read, as ./x.json")
+    asked = ("--output", "kept/.collected.jsonl", "--collect", "kept", samples[0])
+    predict(*asked).error(2, "lies in --collect kept")
+    assert not os.listdir(here)
+
+
 def test_output_never_replaces_the_model(call, small, samples, here):
     shutil.copy(small.export / "model.onnx", "model.onnx")
     before = (here / "model.onnx").read_bytes()

@@ -20,6 +20,7 @@ import model
 from data.augment import change_colours
 from data.holdout import stratified_groups
 from data.split import Split, hold_out, note_groups_of, seeded
+from inference.errors import Problem
 from training.features import LastLayer, Trainee
 
 GAUSSIAN_IMAGES = 5000  # of the training split, at most, that describe what is familiar
@@ -199,6 +200,21 @@ def splits_of_folds(train: Split, seed: int) -> Iterator[tuple[torch.Tensor, dic
         if fold.any():
             splits = {"train": train.part(~fold), "test": train.part(fold)}
             yield torch.from_numpy(fold), splits
+
+
+def refuse_too_few(splits: dict[str, Split], settings: argparse.Namespace) -> None:
+    """Raise Problem if so few images leave a part without any that the calibration needs."""
+    train = splits["train"]
+    parts = [train]
+    if settings.calibration == "held-out":
+        parts.append(splits["held-out"])
+    elif settings.calibration == "twin":
+        parts = hold_out(train, TWIN_PART, settings.seed)
+    elif settings.calibration == "cross-fit":
+        parts = [train.part(~fold) for fold in folds(train, settings.seed) if fold.any()]
+    if not all(map(len, parts)):
+        reason = f"needs more than {len(train):,} training images: take more, or leave it out"
+        raise Problem(f"--calibration {settings.calibration} {reason}", 2)
 
 
 def splits_of_twin(train: Split, seed: int, classes: list[str]) -> dict[str, Split]:

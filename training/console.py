@@ -31,7 +31,7 @@ CALIBRATION = {  # in words
     "cross-fit": "with five more networks, each trained without a fifth of the images",
 }
 
-is_twin = False  # is a twin being trained? See `training_twin`.
+other = None  # what is trained besides the run's own network, in words: see `training_other`
 
 
 def show(text: str) -> None:
@@ -141,19 +141,19 @@ def computer(machine: Machine) -> str:
 
 # ------------------------------------------------------------------------------------------- epochs
 @contextlib.contextmanager
-def training_twin() -> Iterator[None]:
+def training_other(name: str) -> Iterator[None]:
     """Print no table of epochs within the block, and let the bars say what is trained."""
-    global is_twin
-    is_twin = True
+    global other
+    other = name
     try:
         yield
     finally:
-        is_twin = False
+        other = None
 
 
 def note_lagging(steps: int, momentum: float) -> None:
     """Say that batch norm is estimated anew, as so many steps are too few for its momentum."""
-    if is_twin:
+    if other:
         return
     few = f"{count_of(steps, 'step')} are few for batch norm's momentum of {momentum:g}"
     notes.note(f"{few}: its statistics are estimated anew before the network is evaluated")
@@ -161,7 +161,7 @@ def note_lagging(steps: int, momentum: float) -> None:
 
 def print_header(watched: str) -> None:
     """Print the head of the table of epochs. watched: the split that is evaluated after each."""
-    if is_twin:
+    if other:
         return
     show(f"epoch   train loss  accuracy  {watched:>8} loss  accuracy   seconds")
 
@@ -173,7 +173,7 @@ def print_row(row: dict, watched: str, epochs: int) -> None:
     epoch = row["epoch"]
     is_long = epochs > LONG_RUN and row["seconds"] < LONG_EPOCH
     is_left_out = is_long and epoch % (epochs // ROWS) and 1 < epoch < epochs
-    if is_twin or is_left_out:
+    if other or is_left_out:
         return
 
     train_accuracy = share(row["train_accuracy"])
@@ -190,7 +190,7 @@ def share(value: float | None) -> str:
 
 def progress_bar(batches: Iterable, progress: Progress, epochs: int, steps: int) -> tqdm:
     """The rest of an epoch's `steps` batches, with a bar on standard error if it is a terminal."""
-    what = "twin" if is_twin else "epoch"
+    what = f"{other}, epoch" if other else "epoch"
     return tqdm(
         batches,
         f"{what} {progress.epoch}/{epochs}",

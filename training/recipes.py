@@ -457,7 +457,7 @@ def choose_calibration(settings: argparse.Namespace, dataset: data.Dataset) -> s
 
     if has_val or settings.val_fraction:
         if asked in ("held-out", "twin", "cross-fit"):
-            reason = "does not go with a validation split, which serves too"
+            reason = "does not go with a validation split: that calibrates the probabilities"
             raise Problem(f"--calibration {asked} {reason}", 2)
         return asked or "validation"
 

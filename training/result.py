@@ -109,8 +109,8 @@ def find_warnings(dataset: Dataset, outcome: Outcome, train_accuracy: float) -> 
 
     warnings = []
     has_learned = chance < 1 and train_accuracy - chance >= LEARNED * (1 - chance)
-    if has_learned and is_chance(labels, predicted, counts):
-        accuracy = float((predicted == labels).mean())
+    accuracy = float((predicted == labels).mean())
+    if has_learned and accuracy < train_accuracy and is_chance(labels, predicted, counts):
         warnings.append(
             f"{train_accuracy:.1%} of the training images are answered right, but only "
             f"{accuracy:.1%} of the {len(labels):,} test images, which may be chance (always "
