@@ -399,7 +399,8 @@ def run_self_test(path: str, args: argparse.Namespace) -> int:
     result = self_test(Model(path, args.threads, args.device))
     verdict = "passed" if result.passed else "FAILED"
     difference = f"max difference {result.difference:.1e}"
-    print(f"self-test {verdict}: {result.samples} golden samples, {difference}")
+    samples = "1 golden sample" if result.samples == 1 else f"{result.samples} golden samples"
+    print(f"self-test {verdict}: {samples}, {difference}")
     return 0 if result.passed else 1
 
 

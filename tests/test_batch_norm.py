@@ -89,7 +89,7 @@ def lagging_digits(call, here):
 
 def test_a_short_run_is_evaluated_as_it_was_trained(lagging_digits, monkeypatch):
     result = lagging_digits()
-    assert "note: 30 steps are few for batch norm's momentum of 0.1: its statistics" in result.err
+    assert "note: batch norm's momentum of 0.1 wants more than 30 steps" in result.err
     anew = accuracy(result)
 
     monkeypatch.setattr(batch_norm, "ENOUGH", 0)

@@ -155,7 +155,7 @@ def note_lagging(steps: int, momentum: float) -> None:
     """Say that batch norm is estimated anew, as so many steps are too few for its momentum."""
     if other:
         return
-    few = f"{count_of(steps, 'step')} are few for batch norm's momentum of {momentum:g}"
+    few = f"batch norm's momentum of {momentum:g} wants more than {count_of(steps, 'step')}"
     notes.note(f"{few}: its statistics are estimated anew before the network is evaluated")
 
 

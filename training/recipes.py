@@ -199,7 +199,7 @@ APPLIES_TO = {
     "calibration": ("classes, and linear is a regression", has_images),
     "patience": ("runs with a validation split: add --val-fraction", may_validate),
     "augment": (
-        "images, not linear's features, and to networks trained whole, without --freeze-backbone",
+        "images, and to networks trained whole, without --freeze-backbone",
         augments,
     ),
     "momentum": ("--optimizer sgd or muon", has_momentum),

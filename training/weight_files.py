@@ -178,9 +178,8 @@ def choose_prefix(path: str, tensors: Iterable[str], names: set[str]) -> str:
     places = [prefix for prefix, count in found.items() if count == most]
     places.sort(key=lambda prefix: (not AVERAGED.search(prefix), len(prefix)))
     if len(places) > 1:
-        listed = ", ".join(places)
-        several = f"{path} holds several sets of weights for this network ({listed})"
-        note(f"{several}: {places[0]!r} is used")
+        chosen = repr(places[0]) if places[0] else "the one without a prefix"
+        note(f"{path} holds {len(places)} sets of weights that suit this network: {chosen} is used")
     return places[0].removeprefix(".")
 
 
