@@ -317,7 +317,7 @@ def test_quiet_prints_the_result_alone(call, here):
         ("--model mlp --momentum 0.9", ["--momentum", "sgd or muon"]),
         ("--optimizer adamw --momentum 0.9", ["--momentum", "sgd or muon"]),
         ("--freeze-backbone", ["--freeze-backbone", "--pretrained"]),
-        ("--dataset linear --augment flip", ["--augment", "linear"]),
+        ("--dataset linear --augment flip", ["--augment", "images"]),
         ("--dataset linear --class-weights balanced", ["--class-weights", "regression"]),
         ("--dataset linear --label-smoothing 0.1", ["--label-smoothing", "regression"]),
         ("--dataset linear --image-size 8", ["--image-size", "linear"]),
