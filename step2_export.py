@@ -566,10 +566,10 @@ def read_run(path: str) -> TrainedRun:
         trained = rebuild(path, checkpoint)
         epoch = checkpoint.get("epoch", 0)
         epochs = trained.spec["arguments"]["epochs"]
+        is_finished = runs.is_finished(path)
+        trained.is_unfinished = epoch < epochs and not is_finished
         wants_calibration = trained.spec["arguments"].get("calibration", "none") != "none"
         is_calibrated = trained.spec["temperature"] is not None or not wants_calibration
-        is_whole = runs.is_finished(path) or (epoch >= epochs and is_calibrated)
-        trained.is_unfinished = not is_whole
     except Problem:
         raise
     except Exception as error:  # torch.load fails in a dozen ways on a truncated or foreign file
@@ -579,8 +579,9 @@ def read_run(path: str) -> TrainedRun:
 
     trained.spec["checkpoint_sha256"] = hashlib.sha256(content).hexdigest()
     if trained.is_unfinished:
-        where = f"after epoch {epoch} of {epochs}" if epoch < epochs else "before its calibration"
-        say(f"note: {path} stopped {where}: this is not its final result")
+        say(f"note: {path} stopped after epoch {epoch} of {epochs}: this is not its final result")
+    elif not is_finished and not is_calibrated:
+        say(f"note: {path} stopped before its calibration: this is not its final result")
     return trained
 
 
