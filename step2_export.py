@@ -414,7 +414,7 @@ def keep_promises(chosen: Format, source: Source, file: str, job: Job) -> list[d
     on_test = promises.outputs_of(exported, job.dataset.test_images, job.dataset.test_labels)
     wanted = job.args.promise
     kept = promises.promises_of(wanted, exported.spec, on_unseen, on_test, unseen.source)
-    promises.rewrite(chosen.export, source, file, kept)
+    promises.rewrite(chosen, source, file, kept)
     return kept
 
 

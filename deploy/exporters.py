@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploy import describe, onnx_file
+from deploy.quiet import quiet
 from deploy.samples import golden_images, golden_samples
 from deploy.watching import monitor_reference
 from inference.errors import problems
@@ -193,10 +194,10 @@ def export_executorch(source: Source, path: str) -> None:
 def export_litert(source: Source, path: str) -> None:
     """Write a LiteRT (TensorFlow Lite) file, followed by the spec. Raises Problem."""
     missing = "--format litert needs litert-torch: pip install litert-torch"
-    with problems(missing, ImportError, form="{} ({})"):
+    with problems(missing, ImportError, form="{} ({})"), quiet():
         import litert_torch
 
-    with problems("LiteRT cannot hold this network"):
+    with problems("LiteRT cannot hold this network"), quiet():
         litert_torch.convert(source.deployable, (example_of(source.spec),)).export(path)
     write_with_spec(path, Path(path).read_bytes(), source.spec)
 
@@ -219,6 +220,14 @@ def write_with_spec(path: str, content: bytes, spec: dict, compressed: bool = Fa
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr(zipfile.ZipInfo("spec.json"), json.dumps(spec), method)
             archive.writestr(zipfile.ZipInfo("labels.txt"), "\n".join(spec["classes"]), method)
+
+
+def without_archive(content: bytes) -> bytes:
+    """A file's bytes without the zip archive at its end. Raises Problem if there is none."""
+    fault = "the archive at the end of the file is cut off or missing"
+    with problems(fault), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        start = min(entry.header_offset for entry in archive.infolist())
+    return content[:start]
 
 
 def write_file(path: str, content) -> None:

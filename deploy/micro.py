@@ -6,7 +6,6 @@ would be 1/256. The output `known` is left out, as the runtime cannot compute it
 float32 it would take much of the working memory.
 """
 
-import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from deploy import describe, micro_file, micro_runtime
 from deploy.comparing import Outputs
 from deploy.exporters import Source, write_file, write_with_spec
+from deploy.quiet import quiet
 from deploy.samples import golden_samples, one_of_each_class, to_png
 from inference.command_line import say
 from inference.errors import Problem, one_line
@@ -64,9 +64,14 @@ def export_micro(source: Source, path: str) -> dict:
         },
     )
     write_with_spec(path, content, spec, compressed=True)
+    write_c_sources(path, content, found, spec)
+    return {"quantization": how}
+
+
+def write_c_sources(path: str, content: bytes, found: micro_file.MicroFile, spec: dict) -> None:
+    """Write a file's C array beside it."""
     for name, text in micro_file.c_sources(content, found, spec).items():
         write_file(os.path.join(os.path.dirname(path), name), text)
-    return {"quantization": how}
 
 
 def has_gelu(source: Source) -> bool:
@@ -238,34 +243,3 @@ def with_weights_inside(content: bytes) -> bytes:
         return content
     model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
-
-
-@contextlib.contextmanager
-def quiet():
-    """Print nothing of what the converter says of its progress, in Python and in C++."""
-    import logging
-    import sys
-    import warnings
-
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = [os.dup(number) for number in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    logging.disable(logging.ERROR)
-    try:
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        with (
-            open(os.devnull, "w", encoding="utf-8") as out,
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(out),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        for number, copy in zip((1, 2), saved, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(nowhere)

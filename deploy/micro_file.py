@@ -1,13 +1,12 @@
 """What a TensorFlow Lite file holds, which the runtime of microcontrollers has, and its C array."""
 
-import io
 import re
 import string
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from inference.errors import problems
+from inference.spec import DECIMALS
 
 HERE = Path(__file__).parent
 # operator -> (the method of MicroMutableOpResolver that registers it, the first release of
@@ -138,14 +137,6 @@ def describe_tensor(found, tensor) -> Tensor:
     return Tensor(tuple(int(size) for size in tensor.shape), dtype, scale, zero_point)
 
 
-def without_archive(content: bytes) -> bytes:
-    """A file's bytes without the zip archive at its end, which a microcontroller has no use for."""
-    fault = "the archive at the end of the file is cut off or missing"
-    with problems(fault), zipfile.ZipFile(io.BytesIO(content)) as archive:
-        start = min(entry.header_offset for entry in archive.infolist())
-    return content[:start]
-
-
 # ----------------------------------------------------------------------------------------- checking
 def check_model(found: MicroFile, spec: dict) -> list[str]:
     """In words: what keeps a file from running on a microcontroller as its spec says."""
@@ -190,6 +181,7 @@ def c_sources(content: bytes, found: MicroFile, spec: dict) -> dict[str, bytes]:
     content: without the archive. spec: with `micro`.
     """
     height, width = spec["image_size"]
+    recalls, least = thresholds(spec)
     methods = [OPERATORS[name][0] for name in found.operators]
     values = {
         "model": c_comment(spec["model"]),
@@ -203,6 +195,8 @@ def c_sources(content: bytes, found: MicroFile, spec: dict) -> dict[str, bytes]:
         "methods": " \\\n".join(f"  (resolver).{method}();" for method in methods),
         "scale": f"{found.input.scale:g}",
         "zero_point": found.input.zero_point,
+        "recalls": "".join(recalls),
+        "least": c_threshold(least),
         "labels": "\n".join(f'    "{c_string(name)}",' for name in spec["classes"]),
         "bytes": c_bytes(content),
     }
@@ -211,6 +205,28 @@ def c_sources(content: bytes, found: MicroFile, spec: dict) -> dict[str, bytes]:
         template = (HERE / f"{name}.template").read_text(encoding="utf-8")
         files[name] = string.Template(template).substitute(values).encode()
     return files
+
+
+def thresholds(spec: dict) -> tuple[list[str], float]:
+    """The thresholds of a spec: of each promise of recall a line of C, in the order in which they
+    count, and the least probability of the other answers.
+    """
+    recalls = []
+    least = spec["min_probability"] or 0.0
+    for promise in spec["promises"] or []:
+        if promise["kind"] == "accuracy":
+            least = max(least, promise["threshold"])
+        else:
+            number = spec["classes"].index(promise["name"])
+            reached = f"probabilities[{number}] >= {c_threshold(promise['threshold'])}"
+            comment = f"recall:{c_comment(promise['name'])}={promise['share']:g}"
+            recalls.append(f"  if ({reached}) return {number};  // {comment}\n")
+    return recalls, least
+
+
+def c_threshold(threshold: float) -> str:
+    """A threshold as a C literal. step3 compares rounded probabilities with it, C the others."""
+    return f"{threshold - 0.5 * 10**-DECIMALS:.9f}f" if threshold else "0.0f"
 
 
 def c_bytes(content: bytes) -> str:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from deploy import gate, micro_file, micro_runtime
+from deploy import exporters, gate, micro_file, micro_runtime
 from deploy.comparing import Outputs, compare_outputs, take
 from deploy.micro import HEADER, SOURCE
 from deploy.reference import TrainedRun, reference, seen_by_file
@@ -65,7 +65,7 @@ def prove_file(
     """
     with problems(f"{file} is cut off, or not a file of step2_export.py"):
         spec = read_spec(read_spec_at_end(file), file)
-    content = micro_file.without_archive(Path(file).read_bytes())
+    content = exporters.without_archive(Path(file).read_bytes())
     found = micro_file.read_model(content)
     unusable = micro_file.check_model(found, spec)
     if unusable:

@@ -7,20 +7,23 @@ the test split. inference/promise.py has the statistics.
 import argparse
 import difflib
 import json
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from deploy import describe
+from deploy import describe, micro, micro_file
 from deploy.comparing import Outputs, join
-from deploy.exporters import Source, write_file
+from deploy.exporters import Source, without_archive, write_file, write_with_spec
+from deploy.formats import Format
 from inference import promise as statistics
+from inference.engines import read_spec_at_end
 from inference.errors import Problem
 from inference.predict import Model
 from inference.promise import ACCURACY, RECALL, Labelled, NotKept, Promise, Thresholds
 
 BATCH_SIZE = 64
+SPEC_AT_END = (".pte", ".tflite")  # files with their spec in an archive behind the model
 FORM = "give accuracy=0.95 or recall:CLASS=0.99"
 WAY_OUT = (
     "train with --calibration held-out (or --val-fraction) to keep images that the run is not "
@@ -153,21 +156,39 @@ def as_labelled(outputs: Outputs, labels: np.ndarray, spec: dict) -> Labelled:
 
 
 # ------------------------------------------------------------------------------------- in the file
-def rewrite(export: Callable, source: Source, file: str, promises: list[dict]) -> None:
-    """Give a file that `export` has written from `source` a spec with promises. Raises Problem."""
-    if not file.endswith(".onnx"):
-        export(replace(source, spec=describe.with_promises(source.spec, promises)), file)
-        return
+def rewrite(chosen: Format, source: Source, file: str, promises: list[dict]) -> None:
+    """Give a file that was written from `source` a spec with promises. Raises Problem.
 
+    Nothing that takes long is done again where the spec can be exchanged.
+    """
+    if file.endswith(".onnx"):
+        rewrite_onnx(file, promises)
+    elif file.endswith(SPEC_AT_END):
+        rewrite_archive(chosen, file, promises)
+    else:
+        spec = describe.with_promises(source.spec, promises)
+        chosen.export(replace(source, spec=spec), file)
+
+
+def rewrite_onnx(file: str, promises: list[dict]) -> None:
+    """The same for an ONNX file."""
     import onnx  # not at the top: step2's parser does not wait for it
 
-    # Not quantized again, which would take long.
     proto = onnx.load(file)
     properties = {entry.key: entry.value for entry in proto.metadata_props}
     spec = describe.with_promises(json.loads(properties["spec"]), promises)
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, {**properties, "spec": json.dumps(spec)})
     write_file(file, proto.SerializeToString())
+
+
+def rewrite_archive(chosen: Format, file: str, promises: list[dict]) -> None:
+    """The same for a file with its spec in an archive at its end, and for the C array beside it."""
+    spec = describe.with_promises(json.loads(read_spec_at_end(file)), promises)
+    content = without_archive(Path(file).read_bytes())
+    write_with_spec(file, content, spec, compressed=chosen.micro)
+    if chosen.micro:
+        micro.write_c_sources(file, content, micro_file.read_model(content), spec)
 
 
 # --------------------------------------------------------------------------------------- warnings

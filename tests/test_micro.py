@@ -22,8 +22,10 @@ import data
 import model
 import step2_export
 import step3_infer
-from deploy import exporters, micro, micro_file, micro_gate, micro_runtime
+from deploy import exporters, micro, micro_file, micro_gate, micro_runtime, promises
 from deploy.comparing import Outputs
+from deploy.formats import FORMATS
+from deploy.micro_file import OPERATORS
 from inference.engines import read_spec_at_end
 from inference.errors import Problem
 from inference.images import fit_to_input
@@ -57,7 +59,7 @@ def stored():
     """Its content, its spec, 40 test images, and what the micro runtime answers."""
     if importlib.util.find_spec("tflite_micro") is None:
         pytest.skip("tflite-micro is not installed")
-    content = micro_file.without_archive(STORED.read_bytes())
+    content = exporters.without_archive(STORED.read_bytes())
     spec = read_spec(read_spec_at_end(str(STORED)), str(STORED))
     digits = data.load("digits")
     dataset = SimpleNamespace(
@@ -134,7 +136,7 @@ def test_another_input_is_found(prove):
 @needs_runtime
 def test_an_operator_that_the_runtime_lacks_is_found(monkeypatch):
     monkeypatch.delitem(micro_file.OPERATORS, "ADD")
-    found = micro_file.read_model(micro_file.without_archive(STORED.read_bytes()))
+    found = micro_file.read_model(exporters.without_archive(STORED.read_bytes()))
     spec = read_spec(read_spec_at_end(str(STORED)), str(STORED))
     wanted = ["the runtime of microcontrollers has no ADD in int8"]
     assert micro_file.check_model(found, spec) == wanted
@@ -142,7 +144,7 @@ def test_an_operator_that_the_runtime_lacks_is_found(monkeypatch):
 
 @needs_runtime
 def test_weights_behind_the_flatbuffer_are_found():
-    found = micro_file.read_model(micro_file.without_archive(STORED.read_bytes()))
+    found = micro_file.read_model(exporters.without_archive(STORED.read_bytes()))
     assert found.outside == 0
     spec = read_spec(read_spec_at_end(str(STORED)), str(STORED))
     (failure,) = micro_file.check_model(dataclasses.replace(found, outside=3), spec)
@@ -179,27 +181,89 @@ def test_names_in_c():
     assert micro_file.c_comment("timm/x.y*/ int\n") == "timm/x.y_/_int_"
 
 
+def test_promises_reach_the_file_and_its_header(stored, tmp_path):
+    file = write(tmp_path, stored.content, stored.spec)
+    promised = {"kind": "accuracy", "name": None, "share": 0.9, "threshold": 0.75}
+    promised |= {"confidence": 0.95, "images": 100, "source": "held out"}
+    promised |= {"chosen": {}, "test": {}}
+    promises.rewrite(FORMATS["tflite-micro"], None, str(file), [promised])
+
+    spec = read_spec(read_spec_at_end(str(file)), str(file))
+    assert spec["promises"] == [promised]
+    assert exporters.without_archive(file.read_bytes()) == stored.content
+    assert "probabilities[best] >= 0.7499995" in (tmp_path / "model_data.h").read_text()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_the_c_array_compiles(stored, tmp_path):
     spec = {**stored.spec, "classes": ['"', "\\", "ü", *stored.spec["classes"][3:]]}
+    spec["min_probability"] = 0.5
+    spec["promises"] = [
+        {"kind": "accuracy", "name": None, "share": 0.9, "threshold": 0.6},
+        {"kind": "recall", "name": "ü", "share": 0.99, "threshold": 0.25},
+        {"kind": "recall", "name": "\\", "share": 0.99, "threshold": 0.2},
+    ]
     write(tmp_path, stored.content, spec)
     (tmp_path / "main.cc").write_text(
         '#include "model_data.h"\n#include <cstdio>\n'
         "struct Resolver { int n = 0;\n"
-        + "".join(f"  void {method}() {{ ++n; }}\n" for method, _ in micro_file.OPERATORS.values())
+        + "".join(f"  void {method}() {{ ++n; }}\n" for method, _ in OPERATORS.values())
         + "};\nint main() {\n  Resolver resolver;\n  MODEL_REGISTER_OPERATORS(resolver);\n"
         '  std::printf("%zu %d %d %s%s%s ", model_data_size, resolver.n, model_operator_count,\n'
         "              model_labels[0], model_labels[1], model_labels[2]);\n"
         "  unsigned sum = 0;\n"
         "  for (std::size_t i = 0; i < model_data_size; ++i) sum += model_data[i];\n"
-        '  std::printf("%u", sum);\n}\n',
+        '  std::printf("%u", sum);\n'
+        "  const float answers[][10] = {{0.6f, 0.1f}, {0.59f, 0.1f}, {0.5f, 0.24f, 0.26f},\n"
+        "                               {0.7f, 0.3f}, {0.1f, 0.1f, 0.1f, 0.7f}};\n"
+        '  for (const float* answer : answers) std::printf(" %d", model_answer(answer));\n}\n',
         encoding="utf-8",
     )
     command = ["g++", "-std=c++17", "-Wall", "-Werror", "main.cc", "model_data.cc", "-o", "main"]
     subprocess.run(command, cwd=tmp_path, check=True)
     said = subprocess.run([tmp_path / "main"], capture_output=True, check=True).stdout.decode()
     count = len(stored.spec["micro"]["operators"])
-    assert said == f'{len(stored.content)} {count} {count} "\\ü {sum(stored.content)}'
+    bytes_and_names = f'{len(stored.content)} {count} {count} "\\ü {sum(stored.content)}'
+    assert said == f"{bytes_and_names} 0 -1 2 1 3"
+
+
+# As little of the runtime's interface as the documented program uses: this proves no more than that
+# the program fits model_data.h.
+RUNTIME = """
+#include <cstddef>
+#include <cstdint>
+enum TfLiteStatus { kTfLiteOk, kTfLiteError };
+struct TfLiteTensor { union { uint8_t* uint8; float* f; } data; size_t bytes; };
+namespace tflite {
+struct Model {};
+inline const Model* GetModel(const void*) { return nullptr; }
+template <unsigned count> struct MicroMutableOpResolver { METHODS };
+struct MicroInterpreter {
+  template <class Resolver> MicroInterpreter(const Model*, Resolver&, uint8_t*, size_t) {}
+  TfLiteStatus AllocateTensors() { return kTfLiteOk; }
+  TfLiteStatus Invoke() { return kTfLiteOk; }
+  TfLiteTensor* input(int) { return nullptr; }
+  TfLiteTensor* output(int) { return nullptr; }
+};
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_the_documented_program_fits_the_header(stored, tmp_path):
+    write(tmp_path, stored.content, stored.spec)
+    page = (Path(step2_export.__file__).parent / "deploy" / "ENGINES.md").read_text("utf-8")
+    program = page.split("```cpp\n")[1].split("```")[0]
+    (tmp_path / "main.cc").write_text(program, encoding="utf-8")
+
+    folder = tmp_path / "tensorflow" / "lite" / "micro"
+    folder.mkdir(parents=True)
+    methods = "".join(f"int {method}() {{ return 0; }} " for method, _ in OPERATORS.values())
+    runtime = "#pragma once\n" + RUNTIME.replace("METHODS", methods)
+    (folder / "micro_interpreter.h").write_text(runtime)
+    (folder / "micro_mutable_op_resolver.h").write_text('#include "micro_interpreter.h"\n')
+    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-I.", "-c", "main.cc"]
+    subprocess.run(command, cwd=tmp_path, check=True)
 
 
 # --------------------------------------------------------------------------------------- conversion
