@@ -31,6 +31,7 @@ import copy
 import math
 import os
 import time
+from typing import NamedTuple
 
 import data
 from data.notes import note, silenced
@@ -612,25 +613,62 @@ def with_best_epoch(trainee: Trainee, progress: Progress) -> Trainee:
     return trainee.with_network(deployable, trainee.splits)
 
 
-def calibrate(
+class Chosen(NamedTuple):
+    """What a run ends with, and what calibrates it: a twin, or the logits [n, classes] of
+    cross-fitting. seconds_of_others: spent on training other networks for that.
+    """
+
+    trainee: Trainee
+    twin: Trainee | None = None
+    logits: torch.Tensor | None = None
+    seconds_of_others: float = 0.0
+
+
+def choose_result(
     trainee: Trainee,
-    twin: Trainee | None,
-    logits: torch.Tensor | None,
-    images: Split,
+    dataset: data.Dataset,
     settings: argparse.Namespace,
     machine: Machine,
+    progress: Progress,
+    saver: Saver,
+) -> Chosen:
+    """Train the other networks that the calibration takes, and choose what the run ends with.
+
+    Raises Problem, and Stopped after a signal.
+    """
+    final = with_best_epoch(trainee, progress)
+    if settings.calibration == "cross-fit":
+        if isinstance(final, LastLayer):
+            crossed = cross_fit_last_layers(final, settings, machine, saver)
+        else:
+            crossed = cross_fit_networks(final, dataset, settings, machine, saver)
+        final, logits = fine_tuning.choose_result_by_folds(
+            final, crossed, progress, dataset, settings, machine
+        )
+        return Chosen(final, logits=logits, seconds_of_others=crossed.seconds)
+
+    twin = None
+    seconds = 0.0
+    if settings.calibration == "twin":
+        twin, seconds = train_twin(trainee, dataset, settings, machine, saver)
+    final, twin = fine_tuning.choose_result(final, twin, progress, dataset, settings, machine)
+    return Chosen(final, twin, seconds_of_others=seconds)
+
+
+def calibrate(
+    chosen: Chosen, images: Split, settings: argparse.Namespace, machine: Machine
 ) -> calibration.Calibration | None:
     """Calibrate the network that a run ends with, as its settings want it, in the first process.
 
-    twin, logits: if the settings want one, or cross-fitting. images: of the training split,
-    whatever is trained. Raises Problem.
+    images: of the training split, whatever is trained. Raises Problem.
     """
     if machine.processes.rank > 0 or settings.calibration == "none":
         return None
-    if logits is not None:
-        return calibration.calibrate_by_cross_fitting(trainee, logits, images)
-    if twin:
-        return calibration.calibrate_by_twin(trainee, twin, images)
+    trainee = chosen.trainee
+    if chosen.logits is not None:
+        return calibration.calibrate_by_cross_fitting(trainee, chosen.logits, images)
+    if chosen.twin:
+        return calibration.calibrate_by_twin(trainee, chosen.twin, images)
     if settings.calibration == "validation":
         held_out = trainee.splits["val"]
         source = "the validation split"
@@ -649,6 +687,7 @@ def cross_fit_last_layers(
     """
     train_split = trainee.splits["train"]
     logits = torch.zeros(len(train_split), trainee.classes)
+    seconds = 0.0
     saver = Unsaved(**vars(saver))
     for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
         other = trainee.with_network(copy.deepcopy(trainee.deployable), splits)
@@ -656,10 +695,12 @@ def cross_fit_last_layers(
         start_head(other, settings)
 
         optimizer = optimizers.make_optimizer(other.deployable.network, settings)
+        progress = Progress()
         with console.training_other("last layer"):
-            evaluated = train(other, optimizer, settings, machine, Progress(), saver, start=None)
+            evaluated = train(other, optimizer, settings, machine, progress, saver, start=None)
         logits[rows] = torch.from_numpy(evaluated.outputs)
-    return CrossFitted(logits)
+        seconds += progress.elapsed
+    return CrossFitted(logits, seconds)
 
 
 def cross_fit_networks(
@@ -684,6 +725,7 @@ def cross_fit_networks(
     like_average = torch.zeros_like(logits)
     average = trainee.with_network(copy.deepcopy(trainee.deployable), trainee.splits)
     networks = 1
+    seconds = 0.0
     saver = Unsaved(**vars(saver))
 
     for rows, splits in calibration.splits_of_folds(train_split, settings.seed):
@@ -695,9 +737,11 @@ def cross_fit_networks(
         heads[rows] = torch.from_numpy(evaluate(other, splits["test"], machine).outputs)
 
         optimizer = optimizers.make_optimizer(network, settings)
+        progress = Progress()
         with console.training_other(f"network {networks} of {calibration.FOLDS}"):
-            evaluated = train(other, optimizer, settings, machine, Progress(), saver, start)
+            evaluated = train(other, optimizer, settings, machine, progress, saver, start)
         logits[rows] = torch.from_numpy(evaluated.outputs)
+        seconds += progress.elapsed
 
         networks += 1
         weights_now = network.state_dict()
@@ -705,7 +749,7 @@ def cross_fit_networks(
         optimizers.move_weights(network, start, 1 - calibration.DISTANCE_OF_AVERAGE)
         nearer = evaluate(other, splits["test"], machine)
         like_average[rows] = torch.from_numpy(nearer.outputs)
-    return CrossFitted(logits, heads, average, like_average)
+    return CrossFitted(logits, seconds, heads, average, like_average)
 
 
 def train_twin(
@@ -713,14 +757,14 @@ def train_twin(
     dataset: data.Dataset,
     settings: argparse.Namespace,
     machine: Machine,
-    run_dir: str,
-    signals: Signals,
-) -> Trainee:
+    saver: Saver,
+) -> tuple[Trainee, float]:
     """Train another network like the first, on a part of its images; it can be resumed, too.
 
-    Raises Problem, and Stopped after a signal.
+    saver: of the first. Returns the twin, and the seconds that its training took. Raises Problem,
+    and Stopped after a signal.
     """
-    twin_dir, checkpoint = machine.processes.from_first(lambda: runs.begin_twin(run_dir))
+    twin_dir, checkpoint = machine.processes.from_first(lambda: runs.begin_twin(saver.run_dir))
     epochs = calibration.epochs_of_twin(settings)
     settings = argparse.Namespace(**{**vars(settings), "epochs": epochs})
 
@@ -740,12 +784,12 @@ def train_twin(
         spec=describe_run(settings, dataset, deployable),
         fingerprint=dataset.fingerprint,
         machine=machine,
-        signals=signals,
+        signals=saver.signals,
         interval=settings.checkpoint_every,
     )
     with console.training_other("twin"):
         train(twin, optimizer, settings, machine, progress, saver, start)
-    return twin
+    return twin, progress.elapsed
 
 
 def write_result(
@@ -937,23 +981,7 @@ def complete(
     with signals:
         try:
             evaluated = train(trainee, optimizer, settings, machine, progress, saver, start)
-            final = with_best_epoch(trainee, progress)
-            twin = None
-            logits = None
-            if settings.calibration == "cross-fit":
-                if isinstance(final, LastLayer):
-                    crossed = cross_fit_last_layers(final, settings, machine, saver)
-                else:
-                    crossed = cross_fit_networks(final, dataset, settings, machine, saver)
-                final, logits = fine_tuning.choose_result_by_folds(
-                    final, crossed, progress, dataset, settings, machine
-                )
-            else:
-                if settings.calibration == "twin":
-                    twin = train_twin(trainee, dataset, settings, machine, run_dir, signals)
-                final, twin = fine_tuning.choose_result(
-                    final, twin, progress, dataset, settings, machine
-                )
+            chosen = choose_result(trainee, dataset, settings, machine, progress, saver)
             saver.stop_if_asked()
         except Stopped as stop:
             if group.rank == 0:
@@ -961,9 +989,10 @@ def complete(
             group.wait()  # torchrun ends all processes as soon as one has ended
             return 128 + stop.signal
 
+        final = chosen.trainee
         if evaluated is None or progress.best:
             evaluated = evaluate(final, final.splits["test"], machine)
-        calibrated = calibrate(final, twin, logits, splits["train"], settings, machine)
+        calibrated = calibrate(chosen, splits["train"], settings, machine)
         show_what_is_kept(progress, settings)
         if calibrated:
             saver = saver.with_calibration(calibrated)
@@ -971,7 +1000,8 @@ def complete(
             saver.save(network, optimizer, progress, evaluated.accuracy)
 
         if group.rank == 0:
-            outcome = Outcome(final.deployable, evaluated, calibrated)
+            seconds = progress.elapsed + chosen.seconds_of_others
+            outcome = Outcome(final.deployable, evaluated, calibrated, seconds)
             write_result(outcome, dataset, splits, settings, progress, saver)
     return 0
 

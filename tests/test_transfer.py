@@ -1,5 +1,6 @@
 """A few photos and a small target: features of frozen networks, and other shapes than squares."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,6 +184,8 @@ def test_the_result_is_an_average(call, here, photos, weights, calibration, othe
 
     summary = json.loads((here / "runs/run/summary.json").read_text())
     assert summary["averaged_with_twin"] and differs()
+    rows = csv.DictReader((here / "runs/run/metrics.csv").open())
+    assert summary["train_seconds"] > 1.01 * sum(float(row["seconds"]) for row in rows)
 
     # Training goes on from the network's own weights, and ends with a new average.
     epochs = summary["epochs"] + 1
@@ -222,7 +225,7 @@ def test_what_calibrates_an_average_is_as_far_from_the_start(monkeypatch):
     )
     final = last_layer([[1.0, 0.0], [0.0, 1.0]])
     right = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    crossed = CrossFitted(right, right, last_layer([[9.0, 0.0], [0.0, 9.0]]), right / 2)
+    crossed = CrossFitted(right, 0.0, right, last_layer([[9.0, 0.0], [0.0, 9.0]]), right / 2)
     for accuracy, result in ((1.0, crossed.average), (0.9, final)):
         evaluated = Evaluation(1.0, accuracy, None)
         monkeypatch.setattr(fine_tuning, "evaluate", lambda *_, found=evaluated: found)

@@ -68,10 +68,12 @@ class CrossFitted(NamedTuple):
     logits: [n, classes], of all images of the training split, in their order. Of a pretrained
     network that is trained whole, heads: the same with nothing trained but the fitted head;
     average: the network whose weights are the mean of the run's and of theirs; like_average: the
-    same as logits, of networks that are as far from their start as the average.
+    same as logits, of networks that are as far from their start as the average. seconds: spent on
+    training them all.
     """
 
     logits: torch.Tensor
+    seconds: float
     heads: torch.Tensor | None = None
     average: Trainee | None = None
     like_average: torch.Tensor | None = None

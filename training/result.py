@@ -24,12 +24,14 @@ ONE_OF_TWENTY = 1.645  # deviations that a normal number exceeds one time in twe
 class Outcome:
     """What a run ends with: its network, and how that does on the test split.
 
-    calibration: None if the run is not calibrated.
+    calibration: None if the run is not calibrated. seconds: spent on training, that of other
+    networks for the calibration included.
     """
 
     deployable: model.Deployable
     evaluated: Evaluation
     calibration: Calibration | None
+    seconds: float
 
     @property
     def outputs(self) -> np.ndarray:
@@ -59,7 +61,7 @@ def summarise(settings: argparse.Namespace, progress: Progress, outcome: Outcome
         "epochs": settings.epochs,
         "test_accuracy": outcome.evaluated.accuracy,
         "test_loss": outcome.evaluated.loss,
-        "train_seconds": round(progress.elapsed, 3),
+        "train_seconds": round(outcome.seconds, 3),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "seed": settings.seed,
         "epoch_kept": epoch_kept,
