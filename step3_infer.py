@@ -83,7 +83,7 @@ def build_parser() -> Parser:
         "--values",
         action="append",
         metavar="X,X,...",
-        help="features for a regression model, as --values=-1,0.5; may be repeated",
+        help="features for a regression model, as -1,0.5; may be repeated",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -112,7 +112,7 @@ def build_parser() -> Parser:
     add(
         "--format",
         choices=("text", "json", "csv"),
-        help="json: one object per line (default: text)",
+        help="json: one object per line (default: text, or what the name of --output ends with)",
     )
     add("--top-k", type=count, metavar="K", help="number of classes to name (default: 3)")
     add(
@@ -167,17 +167,41 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments with their defaults; exits if one of them has no effect."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_values_attached(sys.argv[1:] if argv is None else argv))
     check_options(parser, args)
 
     args.device = args.device or "cpu"
-    args.format = args.format or "text"
+    args.format = args.format or format_of(args)
     args.top_k = args.top_k or TOP_K
     args.collect_at_most = args.collect_at_most or COLLECTED
     args.threads = args.threads or usable_cpus()
     args.max_pixels = args.max_pixels or MAX_PIXELS
     allow_pixels(args.max_pixels)
     return args
+
+
+def with_values_attached(argv: list[str]) -> list[str]:
+    """`--values -1,2` as `--values=-1,2`: argparse takes what begins with a minus for an option."""
+    attached = []
+    for argument in argv:
+        is_negative = argument.startswith("-") and argument[1:2] in tuple("0123456789.")
+        if attached and attached[-1] == "--values" and is_negative:
+            attached[-1] = f"--values={argument}"
+        else:
+            attached.append(argument)
+    return attached
+
+
+def format_of(args: argparse.Namespace) -> str:
+    """The format that the name of --output asks for, or text. --evaluate has text beside the rows
+    that it writes there; what else is not predictions has no CSV."""
+    name = (args.output or "").lower()
+    predicts = (args.paths or args.values) and not (args.evaluate or args.compare)
+    if name.endswith(".csv") and predicts:
+        return "csv"
+    if name.endswith((".json", ".jsonl")) and not args.evaluate:
+        return "json"
+    return "text"
 
 
 # ---------------------------------------------------------------------------------------- the work

@@ -60,7 +60,14 @@ def test_coefficients_are_recovered_and_printed(linear):
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.pt"])
 def test_exported_file_predicts_from_values(call, linear, file):
-    arguments = ["--model", linear.export / file, "--values", "0,0,0,0,0", "--values=-1,1,0.5,0,2"]
+    arguments = [
+        "--model",
+        linear.export / file,
+        "--values",
+        "0,0,0,0,0",
+        "--values",
+        "-1,1,0.5,0,2",
+    ]
     rows = call(step3_infer.main, *arguments, "--format", "json").done().out.splitlines()
     first, second = map(json.loads, rows)
     assert first == {"values": [0] * 5, "prediction": pytest.approx(17.0, abs=0.01)}

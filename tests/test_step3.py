@@ -78,6 +78,12 @@ def test_json_is_an_object_a_line(predict, samples):
         assert sorted(entry["label"] for entry in row["top"]) == list("0123456789")
 
 
+@pytest.mark.parametrize(("name", "first"), [("a.CSV", "path,"), ("a.jsonl", '{"path"'), ("a", "")])
+def test_the_name_of_the_output_says_the_format(predict, samples, here, name, first):
+    result = predict(samples[0], "--output", name).done()
+    assert result.out == "" and (here / name).read_text().startswith(first or str(samples[0]))
+
+
 def test_csv_has_a_header_and_a_row_each(predict, samples, bad):
     result = predict("--format", "csv", "--top-k", 2, samples[4], "text.png", samples[7])
     rows = list(csv.DictReader(result.out.splitlines()))
