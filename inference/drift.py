@@ -17,7 +17,7 @@ from bisect import bisect_right
 import numpy as np
 
 LIMIT = 1000  # the alarm is raised here
-DEVIATIONS = 3  # standard errors of the reference that a bet allows for
+DEVIATIONS = 4  # standard errors of the reference that a bet allows for
 # The bins of `known` and of the probability, as quantiles of the reference.
 LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
