@@ -10,7 +10,7 @@ and again with as many epochs as fill step1's time. timm's script runs with its 
 epochs as step1. It is not in timm's wheel: give a copy of train.py by --timm-script. What is not
 installed is left out. CPU seconds are those of the whole command with its children, without
 judging. Images of the test split judge; none of them chooses anything. --work keeps what was
-measured, and a later call there goes on.
+measured: a later call there goes on, and its results hold what earlier calls have measured, too.
 """
 
 import argparse
@@ -275,7 +275,6 @@ def main() -> None:
 
     args.work.mkdir(parents=True, exist_ok=True)
     work = args.work.resolve()
-    rows = []
     for seed in args.seeds:
         for count in args.counts:
             data = prepare(args, work, count)
@@ -284,15 +283,25 @@ def main() -> None:
                 measured.write_text(json.dumps(compare(data, seed, work, args)))
 
             for row in json.loads(measured.read_text()):
-                rows.append({"images": count, "seed": seed, **row})
                 said = f"{count:6,} images, seed {seed}: {row['program']:24} "
                 print(f"{said}{row['accuracy']:7.2%} {row['cpu']:7.0f} CPU s", flush=True)
 
             # Written each time: a run of hours that is stopped keeps what it has measured.
             judged = sum(1 for _ in (data / "judged").glob("*/*"))
+            rows = measured_rows(work, args.size)
             figures = {"model": args.model, "size": args.size, "judged": judged, "rows": rows}
             write_result("pretrained", figures, command_line(), args.results)
     means(rows)
+
+
+def measured_rows(work: Path, size: int) -> list[dict]:
+    """All rows that --work has for images of this size, by seed and number of images."""
+    rows = []
+    for file in work.glob(f"*-{size}-*.json"):
+        count, _, seed = file.stem.split("-")
+        for row in json.loads(file.read_text()):
+            rows.append({"images": int(count), "seed": int(seed), **row})
+    return sorted(rows, key=lambda row: (row["seed"], row["images"]))
 
 
 def means(rows: list[dict]) -> None:
