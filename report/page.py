@@ -131,7 +131,7 @@ def tiles(summary):
         best_epoch = None
 
     figures = [  # name, figure, note
-        ("test accuracy", formatted(summary.get("test_accuracy"), ".2%"), leak_note(summary)),
+        ("test accuracy", formatted(summary.get("test_accuracy"), ".2%"), accuracy_note(summary)),
         ("balanced accuracy", formatted(summary.get("balanced_accuracy"), ".2%"), ""),
         ("macro F1", formatted(summary.get("macro_f1"), ".2%"), ""),
         ("test loss", formatted(summary.get("test_loss"), ".4g"), ""),
@@ -164,6 +164,14 @@ def tile(name, figure, note):
 def unseen(summary):
     """The part of the average image that is cut away, if any is."""
     return formatted(summary.get("unseen") or None, ".1%")
+
+
+def accuracy_note(summary):
+    """What the accuracy is of, where the curves show another one, and what leaks make of it."""
+    notes = [leak_note(summary)]
+    if summary.get("averaged_with_twin"):
+        notes.append("of the average of several networks; the curves are those of one")
+    return "; ".join(note for note in notes if note)
 
 
 def leak_note(summary):

@@ -184,6 +184,7 @@ def test_the_result_is_an_average(call, here, photos, weights, calibration, othe
 
     summary = json.loads((here / "runs/run/summary.json").read_text())
     assert summary["averaged_with_twin"] and differs()
+    assert "the average of several networks" in (here / "runs/run/report.html").read_text("utf-8")
     rows = csv.DictReader((here / "runs/run/metrics.csv").open())
     assert summary["train_seconds"] > 1.01 * sum(float(row["seconds"]) for row in rows)
 
