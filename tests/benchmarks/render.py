@@ -29,6 +29,8 @@ from benchmarks.results import RESULTS, read_results  # noqa: E402
 PAGES = ("README.md", "data/README.md", "deploy/README.md", "tests/benchmarks/README.md")
 MARKED = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet."
+OURS = "step1, step2"  # as bench_pretrained.py names it
+FASTAI_AS_LONG = "fastai for step1's time"
 
 
 # ------------------------------------------------------------------------------- pieces of Markdown
@@ -178,6 +180,36 @@ def device(results: Results) -> list[str]:
         return []
     head = ["prediction, with the CIFAR-10 file", ""]
     return table(head, rows) + short_source(result, "tests/benchmarks/README.md#inference")
+
+
+def photos(results: Results) -> list[str]:
+    """README.md: what few photos and a pretrained network reach, beside fastai."""
+    result = results.get("pretrained")
+    if result is None:
+        return []
+
+    figures = result["figures"]
+    rows = []
+    for images, programs in sorted(pretrained_runs(figures["rows"]).items()):
+        ours = programs[OURS]
+        fastai = programs.get(FASTAI_AS_LONG)
+        rows.append(
+            [
+                f"{images:,}",
+                percents([run["accuracy"] for run in ours]),
+                percents([run["calibration_error"] for run in ours]),
+                f"{statistics.fmean(run['cpu'] for run in ours):.0f}",
+                percents([run["accuracy"] for run in fastai]) if fastai else "-",
+            ]
+        )
+    said = (
+        f"Few photos and pretrained weights: `{figures['model']}` at {figures['size']} px, photos "
+        f"of CIFAR-10's classes, {figures['judged']:,} test images, one figure for each seed. fastai "
+        "starts from the same weights and takes as long:"
+    )
+    head = ["photos", "accuracy of the file", "calibration error", "CPU seconds", "fastai"]
+    source = short_source(result, "tests/benchmarks/README.md#few-photos-and-pretrained-weights")
+    return [said, "", *table(head, rows, right_from=3), *source]
 
 
 def int8(results: Results) -> list[str]:
@@ -859,25 +891,18 @@ def bench_pretrained(results: Results) -> list[str]:
     if result is None:
         return []
     figures = result["figures"]
-
-    measured = {}  # by the number of images and the program
-    for row in sorted(figures["rows"], key=lambda row: row["images"]):
-        program = row["program"]
-        if program.startswith("fastai") and row["epochs"] != USUAL_EPOCHS:
-            program = "fastai for step1's time"  # another number of epochs with each seed
-        measured.setdefault((row["images"], program), []).append(row)
-
+    measured = pretrained_runs(figures["rows"])
     rows = []
-    for (images, program), runs in measured.items():
-        accuracies = percents([run["accuracy"] for run in runs])
-        cpu = ", ".join(f"{run['cpu']:.0f}" for run in runs)
-        errors = [run["calibration_error"] for run in runs if "calibration_error" in run]
-        calibrated = percents(errors) if errors else ""
-        rows.append([f"{images:,}", program, accuracies, calibrated, cpu])
+    for images, programs in sorted(measured.items()):
+        for program, runs in programs.items():
+            accuracies = percents([run["accuracy"] for run in runs])
+            cpu = ", ".join(f"{run['cpu']:.0f}" for run in runs)
+            errors = [run["calibration_error"] for run in runs if "calibration_error" in run]
+            calibrated = percents(errors) if errors else ""
+            rows.append([f"{images:,}", program, accuracies, calibrated, cpu])
 
-    seen = {images for images, _ in measured}
     for images in COUNTS:
-        if images not in seen:
+        if images not in measured:
             rows.append([f"{images:,}", "not measured yet", "", "", ""])
     said = (
         f"`{figures['model']}` at {figures['size']} px; the accuracy on {figures['judged']:,} test "
@@ -887,9 +912,21 @@ def bench_pretrained(results: Results) -> list[str]:
     return [said, "", *table(head, rows, right_from=2), *full_source(result)]
 
 
+def pretrained_runs(rows: list[dict]) -> dict[int, dict[str, list[dict]]]:
+    """Rows of bench_pretrained.py by the number of images and the program."""
+    measured = {}
+    for row in rows:
+        program = row["program"]
+        if program.startswith("fastai") and row["epochs"] != USUAL_EPOCHS:
+            program = FASTAI_AS_LONG  # another number of epochs with each seed
+        measured.setdefault(row["images"], {}).setdefault(program, []).append(row)
+    return measured
+
+
 TABLES = {
     "accuracy": accuracy,
     "device": device,
+    "photos": photos,
     "int8": int8,
     "engines": engines,
     "leaks": leaks,
