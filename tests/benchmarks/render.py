@@ -204,8 +204,8 @@ def photos(results: Results) -> list[str]:
         )
     said = (
         f"Few photos and pretrained weights: `{figures['model']}` at {figures['size']} px, photos "
-        f"of CIFAR-10's classes, {figures['judged']:,} test images, one figure for each seed. fastai "
-        "starts from the same weights and takes as long:"
+        f"of CIFAR-10's classes, {figures['judged']:,} test images, one figure for each seed. "
+        "fastai starts from the same weights and takes as long:"
     )
     head = ["photos", "accuracy of the file", "calibration error", "CPU seconds", "fastai"]
     source = short_source(result, "tests/benchmarks/README.md#few-photos-and-pretrained-weights")
