@@ -42,7 +42,7 @@ except ImportError as error:  # on a new device: one line instead of a traceback
 from inference.command_line import Parser, number, say  # noqa: E402
 from inference.cpus import usable_cpus  # noqa: E402
 from inference.engines import find_model  # noqa: E402
-from inference.errors import Problem, guarded  # noqa: E402
+from inference.errors import Problem, guarded, terminable  # noqa: E402
 from inference.files import output_stream  # noqa: E402
 from inference.finding import find_images, note_files  # noqa: E402
 from inference.images import note_seen  # noqa: E402
@@ -168,10 +168,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments with their defaults; exits if one of them has no effect."""
     parser = build_parser()
     args = parser.parse_args(with_values_attached(sys.argv[1:] if argv is None else argv))
+    args.format = args.format or format_of(args)
     check_options(parser, args)
 
     args.device = args.device or "cpu"
-    args.format = args.format or format_of(args)
+    args.format = args.format or "text"
     args.top_k = args.top_k or TOP_K
     args.collect_at_most = args.collect_at_most or COLLECTED
     args.threads = args.threads or usable_cpus()
@@ -192,16 +193,15 @@ def with_values_attached(argv: list[str]) -> list[str]:
     return attached
 
 
-def format_of(args: argparse.Namespace) -> str:
-    """The format that the name of --output asks for, or text. --evaluate has text beside the rows
-    that it writes there; what else is not predictions has no CSV."""
+def format_of(args: argparse.Namespace) -> str | None:
+    """The format that the name of --output asks for, if it does. What --evaluate writes there are
+    rows, whose format is their own."""
     name = (args.output or "").lower()
-    predicts = (args.paths or args.values) and not (args.evaluate or args.compare)
-    if name.endswith(".csv") and predicts:
+    if args.evaluate:
+        return None
+    if name.endswith(".csv"):
         return "csv"
-    if name.endswith((".json", ".jsonl")) and not args.evaluate:
-        return "json"
-    return "text"
+    return "json" if name.endswith((".json", ".jsonl")) else None
 
 
 # ---------------------------------------------------------------------------------------- the work
@@ -331,7 +331,7 @@ def run_evaluate(path: str, args: argparse.Namespace) -> int:
         batch_size = batch_size_for(model, args, len(first), workers)
         rows = predict_files(model, itertools.chain(first, found), workers, batch_size, top_k=1)
         stack.enter_context(contextlib.closing(rows))
-        answers = read_answers(rows, labels, classes, rows_out)
+        answers = read_answers(rows, labels, model, rows_out)
 
     note_seen(model.seen, model.spec["ground"])
     note_files("skipped", others, "that Pillow cannot read")
@@ -477,7 +477,9 @@ def batch_size_for(model: Model, args: argparse.Namespace, count: int, workers: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded(run, parse(argv), closed_pipe=0)
+    args = parse(argv)
+    with terminable():
+        return guarded(run, args, closed_pipe=0)
 
 
 if __name__ == "__main__":

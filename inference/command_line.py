@@ -1,6 +1,7 @@
 """How a command line is read, and how text from outside is made safe to print."""
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -105,5 +106,8 @@ def encodable(value):
 
 
 def say(message: str) -> None:
-    """Print one line to standard error."""
-    print(printable(message), file=sys.stderr)
+    """Print one line to standard error. If that cannot be written, such as to a log on a full disk,
+    the line is lost and the work goes on: there is nobody left to tell.
+    """
+    with contextlib.suppress(OSError):
+        print(printable(message), file=sys.stderr, flush=True)

@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -71,6 +73,32 @@ def guarded(work: Callable[..., int], *args, closed_pipe: int = FAILED) -> int:
         say(message)
     discard_unwritable_output()
     return code
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP of a terminal that is closed, end the program as Ctrl-C does: with
+    what has to be written or removed at the end. The exit code is 143, or 129.
+
+    A signal that is ignored, as by nohup, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+
+    def stop(number, _):
+        raise SystemExit(128 + number)
+
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def explain(error: Exception) -> tuple[str, int] | None:

@@ -30,14 +30,20 @@ ROW_KEYS = ("path", "error", "truth", "label", "probability", "known", "answer")
 
 @dataclass
 class Judged:
-    """One image with its label, and what the file answers. truth and answer: of the best class."""
+    """One image with its label, and what the file answers; truth, best and answer are classes.
+
+    best: the most probable class. answer: the same, or the class that a promise of recall makes the
+    answer; probability: of the answer. label: what the file says, which may be unknown or unsure.
+    """
 
     path: str
     truth: int
+    best: int
+    confidence: float  # the probability of the best class
     answer: int
     probability: float
     known: float | None
-    label: str  # what the file says by its thresholds
+    label: str
 
 
 @dataclass
@@ -65,13 +71,14 @@ class Answers:
 
 # ----------------------------------------------------------------------------------------- reading
 def read_answers(
-    results: Iterator[list[dict]], labels: Labels, classes: list[str], rows_out: "RowsOut | None"
+    results: Iterator[list[dict]], labels: Labels, model: Model, rows_out: "RowsOut | None"
 ) -> Answers:
     """The answers of rows as predict_files() yields them; each is written to `rows_out`.
 
     A file counts once, also if it was given twice, such as by its folder and by its own path.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = {name: number for number, name in enumerate(model.spec["classes"])}
+    promised = recalls_of(model)
     answers = Answers()
     seen = set()
     for rows in results:
@@ -98,18 +105,27 @@ def read_answers(
             elif truth not in numbers:
                 answers.unknown_labels[truth] += 1
             else:
-                answers.judged.append(judge(row, numbers[truth], numbers))
+                answers.judged.append(judge(row, numbers[truth], numbers, promised))
     answers.not_found = labels.not_found()
     return answers
 
 
-def judge(row: dict, truth: int, numbers: dict[str, int]) -> Judged:
-    """What counts of a row. numbers: of the classes."""
+def recalls_of(model: Model) -> set[str]:
+    """The classes that the file has promised to recall."""
+    return {promise["name"] for promise in model.promises if promise["kind"] == "recall"}
+
+
+def judge(row: dict, truth: int, numbers: dict[str, int], promised: set[str]) -> Judged:
+    """What counts of a row. numbers: of the classes. promised: see recalls_of()."""
+    best = row["top"][0]
+    answered = row if row["label"] in promised else best
     return Judged(
         path=row["path"],
         truth=truth,
-        answer=numbers[row["top"][0]["label"]],
-        probability=row["top"][0]["probability"],
+        best=numbers[best["label"]],
+        confidence=best["probability"],
+        answer=numbers[answered["label"]],
+        probability=answered["probability"],
         known=row["known"],
         label=row["label"],
     )
@@ -169,12 +185,13 @@ def evaluate(answers: Answers, model: Model, path: str) -> dict:
 
     truths = np.array([image.truth for image in judged])
     predicted = np.array([image.answer for image in judged])
-    confidence = np.array([image.probability for image in judged])
-    right = truths == predicted
+    confidence = np.array([image.confidence for image in judged])
+    best_right = truths == np.array([image.best for image in judged])
 
     per_class = class_figures(truths, predicted, classes)
     seen = [row for row in per_class.values() if row["images"]]
-    hits = int(right.sum())
+    hits = int((truths == predicted).sum())
+    without_recalls = rounded(best_right.mean()) if recalls_of(model) else None
     return {
         "model": path,
         "images": count,
@@ -184,9 +201,10 @@ def evaluate(answers: Answers, model: Model, path: str) -> dict:
         "unknown_labels": dict(answers.unknown_labels.most_common()),
         "accuracy": rounded(hits / count),
         "accuracy_interval": interval(hits, count),
+        "accuracy_without_recalls": without_recalls,
         "balanced_accuracy": rounded(metrics.balanced_accuracy(truths, predicted)),
         "macro_f1": rounded(np.mean([row["f1"] for row in seen])),
-        "calibration_error": rounded(metrics.binned_error(confidence, right)),
+        "calibration_error": rounded(metrics.binned_error(confidence, best_right)),
         "calibration_error_floor": rounded(metrics.binned_error_floor(confidence)),
         **threshold_figures(judged, model),
         "promises": promise_figures(judged, model),
@@ -224,10 +242,8 @@ def threshold_figures(judged: list[Judged], model: Model) -> dict:
 def final_answer(image: Judged, model: Model) -> int:
     """The class that the file answers, NOT_ANSWERED for unknown and unsure."""
     classes = model.spec["classes"]
-    if image.label == classes[image.answer]:  # a class may be called "unknown"
-        return image.answer
-    promised = [promise["name"] for promise in model.promises if promise["kind"] == "recall"]
-    return classes.index(image.label) if image.label in promised else NOT_ANSWERED
+    is_answered = image.label == classes[image.answer]  # a class may be called "unknown"
+    return image.answer if is_answered else NOT_ANSWERED
 
 
 def promise_figures(judged: list[Judged], model: Model) -> list[dict]:
@@ -331,6 +347,7 @@ def summary_lines(figures: dict) -> list[str]:
     rows = [
         ("images", f"{figures['images']:,}", ""),
         ("accuracy", f"{figures['accuracy']:.2%}", between(figures["accuracy_interval"])),
+        *without_recalls(figures),
         ("balanced accuracy", f"{figures['balanced_accuracy']:.2%}", ""),
         ("macro F1", f"{figures['macro_f1']:.2%}", ""),
         ("calibration error", f"{figures['calibration_error']:.2%}", floor),
@@ -340,13 +357,22 @@ def summary_lines(figures: dict) -> list[str]:
     if figures["min_probability"] is not None:
         below = f"(min-probability {figures['min_probability']:g})"
         rows.append(("unsure", f"{figures['unsure']:.2%}", below))
-    if figures["answered"] < 1 or len(rows) > 5:
+    has_thresholds = figures["reject"] is not None or figures["min_probability"] is not None
+    if has_thresholds or figures["answered"] < 1:
         rows.append(("answered", f"{figures['answered']:.2%}", ""))
-    if figures["accuracy_answered"] is not None and len(rows) > 5:
-        right = between(figures["accuracy_answered_interval"])
-        rows.append(("right of these", f"{figures['accuracy_answered']:.2%}", right))
+        if figures["accuracy_answered"] is not None:
+            right = between(figures["accuracy_answered_interval"])
+            rows.append(("right of these", f"{figures['accuracy_answered']:.2%}", right))
     lines = [f"{name:18} {value:>8}  {remark}".rstrip() for name, value, remark in rows]
     return lines + [promise_line(promise) for promise in figures["promises"]]
+
+
+def without_recalls(figures: dict) -> list[tuple[str, str, str]]:
+    """What a file that promises recall would reach without: no row for another."""
+    accuracy = figures["accuracy_without_recalls"]
+    if accuracy is None:
+        return []
+    return [("most probable", f"{accuracy:.2%}", "(the most probable class, promises aside)")]
 
 
 def promise_line(figures: dict) -> str:

@@ -22,13 +22,13 @@ def replacing(path, mode: str = "wb", **open_options) -> Iterator:
 
     Symbolic links are followed. A device or a named pipe cannot be replaced: it is written to.
     """
-    path = os.path.realpath(path)
     is_special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     if is_special:
         with open(path, mode, **open_options) as file:
             yield file
         return
 
+    path = os.path.realpath(path)  # of /dev/stdout, that may be no path
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:40]}-{os.urandom(4).hex()}.tmp")
     try:
@@ -93,7 +93,7 @@ def output_stream(path: str | None) -> Iterator:
     try:
         with problems(f"cannot write {path}", OSError), replacing(path, "w", **text) as out:
             yield out
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: see terminable()
         say(f"note: {path} is as it was before" if was_there else f"note: {path} was not written")
         raise
 

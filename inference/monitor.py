@@ -16,25 +16,21 @@ compared with. The accuracy is estimated by average thresholded confidence (Garg
 share of answers whose probability is above a threshold, which on the reference is the accuracy.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 
 from inference.command_line import encodable, say
 from inference.drift import LIMIT, Drift
-from inference.errors import one_line
-from inference.monitor_file import SCHEMA, MonitorFile, damaged
+from inference.errors import one_line, terminable
+from inference.monitor_file import ANSWER, MOST_PROBABLE, SCHEMA, MonitorFile, damaged
 from inference.spacing import Spacing
 
 SAVE_SECONDS = 60
 Z_95 = 1.96  # standard deviations of a 95 % interval
-TERMINATED = 128 + 15  # the exit code after SIGTERM
 
 
 class Monitor:
@@ -52,6 +48,9 @@ class Monitor:
         self.fingerprint = fingerprint(model.spec)
         self.reference = model.spec["monitor"]
         self.drift = Drift(self.reference) if self.reference else None
+        promises = model.spec.get("promises") or []
+        has_recall = any(promise["kind"] == "recall" for promise in promises)
+        self.estimate_of = MOST_PROBABLE if has_recall else ANSWER
         self.spacing = Spacing(bet_every)
 
         self.started = now()
@@ -70,6 +69,8 @@ class Monitor:
             state = self.file.read(self.fingerprint)
             if state is not None:
                 self.restore(state)
+            else:
+                self.save()  # whoever looks at it finds zeros, not an empty file
         self.saved = time.monotonic()
 
     def __enter__(self) -> "Monitor":
@@ -158,6 +159,7 @@ class Monitor:
             "unknown": self.unknown,
             "unsure": self.unsure,
             "estimated_accuracy": self.estimate(),
+            "estimate_of": self.estimate_of,
             "evidence": self.drift.evidence() if self.drift else None,
             "bet_every": self.spacing.every,
             "alarm": self.alarm,
@@ -261,20 +263,3 @@ def fingerprint(spec: dict) -> str:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM end the program as Ctrl-C does, with what has to be written at the end."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield
-        return
-
-    def stop(*_):
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -12,6 +12,8 @@ from inference.results import write_figures
 from inference.spec import is_number, is_whole
 
 SCHEMA = 1
+# What the accuracy is estimated of: the class that a promise of recall forces may be another.
+ANSWER, MOST_PROBABLE = "answer", "most probable class"
 MAX_BYTES = 64 << 20
 MAX_COUNT = 1 << 53
 
@@ -115,6 +117,8 @@ def read_monitor(path: str) -> dict:
         raise Problem(f"cannot read {path}: it is not a regular file")
     with problems(f"cannot read {path}", OSError), open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
+    if not content:
+        raise Problem(f"{path} is empty: no process with --monitor has written to it yet")
 
     try:
         kept = json.loads(content.decode())
@@ -191,7 +195,10 @@ def estimate_in_words(kept: dict) -> str:
     estimate = kept["estimated_accuracy"]
     if estimate is not None:
         limits = f"{estimate['low']:.1%} to {estimate['high']:.1%}"
-        return f"{estimate['value']:.1%} ({limits}), without labels"
+        of_best = ""
+        if kept.get("estimate_of") == MOST_PROBABLE:
+            of_best = "; of the most probable class, promises of recall aside"
+        return f"{estimate['value']:.1%} ({limits}), without labels{of_best}"
     if kept["alarm"]:
         return "withheld since the alarm"
     return "none yet" if kept["evidence"] is not None else "none: the model file has no reference"

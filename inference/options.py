@@ -64,6 +64,8 @@ TAKES = {
     "--monitor": ["--format", "--output"],
 }
 
+MOST_NAMED = 9  # classes, in an error
+
 # Options that have an effect on another only.
 NEEDS = {"--collect-at-most": "--collect DIR", "--bet-every": "--monitor FILE"}
 
@@ -173,6 +175,8 @@ def check_together(parser: Parser, args: argparse.Namespace, asked: str, given: 
 
     if asked in ("--benchmark", "--compare", "--evaluate", "--monitor") and args.format == "csv":
         parser.error(f"{asked} writes --format text or json, not csv")
+    if args.output == "-":
+        parser.error("standard output is the default: leave out --output -")
     if asked in ("--compare", "--evaluate") and "-" in args.paths:
         parser.error(f"{asked} takes files, not - for standard input")
 
@@ -245,6 +249,11 @@ def check_same_classes(models: list[Model], paths: list[str]) -> None:
     old = set(models[0].spec["classes"])
     new = set(models[1].spec["classes"])
     if old != new:
-        only_old = f"only {paths[0]} has {sorted(old - new)[:9]}"
-        only_new = f"only {paths[1]} has {sorted(new - old)[:9]}"
-        raise Problem(f"--compare takes files of the same classes, but {only_old}, {only_new}", 2)
+        differences = []
+        for path, only in zip(paths, (old - new, new - old), strict=True):
+            if only:
+                more = ", ..." if len(only) > MOST_NAMED else ""
+                named = ", ".join(sorted(only)[:MOST_NAMED])
+                differences.append(f"only {path} has {named}{more}")
+        reason = "; ".join(differences)
+        raise Problem(f"--compare takes files of the same classes, but {reason}", 2)

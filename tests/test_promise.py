@@ -240,3 +240,28 @@ def test_evaluate_says_whether_promises_held(small, tmp_path, samples, call):
     assert recall["promise"] == "recall:3=0.9" and recall["images"] == 1
     text = call(step3_infer.main, *arguments).done().out
     assert "promise accuracy=0.5: " in text and "promise recall:3=0.9: " in text
+
+
+def test_the_accuracy_is_that_of_the_answers(small, tmp_path, samples, call):
+    every_digit_is_a_3 = [{"kind": "recall", "name": "3", "share": 0.9, "threshold": 0.0}]
+    file = onnx_with(
+        small.export / "model.onnx", tmp_path / "promised.onnx", promises=every_digit_is_a_3
+    )
+    listed = "path,label\n" + "".join(f"{path},{path.stem[-1]}\n" for path in samples)
+    (tmp_path / "labels.csv").write_text(listed)
+    arguments = ["--evaluate", *samples, "--labels", tmp_path / "labels.csv", "--format", "json"]
+    plain = ["--model", small.export / "model.onnx"]
+    before = json.loads(call(step3_infer.main, *plain, *arguments).done().out)
+    after = json.loads(call(step3_infer.main, "--model", file, *arguments).done().out)
+    assert before["accuracy_without_recalls"] is None and before["accuracy"] > 0.1
+    assert after["accuracy"] == 0.1 and after["per_class"]["3"]["answers"] == 10
+    assert after["accuracy_without_recalls"] == before["accuracy"]
+    assert after["calibration_error"] == before["calibration_error"]
+    assert {row["answer"] for row in after["confusions"]} == {"3"}
+    too_low = call(step3_infer.main, "--model", file, *arguments, "--min-accuracy", 0.5)
+    assert too_low.code == 1 and "10.00%" in too_low.err
+
+    monitored = ["--model", file, "--monitor", tmp_path / "m.json", *samples]
+    call(step3_infer.main, *monitored).done()
+    shown = call(step3_infer.main, "--monitor", tmp_path / "m.json").done().out
+    assert "of the most probable class, promises of recall aside" in shown

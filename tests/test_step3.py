@@ -6,6 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -227,12 +231,36 @@ def test_closed_pipe_has_no_traceback(execute, trained, samples, here, closed_pi
     assert (result.code, result.err) == (0, "")
 
 
+@pytest.mark.parametrize("close", ["2>&-", "2>/dev/full"])
 def test_closed_standard_error_keeps_predictions_and_exit_code(
-    execute, trained, samples, bad, here
+    execute, trained, samples, bad, here, close
 ):
     arguments = ["--model", trained.export / "model.onnx", "text.png", *samples]
-    result = execute(ROOT / "step3_infer.py", *arguments, cwd=here, close="2>&-")
+    result = execute(ROOT / "step3_infer.py", *arguments, cwd=here, close=close)
     assert result.code == 1 and len(result.out.splitlines()) == 10
+
+
+def test_output_may_be_standard_output(execute, trained, samples, here):
+    arguments = ["--model", trained.export / "model.onnx", samples[0], "--output", "/dev/stdout"]
+    result = execute(ROOT / "step3_infer.py", *arguments, cwd=here).done()
+    assert result.out.startswith(str(samples[0]))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_leaves_nothing_half_written(trained, samples, here, name, code):
+    command = [sys.executable, ROOT / "step3_infer.py", "--model", trained.export / "model.onnx"]
+    command += ["--monitor", "monitor.json", "--output", "rows.txt", "-"]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=here, **pipes) as process:
+        process.stdin.write(samples[0].read_bytes())
+        process.stdin.flush()
+        while not list(here.glob(".rows.txt*")) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, name))
+        said = process.stderr.read().decode()
+    assert process.returncode == code and "rows.txt was not written" in said
+    assert os.listdir(here) == ["monitor.json"]
+    assert json.loads((here / "monitor.json").read_text())["errors"] == 0
 
 
 @pytest.mark.parametrize(("close", "words"), [(">&-", "--output"), (">/dev/full", "No space left")])
@@ -252,6 +280,8 @@ def test_standard_output_that_takes_nothing(execute, trained, samples, here, clo
         (["--self-test", "x.png"], "--self-test"),
         (["--verify", "x.png"], "--verify"),
         (["--benchmark", "x.png"], "--benchmark"),
+        (["--benchmark", "--output", "b.csv"], "text or json, not csv"),
+        (["--output", "-", "x.png"], "is the default"),
         (["--self-test", "--values", "1,2"], "--values"),
         (["--verify", "--output", "out"], "--output"),
         (["--values", "1,2", "--reject", "0.9"], "--reject"),
