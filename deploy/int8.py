@@ -94,6 +94,8 @@ def choose(
         file = f"{source}.{number}.onnx"
         try:
             quantize(source, file, calibration_images, quantization, fixed=spec["fixed"])
+        except OSError:  # a full disk
+            raise
         except Exception as error:  # onnxruntime's quantizer raises anything at all
             raise ValueError(" ".join(str(error).split())) from None
 

@@ -99,7 +99,7 @@ def choose(wanted: list[Promise], spec: dict, on_unseen: Labelled, source: str) 
         used = source
         if len({promise.kind for promise in wanted}) > 1:
             used += ", one half for accuracy and one for recall"
-        raise Problem(f"{reason} (images: {used})") from None
+        raise Problem(f"{reason} (images: {used}; --val-fraction of step1 keeps more)") from None
 
 
 def promises_of(

@@ -21,9 +21,10 @@ MARGIN = 0.005  # and a share by this much more
 LOSS_DEVIATIONS = 2  # of the accuracy that int8 loses: here a loss is looked for
 MUCH_UNSEEN = 0.1  # of the average image: what step1 does not cut away by itself
 SMALLEST = 1e-38  # above 0 in float32, so that a logarithm exists
-HINT = (
-    "the test split differs from the training images; --uncalibrated exports without both outputs"
-)
+FEW = 500  # images to calibrate on: what they do not show may be as wrong as another test split
+DIFFERS = "the test split differs from the training images"
+UNCALIBRATED = "; --uncalibrated exports without both outputs"
+HINT = DIFFERS + UNCALIBRATED
 
 
 def classifier_figures(
@@ -78,8 +79,16 @@ def check_promises(spec: dict, got: Outputs, labels: np.ndarray) -> tuple[dict, 
     entropy, more_warnings = check_temperature(spec, got.main, labels)
     warnings += more_warnings
     if warnings:
-        warnings.append(HINT)
+        warnings.append(hint_of(spec))
     return kept | entropy, warnings
+
+
+def hint_of(spec: dict) -> str:
+    """What may be the reason, and the way out."""
+    images = (spec.get("calibration") or {}).get("images", FEW)
+    if images >= FEW:
+        return HINT
+    return f"{DIFFERS}, or {images:,} images were too few to calibrate on{UNCALIBRATED}"
 
 
 def check_thresholds(spec: dict, known: np.ndarray | None) -> tuple[dict, list[str]]:

@@ -255,7 +255,9 @@ def promise_accuracy(
 
     needed = needed_factor(steps, promise.share)
     more = "more images would not help"
-    if needed is not None:
+    if needed == 1.0:  # as many would do, had the first test not been at another threshold
+        more = "the probabilities, which say where to look for one, are too far off"
+    elif needed is not None:
         more = f"it may take {round_up(needed * len(outputs)):,} images"
     if recalls:
         more += " (wrong answers by a promise of recall count)"

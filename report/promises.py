@@ -12,7 +12,7 @@ def promise_line(promise: dict) -> str:
     test = promise["test"]
     if promise["kind"] == ACCURACY:
         threshold = promise["threshold"]
-        rule = f"unsure below {threshold:g}" if threshold > 0 else "no answer is unsure"
+        rule = f"unsure below {threshold:g}" if threshold > 0 else "it makes no answer unsure"
         cost = f"answers {formatted(test['answered'], '.1%')}"
     else:
         rule = f"called so from {promise['threshold']:g} on"

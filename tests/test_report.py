@@ -617,7 +617,7 @@ def test_model_card(facts, small):
         "uint8 `[batch, height, width, channels]`, 1 channel (grey)",
         "resizes images to 8x8",
         "float32 `[batch, 10]`",
-        "always predicts one of these classes",
+        "knows these classes only",
         "## How far to trust the probabilities",
         f"{spec['parameters']:,} parameters",
         f"torch {spec['versions']['torch']}",

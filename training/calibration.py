@@ -18,7 +18,9 @@ import torch
 
 import model
 from data.augment import change_colours
+from data.files import count_of
 from data.holdout import stratified_groups
+from data.notes import note
 from data.split import Split, hold_out, note_groups_of, seeded
 from inference.errors import Problem
 from training.features import LastLayer, Trainee
@@ -32,6 +34,7 @@ SHRINKAGE = 0.2  # of the correlations of their statistics, towards none
 TWIN_PART = 0.2
 TWIN_EPOCHS = 0.5
 FEWEST_EPOCHS = 10
+FEW_HELD_OUT = 100  # images
 FEWEST_WITH_WEIGHTS = 3  # for a network that starts from weights of another
 HALVES_SEED = 0
 FOLDS = 5  # of cross-fitting
@@ -205,7 +208,9 @@ def splits_of_folds(train: Split, seed: int) -> Iterator[tuple[torch.Tensor, dic
 
 
 def refuse_too_few(splits: dict[str, Split], settings: argparse.Namespace) -> None:
-    """Raise Problem if so few images leave a part without any that the calibration needs."""
+    """Raise Problem if so few images leave a part without any that the calibration needs; note
+    that few are held out.
+    """
     train = splits["train"]
     parts = [train]
     if settings.calibration == "held-out":
@@ -217,6 +222,12 @@ def refuse_too_few(splits: dict[str, Split], settings: argparse.Namespace) -> No
     if not all(map(len, parts)):
         reason = f"needs more than {len(train):,} training images: take more, or leave it out"
         raise Problem(f"--calibration {settings.calibration} {reason}", 2)
+
+    if settings.calibration == "held-out" and len(splits["held-out"]) < FEW_HELD_OUT:
+        note(
+            f"only {count_of(len(splits['held-out']), 'image')} held out to calibrate on: "
+            "--val-fraction 0.2 holds out more, and without --calibration all images are used"
+        )
 
 
 def splits_of_twin(train: Split, seed: int, classes: list[str]) -> dict[str, Split]:

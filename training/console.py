@@ -14,6 +14,7 @@ from tqdm import tqdm
 import data
 import model
 from data import notes
+from data.files import count_of
 from inference.command_line import say
 from training import recipes, runs
 from training.features import Trainee
@@ -40,11 +41,6 @@ def show(text: str) -> None:
         print(text, flush=True)
 
 
-def count_of(number: int, noun: str) -> str:
-    """'1 epoch', '2 epochs'."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 # ----------------------------------------------------------------------------------------- settings
 def print_settings(
     settings: argparse.Namespace,
@@ -60,7 +56,7 @@ def print_settings(
     """
     epochs = f"{count_of(settings.epochs, 'epoch')} of batch {settings.batch_size}"
     if settings.minutes:
-        epochs = f"{settings.minutes:g} minutes are {epochs}"
+        epochs += f" (--minutes {settings.minutes:g})"
     rate = f"lr {settings.lr:g} {settings.schedule}"
     decay = f"weight decay {settings.weight_decay:g}"
     augment = " ".join(settings.augment) or "none"
