@@ -103,7 +103,8 @@ def short_source(result: dict, page: str) -> list[str]:
     versions = result["versions"]
     named = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
     processor = result["processor"]
-    machine = f"{processor['cores']} CPU cores ({processor['name']}), without a GPU"
+    cores = processor["cores"]
+    machine = f"{cores} CPU core{'s' if cores > 1 else ''} ({processor['name']}), without a GPU"
     return [
         "",
         f"Measured at {commit(result)} on {machine}, with {' and '.join(named)} "
