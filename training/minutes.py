@@ -66,7 +66,7 @@ class Width(NamedTuple):
 
 
 WIDTHS = (
-    Width(width=1.0, time=1.0, images=225_000),
+    Width(width=1.0, time=1.0, images=185_000),
     Width(width=0.5, time=0.33, images=75_000),
     Width(width=0.25, time=0.15, images=0),
 )
