@@ -16,7 +16,7 @@ from inference.images import images_of
 from inference.labels import Labels, ListLabels
 from inference.predict import Model
 from inference.promise import NOT_ANSWERED, check, is_chance, wanted
-from inference.spec import DECIMALS
+from inference.spec import DECIMALS, promised_recalls
 from inference.tables import csv_line
 
 WORST = 20  # mistakes that are named
@@ -78,7 +78,7 @@ def read_answers(
     A file counts once, also if it was given twice, such as by its folder and by its own path.
     """
     numbers = {name: number for number, name in enumerate(model.spec["classes"])}
-    promised = recalls_of(model)
+    promised = promised_recalls(model.spec)
     answers = Answers()
     seen = set()
     for rows in results:
@@ -110,13 +110,8 @@ def read_answers(
     return answers
 
 
-def recalls_of(model: Model) -> set[str]:
-    """The classes that the file has promised to recall."""
-    return {promise["name"] for promise in model.promises if promise["kind"] == "recall"}
-
-
 def judge(row: dict, truth: int, numbers: dict[str, int], promised: set[str]) -> Judged:
-    """What counts of a row. numbers: of the classes. promised: see recalls_of()."""
+    """What counts of a row. numbers: of the classes. promised: see promised_recalls()."""
     best = row["top"][0]
     answered = row if row["label"] in promised else best
     return Judged(
@@ -191,7 +186,7 @@ def evaluate(answers: Answers, model: Model, path: str) -> dict:
     per_class = class_figures(truths, predicted, classes)
     seen = [row for row in per_class.values() if row["images"]]
     hits = int((truths == predicted).sum())
-    without_recalls = rounded(best_right.mean()) if recalls_of(model) else None
+    without_recalls = rounded(best_right.mean()) if promised_recalls(model.spec) else None
     return {
         "model": path,
         "images": count,

@@ -28,6 +28,7 @@ from inference.drift import LIMIT, Drift
 from inference.errors import one_line, terminable
 from inference.monitor_file import ANSWER, MOST_PROBABLE, SCHEMA, MonitorFile, damaged
 from inference.spacing import Spacing
+from inference.spec import promised_recalls
 
 SAVE_SECONDS = 60
 Z_95 = 1.96  # standard deviations of a 95 % interval
@@ -48,9 +49,7 @@ class Monitor:
         self.fingerprint = fingerprint(model.spec)
         self.reference = model.spec["monitor"]
         self.drift = Drift(self.reference) if self.reference else None
-        promises = model.spec.get("promises") or []
-        has_recall = any(promise["kind"] == "recall" for promise in promises)
-        self.estimate_of = MOST_PROBABLE if has_recall else ANSWER
+        self.estimate_of = MOST_PROBABLE if promised_recalls(model.spec) else ANSWER
         self.spacing = Spacing(bet_every)
 
         self.started = now()

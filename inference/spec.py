@@ -250,6 +250,12 @@ def check_monitor(spec: dict, malformed: str) -> None:
         raise Problem(f"{malformed}: monitor must count the answers of each class")
 
 
+def promised_recalls(spec: Spec) -> set[str]:
+    """The classes that a file has promised to recall."""
+    promises = spec.get("promises") or []
+    return {promise["name"] for promise in promises if promise["kind"] == "recall"}
+
+
 def check_promises(spec: dict, malformed: str) -> None:
     """Raise Problem if a promise is about a class that the file does not have."""
     for promise in spec["promises"] or []:

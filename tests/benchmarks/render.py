@@ -95,10 +95,11 @@ def commit(result: dict) -> str:
     return " ".join([f"commit `{revision[:7]}`", *(f"({change})" for change in changes)])
 
 
-def short_source(result: dict, page: str) -> list[str]:
+def short_source(result: dict, page: str, at: str | None = None) -> list[str]:
     """The line below a table outside the benchmarks' own page.
 
-    page: the path of that page, relative to the one with the table.
+    page: the path of that page, relative to the one with the table. at: which commits measured it,
+    if the result's own did not measure all.
     """
     versions = result["versions"]
     named = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
@@ -107,7 +108,7 @@ def short_source(result: dict, page: str) -> list[str]:
     machine = f"{cores} CPU core{'s' if cores > 1 else ''} ({processor['name']}), without a GPU"
     return [
         "",
-        f"Measured at {commit(result)} on {machine}, with {' and '.join(named)} "
+        f"Measured at {at or commit(result)} on {machine}, with {' and '.join(named)} "
         f"([details]({page})).",
     ]
 
@@ -209,7 +210,8 @@ def photos(results: Results) -> list[str]:
         "fastai starts from the same weights and takes as long:"
     )
     head = ["photos", "accuracy of the file", "calibration error", "CPU seconds", "fastai"]
-    source = short_source(result, "tests/benchmarks/README.md#few-photos-and-pretrained-weights")
+    page = "tests/benchmarks/README.md#few-photos-and-pretrained-weights"
+    source = short_source(result, page, at="several commits")
     return [said, "", *table(head, rows, right_from=3), *source]
 
 
